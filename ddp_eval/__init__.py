@@ -1,0 +1,21 @@
+"""Multi-GPU evaluation of language models on lm-evaluation-harness tasks, under torchrun.
+
+`torchrun --nproc_per_node=8 -m ddp_eval --help` for the command; `ddp_eval.evaluate` for training loops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddp_eval.errors import UserError
+
+__all__ = ["UserError", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers load when they are needed: `--help` should not wait for them.
+    if name == "evaluate":
+        from ddp_eval.evaluate import evaluate
+
+        return evaluate
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,0 +1,68 @@
+"""`torchrun … -m ddp_eval`: from the command line to an exit code.
+
+0: done. 2: something the user can mend, said in one sentence. 1: a defect or a lost rank, with its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from ddp_eval import cli
+from ddp_eval.config import Config
+from ddp_eval.errors import UserError
+
+
+def main() -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        config, notes = cli.parse(sys.argv[1:])
+        _run(config, notes)
+    except UserError as error:
+        from ddp_eval.distributed import report_once
+
+        report_once(str(error))
+        _leave_at_once(2)
+    except KeyboardInterrupt:
+        _leave_at_once(130)
+
+
+def _run(config: Config, notes: list[str]) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # @record hands an unexpected error to torchrun, which prints the one that came first.
+    record(_join_and_run)(config, notes)
+
+
+def _join_and_run(config: Config, notes: list[str]) -> None:
+    from ddp_eval import distributed
+    from ddp_eval.evaluate import run
+
+    world = distributed.join_group(config.device)
+    if world.is_leader:
+        for note in notes:
+            logging.getLogger("ddp_eval").warning(note)
+    try:
+        results = run(config, world)
+    except distributed.LostContact as error:
+        print(f"ddp_eval: {error}", file=sys.stderr, flush=True)
+        _leave_at_once(1)
+    distributed.leave_group(world)
+    if results is not None:
+        from ddp_eval.harness import format_tables
+
+        print(format_tables(results))
+        if config.output_path:
+            print(f"ddp_eval: the run is in {config.output_path}")
+
+
+def _leave_at_once(code: int) -> None:
+    """Exit without waiting for loader threads, or for peers in a collective that will never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What a pack's attention may see, in the form that each attention implementation takes.
+
+Pure tensors: one (L,) array `end` says all (packing.py): token i sees token j when j <= i < end[j]. Sliding layers also ask
+depth[i] - depth[j] < window, chunked layers that both depths fall into one chunk.
+
+transformers passes a 4-D mask through as it is, but what it must hold differs, and a wrong kind gives wrong numbers with no
+error: sdpa takes True where a token is seen, eager adds the mask to the scores, flex_attention takes a BlockMask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRule:
+    """What one kind of layer sees beside the tree. window, chunk: tokens, or None."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+def layer_rules(config: Any) -> dict[str, LayerRule]:
+    """The kinds of attention layer in a transformers config; the key "" stands for a model that takes one mask for all layers.
+
+    Raises ValueError, naming it, for a kind of layer that packs cannot serve.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    if kinds in ([], ["full_attention"]):
+        return {"": LayerRule(window=None if kinds else window)}
+    rules = {}
+    for kind in kinds:
+        if kind == "full_attention":
+            rules[kind] = LayerRule()
+        elif kind == "sliding_attention":
+            rules[kind] = LayerRule(window=window)
+        elif kind == "chunked_attention":
+            rules[kind] = LayerRule(chunk=config.attention_chunk_size)
+        else:
+            raise ValueError(f"its layers of the kind {kind} keep a state instead of attending")
+    return rules
+
+
+def visible(depth: torch.Tensor, end: torch.Tensor, rule: LayerRule) -> torch.Tensor:
+    """(L, L) bool: whether the token of the row sees the token of the column. depth, end: (L,) integers on one device."""
+    index = torch.arange(len(end), device=end.device)
+    return _sees(depth, end, rule)(None, None, index[:, None], index[None, :])
+
+
+def _sees(depth: torch.Tensor, end: torch.Tensor, rule: LayerRule) -> Callable[..., torch.Tensor]:
+    """The rule as a function of (batch, head, i, j), the form that flex_attention takes."""
+
+    def sees(batch: Any, head: Any, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        seen = (j <= i) & (i < end[j])
+        if rule.window is not None:
+            seen = seen & (depth[i] - depth[j] < rule.window)
+        if rule.chunk is not None:
+            seen = seen & (depth[i] // rule.chunk == depth[j] // rule.chunk)
+        return seen
+
+    return sees
+
+
+def make_mask(
+    implementation: str, depth: torch.Tensor, end: torch.Tensor, rules: dict[str, LayerRule], dtype: torch.dtype
+) -> Any:
+    """What to pass to a transformers model as `attention_mask`: one mask, or {layer type: mask}.
+
+    implementation: the model's attention implementation, one of IMPLEMENTATIONS.
+    dtype: the model's, for the additive mask of eager attention.
+    """
+    masks = {kind: _one_mask(implementation, depth, end, rule, dtype) for kind, rule in rules.items()}
+    return masks.get("", masks)
+
+
+def _one_mask(implementation: str, depth: torch.Tensor, end: torch.Tensor, rule: LayerRule, dtype: torch.dtype) -> Any:
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        length = len(end)
+        return create_block_mask(_sees(depth, end, rule), None, None, length, length, device=end.device)
+    seen = visible(depth, end, rule)[None, None]
+    if implementation == "sdpa":
+        return seen
+    if implementation == "eager":
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    raise ValueError(f"attention implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation}")

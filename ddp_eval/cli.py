@@ -1,0 +1,546 @@
+"""Flags, or a YAML file of them, to one checked Config.
+
+Every rank reads the flags before torch is loaded, so this module imports neither torch nor lm_eval: lm_eval's small rules for
+flag values are written out again here, and tests/test_cli.py holds them against the originals. A flag of lm_eval keeps its name,
+its short form and its meaning; where lm_eval guesses in silence, UserError is raised instead. Only --help and --version exit.
+
+Flags and YAML meet as raw values by name (command line over file), then pass through the same converters:
+
+    argv ── argparse (syntax only) ──┐
+                                     ├── raw values ── _FLAGS[name].convert ── model_args, defaults ── Config, notes
+    --config FILE ── YAML ───────────┘
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from ddp_eval.config import DEFAULT_SEED, Config
+from ddp_eval.errors import UserError
+
+_USAGE = "torchrun --nproc_per_node=N -m ddp_eval [run] [flags]"
+_ABOUT = """\
+Evaluates a language model on lm-evaluation-harness tasks, on all ranks that torchrun starts, or on
+one without torchrun. Flags are lm_eval's, spelled with - or _. Without --tasks and pretrained= it
+runs the small demo model on the demo tasks."""
+_COMMANDS = ("run",)
+_HELP_WIDTH = 100
+
+# lm_eval knows one engine by three names.
+_MODEL_ALIASES = {"huggingface": "hf", "hf-auto": "hf"}
+
+_BY_COST = "packs are sized by cost, not by a batch size"
+_IGNORED_FLAGS = {
+    "batch_size": ("-b", _BY_COST),
+    "max_batch_size": ("", _BY_COST),
+    "verbosity": ("-v", "lm_eval itself has given it up for the environment variable LMEVAL_LOG_LEVEL"),
+}
+_REFUSED_FLAGS = {
+    "use_cache": ("-c", "use --output_path DIR, whose scores.parquet keeps the score of every request"),
+    "cache_requests": ("", "leave it out, one rank builds the prompts once for all"),
+    "check_integrity": ("", "check tasks with lm-eval validate --tasks"),
+    "show_config": ("", "use --output_path DIR, whose results.json holds the settings of every task"),
+    "wandb_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
+    "wandb_config_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
+    "trackio_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
+    "hf_hub_log_args": ("", "use --output_path DIR and upload it with hf upload"),
+}
+
+_ONLY_PARALLELIZE = "it matters only with parallelize"
+_IGNORED_MODEL_ARGS = {
+    "batch_size": _BY_COST,
+    "max_batch_size": _BY_COST,
+    "logits_cache": "requests with the same prefix always share it",
+    "truncation": "a request that is too long always keeps its last tokens",
+    "softmax_dtype": "log-probabilities are always computed in float32",
+    "max_memory_per_gpu": _ONLY_PARALLELIZE,
+    "max_cpu_memory": _ONLY_PARALLELIZE,
+    "offload_folder": _ONLY_PARALLELIZE,
+}
+_WHOLE_COPY = "every rank holds a whole copy of the model"
+_REFUSED_MODEL_ARGS = {
+    "parallelize": _WHOLE_COPY,
+    "tp_plan": _WHOLE_COPY,
+    "device_map": f"{_WHOLE_COPY}, on the device that --device names",
+    "peft": "merge the adapter into the model, save it, and evaluate what you saved",
+    "delta": "add the delta to the base model, save it, and evaluate what you saved",
+    "autogptq": "evaluate GPTQ weights with lm_eval's own hf model",
+    "gptqmodel": "evaluate GPTQ weights with lm_eval's own hf model",
+    "gguf_file": "convert the model to safetensors and evaluate that",
+    "load_in_8bit": "choose the precision with dtype, for instance dtype=bfloat16",
+    "load_in_4bit": "choose the precision with dtype, for instance dtype=bfloat16",
+    "enable_thinking": "chat templates are applied with their own defaults",
+    "think_end_token": "generated answers are not cut at a thinking token",
+    "mixed_precision_dtype": "choose one precision for the whole model with dtype",
+}
+_TEXT_MODEL_ARGS = ("pretrained", "tokenizer", "revision", "subfolder")
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """Read a command line, without the program's name.
+
+    Returns the Config and one sentence for each flag that is accepted and ignored, for the caller to log from one rank.
+    Raises UserError with one sentence for anything that cannot be meant. --help and --version print, then raise SystemExit(0).
+    """
+    raw = _read_command_line(_drop_command(argv))
+    if "config" in raw:
+        raw = _read_config_file(_to_text("--config", raw.pop("config"))) | raw
+    notes = [f"--{name} is ignored: {why}" for name, (_, why) in _IGNORED_FLAGS.items() if raw.pop(name, None) is not None]
+    values = {name: _FLAGS[name].convert(f"--{name}", value) for name, value in raw.items()}
+    _settle_model_args(values, notes)
+    _settle_what_to_evaluate(values)
+    if values.get("predict_only"):
+        values["log_samples"] = True
+    if values.get("apply_chat_template"):
+        values.setdefault("fewshot_as_multiturn", True)
+    values["packing"] = not values.pop("no_packing", False)
+    return Config(**values), notes
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The grammar and the help text of `run`. It only splits: values stay strings, and absent flags stay absent."""
+    parser = _Parser(
+        usage=_USAGE,
+        description=_ABOUT,
+        epilog=f"Accepted and ignored: {', '.join('--' + name for name in _IGNORED_FLAGS)}.",
+        formatter_class=_HelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    for title in dict.fromkeys(flag.group for flag in _FLAGS.values()):
+        group = parser.add_argument_group(title)
+        for name, flag in _FLAGS.items():
+            if flag.group == title:
+                group.add_argument(*_spellings(name, flag.short), **flag.argparse_settings())
+    about = parser.add_argument_group("about")
+    about.add_argument("-h", "--help", action="help", help="print this text and exit")
+    about.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
+    for name, (short, _) in _IGNORED_FLAGS.items():
+        parser.add_argument(*_spellings(name, short), help=argparse.SUPPRESS)
+    for name, (short, _) in _REFUSED_FLAGS.items():
+        parser.add_argument(*_spellings(name, short), nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _spellings(name: str, short: str) -> list[str]:
+    return [short, f"--{name}"] if short else [f"--{name}"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises UserError where it would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        flag, _, problem = message.removeprefix("argument ").partition(": ")
+        flag = next((name for name in flag.split("/") if name.startswith("--")), flag)
+        if problem.startswith("expected"):
+            raise UserError(f"{flag} needs a value (see --help)")
+        if problem.startswith("ignored explicit argument"):
+            raise UserError(f"{flag} takes no value, got {problem.removeprefix('ignored explicit argument ')}")
+        raise UserError(f"the flags cannot be read: {message}")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of a fixed width, that names the value of a flag once, not once per spelling."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_HELP_WIDTH, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shapes: dict[str | int | None, str] = {None: " {}", "?": " [{}]", "+": " {} ..."}
+        return ", ".join(action.option_strings) + shapes.get(action.nargs, "").format(action.metavar)
+
+
+class _PrintVersion(argparse.Action):
+    """Looks the version up only when asked: a checkout that is not installed has none."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        try:
+            version = importlib.metadata.version("ddp_eval")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print("ddp_eval", version)
+        parser.exit()
+
+
+def _drop_command(argv: Sequence[str]) -> list[str]:
+    if not argv or argv[0].startswith("-"):
+        return list(argv)
+    if argv[0] not in _COMMANDS:
+        raise UserError(f"unknown command {argv[0]}: the only one is run, which may also be left out")
+    return list(argv[1:])
+
+
+def _read_command_line(argv: Sequence[str]) -> dict[str, Any]:
+    """Raw values by flag name: str, list of str, or True. Raises UserError for what no flag takes."""
+    namespace, rest = build_parser().parse_known_args([_with_underscores(token) for token in argv])
+    for token in rest:
+        if token.startswith("-"):
+            name = token.lstrip("-").partition("=")[0]
+            raise UserError(f"unknown flag {token.partition('=')[0]}: {_did_you_mean(name, '--')}")
+    if rest:
+        raise UserError(f"{rest[0]} belongs to no flag (see --help)")
+    raw = vars(namespace)
+    _refuse_flags(raw)
+    return raw
+
+
+def _with_underscores(token: str) -> str:
+    """`--model-args=a-b` -> `--model_args=a-b`. A token with a space before its = is a value that happens to start with --."""
+    name, equals, value = token.partition("=")
+    if not name.startswith("--") or " " in name:
+        return token
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _read_config_file(path: str) -> dict[str, Any]:
+    """Raw values by flag name out of a YAML mapping; a null is a flag not given, except for the seed, where it means no seed."""
+    try:
+        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config must be a YAML file that can be read, got {path}: {_reason(error)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config must be a YAML file, {path} is not: {_one_line(error)}") from None
+    if not isinstance(mapping, dict):
+        raise UserError(f"--config must hold flag names with their values, {path} holds {_one_line(repr(mapping))}")
+    raw = {}
+    for key, value in mapping.items():
+        name = str(key).replace("-", "_")
+        if name == "config":
+            raise UserError(f"--config {path} must not name another config file")
+        if name not in {*_FLAGS, *_IGNORED_FLAGS, *_REFUSED_FLAGS}:
+            raise UserError(f"--config {path} has the unknown key {key}: {_did_you_mean(name, '')}")
+        if name == "seed" or value is not None:
+            raw[name] = value
+    raw = {name: value for name, value in raw.items() if value or name not in _REFUSED_FLAGS}
+    _refuse_flags(raw)
+    return raw
+
+
+def _refuse_flags(names: Iterable[str]) -> None:
+    for name in names:
+        if name in _REFUSED_FLAGS:
+            raise UserError(f"--{name} is not supported: {_REFUSED_FLAGS[name][1]}")
+
+
+def _did_you_mean(name: str, prefix: str) -> str:
+    matches = difflib.get_close_matches(name.replace("-", "_"), [*_FLAGS, *_IGNORED_FLAGS], n=3)
+    return f"did you mean {' or '.join(prefix + match for match in matches)}?" if matches else "see --help for those there are"
+
+
+def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
+    """Take out of model_args what is not for the model's loader: what we ignore, refuse, or have a flag for."""
+    model_args = values.setdefault("model_args", {})
+    for key, why in _REFUSED_MODEL_ARGS.items():
+        value = model_args.pop(key, None)
+        # enable_thinking=False is a wish too; the others are off when false.
+        if value if key != "enable_thinking" else value is not None:
+            raise UserError(f"model_args {key} is not supported yet: {why}")
+    if "device" in model_args:
+        raise UserError(f"model_args device is not supported: use --device {model_args['device']}")
+    backend = model_args.pop("backend", "default")
+    if backend == "seq2seq":
+        raise UserError("model_args backend=seq2seq is not supported yet: only decoder-only (causal) models are")
+    if backend not in ("default", "causal"):
+        raise UserError(f"model_args backend must be default or causal, got {backend}")
+    for key in _TEXT_MODEL_ARGS:
+        if not isinstance(model_args.get(key), (str, type(None))):
+            example = f"{key}='\"123\"' keeps a number as text"
+            raise UserError(f"model_args {key} must be text, got {model_args[key]!r} ({example})")
+    if "trust_remote_code" in model_args:
+        trusted = _to_switch("model_args trust_remote_code", model_args.pop("trust_remote_code") or False)
+        values["trust_remote_code"] = trusted or values.get("trust_remote_code", False)
+    for key, why in _IGNORED_MODEL_ARGS.items():
+        if key in model_args:
+            notes.append(f"model_args {key} is ignored: {why}")
+            del model_args[key]
+
+
+def _settle_what_to_evaluate(values: dict[str, Any]) -> None:
+    """Neither model nor tasks: the embedded default. Only one of them: a mistake."""
+    has_tasks, has_model = "tasks" in values, "pretrained" in values["model_args"]
+    if has_model and not values["model_args"]["pretrained"]:
+        raise UserError("model_args pretrained must be a path or a name, got nothing")
+    if has_tasks and not has_model:
+        raise UserError(
+            "--model_args pretrained=PATH_OR_NAME is missing (pretrained=demo is the small model that ships with ddp_eval)"
+        )
+    if has_model and not has_tasks:
+        raise UserError("--tasks TASK is missing (--tasks demo is the small set that ships with ddp_eval)")
+    if not has_tasks:
+        values["tasks"] = ["demo"]
+        values["model_args"]["pretrained"] = "demo"
+
+
+def split_top_level(text: str) -> list[str]:
+    """Split at the commas that stand outside of brackets, braces and quotes, by lm_eval's rule; empty parts are dropped."""
+    parts, part, depth, quote = [], "", 0, ""
+    for char in text:
+        if char == "," and not depth and not quote:
+            parts.append(part)
+            part = ""
+            continue
+        part += char
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        elif char in "[({":
+            depth += 1
+        elif char in "])}":
+            depth = max(depth - 1, 0)
+    return [part for part in [*parts, part] if part]
+
+
+def convert_value(text: str) -> Any:
+    """The value of key=value by lm_eval's rule: true/false, digits, float, Python literal, else the text itself.
+
+    A sign makes a float ("-1" -> -1.0), and so does an exponent ("1e3" -> 1000.0): lm_eval's rule, not ours.
+    """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def _to_args(flag: str, value: Any) -> dict[str, Any]:
+    """A YAML mapping, or words that each are key=value pairs or a JSON object; later ones win.
+
+    lm_eval drops the words after a JSON object and fails on key={…} in the first word; here both mean what they say.
+    """
+    if isinstance(value, dict):
+        return {str(key): item for key, item in value.items()}
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{flag} must be key=value pairs, got {value!r}")
+    merged: dict[str, Any] = {}
+    for word in words:
+        merged.update(_read_json_object(flag, word) if word.lstrip().startswith("{") else _read_pairs(flag, word))
+    return merged
+
+
+def _read_json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{flag} must be a JSON object, with double quotes, got {text}: {_one_line(error)}") from None
+    assert isinstance(parsed, dict), "JSON text that starts with { is an object"
+    return parsed
+
+
+def _read_pairs(flag: str, text: str) -> dict[str, Any]:
+    pairs = {}
+    for part in split_top_level(text):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{flag} must be key=value pairs, got {part!r}")
+        pairs[key.strip()] = convert_value(value)
+    return pairs
+
+
+def _to_text(flag: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{flag} must be text, got {value!r}")
+    if not value.strip():
+        raise UserError(f"{flag} must not be empty: leave it out instead")
+    return value
+
+
+def _to_directory(flag: str, value: Any) -> str:
+    path = _to_text(flag, value)
+    if path.endswith(".json"):
+        raise UserError(f"{flag} must be a directory, got {path}: results.json is written into it")
+    return path
+
+
+def _to_instruction(flag: str, value: Any) -> str | None:
+    return _to_text(flag, value) if value != "" else None
+
+
+def _to_model(flag: str, value: Any) -> str:
+    name = _to_text(flag, value)
+    return _MODEL_ALIASES.get(name, name)
+
+
+def _to_count(flag: str, value: Any) -> int:
+    try:
+        if isinstance(value, (bool, float)):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{flag} must be a whole number, got {value}") from None
+
+
+def _to_number(flag: str, value: Any) -> float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{flag} must be a number, got {value}") from None
+
+
+def _to_switch(flag: str, value: Any) -> bool:
+    text = str(value).lower()
+    if text in ("true", "yes", "1"):
+        return True
+    if text in ("false", "no", "0"):
+        return False
+    raise UserError(f"{flag} must be true or false, got {value}")
+
+
+def _to_template(flag: str, value: Any) -> bool | str:
+    """True: the tokenizer's own template; text: the template of that name. lm_eval takes the words true and false for names."""
+    if str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    return _to_text(flag, value)
+
+
+def _to_tasks(flag: str, value: Any) -> list[str]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{flag} must be task names, got {value!r}")
+    names = [name.strip() for word in words for name in word.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"{flag} must name at least one task")
+    return names
+
+
+def _to_samples(flag: str, value: Any) -> Any:
+    """A mapping, JSON, or the path of a JSON file. What the mapping holds is checked by Config."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return _read_json_object(flag, value)
+    try:
+        return json.loads(Path(_to_text(flag, value)).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{flag} must be a JSON object or the path of a file with one, got {value}: {_reason(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{flag} must be the path of a JSON file, {value} is not: {_one_line(error)}") from None
+
+
+def _to_seed(flag: str, value: Any) -> tuple[int | None, ...]:
+    """One value for all four generators (random, numpy, torch, few-shot), or four, or three and the default of the fourth."""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    seeds = [_to_one_seed(flag, item) for item in items]
+    if len(seeds) == 1:
+        seeds *= len(DEFAULT_SEED)
+    if len(seeds) == len(DEFAULT_SEED) - 1:
+        seeds.append(DEFAULT_SEED[-1])
+    if len(seeds) != len(DEFAULT_SEED):
+        raise UserError(f"{flag} must be 1 or 4 values (random, numpy, torch, few-shot), got {len(seeds)}")
+    return tuple(seeds)
+
+
+def _to_one_seed(flag: str, item: Any) -> int | None:
+    if item is None or str(item).strip().lower() == "none":
+        return None
+    try:
+        if isinstance(item, (bool, float)):
+            raise ValueError
+        return int(item)
+    except (TypeError, ValueError):
+        raise UserError(f"{flag} must be whole numbers or None, got {item}") from None
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or _one_line(error)
+
+
+def _one_line(text: object, most: int = 160) -> str:
+    line = re.sub(r"\s+", " ", str(text)).strip()
+    return line if len(line) <= most else line[:most] + "..."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """One flag: how it is spelled, how its raw value becomes a Config value, and what --help says of it.
+
+    convert:  (flag as the user knows it, raw value) -> value; raises UserError. Raw values come from argv and from YAML.
+    nargs:    argparse's; "?" stands for True when the flag comes bare. A flag without a metavar is a switch.
+    """
+
+    group: str
+    convert: Callable[[str, Any], Any]
+    help: str
+    metavar: str = ""
+    short: str = ""
+    nargs: str | None = None
+
+    def argparse_settings(self) -> Mapping[str, Any]:
+        if not self.metavar:
+            return {"help": self.help, "action": "store_true"}
+        settings: dict[str, Any] = {"help": self.help, "metavar": self.metavar}
+        if self.nargs:
+            settings["nargs"] = self.nargs
+        if self.nargs == "+":
+            settings["action"] = "extend"
+        if self.nargs == "?":
+            settings["const"] = True
+        return settings
+
+
+_FLAGS = {
+    "model": _Flag("model", _to_model, "what runs the model (default: hf, which is transformers)", "NAME", "-M"),
+    "model_args": _Flag(
+        "model",
+        _to_args,
+        "pretrained=PATH_OR_NAME, and revision, dtype, tokenizer, max_length, attn_implementation, add_bos_token, "
+        "prefix_token_id, ... as key=value pairs or a JSON object (default: pretrained=demo)",
+        "KEY=VALUE",
+        "-a",
+        "+",
+    ),
+    "device": _Flag("model", _to_text, "cuda or cpu (default: a GPU for each local rank, else cpu)", "DEVICE"),
+    "trust_remote_code": _Flag("model", _to_switch, "run Python code of the model or data set (default: off)"),
+    "tasks": _Flag("tasks", _to_tasks, "task or group names, YAML files, globs of them (default: demo)", "TASK", "-t", "+"),
+    "include_path": _Flag("tasks", _to_text, "one more directory of task files", "DIR"),
+    "limit": _Flag("tasks", _to_number, "documents per task, or a fraction of them below 1 (default: all)", "N", "-L"),
+    "samples": _Flag("tasks", _to_samples, 'documents to take: {"TASK": [0, 5]} or a file (default: all)', "JSON", "-E"),
+    "metadata": _Flag(
+        "tasks", _to_args, "settings that some tasks ask for, such as max_seq_lengths=[4096]", "KEY=VALUE", "", "+"
+    ),
+    "confirm_run_unsafe_code": _Flag("tasks", _to_switch, "allow tasks that run the code a model writes (default: off)"),
+    "num_fewshot": _Flag("prompts", _to_count, "examples before each question (default: the task's own)", "N", "-f"),
+    "apply_chat_template": _Flag(
+        "prompts", _to_template, "use the tokenizer's chat template, or that NAME (default: off)", "NAME", "", "?"
+    ),
+    "system_instruction": _Flag("prompts", _to_instruction, "system message before every prompt (default: none)", "TEXT"),
+    "fewshot_as_multiturn": _Flag(
+        "prompts", _to_switch, "examples as turns of the chat (default: true with a chat template)", "BOOL", "", "?"
+    ),
+    "gen_kwargs": _Flag("prompts", _to_args, "generation settings over the task's own, such as top_p=0.9", "KEY=VALUE", "", "+"),
+    "output_path": _Flag("output", _to_directory, "run directory for results and scores (default: only the table)", "DIR", "-o"),
+    "overwrite": _Flag("output", _to_switch, "replace the run that --output_path already holds (default: refuse)"),
+    "log_samples": _Flag("output", _to_switch, "also write every document with prompt and answer (default: off)", "", "-s"),
+    "predict_only": _Flag("output", _to_switch, "write the answers and skip the metrics; implies --log_samples", "", "-x"),
+    "write_out": _Flag("output", _to_switch, "print the prompts of the first documents (default: off)", "", "-w"),
+    "config": _Flag("execution", _to_text, "YAML file of flags by name; flags given here win over it", "FILE", "-C"),
+    "seed": _Flag(
+        "execution",
+        _to_seed,
+        "of random, numpy, torch, few-shot; one for all; None: unseeded (default: 0,1234,1234,1234)",
+        "INT[,INT...]",
+    ),
+    "bootstrap_iters": _Flag("execution", _to_count, "resamplings for a bootstrapped standard error (default: 100000)", "N"),
+    "max_pack_tokens": _Flag("execution", _to_count, "most tokens in one pack (default: chosen by the planner)", "N"),
+    "no_packing": _Flag("execution", _to_switch, "run padded rows, sharing no prefixes (default: off)"),
+}

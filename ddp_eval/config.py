@@ -1,0 +1,108 @@
+"""What one evaluation was asked to do.
+
+A `Config` is plain data: it is built by `cli.py` from flags (or by a caller of the Python API), checked here, and goes into the
+manifest as it is. It knows nothing of ranks, models or tasks. Flags that lm_eval has too keep lm_eval's names and meanings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from ddp_eval.errors import UserError
+
+# Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
+DEFAULT_SEED = (0, 1234, 1234, 1234)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides what is evaluated and where the outcome goes.
+
+    Raises UserError, naming the flag, when a value cannot be meant.
+    """
+
+    model: str = "hf"
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tasks: list[Any] = dataclasses.field(default_factory=list)
+    num_fewshot: int | None = None
+    limit: float | None = None
+    samples: dict[str, list[int]] | None = None
+    device: str | None = None
+    include_path: str | None = None
+    output_path: str | None = None
+    overwrite: bool = False
+    log_samples: bool = False
+    predict_only: bool = False
+    write_out: bool = False
+    apply_chat_template: bool | str = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    gen_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: tuple[int | None, int | None, int | None, int | None] = DEFAULT_SEED
+    trust_remote_code: bool = False
+    confirm_run_unsafe_code: bool = False
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bootstrap_iters: int = 100_000
+    packing: bool = True
+    max_pack_tokens: int | None = None
+
+    @property
+    def loader_args(self) -> dict[str, Any]:
+        """model_args as the model's loader takes them: with the flag that allows a checkpoint's own code."""
+        return {**self.model_args, "trust_remote_code": True} if self.trust_remote_code else self.model_args
+
+    def __post_init__(self) -> None:
+        if self.model != "hf":
+            raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
+        _check_at_least("--num_fewshot", self.num_fewshot, 0)
+        _check_at_least("--max_pack_tokens", self.max_pack_tokens, 1)
+        _check_at_least("--bootstrap_iters", self.bootstrap_iters, 0)
+        _check_whole("max_length", self.model_args.get("max_length"), 1)
+        _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
+        _check_seed(self.seed)
+        if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
+            raise UserError(f"--limit must be more than 0 (documents per task, or a fraction below 1), got {self.limit:g}")
+        if self.limit is not None and self.limit >= 1 and self.limit != int(self.limit):
+            raise UserError(f"--limit must be a whole number or a fraction below 1, got {self.limit:g}")
+        if self.samples is not None:
+            _check_samples(self.samples)
+            if self.limit is not None:
+                raise UserError("--samples and --limit exclude each other: give one of them")
+        if (self.log_samples or self.predict_only) and not self.output_path:
+            flag = "--predict_only" if self.predict_only else "--log_samples"
+            raise UserError(f"{flag} needs --output_path DIR, where the samples are to be written")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
+
+
+def _check_at_least(flag: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{flag} must be {least} or more, got {value}")
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise UserError(f"{name} in --model_args must be a whole number of {least} or more, got {value}")
+
+
+def _check_seed(seed: tuple[int | None, ...]) -> None:
+    """numpy and torch take no seed outside of these bounds; random and few-shot sampling take any."""
+    if len(seed) != len(DEFAULT_SEED):
+        raise UserError(f"--seed must be {len(DEFAULT_SEED)} values (random, numpy, torch, few-shot), got {len(seed)}")
+    bounds = {1: ("numpy", 0, 2**32 - 1), 2: ("torch", -(2**63), 2**64 - 1)}
+    for slot, (name, least, most) in bounds.items():
+        value = seed[slot]
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--seed must be {least} to {most} for {name}, got {value}")
+
+
+def _check_samples(samples: Any) -> None:
+    if not isinstance(samples, dict) or not samples:
+        raise UserError('--samples must be a JSON object such as {"task": [0, 5]}, or the path of a file with one')
+    for task, indices in samples.items():
+        if not isinstance(indices, list) or not indices:
+            raise UserError(f"--samples must name at least one document for task {task}")
+        if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices):
+            raise UserError(f"--samples must list whole document numbers from 0 for task {task}, got {indices}")

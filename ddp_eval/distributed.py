@@ -1,0 +1,238 @@
+"""Ranks: who I am, joining and leaving, sending the plan, dealing packs, gathering results.
+
+The only module that uses torch.distributed. Every helper works with no process group (one rank), with gloo and with NCCL.
+
+Two channels. Results travel over the main group (NCCL on GPU, gloo on CPU). Messages from the leader travel over a gloo group
+of their own: a follower may wait for hours there while the leader builds prompts, and yet learns within a second when the
+leader's process is gone, because its sockets close.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+from ddp_eval.errors import UserError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # between ranks that all compute
+LEADER_TIMEOUT = datetime.timedelta(hours=24)  # for a leader that builds prompts; a dead one is noticed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among all. `messages` is the group for words from the leader; None when there is one rank."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    messages: Any = None
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+
+class LostContact(RuntimeError):
+    """A collective broke because another rank is gone. That rank's own error is the one to read."""
+
+
+def launch_rank() -> int:
+    """This process's rank as the launcher set it; 0 without a launcher. Needs no process group."""
+    return _environment_int("RANK", 0)
+
+
+def join_group(device: str | None = None) -> World:
+    """Join the process group that the launcher describes, or none for a plain `python -m ddp_eval`.
+
+    device: "cpu", "cuda" or None for CUDA where there is any. Each local rank takes the CUDA device of its number.
+    Raises UserError when the launcher's environment makes no sense or there are more local ranks than GPUs.
+    """
+    rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
+    local_rank = _environment_int("LOCAL_RANK", 0)
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK must lie between 0 and WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={world_size}")
+    chosen = _choose_device(device, local_rank)
+    if world_size == 1:
+        return World(rank, local_rank, world_size, chosen)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE is {world_size} but {name} is not set: start with torchrun, or unset WORLD_SIZE for one process"
+            )
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    return World(rank, local_rank, world_size, chosen, _message_group())
+
+
+def adopt_group(device: torch.device) -> World:
+    """A World over the process group that the caller already has, if any. Collective; undo with `release_group`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World(0, 0, 1, device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return World(rank, _environment_int("LOCAL_RANK", rank), world_size, device, _message_group())
+
+
+def release_group(world: World) -> None:
+    """Leave the caller's process group as `adopt_group` found it."""
+    if world.messages is not None:
+        dist.destroy_process_group(world.messages)
+
+
+def leave_group(world: World) -> None:
+    """Tear the process group down; never raises, since peers may be gone already."""
+    if world.world_size > 1 and dist.is_initialized():
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+def send_message(world: World, message: Any) -> None:
+    """From the leader to all: any picklable object whose large parts are numpy arrays."""
+    if world.world_size > 1:
+        with _naming_lost_ranks("sending to the other ranks"):
+            dist.broadcast_object_list([message], src=0, group=world.messages)
+
+
+def receive_message(world: World) -> Any:
+    """Wait, for hours if need be, for what the leader sends. Raises LostContact when the leader is gone."""
+    box = [None]
+    with _naming_lost_ranks("waiting for rank 0"):
+        dist.broadcast_object_list(box, src=0, group=world.messages)
+    return box[0]
+
+
+def shard(world: World, count: int) -> list[int]:
+    """Which of `count` packs this rank runs, as DistributedSampler deals them; some repeat when they do not divide evenly.
+
+    >>> [list(DistributedSampler(range(5), 2, rank, shuffle=False)) for rank in (0, 1)]
+    [[0, 2, 4], [1, 3, 0]]
+    """
+    if count == 0:
+        return []
+    packs: Any = range(count)
+    return list(DistributedSampler(packs, world.world_size, world.rank, shuffle=False, drop_last=False))
+
+
+def all_gather_rows(world: World, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bring the (n, C) rows of every rank, n differing, to all of them, in the order of ranks."""
+    if world.world_size == 1:
+        return rows
+    with _naming_lost_ranks("gathering results"):
+        mine = torch.from_numpy(np.ascontiguousarray(rows)).to(world.device)
+        sizes = torch.zeros(world.world_size, dtype=torch.int64, device=world.device)
+        dist.all_gather_into_tensor(sizes, torch.tensor([len(rows)], dtype=torch.int64, device=world.device))
+        longest = int(sizes.max())
+        padded = torch.zeros((longest, rows.shape[1]), dtype=torch.int64, device=world.device)
+        padded[: len(rows)] = mine
+        everyone = torch.zeros((world.world_size * longest, rows.shape[1]), dtype=torch.int64, device=world.device)
+        dist.all_gather_into_tensor(everyone, padded)
+    blocks = everyone.cpu().numpy().reshape(world.world_size, longest, rows.shape[1])
+    return np.concatenate([block[:size] for block, size in zip(blocks, sizes.tolist(), strict=True)])
+
+
+class Tally:
+    """A count that all ranks add to and the leader reads, without any rank waiting for another."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self._key = f"ddp_eval/tally/{name}"
+        self._store = dist.distributed_c10d._get_default_store() if world.world_size > 1 else None
+        self._total = 0
+
+    def add(self, amount: int) -> None:
+        self._total = self._store.add(self._key, amount) if self._store is not None else self._total + amount
+
+    def read(self) -> int:
+        return int(self._store.add(self._key, 0)) if self._store is not None else self._total
+
+
+def report_once(message: str) -> None:
+    """Print `message` on stderr from exactly one of the ranks that fail with an error of their own.
+
+    The first rank to claim the word prints. The others wait until it has: the launcher ends everybody as soon as one rank is
+    gone, and might else end the speaker first.
+    """
+    store = _error_store()
+    if store is None or store.add("ddp_eval/error/claim", 1) == 1:
+        print(f"ddp_eval: {message}", file=sys.stderr, flush=True)
+        if store is not None:
+            store.set("ddp_eval/error/printed", "yes")
+    else:
+        with contextlib.suppress(Exception):
+            store.wait(["ddp_eval/error/printed"], datetime.timedelta(seconds=5))
+
+
+def _error_store() -> Any:
+    """The launcher's key-value store, joined group or not; None with one rank, or when it cannot be reached."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    with contextlib.suppress(Exception):
+        if _environment_int("WORLD_SIZE", 1) > 1:
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            agent = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=datetime.timedelta(seconds=5)
+            )
+            return dist.PrefixStore(f"before_group/{attempt}", agent)
+    return None
+
+
+def _message_group() -> Any:
+    return dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT)
+
+
+@contextlib.contextmanager
+def _naming_lost_ranks(doing: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        rank = dist.get_rank() if dist.is_initialized() else launch_rank()
+        raise LostContact(
+            f"rank {rank} lost contact with another rank while {doing}, after {time.monotonic() - started:.0f} s: {error}"
+        ) from error
+
+
+def _choose_device(asked: str | None, local_rank: int) -> torch.device:
+    kind, _, number = (asked or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    if kind not in ("cuda", "cpu"):
+        raise UserError(f"--device must be cuda or cpu, got {asked}")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but torch sees no CUDA device here")
+    if number and _environment_int("WORLD_SIZE", 1) > 1:
+        raise UserError(
+            f"--device {asked} cannot be shared by several ranks: give --device cuda, one GPU goes to each local rank"
+        )
+    index = int(number) if number.isdigit() else local_rank
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "
+            f"start at most that many ranks (torchrun --nproc_per_node), or add --device cpu"
+        )
+    return torch.device("cuda", index)
+
+
+def _environment_int(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"the environment variable {name} must be a whole number, got {text}") from None

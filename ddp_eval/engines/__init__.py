@@ -1,0 +1,1 @@
+"""What runs a pack: one module per engine. `hf` runs transformers models."""

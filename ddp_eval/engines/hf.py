@@ -1,0 +1,285 @@
+"""Run packs through a transformers model: load a replica, mask, forward, read off log-probabilities.
+
+Letters: L pack length, B rows, R reads, V vocabulary, A answers (scored tokens).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddp_eval import attention
+from ddp_eval.errors import UserError
+from ddp_eval.packing import CostModel, Pack, Requests, build_pack, plan_packs, plan_rows
+
+# model_args that this engine reads itself; the rest goes to `from_pretrained`.
+_OWN_ARGS = (
+    "pretrained",
+    "tokenizer",
+    "max_length",
+    "add_bos_token",
+    "prefix_token_id",
+    "use_fast_tokenizer",
+    "chat_template_args",
+    "device",
+)
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
+_SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
+
+
+@dataclasses.dataclass
+class Launched:
+    """A forward pass under way: its pack and, still on the device, (A,) log-probabilities and whether each was the argmax."""
+
+    pack: Pack
+    logprobs: torch.Tensor
+    hits: torch.Tensor
+
+
+class HFEngine:
+    """One replica of a causal transformers model on one device.
+
+    Raises nothing for models that packs cannot serve: `why_not_packs` then says why, and only rows must be run.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.config = model.config.get_text_config()
+        self.implementation: str = getattr(self.config, "_attn_implementation", None) or "eager"
+        self.why_not_packs: str | None = None
+        self._rules: dict[str, attention.LayerRule] = {}
+        self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if self.implementation not in attention.IMPLEMENTATIONS:
+            self.why_not_packs = f"its attention implementation {self.implementation} takes no tree mask"
+        elif not {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters):
+            self.why_not_packs = "its forward takes no attention mask and positions"
+        else:
+            try:
+                self._rules = attention.layer_rules(self.config)
+            except ValueError as error:
+                self.why_not_packs = str(error)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    def max_reads(self) -> int:
+        """How many reads keep one forward's logits within 1 GiB of float32."""
+        return max(1, 2**30 // (4 * self.vocab_size))
+
+    def max_tokens(self) -> int:
+        """The largest pack worth planning; a longer request still gets a pack of its own."""
+        return 8192 if self.device.type == "cuda" else 4096
+
+    def cost_model(self) -> CostModel:
+        """Floating-point operations of a forward, from the model's shape alone."""
+        layers = int(getattr(self.config, "num_hidden_layers", 1))
+        heads = int(getattr(self.config, "num_attention_heads", 1))
+        hidden = int(getattr(self.config, "hidden_size", 1))
+        head_dim = int(getattr(self.config, "head_dim", None) or hidden // heads)
+        # A forward's fixed cost (launches, Python) in the operations that the device could have done meanwhile.
+        fixed_per_layer = 3e10 if self.device.type == "cuda" else 1.5e7
+        # Masked attention reaches a fraction of a matrix product's speed.
+        slowdown = 2.0
+        return CostModel(
+            forward=fixed_per_layer * layers,
+            token=2.0 * _active_parameters(self.model, self.config),
+            pair=slowdown * 4.0 * heads * head_dim * layers,
+            read=2.0 * hidden * self.vocab_size,
+            dense=self.implementation != "flex_attention",
+        )
+
+    def launch(self, pack: Pack) -> Launched:
+        """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
+        with torch.inference_mode():
+            logits = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
+            return self._read_off(logits, pack)
+
+    def collect(self, launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
+        logprobs = launched.logprobs.cpu().numpy().astype(np.float64)
+        hits = launched.hits.cpu().numpy()
+        owner, count = launched.pack.answer_items, len(launched.pack.items)
+        sums = np.bincount(owner, weights=logprobs, minlength=count).astype(np.float64)
+        misses = np.bincount(owner, weights=~hits, minlength=count)
+        return sums, np.equal(misses, 0)
+
+    def _forward_tree(self, pack: Pack) -> torch.Tensor:
+        """(R, V) logits of a prefix tree in one line."""
+        tokens = self._to_device(pack.tokens)
+        depth = self._to_device(pack.depth)
+        mask = None
+        if not pack.is_chain:
+            mask = attention.make_mask(self.implementation, depth, self._to_device(pack.end), self._rules, self.model.dtype)
+        reads = self._to_device(pack.reads)
+        output = self._call(tokens[None], reads, attention_mask=mask, position_ids=depth[None])
+        return output[0]
+
+    def _forward_rows(self, pack: Pack) -> torch.Tensor:
+        """(R, V) logits of plain rows, padded on the right to the longest: causal models never look there."""
+        starts = np.flatnonzero(pack.depth == 0)
+        row_of_token = np.cumsum(pack.depth == 0) - 1
+        padded = np.zeros((len(starts), int(pack.depth.max()) + 1), dtype=np.int64)
+        padded[row_of_token, pack.depth] = pack.tokens
+        columns, column_of_read = np.unique(pack.depth[pack.reads], return_inverse=True)
+        output = self._call(self._to_device(padded), self._to_device(columns))
+        return output[self._to_device(row_of_token[pack.reads]), self._to_device(column_of_read)]
+
+    def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, len(columns), V) logits: of those columns only, where the model can leave out the others."""
+        if self._keeps_reads:
+            logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=columns, use_cache=False, **kwargs).logits
+            return logits
+        return self.model(input_ids=tokens, use_cache=False, **kwargs).logits[:, columns]
+
+    def _read_off(self, logits: torch.Tensor, pack: Pack) -> Launched:
+        """Log-softmax in float32, block by block: never a second copy of all logits."""
+        normalizers, best = [], []
+        for block in logits.split(max(1, 2**26 // self.vocab_size)):
+            values = block.float()
+            normalizers.append(values.logsumexp(dim=-1))
+            best.append(values.argmax(dim=-1))
+        reads, targets = self._to_device(pack.answer_reads), self._to_device(pack.answer_targets)
+        logprobs = logits[reads, targets].float() - torch.cat(normalizers)[reads]
+        return Launched(pack, logprobs, torch.cat(best)[reads] == targets)
+
+    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
+
+
+def check_packs(engine: HFEngine, requests: Requests) -> str | None:
+    """Try `requests` packed against plain, one at a time. Returns None when they agree, else one phrase that says how far off.
+
+    A model that takes a tree mask and yet ignores part of it (positions by index, a running state) gives wrong numbers without
+    an error: only its own answers show it. What rounding may do is taken from two plain runs of different shape.
+    """
+    cost = CostModel(dense=False)  # only tokens count: as much sharing as can be
+    packed = _score_alone(engine, *plan_packs(requests, cost, max_tokens=2**30))
+    alone = _score_alone(engine, *plan_rows(requests, max_tokens=1))
+    padded = _score_alone(engine, *plan_rows(requests, max_tokens=2**30))
+    per_token = np.maximum(requests.num_targets, 1)
+    rounding = float(np.max(np.abs(padded - alone) / per_token))
+    drift = float(np.max(np.abs(packed - alone) / per_token))
+    allowed = max(1e-4, 5 * rounding)
+    return None if drift <= allowed else f"packed and plain runs differ by {drift:.2g} nats per token, {allowed:.2g} allowed"
+
+
+def _score_alone(engine: HFEngine, plan: Any, item_of_request: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    sums = [engine.collect(engine.launch(build_pack(plan, index)))[0] for index in range(plan.num_packs)]
+    scores: npt.NDArray[np.float64] = np.concatenate(sums)[item_of_request]
+    return scores
+
+
+def resolve_pretrained(model_args: dict[str, Any]) -> str:
+    """The path or hub name to load; "demo" is the small model in this package."""
+    from ddp_eval import demo
+
+    name = str(model_args["pretrained"])
+    if name == "demo":
+        return demo.MODEL_PATH
+    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if looks_local and not os.path.isdir(os.path.expanduser(name)):
+        raise UserError(f"the model directory {name} does not exist")
+    return os.path.expanduser(name) if name.startswith("~") else name
+
+
+def load_config(model_args: dict[str, Any]) -> Any:
+    """The model's transformers config. Raises UserError when there is none or it is no causal language model."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    name = resolve_pretrained(model_args)
+    with _as_user_error(f"cannot load the model {name}"):
+        config = transformers.AutoConfig.from_pretrained(name, **_shared(model_args))
+    if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"the model {name} is an encoder-decoder ({config.model_type}), which is not supported yet")
+    return config
+
+
+def load_tokenizer(model_args: dict[str, Any]) -> Any:
+    """The tokenizer named by `tokenizer=`, else the model's own. Raises UserError when there is none."""
+    import transformers
+
+    name = str(model_args.get("tokenizer") or resolve_pretrained(model_args))
+    options = {**_shared(model_args), "use_fast": model_args.get("use_fast_tokenizer", True)}
+    if model_args.get("add_bos_token") is not None:
+        options["add_bos_token"] = model_args["add_bos_token"]
+    with _as_user_error(f"cannot load a tokenizer from {name} (another can be given as tokenizer=NAME in --model_args)"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    if not len(tokenizer):
+        raise UserError(
+            f"the tokenizer in {name} has no vocabulary: are its files missing? Another can be given as tokenizer=NAME"
+        )
+    return tokenizer
+
+
+def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -> HFEngine:
+    """Load a replica's weights onto `device`. Raises UserError for unusable files, arguments or too little memory."""
+    import transformers
+
+    name = resolve_pretrained(model_args)
+    extra = {key: value for key, value in model_args.items() if key not in (*_OWN_ARGS, *_SHARED_ARGS, "dtype")}
+    with _as_user_error(f"cannot load the model {name}"):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=_dtype(model_args.get("dtype", "auto")),
+            output_loading_info=True,
+            **_shared(model_args),
+            **extra,
+        )
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(
+            f"the checkpoint {name} lacks {len(missing)} of the model's weights, such as {missing[0]}: they would be random"
+        )
+    try:
+        model = model.to(device).eval()
+    except torch.OutOfMemoryError:
+        raise UserError(f"the model {name} does not fit into the memory of {device}") from None
+    return HFEngine(model, device)
+
+
+def _shared(model_args: dict[str, Any]) -> dict[str, Any]:
+    return {key: model_args[key] for key in _SHARED_ARGS if key in model_args}
+
+
+def _dtype(name: Any) -> Any:
+    """A torch dtype by its name; "auto" is the checkpoint's own."""
+    if name == "auto" or isinstance(name, torch.dtype):
+        return name
+    found = getattr(torch, str(name), None)
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UserError(f"dtype in --model_args must be auto, float32, bfloat16 or float16, got {name}")
+    return found
+
+
+@contextlib.contextmanager
+def _as_user_error(what: str) -> Any:
+    """Turn what transformers raises over unusable names, files and arguments into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        first = reason.split(". ")[0].removesuffix(".")
+        raise UserError(f"{what}: {first[:300]}") from error
+
+
+def _active_parameters(model: Any, config: Any) -> float:
+    """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to."""
+    experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), None)
+    routed = getattr(config, "num_experts_per_tok", None)
+    share = routed / experts if experts and routed else 1.0
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    skipped = {id(weight) for end in ends if end is not None for weight in end.parameters()}
+    counted = [(name, weight.numel()) for name, weight in model.named_parameters() if id(weight) not in skipped]
+    return float(sum(size * (share if "expert" in name else 1.0) for name, size in counted))

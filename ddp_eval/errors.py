@@ -1,0 +1,10 @@
+"""The one exception that a user is meant to read.
+
+Raise `UserError` for anything that the person who typed the command can mend: a flag, a path, a task name. `__main__` turns it
+into one sentence on stderr and exit code 2, with no traceback. Every other exception is a defect of ours or of the machine,
+and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """What was expected, what came, and what to do, in one sentence."""

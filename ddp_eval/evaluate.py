@@ -1,0 +1,373 @@
+"""A run from start to end: who does what, in order. Read this first.
+
+rank 0                                             ranks 1 … N-1
+  load the replica (tasks and prompts meanwhile)     load the replica
+  lm_eval builds every request once                  wait
+  tokenise, check packs, plan                        wait
+  send the plan ────────────────────────────────────► receive it
+  DistributedSampler -> my packs, run them           DistributedSampler -> my packs, run them
+  all_gather (item, log-probability, greedy) ◄──────► all_gather
+  coverage check; lm_eval scores; write              wait
+  say stop ─────────────────────────────────────────► leave
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddp_eval import demo, distributed, results
+from ddp_eval.config import Config
+from ddp_eval.distributed import World
+from ddp_eval.engines import hf
+from ddp_eval.errors import UserError
+from ddp_eval.packing import IntArray, Pack, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.telemetry import Phases, Progress
+from ddp_eval.tokenization import Encoder
+
+log = logging.getLogger("ddp_eval")
+
+
+def run(config: Config, world: World) -> dict[str, Any] | None:
+    """Evaluate as a command does: load the model, evaluate, write the run directory.
+
+    Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must mend.
+    """
+    if not world.is_leader:
+        model_config = hf.load_config(config.loader_args)
+        _follow(world, hf.load_engine(config.loader_args, model_config, world.device))
+        return None
+    with _releasing_followers(world):
+        return _lead_run(config, world)
+
+
+def evaluate(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> dict[str, Any] | None:
+    """Evaluate a loaded model on lm_eval tasks, on all ranks of the process group that the caller is in (or on none).
+
+    Every rank calls it with its own copy of the model (plain, DDP-wrapped or compiled). The model's training flags, the random
+    state and the process group are left as they were.
+
+    model:      a causal transformers model on this rank's device.
+    tokenizer:  its tokenizer; only rank 0 uses it.
+    tasks:      lm_eval task names or task configs.
+    options:    fields of `Config`: num_fewshot, limit, output_path, include_path, model_args={"max_length": …}, …
+
+    Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
+    """
+    config = Config(tasks=list(tasks), **options)
+    bare = _unwrap(model)
+    world = distributed.adopt_group(next(bare.parameters()).device)
+    try:
+        with _as_it_was(bare):
+            bare.eval()
+            engine = hf.HFEngine(bare, world.device)
+            if not world.is_leader:
+                _follow(world, engine)
+                return None
+            with _releasing_followers(world):
+                return _lead(config, world, bare.config, tokenizer, lambda: engine, lambda: None)
+    finally:
+        distributed.release_group(world)
+
+
+def _lead_run(config: Config, world: World) -> dict[str, Any]:
+    """The leader's part of `run`: weights load in a thread of their own while lm_eval builds the prompts."""
+    if config.output_path:
+        results.prepare_directory(config.output_path, config.overwrite)
+    model_config = hf.load_config(config.loader_args)
+    tokenizer = hf.load_tokenizer(config.loader_args)
+    engine: Future[hf.HFEngine] = Future()
+    digests: Future[dict[str, Any]] = Future()
+
+    def load() -> None:
+        _fulfil(engine, lambda: hf.load_engine(config.loader_args, model_config, world.device))
+        _fulfil(digests, lambda: _digest_model(config, model_config))
+
+    # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
+    from ddp_eval import harness  # noqa: F401
+
+    threading.Thread(target=load, daemon=True).start()
+    return _lead(config, world, model_config, tokenizer, engine.result, digests.result)
+
+
+def _lead(
+    config: Config,
+    world: World,
+    model_config: Any,
+    tokenizer: Any,
+    get_engine: Callable[[], hf.HFEngine],
+    get_digests: Callable[[], dict[str, Any] | None],
+) -> dict[str, Any]:
+    """Build the requests, have all ranks score them, compute metrics and write the run directory."""
+    from ddp_eval import harness
+
+    phases = Phases()
+    model_args = config.model_args
+    max_length = harness.max_length_of(model_args, model_config, tokenizer)
+    try:
+        encoder = Encoder(tokenizer, max_length, model_args.get("add_bos_token"), model_args.get("prefix_token_id"))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    facts: dict[str, Any] = {}
+
+    def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
+        with phases("load"):
+            engine = get_engine()
+        with phases("plan"):
+            plan, item_of_request, why_rows = make_plan(engine, requests, config.packing, config.max_pack_tokens)
+        facts.update(_describe_plan(plan, requests, why_rows))
+        if why_rows and config.packing:
+            log.warning("packs are off for this model: %s; running padded rows instead", why_rows)
+        distributed.send_message(world, plan)
+        sums, greedy = _run_plan(world, engine, plan, phases)
+        return sums[item_of_request], greedy[item_of_request]
+
+    outcome = harness.evaluate_tasks(config, encoder, model_config, score, phases, include_paths=[demo.TASKS_PATH])
+    outcome.results["ddp_eval"] = {**facts, "prompts_sha256": outcome.prompt_digest, "phases_s": phases.seconds}
+    if config.output_path:
+        manifest = _manifest(config, world, outcome, facts, get_digests())
+        results.write_run(config.output_path, outcome.results, outcome.scores, manifest, outcome.results.get("samples"))
+    return outcome.results
+
+
+def _follow(world: World, engine: hf.HFEngine) -> None:
+    """Every other rank's part: run what the leader sends until it says stop."""
+    while True:
+        message = distributed.receive_message(world)
+        if isinstance(message, Plan):
+            _run_plan(world, engine, message, Phases())
+        elif isinstance(message, _Abort):
+            raise UserError(message.reason)
+        else:
+            return
+
+
+@dataclasses.dataclass(frozen=True)
+class _Abort:
+    """The leader's word to the others that it has failed."""
+
+    reason: str
+
+
+@contextmanager
+def _releasing_followers(world: World) -> Iterator[None]:
+    """Tell the other ranks to stop, whether the leader's work ends well or not."""
+    try:
+        yield
+    except distributed.LostContact:
+        raise
+    except BaseException as error:
+        distributed.send_message(world, _Abort(str(error) or type(error).__name__))
+        raise
+    distributed.send_message(world, None)
+
+
+def make_plan(
+    engine: hf.HFEngine, requests: Requests, packing: bool, max_pack_tokens: int | None
+) -> tuple[Plan, IntArray, str | None]:
+    """Decide between packs and rows, and cut the requests.
+
+    Returns the plan, the item that answers each request, and why there are no packs, or None when there are.
+    """
+    max_tokens = max_pack_tokens or engine.max_tokens()
+    why_rows = None if packing else "--no_packing was given"
+    why_rows = why_rows or engine.why_not_packs
+    if why_rows is None:
+        plan, item_of_request = plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads())
+        why_rows = hf.check_packs(engine, _sample(requests, plan, item_of_request)) if len(requests) else None
+    if why_rows is not None:
+        plan, item_of_request = plan_rows(requests, max_tokens, engine.max_reads())
+    return plan, item_of_request, why_rows
+
+
+def _sample(
+    requests: Requests, plan: Plan, item_of_request: IntArray, most: int = 6, prefix: int = 32, longest: int = 128
+) -> Requests:
+    """A few requests that branch off from one another, and two strangers to them, for `check_packs`.
+
+    The check must cost little: of what a family shares only `prefix` tokens are kept, and `longest` tokens of each request.
+    """
+    request_of_item = np.zeros(plan.num_items, dtype=np.int64)
+    request_of_item[item_of_request[::-1]] = np.arange(len(requests))[::-1]
+    branching = np.flatnonzero(np.add.reduceat(plan.lengths > plan.shared, plan.item_starts[:-1]) > 1)
+    candidates = branching if len(branching) else np.arange(plan.num_packs)
+    pack = int(candidates[np.diff(plan.token_starts)[candidates].argmin()])
+    items = np.arange(plan.item_starts[pack], plan.item_starts[pack + 1])[:most]
+    common = int(plan.shared[items[1:]].min()) if len(items) > 1 else 0
+    strangers = np.argsort(np.diff(requests.starts), kind="stable")[:2]
+    chosen = [(request, max(0, common - prefix)) for request in request_of_item[items]] + [(request, 0) for request in strangers]
+    sequences, num_targets = [], []
+    for request, dropped in chosen:
+        sequence = requests.tokens[requests.starts[request] : requests.starts[request + 1]][dropped:][:longest].tolist()
+        if len(sequence) > 1:
+            sequences.append(sequence)
+            num_targets.append(min(int(requests.num_targets[request]), len(sequence) - 1))
+    return requests_from_lists(sequences, num_targets)
+
+
+def _run_plan(world: World, engine: hf.HFEngine, plan: Plan, phases: Phases) -> tuple[np.ndarray, np.ndarray]:
+    """Run this rank's packs and gather everyone's. Returns, for all items, summed log-probabilities and all-argmax flags."""
+    with phases("forward"), Progress(world, plan.digest(), int(plan.num_requests.sum())) as progress:
+        blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
+    with phases("gather"):
+        mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
+        gathered = distributed.all_gather_rows(world, mine)
+        return _fill_slots(gathered, plan.num_items)
+
+
+def _run_packs(
+    world: World, engine: hf.HFEngine, plan: Plan, progress: Progress
+) -> Iterator[tuple[Pack, np.ndarray, np.ndarray]]:
+    """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected."""
+
+    def collect(launched: hf.Launched) -> tuple[Pack, np.ndarray, np.ndarray]:
+        sums, greedy = engine.collect(launched)
+        return launched.pack, sums, greedy
+
+    under_way = None
+    for index in reversed(distributed.shard(world, plan.num_packs)):
+        launched = _launch(world, engine, build_pack(plan, index))
+        if under_way is not None:
+            yield collect(under_way)
+        under_way = launched
+        progress.add(int(plan.num_requests[index]), len(launched.pack))
+    if under_way is not None:
+        yield collect(under_way)
+
+
+def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> hf.Launched:
+    try:
+        return engine.launch(pack)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "
+            f"{len(pack.reads)} of them scored: give --max_pack_tokens {max(1, len(pack) // 2)}"
+        ) from None
+
+
+def _result_rows(pack: Pack, sums: np.ndarray, greedy: np.ndarray) -> np.ndarray:
+    """(items, 3) int64: item, the bits of its float64 sum, its flag. One type, so that one collective carries all of it."""
+    return np.stack([np.arange(pack.items.start, pack.items.stop), sums.view(np.int64), greedy.astype(np.int64)], axis=1)
+
+
+def _fill_slots(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put gathered rows into their slots. Raises RuntimeError if an item has no result or two that disagree."""
+    items, bits, flags = rows[:, 0], rows[:, 1], rows[:, 2]
+    sums = np.zeros(count, dtype=np.int64)
+    greedy = np.zeros(count, dtype=np.int64)
+    seen = np.zeros(count, dtype=bool)
+    sums[items], greedy[items], seen[items] = bits, flags, True
+    if not seen.all():
+        raise RuntimeError(
+            f"{int((~seen).sum())} of {count} items came back from no rank, the first is item {int(seen.argmin())}"
+        )
+    values = sums.view(np.float64)
+    differing = np.flatnonzero((sums[items] != bits) | (greedy[items] != flags))
+    if len(differing):
+        worst = float(np.max(np.abs(values[items[differing]] - bits[differing].copy().view(np.float64))))
+        log.warning(
+            "%d items that ran on two ranks differ by up to %.2g nats: the ranks' hardware or thread counts are not the same",
+            len(differing), worst,
+        )  # fmt: skip
+    return values, greedy.astype(bool)
+
+
+def _describe_plan(plan: Plan, requests: Requests, why_rows: str | None) -> dict[str, Any]:
+    return {
+        "plan_sha256": plan.digest(),
+        "layout_of_requests": "rows" if plan.rows else "packs",
+        "why_rows": why_rows,
+        "requests": len(requests),
+        "distinct_requests": plan.num_items,
+        "packs": plan.num_packs,
+        "request_tokens": int((np.diff(requests.starts) - 1).sum()),
+        "computed_tokens": len(plan.tokens),
+    }
+
+
+def _manifest(
+    config: Config, world: World, outcome: Any, facts: dict[str, Any], digests: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that someone else needs to check or repeat the run."""
+    return {
+        "config": dataclasses.asdict(config),
+        "model": digests,
+        "tasks": {"versions": outcome.results["versions"], "n_samples": outcome.results["n-samples"]},
+        "prompts_sha256": outcome.prompt_digest,
+        **facts,
+        "ranks": {"world_size": world.world_size, "device": world.device.type},
+        "seeds": dict(zip(("random", "numpy", "torch", "fewshot"), config.seed, strict=True)),
+        "packages": results.describe_packages(),
+        "hardware": results.describe_hardware(),
+        "git": results.git_commit(os.path.dirname(__file__)),
+    }
+
+
+def _digest_model(config: Config, model_config: Any) -> dict[str, Any]:
+    """Content digests of model and tokenizer files."""
+    import transformers
+
+    name = hf.resolve_pretrained(config.model_args)
+    described: dict[str, Any] = {
+        "pretrained": config.model_args["pretrained"],
+        "revision": getattr(model_config, "_commit_hash", None),
+    }
+    for key, source in (("model_files", name), ("tokenizer_files", str(config.model_args.get("tokenizer") or name))):
+        folder = source
+        if not os.path.isdir(source):
+            shared = {key: value for key, value in config.model_args.items() if key in ("revision", "subfolder")}
+            found = transformers.utils.cached_file(source, "config.json", local_files_only=True, **shared)
+            folder = os.path.dirname(found) if found else ""
+        described[key] = results.digest_directory(folder) if folder else None
+    return described
+
+
+def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
+    try:
+        future.set_result(make())
+    except BaseException as error:  # the waiting thread raises it
+        future.set_exception(error)
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside DDP or torch.compile wrappers. Raises UserError for sharded ones."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            model = model.module
+        else:
+            break
+    if (
+        any(hasattr(parameter, "placements") for parameter in model.parameters())
+        or "FullyShardedDataParallel" in type(model).__name__
+    ):
+        raise UserError("the model is sharded over ranks (FSDP or tensor parallel): evaluate needs a whole copy on every rank")
+    return model
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Put back every module's training flag and the random state of Python, numpy and torch."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            for module, flag in training:
+                module.training = flag

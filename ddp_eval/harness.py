@@ -1,0 +1,325 @@
+"""lm_eval's side of the run: tasks in, scores out. The only importer of lm_eval, and only the leader imports this module.
+
+lm_eval builds every prompt once, for one rank (`world_size=1`), asks our LM object for log-likelihoods, and computes metrics
+from the answers. The first question it asks is answered for all requests of all tasks at once, so that one plan holds them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+import lm_eval
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.utils import configure_pad_token, resolve_max_length
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+from ddp_eval.config import Config
+from ddp_eval.errors import UserError
+from ddp_eval.packing import Requests, concatenate
+from ddp_eval.results import Scores, digest_strings
+from ddp_eval.telemetry import Phases
+from ddp_eval.tokenization import Encoded, Encoder
+
+log = logging.getLogger("ddp_eval")
+
+Answers = tuple[np.ndarray, np.ndarray]
+_SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """results: lm_eval's result dict (with "samples" where asked for); scores: one row per request, in lm_eval's order;
+    prompt_digest: one SHA-256 over all texts."""
+
+    results: dict[str, Any]
+    scores: Scores
+    prompt_digest: str
+
+
+def max_length_of(model_args: dict[str, Any], model_config: Any, tokenizer: Any) -> int:
+    """Tokens that the model attends to at once, by lm_eval's rule."""
+    given = model_args.get("max_length")
+    return int(given) if given else int(resolve_max_length(model_config, tokenizer))
+
+
+def evaluate_tasks(
+    config: Config,
+    encoder: Encoder,
+    model_config: Any,
+    score: Callable[[Requests], Answers],
+    phases: Phases,
+    include_paths: Sequence[str] = (),
+) -> Outcome:
+    """Build the tasks' requests, have them scored, and return lm_eval's results.
+
+    score: given all requests at once, returns (N,) float64 summed log-probabilities and (N,) bool all-argmax.
+    Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
+    """
+    lm = _LeaderLM(encoder, model_config, score, config, phases)
+    manager = _task_manager(config, include_paths)
+    specs = _resolve_tasks(manager, config.tasks)
+    _watch_loading(manager, lm)
+    tracker = EvaluationTracker()
+    try:
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            model_args=config.model_args,
+            tasks=specs,
+            task_manager=manager,
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            samples=config.samples,
+            bootstrap_iters=config.bootstrap_iters,
+            write_out=config.write_out,
+            log_samples=config.log_samples or config.predict_only,
+            evaluation_tracker=tracker,
+            system_instruction=config.system_instruction,
+            apply_chat_template=config.apply_chat_template,
+            fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
+            gen_kwargs=config.gen_kwargs or None,
+            predict_only=config.predict_only,
+            random_seed=config.seed[0],
+            numpy_random_seed=config.seed[1],
+            torch_random_seed=config.seed[2],
+            fewshot_random_seed=config.seed[3],
+            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+            metadata=config.metadata,
+        )
+    except _Scoring as scoring:
+        raise scoring.error from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"lm_eval could not {lm.phase}: {type(error).__name__}: {_first_line(error)}") from error
+    results["config"]["model"] = config.model
+    results.update(dataclasses.asdict(tracker.general_config_tracker))
+    results["model_source"] = config.model
+    assert lm.scores is not None, "every task has documents, so requests were scored"
+    return Outcome(results, lm.scores, lm.prompt_digest)
+
+
+def format_tables(results: dict[str, Any]) -> str:
+    """lm_eval's own tables of tasks and groups."""
+    tables = [make_table(results)]
+    if results.get("groups"):
+        tables.append(make_table(results, "groups"))
+    return "\n".join(tables)
+
+
+class _Scoring(Exception):
+    """Carries an error of ours through lm_eval unharmed."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _LeaderLM(TemplateLM):
+    """The LM object that lm_eval sees: tokenises, hands all requests over at once, gives the answers back one kind at a time."""
+
+    def __init__(
+        self, encoder: Encoder, model_config: Any, score: Callable[[Requests], Answers], config: Config, phases: Phases
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = configure_pad_token(encoder.tokenizer, model_config=model_config)
+        self.config = model_config  # simple_evaluate reads the model's name from here
+        self.scores: Scores | None = None
+        self.prompt_digest = ""
+        self.phase = "load the tasks"
+        self.tasks: dict[str, Any] = {}
+        self._score = score
+        self._phases = phases
+        self._chat_template_args = config.model_args.get("chat_template_args") or {}
+        self._answers: dict[int, Any] | None = None
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.encoder.prefix_token_id
+
+    @property
+    def max_length(self) -> int:
+        return self.encoder.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.encoder.encode([string], add_special_tokens)[0]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        options = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+            **self._chat_template_args,
+        }
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, **options))
+        except jinja2.exceptions.TemplateError:
+            # As lm_eval does: some templates refuse a system turn.
+            log.warning("the chat template refuses this conversation: trying it without the system turn")
+            history = [message for message in chat_history if message["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(history, **options))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        answers = self._answer_all(requests)
+        return [answers[id(request)] for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        answers = self._answer_all(requests)
+        return [answers[id(request)][0] for request in requests]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        raise UserError(f"the task {requests[0].task_name} generates text, which is not supported yet")
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        raise AssertionError("all requests go through the plan")
+
+    def _answer_all(self, requests: list[Instance]) -> dict[int, Any]:
+        """Score every request of every task at the first call; look the answers up at the others."""
+        if self._answers is None:
+            instances = [instance for task in self.tasks.values() for instance in task.instances] or requests
+            try:
+                self._answers = self._score_instances(instances)
+            except BaseException as error:
+                raise _Scoring(error) from error
+            self.phase = "compute the metrics"
+        return self._answers
+
+    def _score_instances(self, instances: list[Instance]) -> dict[int, Any]:
+        pairs = [instance for instance in instances if instance.request_type == "loglikelihood"]
+        texts = [instance for instance in instances if instance.request_type == "loglikelihood_rolling"]
+        others = [instance for instance in instances if instance.request_type not in ("loglikelihood", "loglikelihood_rolling")]
+        if others:
+            raise UserError(
+                f"the task {others[0].task_name} makes {others[0].request_type} requests, which are not supported yet"
+            )
+        self.prompt_digest = digest_strings(str(part) for one in instances for part in (one.task_name, *one.args))
+        with self._phases("tokenize"):
+            encoded_pairs = self.encoder.encode_pairs([instance.args for instance in pairs])
+            encoded_texts = self.encoder.encode_rolling([instance.args[0] for instance in texts])
+        _warn_of_cuts(pairs, encoded_pairs)
+
+        num_pairs = len(encoded_pairs.requests)
+        sums, greedy = self._score(concatenate(encoded_pairs.requests, encoded_texts.requests))
+        pair_sums, pair_tokens = _sum_by_owner(encoded_pairs, sums[:num_pairs], len(pairs))
+        text_sums, text_tokens = _sum_by_owner(encoded_texts, sums[num_pairs:], len(texts))
+        # Nothing to predict is predicted rightly, with probability one.
+        all_greedy = np.ones(len(pairs), dtype=bool)
+        all_greedy[encoded_pairs.owner] = greedy[:num_pairs]
+
+        answers: dict[int, Any] = {id(one): (float(s), bool(g)) for one, s, g in zip(pairs, pair_sums, all_greedy, strict=True)}
+        answers.update({id(one): (float(s), None) for one, s in zip(texts, text_sums, strict=True)})
+        counts = dict(zip(map(id, pairs), pair_tokens.tolist(), strict=True)) | dict(
+            zip(map(id, texts), text_tokens.tolist(), strict=True)
+        )
+        self.scores = Scores(
+            task=[one.task_name for one in instances],
+            doc_id=[one.doc_id for one in instances],
+            idx=[one.idx for one in instances],
+            loglikelihood=[answers[id(one)][0] for one in instances],
+            is_greedy=[answers[id(one)][1] for one in instances],
+            num_tokens=[counts[id(one)] for one in instances],
+        )
+        return answers
+
+
+def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
+    paths = [*include_paths, *([config.include_path] if config.include_path else [])]
+    for path in paths:
+        if not os.path.isdir(path):
+            raise UserError(f"--include_path must be a directory of task files, got {path}")
+    try:
+        return TaskManager(include_path=paths, metadata={**config.model_args, **config.metadata})
+    except Exception as error:
+        raise UserError(f"lm_eval could not read the task files: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
+    """Names, glob patterns, YAML files and directories of them -> what TaskManager.load takes, each once."""
+    found: dict[Any, None] = {}
+    for task in tasks:
+        if not isinstance(task, str):
+            found[task] = None
+            continue
+        matches = manager.match_tasks([task])
+        if not matches and task.endswith((".yaml", ".yml")):
+            matches = [os.path.abspath(path) for path in sorted(glob.glob(task))]
+        elif not matches and os.path.isdir(task):
+            matches = [os.path.abspath(path) for path in sorted(glob.glob(os.path.join(task, "*.yaml")))]
+        if not matches:
+            close = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.6)
+            hint = (
+                f": did you mean {' or '.join(close)}?"
+                if close
+                else ": `lm_eval ls tasks` lists all, --include_path DIR adds your own"
+            )
+            raise UserError(f"there is no task {task}{hint}")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _watch_loading(manager: TaskManager, lm: _LeaderLM) -> None:
+    """Have the tasks that simple_evaluate loads checked and known to `lm` before their requests are built."""
+    load = manager.load
+
+    def load_and_check(specs: Any) -> Any:
+        loaded = load(specs)
+        for name, task in loaded["tasks"].items():
+            _check_task(name, task)
+        lm.tasks = loaded["tasks"]
+        lm.phase = "build the requests"
+        return loaded
+
+    manager.load = load_and_check
+
+
+def _check_task(name: str, task: Any) -> None:
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"the task {name} shows images or sound to the model, which is not supported")
+    kind = getattr(task, "OUTPUT_TYPE", None)
+    if kind is not None and kind not in _SERVED:
+        raise UserError(f"the task {name} is of the type {kind}, which is not supported yet: served are {', '.join(_SERVED)}")
+    if not len(task.eval_docs):
+        raise UserError(f"the task {name} has no documents to evaluate")
+
+
+def _sum_by_owner(encoded: Encoded, sums: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(count,) log-probabilities and (count,) scored tokens of each text request, its windows added up."""
+    totals = np.bincount(encoded.owner, weights=sums, minlength=count)
+    tokens = np.bincount(encoded.owner, weights=encoded.requests.num_targets, minlength=count)
+    return totals, tokens.astype(np.int64)
+
+
+def _warn_of_cuts(instances: list[Instance], encoded: Encoded) -> None:
+    cases = (
+        (encoded.truncated, "lost the left end of their context to fit the model's window"),
+        (encoded.cut, "have a continuation longer than the model's window: only its last tokens are scored"),
+        (encoded.empty, "have an empty continuation: they score 0 nats"),
+    )
+    for owners, what in cases:
+        if owners:
+            tasks = sorted({instances[owner].task_name for owner in owners})
+            log.warning("%d of %d requests %s (%s)", len(owners), len(instances), what, ", ".join(tasks))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else "no message"

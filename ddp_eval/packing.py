@@ -1,0 +1,411 @@
+"""Cut tokenised requests into packs: prefix trees laid out in one line, each shared token once.
+
+Pure numpy, no model, no ranks: the same requests, cost model and limits give the same plan on every machine and any number of
+ranks. The leader makes one `Plan` for the whole run; each rank builds the `Pack`s it was dealt.
+
+    inputs        A B C      (read at C, for x)        A─B─C─y
+                  A B C y    (read at C for y, at y for z)    └ D
+                  A D        (read at D, for w)
+    index  i      0 1 2 3 4
+    token         A B C y D
+    depth         0 1 2 3 1        position in its own request
+    end           5 4 4 4 5        index just past the token's subtree
+
+Token i sees token j exactly when j <= i < end[j]: in depth-first order only ancestors pass.
+
+Letters: N requests, M items (distinct requests), P packs, T tokens of all packs, L tokens of one pack, R reads, A answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.integer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Token ids of all requests, one behind another.
+
+    tokens:       (T,) int32, context and continuation of each request.
+    starts:       (N+1,) int64, where each request starts in `tokens`.
+    num_targets:  (N,) int32, how many of its last tokens are scored; at least 1, at most its length - 1.
+    """
+
+    tokens: IntArray
+    starts: IntArray
+    num_targets: IntArray
+
+    def __len__(self) -> int:
+        return len(self.num_targets)
+
+    def select(self, indices: IntArray) -> Requests:
+        """The requests at `indices`, in that order."""
+        lengths = np.diff(self.starts)[indices]
+        return Requests(
+            tokens=_gather_runs(self.tokens, self.starts[:-1][indices], lengths),
+            starts=_offsets(lengths),
+            num_targets=self.num_targets[indices],
+        )
+
+
+def concatenate(first: Requests, second: Requests) -> Requests:
+    """Both sets of requests, one behind the other."""
+    return Requests(
+        tokens=np.concatenate([first.tokens, second.tokens]),
+        starts=np.concatenate([first.starts, second.starts[1:] + first.starts[-1]]),
+        num_targets=np.concatenate([first.num_targets, second.num_targets]),
+    )
+
+
+def requests_from_lists(sequences: list[list[int]], num_targets: list[int]) -> Requests:
+    """`Requests` from plain lists, for tests and small callers."""
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    flat = np.array([token for sequence in sequences for token in sequence], dtype=np.int32)
+    return Requests(flat, _offsets(lengths), np.array(num_targets, dtype=np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """What a forward pass costs, in any one unit (floating-point operations are a good one).
+
+    A pack of L tokens, Q attention pairs and R reads costs `forward + token * L + pair * Q + read * R`. With `dense` the
+    attention kernel pays for all L * L pairs when a mask is given (and for half of them in a pack with no branch); without, for
+    the visible pairs alone.
+    """
+
+    forward: float = 0.0
+    token: float = 1.0
+    pair: float = 0.0
+    read: float = 0.0
+    dense: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All packs of a run, as a few flat arrays that are cheap to send.
+
+    tokens:        (T,) int32, the tokens of all packs.
+    token_starts:  (P+1,) int64, where each pack starts in `tokens`.
+    item_starts:   (P+1,) int64, where each pack starts in the item arrays.
+    target_starts: (P+1,) int64, where each pack starts in `targets`.
+    shared:        (M,) int32, leading input tokens that an item shares with what its pack (or row) laid down before it.
+    lengths:       (M,) int32, input tokens of an item: all of its tokens but the last.
+    num_targets:   (M,) int32, scored tokens of an item.
+    targets:       (sum of num_targets,) int32, the tokens to be predicted.
+    num_requests:  (P,) int32, requests that a pack answers (identical requests are run once).
+    rows:          False: a pack is a prefix tree in one line. True: a pack is a batch of plain rows, one root each.
+    """
+
+    tokens: IntArray
+    token_starts: IntArray
+    item_starts: IntArray
+    target_starts: IntArray
+    shared: IntArray
+    lengths: IntArray
+    num_targets: IntArray
+    targets: IntArray
+    num_requests: IntArray
+    rows: bool
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.token_starts) - 1
+
+    @property
+    def num_items(self) -> int:
+        return len(self.shared)
+
+    def digest(self) -> str:
+        """A name for exactly this work: equal plans have equal digests."""
+        hasher = hashlib.sha256(b"rows" if self.rows else b"packs")
+        for field in dataclasses.fields(self)[:-1]:
+            array = np.ascontiguousarray(getattr(self, field.name))
+            hasher.update(f"{field.name} {array.dtype.str} {array.size} ".encode())
+            hasher.update(array.tobytes())
+        return hasher.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """One forward pass.
+
+    tokens, depth, end:  (L,) int32, see the top of this file.
+    reads:               (R,) int64, the positions whose predictions are scored, ascending, each once.
+    answer_reads:        (A,) int64, for each scored token the index into `reads` of its prediction.
+    answer_targets:      (A,) int64, the scored tokens.
+    answer_items:        (A,) int64, the item of each scored token, counted from 0 within the pack, ascending.
+    items:               which items of the plan these are.
+    """
+
+    tokens: IntArray
+    depth: IntArray
+    end: IntArray
+    reads: IntArray
+    answer_reads: IntArray
+    answer_targets: IntArray
+    answer_items: IntArray
+    items: range
+    rows: bool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no token branches: then a plain causal forward does."""
+        return bool((self.end == len(self.tokens)).all())
+
+
+def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: int | None = None) -> tuple[Plan, IntArray]:
+    """Cut `requests` into prefix trees so that the whole costs least.
+
+    max_tokens, max_reads: the most that one pack holds; a request beyond them gets a pack of its own.
+    Returns the plan, its packs in ascending order of cost, and (N,) int64: the item that answers each request.
+    """
+    order, item_of_request, shared = _sort_and_share(requests)
+    if not len(order):
+        return _empty_plan(rows=False), item_of_request
+    lengths = (np.diff(requests.starts)[order] - 1).astype(np.int64)
+    bounds, costs = _cut(lengths, shared, requests.num_targets[order], cost, max_tokens, max_reads)
+    shared[bounds[:-1]] = 0
+    groups = np.argsort(costs, kind="stable")
+    return _assemble(requests, order, item_of_request, shared, bounds, groups, rows=False)
+
+
+def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None) -> tuple[Plan, IntArray]:
+    """Cut `requests` into batches of plain rows of near-equal length, for models that cannot take a tree.
+
+    A request that continues or lies within the one before it shares its row; nothing else is shared.
+    max_tokens: the most that a batch holds once every row is padded to its longest, max_reads: likewise for its reads.
+    Returns as `plan_packs`.
+    """
+    order, item_of_request, shared = _sort_and_share(requests)
+    if not len(order):
+        return _empty_plan(rows=True), item_of_request
+    lengths = (np.diff(requests.starts)[order] - 1).astype(np.int64)
+
+    # The row laid so far ends where the latest item with tokens of its own ends.
+    latest = np.maximum.accumulate(np.where(lengths > shared, np.arange(len(order)), 0))
+    continues = (lengths == shared) | (shared == np.concatenate([[-1], lengths[latest[:-1]]]))
+    continues[0] = False
+    shared[~continues] = 0
+    row_bounds = np.append(np.flatnonzero(~continues), len(order))
+    row_lengths = np.maximum.reduceat(lengths, row_bounds[:-1])
+    row_reads = np.add.reduceat(requests.num_targets[order].astype(np.int64), row_bounds[:-1])
+
+    by_length = np.argsort(row_lengths, kind="stable")
+    batch_bounds = _batch_rows(row_lengths[by_length], row_reads[by_length], max_tokens, max_reads)
+    item_order = np.concatenate([np.arange(row_bounds[row], row_bounds[row + 1]) for row in by_length])
+    rank_of_item = np.empty_like(item_order)
+    rank_of_item[item_order] = np.arange(len(item_order))
+    items_per_row = np.diff(row_bounds)[by_length]
+    bounds = _offsets(items_per_row)[batch_bounds]
+    return _assemble(
+        requests, order[item_order], rank_of_item[item_of_request], shared[item_order], bounds,
+        np.arange(len(bounds) - 1), rows=True,
+    )  # fmt: skip
+
+
+def build_pack(plan: Plan, index: int) -> Pack:
+    """Lay out pack `index` of `plan`."""
+    begin, stop = int(plan.token_starts[index]), int(plan.token_starts[index + 1])
+    items = range(int(plan.item_starts[index]), int(plan.item_starts[index + 1]))
+    tokens = plan.tokens[begin:stop]
+    shared = plan.shared[items.start : items.stop].tolist()
+    lengths = plan.lengths[items.start : items.stop].tolist()
+    num_targets = plan.num_targets[items.start : items.stop]
+
+    depth = np.empty(len(tokens), dtype=np.int32)
+    end = np.full(len(tokens), len(tokens), dtype=np.int32)
+    path = np.empty(max(lengths), dtype=np.int64)  # path[d]: where the token at depth d of the latest item lies
+    path_length = laid = 0
+    positions = []
+    for prefix, length, count in zip(shared, lengths, num_targets.tolist(), strict=True):
+        if prefix < length:
+            end[path[prefix:path_length]] = laid
+            fresh = np.arange(laid, laid + length - prefix)
+            depth[fresh] = np.arange(prefix, length)
+            path[prefix:length] = fresh
+            path_length, laid = length, laid + length - prefix
+        positions.append(path[length - count : length].copy())
+    assert laid == len(tokens), "a plan's items must lay down its tokens exactly"
+
+    reads, answer_reads = np.unique(np.concatenate(positions), return_inverse=True)
+    targets = plan.targets[plan.target_starts[index] : plan.target_starts[index + 1]]
+    return Pack(
+        tokens=tokens,
+        depth=depth,
+        end=end,
+        reads=reads,
+        answer_reads=answer_reads,
+        answer_targets=targets.astype(np.int64),
+        answer_items=np.repeat(np.arange(len(items)), num_targets),
+        items=items,
+        rows=plan.rows,
+    )
+
+
+def _sort_and_share(requests: Requests) -> tuple[IntArray, IntArray, IntArray]:
+    """Order the distinct requests so that those that share a prefix stand together.
+
+    Returns order (M,), the request behind each item; item_of_request (N,); shared (M,), how many leading input tokens each item
+    shares with the item before it.
+    """
+    view = np.ascontiguousarray(requests.tokens, dtype="<i4").data
+    bounds = requests.starts.tolist()
+    keys = [view[begin:stop].tobytes() for begin, stop in itertools.pairwise(bounds)]
+    by_targets = np.argsort(requests.num_targets, kind="stable").tolist()
+    order = np.array(sorted(by_targets, key=keys.__getitem__), dtype=np.int64)
+    del keys
+
+    lengths = np.diff(requests.starts)[order]
+    common = _common_prefixes(requests, order, lengths)
+    num_targets = requests.num_targets[order]
+    repeats = np.zeros(len(order), dtype=bool)
+    repeats[1:] = (common[1:] == lengths[1:]) & (lengths[1:] == lengths[:-1]) & (num_targets[1:] == num_targets[:-1])
+
+    item_of_request = np.empty(len(order), dtype=np.int64)
+    item_of_request[order] = np.cumsum(~repeats) - 1
+    inputs = lengths - 1
+    shared = np.minimum(common, inputs)
+    shared[1:] = np.minimum(shared[1:], inputs[:-1])
+    # A dropped repeat had the same tokens as the item before it, so its neighbours' shares stay true.
+    return order[~repeats], item_of_request, shared[~repeats]
+
+
+def _common_prefixes(requests: Requests, order: IntArray, lengths: IntArray) -> IntArray:
+    """For each request in `order` the number of leading tokens it has in common with the one before it; 0 for the first."""
+    common = np.zeros(len(order), dtype=np.int64)
+    if len(order) < 2:
+        return common
+    limit = np.minimum(lengths[1:], lengths[:-1])
+    here, before = requests.starts[:-1][order[1:]], requests.starts[:-1][order[:-1]]
+    open_pairs = np.arange(len(limit))
+    block, last = 32, len(requests.tokens) - 1
+    while len(open_pairs):
+        offset = common[1:][open_pairs, None] + np.arange(block)
+        inside = offset < limit[open_pairs, None]
+        left = requests.tokens[np.minimum(here[open_pairs, None] + offset, last)]
+        right = requests.tokens[np.minimum(before[open_pairs, None] + offset, last)]
+        differs = ~(inside & (left == right))
+        steps = np.where(differs.any(axis=1), differs.argmax(axis=1), block)
+        common[1:][open_pairs] += steps
+        open_pairs = open_pairs[steps == block]
+    return common
+
+
+def _cut(
+    lengths: IntArray, shared: IntArray, num_targets: IntArray, cost: CostModel, max_tokens: int, max_reads: int | None
+) -> tuple[IntArray, npt.NDArray[np.float64]]:
+    """Split the item order where the packs' costs add up to the least (dynamic programming over the split points).
+
+    Returns bounds (P+1,) and costs (P,).
+    """
+    count = len(lengths)
+    triangle = lengths * (lengths + 1) / 2
+    tokens_to = np.concatenate([[0], np.cumsum(lengths - shared)])
+    pairs_to = np.concatenate([[0.0], np.cumsum(triangle - shared * (shared + 1) / 2)])
+    fresh_reads = np.where((lengths == shared) & (np.arange(count) > 0), 0, num_targets.astype(np.int64))
+    reads_to = np.concatenate([[0], np.cumsum(fresh_reads)])
+
+    best = np.zeros(count + 1)
+    choice = np.zeros(count + 1, dtype=np.int64)
+    oldest = 0
+    # A pack that holds items first … stop-1 lays down head[first] + tokens_to[stop] tokens, and likewise for pairs and reads.
+    token_head = lengths - tokens_to[1:]
+    pair_head = triangle - pairs_to[1:]
+    read_head = num_targets - reads_to[1:]
+    for stop in range(1, count + 1):
+        while oldest < stop - 1 and (
+            token_head[oldest] + tokens_to[stop] > max_tokens
+            or (max_reads is not None and read_head[oldest] + reads_to[stop] > max_reads)
+        ):
+            oldest += 1
+        tokens = token_head[oldest:stop] + tokens_to[stop]
+        pairs = pair_head[oldest:stop] + pairs_to[stop]
+        if cost.dense:
+            # A pack whose visible pairs are all of the triangle has no branch and needs no mask.
+            full = tokens * (tokens + 1) / 2
+            pairs = np.where(pairs == full, full, tokens.astype(np.float64) ** 2)
+        reads = read_head[oldest:stop] + reads_to[stop]
+        total = best[oldest:stop] + cost.forward + cost.token * tokens + cost.pair * pairs + cost.read * reads
+        first = int(total.argmin())
+        best[stop], choice[stop] = total[first], oldest + first
+
+    bounds = [count]
+    while bounds[-1]:
+        bounds.append(int(choice[bounds[-1]]))
+    edges = np.array(bounds[::-1], dtype=np.int64)
+    return edges, best[edges[1:]] - best[edges[:-1]]
+
+
+def _batch_rows(row_lengths: IntArray, row_reads: IntArray, max_tokens: int, max_reads: int | None) -> IntArray:
+    """Split rows of ascending length into batches within the limits. Returns the bounds, in rows."""
+    bounds, reads = [0], 0
+    for row, (length, count) in enumerate(zip(row_lengths.tolist(), row_reads.tolist(), strict=True)):
+        too_long = (row + 1 - bounds[-1]) * length > max_tokens
+        too_many = max_reads is not None and reads + count > max_reads
+        if row > bounds[-1] and (too_long or too_many):
+            bounds.append(row)
+            reads = 0
+        reads += count
+    return np.array([*bounds, len(row_lengths)], dtype=np.int64)
+
+
+def _assemble(
+    requests: Requests,
+    order: IntArray,
+    item_of_request: IntArray,
+    shared: IntArray,
+    bounds: IntArray,
+    groups: IntArray,
+    rows: bool,
+) -> tuple[Plan, IntArray]:
+    """Write the plan whose packs are the item ranges `bounds`, taken in the order `groups`."""
+    sizes = np.diff(bounds)[groups]
+    moved = _gather_runs(np.arange(len(order)), bounds[:-1][groups], sizes)
+    order, shared = order[moved], shared[moved]
+    new_place = np.empty_like(moved)
+    new_place[moved] = np.arange(len(moved))
+    item_of_request = new_place[item_of_request]
+
+    item_starts = _offsets(sizes)
+    begins, stops = requests.starts[:-1][order], requests.starts[1:][order]
+    lengths = stops - begins - 1
+    num_targets = requests.num_targets[order]
+    copies = np.bincount(item_of_request, minlength=len(order))
+    plan = Plan(
+        tokens=_gather_runs(requests.tokens, begins + shared, lengths - shared),
+        token_starts=_offsets(lengths - shared)[item_starts],
+        item_starts=item_starts,
+        target_starts=_offsets(num_targets)[item_starts],
+        shared=shared.astype(np.int32),
+        lengths=lengths.astype(np.int32),
+        num_targets=num_targets.astype(np.int32),
+        targets=_gather_runs(requests.tokens, stops - num_targets, num_targets.astype(np.int64)),
+        num_requests=np.add.reduceat(copies, item_starts[:-1]).astype(np.int32),
+        rows=rows,
+    )
+    return plan, item_of_request
+
+
+def _empty_plan(rows: bool) -> Plan:
+    none, zero = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
+    return Plan(none, zero, zero, zero, none, none, none, none, none, rows)
+
+
+def _offsets(lengths: IntArray) -> IntArray:
+    """(n,) lengths -> (n+1,) int64 offsets, 0 first."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _gather_runs(values: IntArray, begins: IntArray, lengths: IntArray) -> IntArray:
+    """Concatenate values[begin : begin + length] for each pair."""
+    offsets = _offsets(lengths)
+    return values[np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])]

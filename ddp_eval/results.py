@@ -1,0 +1,394 @@
+"""The run directory: what one evaluation leaves behind, and how it gets there whole.
+
+    results.json           scores by task, in lm_eval's schema
+    scores.parquet         one row per request, in lm_eval's order
+    samples_<task>.jsonl   with --log_samples, lm_eval's fields
+    manifest.json          what was run, on what, with which versions; written last, so that it marks a complete run
+
+The leader calls `prepare_directory` before any work begins and `write_run` after the last score. Each file appears under its name
+complete or not at all. No environment variable, host name or token may get in here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddp_eval.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+RESULTS = "results.json"
+SCORES = "scores.parquet"
+MANIFEST = "manifest.json"
+TELEMETRY = "telemetry.json"
+TEMPORARY_SUFFIX = ".ddp_eval.tmp"
+
+PACKAGES = (
+    "ddp_eval",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "numpy",
+    "pyarrow",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "vllm",
+)
+
+_BLOCK_BYTES = 8 * 2**20
+_ROWS_PER_GROUP = 2**20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """One row per request, as columns of equal length, in lm_eval's order.
+
+    task:          the task's name.
+    doc_id:        int64, the document within the task's split.
+    idx:           int32, the choice within the document (0 where there is only one).
+    loglikelihood: float64, nats, summed over the continuation.
+    is_greedy:     bool, or None for a rolling request, which has no such thing.
+    num_tokens:    int32, tokens of the continuation.
+    Raises ValueError, naming the column, if the lengths differ.
+    """
+
+    task: Sequence[str]
+    doc_id: Sequence[int] | np.ndarray
+    idx: Sequence[int] | np.ndarray
+    loglikelihood: Sequence[float] | np.ndarray
+    is_greedy: Sequence[bool | None] | np.ndarray
+    num_tokens: Sequence[int] | np.ndarray
+
+    def __post_init__(self) -> None:
+        for name, column in vars(self).items():
+            if len(column) != len(self.task):
+                raise ValueError(f"column {name} must have {len(self.task)} rows as task has, got {len(column)}")
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+
+def prepare_directory(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Make sure, before hours of work, that a run can be written to `path`; return it as an absolute path.
+
+    Creates it, and its parents. With `overwrite` removes the files of the run in it, and no others.
+    Raises UserError if `path` can't be a directory or written to, or holds a run (or part of one) and `overwrite` is False.
+    """
+    try:
+        directory = Path(path).absolute()
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"--output_path must be a directory, got the file {path}: give another path")
+        directory.mkdir(parents=True, exist_ok=True)
+        _try_writing(directory)
+        earlier = _run_files(directory)
+        if earlier and not overwrite:
+            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(earlier[0].stat().st_mtime))
+            raise UserError(
+                f"--output_path {path} already holds a run of {date}; give another --output_path, or --overwrite to replace it"
+            )
+        for file in [*earlier, *directory.glob(f".*{TEMPORARY_SUFFIX}")]:
+            file.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output_path {path} cannot be written to ({reason}): give a directory that can be") from error
+    return directory
+
+
+def write_run(
+    directory: str | os.PathLike[str],
+    results: Mapping[str, Any],
+    scores: Scores,
+    manifest: Mapping[str, Any],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
+    """Write the files of one run, each atomically, the manifest last.
+
+    results:  lm_eval's result dict, with our section under "ddp_eval"; a "samples" key in it is left out.
+    samples:  {task: lm_eval's samples}, one jsonl file each; None or empty writes none. Not changed, unlike by lm_eval.
+    Raises UserError when the disk refuses (full, say); files already complete stay, and no file is left half-written.
+    """
+    directory = Path(directory)
+    results_json = _to_json({key: value for key, value in results.items() if key != "samples"}, indent=2)
+    manifest_json = _to_json(manifest, indent=2)
+    _replace_file(directory / SCORES, [_encode_scores(scores)])
+    for name, task in _sample_files(samples or {}).items():
+        _replace_file(directory / name, _sample_lines((samples or {})[task]))
+    _replace_file(directory / RESULTS, [results_json, b"\n"])
+    _replace_file(directory / MANIFEST, [manifest_json, b"\n"])
+
+
+def read_scores(path: str | os.PathLike[str]) -> Scores:
+    """Read a scores.parquet back; numbers come as numpy arrays, task and is_greedy as lists."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path, schema=_scores_schema())
+    numbers = {name: table[name].to_numpy() for name in ("doc_id", "idx", "loglikelihood", "num_tokens")}
+    return Scores(task=table["task"].to_pylist(), is_greedy=table["is_greedy"].to_pylist(), **numbers)
+
+
+def describe_packages() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers; those not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def describe_hardware() -> dict[str, Any]:
+    """What this process runs on. GPUs are those visible to it; memory in bytes."""
+    import torch
+
+    hardware: dict[str, Any] = {
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "usable_cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [],
+    }
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        hardware["gpus"] = [{"name": device.name, "memory_bytes": device.total_memory} for device in devices]
+        hardware["cuda"] = torch.version.cuda
+        hardware["gpu_driver"] = _gpu_driver()
+    return hardware
+
+
+def git_commit(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """{"commit": hash, "dirty": whether tracked files differ from it} for the files in directory `path`, or None.
+
+    A directory with no tracked file (a virtual environment inside someone's repository) belongs to no commit. Never raises.
+    """
+    if _git(path, "ls-files", "--error-unmatch", ".") is None:
+        return None
+    commit = _git(path, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _git(path, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def digest_directory(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Any]:
+    """SHA-256 of the files of a model or tokenizer directory: {"sha256": over all, "files": {name: sha256}}, names sorted.
+
+    names: which files, relative to `path`; those that are absent are passed over. None: every visible file at the top level.
+    A snapshot in the Hugging Face cache and a plain copy of it give the same digests: the blobs of large files are named
+    by their SHA-256, which is taken at its word instead of reading the file.
+    """
+    directory = Path(path)
+    if names is None:
+        names = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
+    files = {name: _digest_file(directory / name) for name in sorted(set(names)) if (directory / name).is_file()}
+    return {"sha256": digest_strings(part for item in files.items() for part in item), "files": files}
+
+
+def digest_strings(strings: Iterable[str]) -> str:
+    """One SHA-256, in hex, of strings in order; each is prefixed by its length, so ["ab", "c"] differs from ["a", "bc"]."""
+    digest = hashlib.sha256()
+    for string in strings:
+        data = string.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def _try_writing(directory: Path) -> None:
+    """Permission bits don't tell (root, read-only mounts, full disks): create a file."""
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".", suffix=TEMPORARY_SUFFIX) as file:
+        file.write(b"\n")
+        file.flush()
+
+
+def _run_files(directory: Path) -> list[Path]:
+    """The files in `directory` that belong to a run; the manifest, which marks it complete, first."""
+    files = [directory / name for name in (MANIFEST, RESULTS, SCORES, TELEMETRY)]
+    files += sorted(directory.glob("samples_*.jsonl"))
+    return [file for file in files if file.is_file() or file.is_symlink()]
+
+
+def _replace_file(path: Path, chunks: Iterable[bytes]) -> None:
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} could not be written ({reason}): make room, or give another --output_path") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename survive a power cut, on file systems that can."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _scores_schema() -> pyarrow.Schema:
+    import pyarrow
+
+    return pyarrow.schema(
+        [
+            pyarrow.field("task", pyarrow.string(), nullable=False),
+            pyarrow.field("doc_id", pyarrow.int64(), nullable=False),
+            pyarrow.field("idx", pyarrow.int32(), nullable=False),
+            pyarrow.field("loglikelihood", pyarrow.float64(), nullable=False),
+            pyarrow.field("is_greedy", pyarrow.bool_()),
+            pyarrow.field("num_tokens", pyarrow.int32(), nullable=False),
+        ]
+    )
+
+
+def _encode_scores(scores: Scores) -> bytes:
+    """Parquet whose bytes depend on the content and pyarrow's version alone: layout settings are fixed here, not by default."""
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = _scores_schema()
+    # from_pandas=False keeps a NaN a NaN; it would become a null otherwise.
+    columns = [pyarrow.array(getattr(scores, field.name), type=field.type, from_pandas=False) for field in schema]
+    stream = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays(columns, schema=schema),
+        stream,
+        row_group_size=_ROWS_PER_GROUP,
+        compression="zstd",
+        compression_level=3,
+        use_dictionary=["task"],
+        version="2.6",
+        data_page_version="1.0",
+    )
+    return stream.getvalue().to_pybytes()
+
+
+def _to_json(value: Any, indent: int | None = None) -> bytes:
+    text = json.dumps(value, indent=indent, default=_plain_value, ensure_ascii=False)
+    # Only a lone surrogate has no UTF-8; its backslash form is JSON's own escape for it.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _plain_value(value: Any) -> Any:
+    """What json can't write, as lm_eval.utils.handle_non_serializable makes it, with sets in an order that stays."""
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, np.floating):
+        return float(value)
+    if isinstance(value, set):
+        return sorted(value, key=str)
+    return str(value)
+
+
+def _sample_files(tasks: Iterable[str]) -> dict[str, str]:
+    """File name -> task; characters that a file name can't have become "__" as in lm_eval's model directories."""
+    files: dict[str, str] = {}
+    for task in tasks:
+        safe_task = re.sub(r'["<>:/|\\?*\[\]]+', "__", task)
+        name = f"samples_{safe_task}.jsonl"
+        if name in files:
+            raise ValueError(f"tasks {files[name]} and {task} would both write {name}")
+        files[name] = task
+    return files
+
+
+def _sample_lines(samples: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """One JSON line per sample, as lm_eval's EvaluationTracker.save_results_samples writes it."""
+    for sample in samples:
+        line = dict(sample)
+        line["resps"] = _nested_strings(sample["resps"])
+        line["filtered_resps"] = _nested_strings(sample["filtered_resps"])
+        line["arguments"] = {
+            f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(argument)}
+            for i, argument in enumerate(sample["arguments"])
+        }
+        line["target"] = str(sample["target"])
+        yield _to_json(line) + b"\n"
+
+
+def _nested_strings(value: Any) -> Any:
+    """lm_eval.utils.sanitize_list: every leaf of nested lists and tuples as a string, so that `datasets` can load them."""
+    return [_nested_strings(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+def _digest_file(path: Path) -> str:
+    blob = Path(os.path.realpath(path))
+    if path.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _git(path: str | os.PathLike[str], *arguments: str) -> str | None:
+    """Output of a git command in `path`, or None if it fails, hangs, or there is no git."""
+    # GIT_DIR and its kin, set inside a hook, would point to another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    environment["GIT_OPTIONAL_LOCKS"] = "0"
+    try:
+        command = ["git", *arguments]
+        finished = subprocess.run(command, cwd=path, env=environment, capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return finished.stdout.decode("utf-8", "replace").strip()
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gpu_driver() -> str | None:
+    with contextlib.suppress(OSError):
+        return _driver_version(Path("/proc/driver/nvidia/version").read_text())
+    return None
+
+
+def _driver_version(text: str) -> str | None:
+    """The version in "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build …"."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", text)
+    return found[1] if found else None

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up .venv, checks style and types, then runs the tests. Arguments go to pytest: scripts/test.sh -k packing
+# Slow tests are left out: scripts/test.sh -m slow runs them, -m "" runs everything.
+set -euo pipefail
+# shellcheck source=scripts/setup_venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+
+setup_venv test,dev
+
+cd "$REPOSITORY"
+"$VENV/bin/ruff" check --quiet
+"$VENV/bin/mypy" --no-error-summary
+exec "$VENV/bin/python" -m pytest "$@"

@@ -48,10 +48,21 @@ def layer_rules(config: Any) -> dict[str, LayerRule]:
     return rules
 
 
-def visible(depth: torch.Tensor, end: torch.Tensor, rule: LayerRule) -> torch.Tensor:
-    """(L, L) bool: whether the token of the row sees the token of the column. depth, end: (L,) integers on one device."""
+def visible(
+    depth: torch.Tensor,
+    end: torch.Tensor,
+    rule: LayerRule,
+    queries: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(Q, K) bool: whether each query token sees each key token.
+
+    depth, end: (L,) integers on one device. queries, keys: positions; all L of them if not given.
+    """
     index = torch.arange(len(end), device=end.device)
-    return _sees(depth, end, rule)(None, None, index[:, None], index[None, :])
+    rows = index if queries is None else queries
+    columns = index if keys is None else keys
+    return _sees(depth, end, rule)(None, None, rows[:, None], columns[None, :])
 
 
 def _sees(depth: torch.Tensor, end: torch.Tensor, rule: LayerRule) -> Callable[..., torch.Tensor]:

@@ -13,6 +13,7 @@ rank 0                                             ranks 1 … N-1
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -20,7 +21,6 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> di
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
-        with _as_it_was(bare):
+        with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine:
             bare.eval()
-            engine = hf.HFEngine(bare, world.device)
             if not world.is_leader:
                 _follow(world, engine)
                 return None
@@ -160,7 +159,7 @@ class _Abort:
     reason: str
 
 
-@contextmanager
+@contextlib.contextmanager
 def _releasing_followers(world: World) -> Iterator[None]:
     """Tell the other ranks to stop, whether the leader's work ends well or not."""
     try:
@@ -192,7 +191,7 @@ def make_plan(
 
 
 def _sample(
-    requests: Requests, plan: Plan, item_of_request: IntArray, most: int = 6, prefix: int = 32, longest: int = 128
+    requests: Requests, plan: Plan, item_of_request: IntArray, most: int = 4, prefix: int = 24, longest: int = 72
 ) -> Requests:
     """A few requests that branch off from one another, and two strangers to them, for `check_packs`.
 
@@ -357,7 +356,7 @@ def _unwrap(model: Any) -> Any:
     return model
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_it_was(model: Any) -> Iterator[None]:
     """Put back every module's training flag and the random state of Python, numpy and torch."""
     training = [(module, module.training) for module in model.modules()]

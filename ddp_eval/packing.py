@@ -251,6 +251,23 @@ def build_pack(plan: Plan, index: int) -> Pack:
     )
 
 
+def pad_tail(pack: Pack, step: int) -> Pack:
+    """The same pack with a length that is a multiple of `step`: each added token is a root that sees itself alone.
+
+    A chain stays one, so that it needs no mask: its added tokens see all, and nothing sees them.
+    """
+    extra = -len(pack) % step
+    total = len(pack) + extra
+    zeros = np.zeros(extra, dtype=np.int32)
+    if pack.is_chain:
+        end = np.full(total, total, dtype=np.int32)
+    else:
+        end = np.concatenate([pack.end, np.arange(len(pack) + 1, total + 1, dtype=np.int32)])
+    return dataclasses.replace(
+        pack, tokens=np.concatenate([pack.tokens, zeros]), depth=np.concatenate([pack.depth, zeros]), end=end
+    )
+
+
 def _sort_and_share(requests: Requests) -> tuple[IntArray, IntArray, IntArray]:
     """Order the distinct requests so that those that share a prefix stand together.
 

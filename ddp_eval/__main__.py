@@ -15,7 +15,7 @@ from ddp_eval.errors import UserError
 
 
 def main() -> None:
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    _quiet_down()
     try:
         config, notes = cli.parse(sys.argv[1:])
         _run(config, notes)
@@ -26,6 +26,19 @@ def main() -> None:
         _leave_at_once(2)
     except KeyboardInterrupt:
         _leave_at_once(130)
+
+
+def _quiet_down() -> None:
+    """One rank speaks, and other libraries only of errors; bars only where somebody watches. Before those libraries load."""
+    speaker = os.environ.get("RANK", "0") == "0"
+    if not speaker:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+    if not (speaker and sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    level = getattr(logging, os.environ.get("LMEVAL_LOG_LEVEL", "").upper(), logging.ERROR)
+    for name in ("lm_eval", "datasets", "transformers"):
+        logging.getLogger(name).setLevel(level)
 
 
 def _run(config: Config, notes: list[str]) -> None:

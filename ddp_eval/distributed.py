@@ -132,16 +132,18 @@ def all_gather_rows(world: World, rows: npt.NDArray[np.int64]) -> npt.NDArray[np
     if world.world_size == 1:
         return rows
     with _naming_lost_ranks("gathering results"):
-        mine = torch.from_numpy(np.ascontiguousarray(rows)).to(world.device)
-        sizes = torch.zeros(world.world_size, dtype=torch.int64, device=world.device)
-        dist.all_gather_into_tensor(sizes, torch.tensor([len(rows)], dtype=torch.int64, device=world.device))
-        longest = int(sizes.max())
-        padded = torch.zeros((longest, rows.shape[1]), dtype=torch.int64, device=world.device)
-        padded[: len(rows)] = mine
-        everyone = torch.zeros((world.world_size * longest, rows.shape[1]), dtype=torch.int64, device=world.device)
-        dist.all_gather_into_tensor(everyone, padded)
-    blocks = everyone.cpu().numpy().reshape(world.world_size, longest, rows.shape[1])
-    return np.concatenate([block[:size] for block, size in zip(blocks, sizes.tolist(), strict=True)])
+        sizes = _all_gather(world, torch.tensor([len(rows)], dtype=torch.int64, device=world.device))
+        padded = torch.zeros((int(sizes.max()), rows.shape[1]), dtype=torch.int64, device=world.device)
+        padded[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows)).to(world.device)
+        blocks = _all_gather(world, padded).cpu().numpy()
+    return np.concatenate([block[:size] for block, size in zip(blocks, sizes.flatten().tolist(), strict=True)])
+
+
+def _all_gather(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """(ranks, *shape): every rank's tensor of one common shape."""
+    everyone = [torch.empty_like(tensor) for _ in range(world.world_size)]
+    dist.all_gather(everyone, tensor)
+    return torch.stack(everyone)
 
 
 class Tally:

@@ -125,7 +125,7 @@ def _lead(
             engine = get_engine()
         with phases("plan"):
             plan, item_of_request, why_rows = make_plan(engine, requests, config.packing, config.max_pack_tokens)
-        facts.update(_describe_plan(plan, requests, why_rows))
+        facts.update(engine=engine.describe(), **_describe_plan(plan, requests, why_rows))
         if why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", why_rows)
         distributed.send_message(world, plan)
@@ -133,6 +133,7 @@ def _lead(
         return sums[item_of_request], greedy[item_of_request]
 
     outcome = harness.evaluate_tasks(config, encoder, model_config, score, phases, include_paths=[demo.TASKS_PATH])
+    outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
     outcome.results["ddp_eval"] = {**facts, "prompts_sha256": outcome.prompt_digest, "phases_s": phases.seconds}
     if config.output_path:
         manifest = _manifest(config, world, outcome, facts, get_digests())
@@ -217,12 +218,14 @@ def _sample(
 
 def _run_plan(world: World, engine: hf.HFEngine, plan: Plan, phases: Phases) -> tuple[np.ndarray, np.ndarray]:
     """Run this rank's packs and gather everyone's. Returns, for all items, summed log-probabilities and all-argmax flags."""
-    with phases("forward"), Progress(world, plan.digest(), int(plan.num_requests.sum())) as progress:
-        blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
-    with phases("gather"):
-        mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
-        gathered = distributed.all_gather_rows(world, mine)
-        return _fill_slots(gathered, plan.num_items)
+    with Progress(world, plan.digest(), int(plan.num_requests.sum())) as progress:
+        with phases("forward"):
+            blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
+            progress.push()
+        with phases("gather"):
+            mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
+            gathered = distributed.all_gather_rows(world, mine)
+    return _fill_slots(gathered, plan.num_items)
 
 
 def _run_packs(
@@ -310,6 +313,16 @@ def _manifest(
         "packages": results.describe_packages(),
         "hardware": results.describe_hardware(),
         "git": results.git_commit(os.path.dirname(__file__)),
+    }
+
+
+def _model_info(config: Config, model_config: Any, engine: dict[str, Any]) -> dict[str, Any]:
+    """What lm_eval's HF backend says of its model in results["config"]."""
+    return {
+        "model_num_parameters": engine["parameters"],
+        "model_dtype": engine["dtype"],
+        "model_revision": config.model_args.get("revision", "main"),
+        "model_sha": getattr(model_config, "_commit_hash", None) or "",
     }
 
 

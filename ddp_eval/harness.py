@@ -11,6 +11,7 @@ import difflib
 import glob
 import logging
 import os
+import unittest.mock
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from lm_eval.utils import make_table
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.packing import Requests, concatenate
-from ddp_eval.results import Scores, digest_strings
+from ddp_eval.results import Scores, digest_strings, git_commit
 from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoded, Encoder
 
@@ -71,31 +72,35 @@ def evaluate_tasks(
     specs = _resolve_tasks(manager, config.tasks)
     _watch_loading(manager, lm)
     tracker = EvaluationTracker()
+    # lm_eval asks git for the working directory's commit, which prints an error of its own where there is none.
+    commit = git_commit(os.getcwd())
+    quiet_git = unittest.mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"])
     try:
-        results = lm_eval.simple_evaluate(
-            model=lm,
-            model_args=config.model_args,
-            tasks=specs,
-            task_manager=manager,
-            num_fewshot=config.num_fewshot,
-            limit=config.limit,
-            samples=config.samples,
-            bootstrap_iters=config.bootstrap_iters,
-            write_out=config.write_out,
-            log_samples=config.log_samples or config.predict_only,
-            evaluation_tracker=tracker,
-            system_instruction=config.system_instruction,
-            apply_chat_template=config.apply_chat_template,
-            fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
-            gen_kwargs=config.gen_kwargs or None,
-            predict_only=config.predict_only,
-            random_seed=config.seed[0],
-            numpy_random_seed=config.seed[1],
-            torch_random_seed=config.seed[2],
-            fewshot_random_seed=config.seed[3],
-            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
-            metadata=config.metadata,
-        )
+        with quiet_git:
+            results: Any = lm_eval.simple_evaluate(
+                model=lm,
+                model_args=config.model_args,
+                tasks=specs,
+                task_manager=manager,
+                num_fewshot=config.num_fewshot,
+                limit=config.limit,
+                samples=config.samples,
+                bootstrap_iters=config.bootstrap_iters,
+                write_out=config.write_out,
+                log_samples=config.log_samples or config.predict_only,
+                evaluation_tracker=tracker,
+                system_instruction=config.system_instruction,
+                apply_chat_template=config.apply_chat_template,
+                fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
+                gen_kwargs=config.gen_kwargs or None,
+                predict_only=config.predict_only,
+                random_seed=config.seed[0],
+                numpy_random_seed=config.seed[1],
+                torch_random_seed=config.seed[2],
+                fewshot_random_seed=config.seed[3],
+                confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+                metadata=config.metadata,
+            )
     except _Scoring as scoring:
         raise scoring.error from None
     except UserError:

@@ -53,7 +53,6 @@ class Progress:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._push()
         self._finished.set()
         if self._shower:
             self._shower.join()
@@ -63,9 +62,10 @@ class Progress:
         self._unsent[0] += requests
         self._unsent[1] += tokens
         if time.monotonic() - self._pushed_at >= self.PUSH_S:
-            self._push()
+            self.push()
 
-    def _push(self) -> None:
+    def push(self) -> None:
+        """Tell what is not told yet: call it when this rank has nothing left to add."""
         for tally, amount in zip((self._requests, self._tokens), self._unsent, strict=True):
             if amount:
                 tally.add(amount)

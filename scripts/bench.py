@@ -41,7 +41,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device).eval()
+    model = load_model(args, device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     sizes = [int(size) for size in args.batch_sizes.split(",")]
 
@@ -61,6 +61,9 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", choices=["lm_eval"], default="lm_eval", help="what to compare with")
     parser.add_argument("--model", required=True, help="model directory or hub name")
+    parser.add_argument(
+        "--random_weights", action="store_true", help="the model directory has a config and a tokenizer, no weights"
+    )
     parser.add_argument("--dtype", default="float32", help="dtype of the weights for both sides (default float32)")
     parser.add_argument("--tasks", default=",".join(EIGHT_TASKS), help="comma-separated task names, a row each")
     parser.add_argument("--include_path", help="directory of the tasks' files")
@@ -73,8 +76,23 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def load_model(args: argparse.Namespace, device: Any) -> Any:
+    import torch
+    import transformers
+
+    dtype = getattr(torch, args.dtype)
+    if not args.random_weights:
+        return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(args.model)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
 def measure_task(model: Any, tokenizer: Any, task: str, sizes: list[int], args: argparse.Namespace) -> dict[str, Any]:
     """Medians of alternating runs, and how far apart the two sides' answers are."""
+    import torch
+
     times: dict[str, list[float]] = {str(size): [] for size in sizes}
     times["ours"] = []
     phases: dict[str, list[float]] = {}
@@ -85,7 +103,11 @@ def measure_task(model: Any, tokenizer: Any, task: str, sizes: list[int], args: 
             mine = times[str(size)]
             if repeat and mine and statistics.median(mine) > 1.3 * best:
                 continue  # clearly not lm_eval's best batch size for this task
-            elapsed_s, answers["lm_eval"] = run_lm_eval(model, tokenizer, task, size, args)
+            try:
+                elapsed_s, answers["lm_eval"] = run_lm_eval(model, tokenizer, task, size, args)
+            except torch.OutOfMemoryError:
+                elapsed_s = math.inf
+                torch.cuda.empty_cache()
             mine.append(elapsed_s)
         elapsed_s, answers["ours"] = run_ours(model, tokenizer, task, args)
         times["ours"].append(elapsed_s)

@@ -50,21 +50,25 @@ class Launched:
 class HFEngine:
     """One replica of a causal transformers model on one device.
 
-    keep_attention: leave the model's attention implementation as it is; else a faster one may replace sdpa until `close`.
+    Plain rows and chains run with the attention implementation that the model came with (`plain_attention`), trees with
+    `tree_attention`, which may be a faster one; `close` puts the first back.
+
+    keep_attention: use the model's own for trees too.
     Raises nothing for models that packs cannot serve: `why_not_packs` then says why, and only rows must be run.
     """
 
     def __init__(self, model: Any, device: torch.device, keep_attention: bool = False) -> None:
         self.model = model
         self.device = device
-        self._attention_before = None if keep_attention else _choose_attention(model, device)
         self.config = model.config.get_text_config()
-        self.implementation: str = getattr(self.config, "_attn_implementation", None) or "eager"
+        self.plain_attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
+        self.tree_attention = self.plain_attention if keep_attention else _choose_attention(model, self.plain_attention, device)
+        self._attention = self.plain_attention
         self.why_not_packs: str | None = None
         self._rules: dict[str, attention.LayerRule] = {}
         self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
-        if self.implementation not in (*attention.IMPLEMENTATIONS, blocks.NAME):
-            self.why_not_packs = f"its attention implementation {self.implementation} takes no tree mask"
+        if self.tree_attention not in (*attention.IMPLEMENTATIONS, blocks.NAME):
+            self.why_not_packs = f"its attention implementation {self.tree_attention} takes no tree mask"
         elif not {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters):
             self.why_not_packs = "its forward takes no attention mask and positions"
         else:
@@ -75,13 +79,26 @@ class HFEngine:
 
     def close(self) -> None:
         """Give the model back with the attention implementation that it came with."""
-        if self._attention_before is not None:
-            self.model.set_attn_implementation(self._attention_before)
-            self._attention_before = None
+        self._attend_with(self.plain_attention)
+
+    def _attend_with(self, implementation: str) -> None:
+        if implementation != self._attention:
+            self.model.set_attn_implementation(implementation)
+            self._attention = implementation
 
     @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the numbers beside weights and requests."""
+        return {
+            "name": "hf",
+            "class": type(self.model).__name__,
+            "parameters": int(self.model.num_parameters()),
+            "dtype": str(self.model.dtype),
+            "attention": self.tree_attention,
+        }
 
     def max_reads(self) -> int:
         """How many reads keep one forward's logits within 1 GiB of float32."""
@@ -106,7 +123,7 @@ class HFEngine:
             token=2.0 * _active_parameters(self.model, self.config),
             pair=slowdown * 4.0 * heads * head_dim * layers,
             read=2.0 * hidden * self.vocab_size,
-            dense=self.implementation in ("sdpa", "eager"),
+            dense=self.tree_attention in ("sdpa", "eager"),
         )
 
     def launch(self, pack: Pack) -> Launched:
@@ -126,7 +143,8 @@ class HFEngine:
 
     def _forward_tree(self, pack: Pack) -> torch.Tensor:
         """(R, V) logits of a prefix tree in one line."""
-        if self.implementation == "flex_attention":
+        self._attend_with(self.plain_attention if pack.is_chain else self.tree_attention)
+        if self._attention == "flex_attention":
             pack = pad_tail(pack, FLEX_STEP)
         tokens = self._to_device(pack.tokens)
         depth = self._to_device(pack.depth)
@@ -137,8 +155,8 @@ class HFEngine:
 
     def _make_mask(self, pack: Pack, depth: torch.Tensor) -> Any:
         """What the model takes as `attention_mask`, by its attention implementation."""
-        if self.implementation != blocks.NAME:
-            return attention.make_mask(self.implementation, depth, self._to_device(pack.end), self._rules, self.model.dtype)
+        if self.tree_attention != blocks.NAME:
+            return attention.make_mask(self.tree_attention, depth, self._to_device(pack.end), self._rules, self.model.dtype)
         masks = {
             kind: blocks.carry(blocks.make_blocks(pack.depth, pack.end, rule, self.model.dtype, self.device), self.device)
             for kind, rule in self._rules.items()
@@ -147,6 +165,7 @@ class HFEngine:
 
     def _forward_rows(self, pack: Pack) -> torch.Tensor:
         """(R, V) logits of plain rows, padded on the right to the longest: causal models never look there."""
+        self._attend_with(self.plain_attention)
         starts = np.flatnonzero(pack.depth == 0)
         row_of_token = np.cumsum(pack.depth == 0) - 1
         padded = np.zeros((len(starts), int(pack.depth.max()) + 1), dtype=np.int64)
@@ -177,8 +196,8 @@ class HFEngine:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
 
 
-def _choose_attention(model: Any, device: torch.device) -> str | None:
-    """Give a model that uses sdpa the attention that is fastest for trees. Returns what it used before if that was changed.
+def _choose_attention(model: Any, plain: str, device: torch.device) -> str:
+    """The attention implementation that is fastest for trees, where the model came with sdpa; else what it came with.
 
     On the CPU: blocks.py. On CUDA in half precision: flex_attention, which skips what the tree masks (H100, Llama 8 B in
     bfloat16, packs of 8192 tokens: 58% of the card's matrix rate, as much as plain causal rows; sdpa with a mask 41%).
@@ -186,18 +205,21 @@ def _choose_attention(model: Any, device: torch.device) -> str | None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    before: str | None = getattr(model.config.get_text_config(), "_attn_implementation", None)
-    if before != "sdpa":
-        return None
+    if plain != "sdpa":
+        return plain
     if device.type == "cpu":
         AttentionInterface.register(blocks.NAME, blocks.attend)
         AttentionMaskInterface.register(blocks.NAME, sdpa_mask)
-        model.set_attn_implementation(blocks.NAME)
+        faster = blocks.NAME
     elif model.dtype != torch.float32 and getattr(model, "_supports_flex_attn", False):
-        model.set_attn_implementation("flex_attention")
+        faster = "flex_attention"
     else:
-        return None
-    return before
+        return plain
+    # A model with attention code of its own keeps what it has, with a warning in transformers' log and no error.
+    model.set_attn_implementation(faster)
+    taken: str = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation(plain)
+    return taken
 
 
 def check_packs(engine: HFEngine, requests: Requests) -> str | None:

@@ -1,0 +1,95 @@
+"""The CUDA paths: flex_attention and masked sdpa against plain rows, the same scores as on the CPU, NCCL's gather."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddp_eval import demo, distributed, packing
+from ddp_eval.engines import hf
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here"),
+]
+
+
+@pytest.fixture
+def requests() -> packing.Requests:
+    """Questions behind a shared prefix, with short choices, longer than one tile of flex_attention."""
+    generator = np.random.default_rng(0)
+    sequences, num_targets = [], []
+    for _ in range(3):
+        prefix = generator.integers(1, 2000, 150).tolist()
+        for _ in range(4):
+            choice = generator.integers(1, 2000, 7).tolist()
+            sequences += [prefix + choice, prefix + choice[:3]]
+            num_targets += [5, 2]
+    return packing.requests_from_lists(sequences, num_targets)
+
+
+def load(dtype: str, **model_args: object) -> hf.HFEngine:
+    args = {"pretrained": "demo", "dtype": dtype, **model_args}
+    return hf.load_engine(args, hf.load_config(args), torch.device("cuda", 0))
+
+
+def score(engine: hf.HFEngine, plan: packing.Plan, item_of_request: np.ndarray) -> np.ndarray:
+    sums = [engine.collect(engine.launch(packing.build_pack(plan, index)))[0] for index in range(plan.num_packs)]
+    return np.concatenate(sums)[item_of_request]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "model_args", "implementation"),
+    [("float32", {}, "sdpa"), ("float32", {"attn_implementation": "eager"}, "eager"), ("bfloat16", {}, "flex_attention")],
+)
+def test_packs_equal_plain_rows(requests, dtype, model_args, implementation):
+    """A mask that CUDA's kernels read otherwise than the CPU's do, or a tail padding that shifts reads."""
+    engine = load(dtype, **model_args)
+    assert engine.tree_attention == implementation
+    assert hf.check_packs(engine, requests) is None
+    packed = score(engine, *packing.plan_packs(requests, engine.cost_model(), max_tokens=512))
+    plain = score(engine, *packing.plan_rows(requests, max_tokens=1))
+    np.testing.assert_allclose(packed, plain, atol=1e-3 if dtype == "float32" else 0.5)
+
+
+def test_check_packs_sees_a_wrong_mask_in_bfloat16(requests, monkeypatch):
+    """A tolerance for rounding that is so wide that it lets a plain causal mask over the tree pass."""
+    engine = load("bfloat16", attn_implementation="sdpa")
+    monkeypatch.setattr(engine, "_make_mask", lambda pack, depth: None)
+    assert hf.check_packs(engine, requests) is not None
+
+
+def test_same_scores_as_on_the_cpu(requests):
+    """A device-dependent index or dtype slip."""
+    on_gpu = load("float32")
+    args = {"pretrained": "demo", "dtype": "float32"}
+    on_cpu = hf.load_engine(args, hf.load_config(args), torch.device("cpu"))
+    plan = packing.plan_packs(requests, on_cpu.cost_model(), max_tokens=2048)
+    np.testing.assert_allclose(score(on_gpu, *plan), score(on_cpu, *plan), atol=1e-3)
+
+
+def test_evaluate_on_the_gpu():
+    """The whole run on CUDA: the model stays where it is and the demo task is above chance."""
+    import transformers
+
+    import ddp_eval
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH, dtype=torch.bfloat16).to("cuda")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    results = ddp_eval.evaluate(model, tokenizer, ["demo_boolean_expressions"], bootstrap_iters=0)
+    assert results["results"]["demo_boolean_expressions"]["acc,none"] > 0.8
+    assert results["ddp_eval"]["engine"]["attention"] == "flex_attention"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_gather_over_nccl(monkeypatch):
+    """Integers that lose bits, or tensors on the wrong device, on the way through NCCL."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
+    try:
+        world = distributed.World(0, 0, 1, torch.device("cuda", 0))
+        bits = np.array([[1, np.float64(-1.5).view(np.int64), 1]])
+        gathered = distributed._all_gather(world, torch.from_numpy(bits).to("cuda"))
+        np.testing.assert_array_equal(gathered.cpu().numpy()[0], bits)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -15,7 +15,7 @@ __all__ = ["UserError", "evaluate"]
 def __getattr__(name: str) -> Any:
     # torch and transformers load when they are needed: `--help` should not wait for them.
     if name == "evaluate":
-        from ddp_eval.evaluate import evaluate
+        from ddp_eval.runner import evaluate
 
         return evaluate
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from typing import NoReturn
 
 from ddp_eval import cli
 from ddp_eval.config import Config
@@ -20,10 +22,7 @@ def main() -> None:
         config, notes = cli.parse(sys.argv[1:])
         _run(config, notes)
     except UserError as error:
-        from ddp_eval.distributed import report_once
-
-        report_once(str(error))
-        _leave_at_once(2)
+        _report_and_leave(error)
     except KeyboardInterrupt:
         _leave_at_once(130)
 
@@ -50,16 +49,19 @@ def _run(config: Config, notes: list[str]) -> None:
 
 def _join_and_run(config: Config, notes: list[str]) -> None:
     from ddp_eval import distributed
-    from ddp_eval.evaluate import run
+    from ddp_eval.runner import run
 
-    world = distributed.join_group(config.device)
-    if world.is_leader:
-        for note in notes:
-            logging.getLogger("ddp_eval").warning(note)
     try:
+        world = distributed.join_group(config.device)
+        if world.is_leader:
+            for note in notes:
+                logging.getLogger("ddp_eval").warning(note)
         results = run(config, world)
+    except UserError as error:  # not for @record: it would add a traceback
+        _report_and_leave(error)
     except distributed.LostContact as error:
-        print(f"ddp_eval: {error}", file=sys.stderr, flush=True)
+        distributed.report_once(str(error))
+        time.sleep(2)  # let the launcher see the rank that failed first go first
         _leave_at_once(1)
     distributed.leave_group(world)
     if results is not None:
@@ -70,7 +72,14 @@ def _join_and_run(config: Config, notes: list[str]) -> None:
             print(f"ddp_eval: the run is in {config.output_path}")
 
 
-def _leave_at_once(code: int) -> None:
+def _report_and_leave(error: UserError) -> NoReturn:
+    from ddp_eval.distributed import report_once
+
+    report_once(str(error))
+    _leave_at_once(2)
+
+
+def _leave_at_once(code: int) -> NoReturn:
     """Exit without waiting for loader threads, or for peers in a collective that will never come."""
     sys.stdout.flush()
     sys.stderr.flush()

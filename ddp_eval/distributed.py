@@ -32,13 +32,18 @@ LEADER_TIMEOUT = datetime.timedelta(hours=24)  # for a leader that builds prompt
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among all. `messages` is the group for words from the leader; None when there is one rank."""
+    """This process among all.
+
+    messages: the group for words from the leader; None when there is one rank.
+    borrowed: the process group belongs to the caller, and must be usable after a failure of ours.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     messages: Any = None
+    borrowed: bool = False
 
     @property
     def is_leader(self) -> bool:
@@ -46,7 +51,7 @@ class World:
 
 
 class LostContact(RuntimeError):
-    """A collective broke because another rank is gone. That rank's own error is the one to read."""
+    """Another rank has failed or is gone. That rank's own error is the one to read."""
 
 
 def launch_rank() -> int:
@@ -84,7 +89,7 @@ def adopt_group(device: torch.device) -> World:
     if not (dist.is_available() and dist.is_initialized()):
         return World(0, 0, 1, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return World(rank, _environment_int("LOCAL_RANK", rank), world_size, device, _message_group())
+    return World(rank, _environment_int("LOCAL_RANK", rank), world_size, device, _message_group(), borrowed=True)
 
 
 def release_group(world: World) -> None:
@@ -127,12 +132,17 @@ def shard(world: World, count: int) -> list[int]:
     return list(DistributedSampler(packs, world.world_size, world.rank, shuffle=False, drop_last=False))
 
 
-def all_gather_rows(world: World, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Bring the (n, C) rows of every rank, n differing, to all of them, in the order of ranks."""
+def all_gather_rows(world: World, rows: npt.NDArray[np.int64], failed: bool = False) -> npt.NDArray[np.int64]:
+    """Bring the (n, C) rows of every rank, n differing, to all of them, in the order of ranks.
+
+    A rank that has nothing to give because it failed says so, and LostContact is raised on all: nobody waits for it.
+    """
     if world.world_size == 1:
         return rows
     with _naming_lost_ranks("gathering results"):
-        sizes = _all_gather(world, torch.tensor([len(rows)], dtype=torch.int64, device=world.device))
+        sizes = _all_gather(world, torch.tensor([-1 if failed else len(rows)], device=world.device))
+        if int(sizes.min()) < 0:
+            raise LostContact(f"rank {int(sizes.argmin())} failed while it ran its packs")
         padded = torch.zeros((int(sizes.max()), rows.shape[1]), dtype=torch.int64, device=world.device)
         padded[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows)).to(world.device)
         blocks = _all_gather(world, padded).cpu().numpy()
@@ -202,10 +212,14 @@ def _naming_lost_ranks(doing: str) -> Iterator[None]:
     started = time.monotonic()
     try:
         yield
+    except LostContact:
+        raise
     except RuntimeError as error:
         rank = dist.get_rank() if dist.is_initialized() else launch_rank()
+        elapsed_s = time.monotonic() - started
+        reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)
         raise LostContact(
-            f"rank {rank} lost contact with another rank while {doing}, after {time.monotonic() - started:.0f} s: {error}"
+            f"rank {rank} lost contact with another rank while {doing}, after {elapsed_s:.0f} s: {reason}"
         ) from error
 
 

@@ -71,6 +71,8 @@ def evaluate_tasks(
     manager = _task_manager(config, include_paths)
     specs = _resolve_tasks(manager, config.tasks)
     _watch_loading(manager, lm)
+    pad_token = encoder.tokenizer.pad_token
+    configure_pad_token(encoder.tokenizer, model_config=model_config)  # lm_eval names it in the results
     tracker = EvaluationTracker()
     # lm_eval asks git for the working directory's commit, which prints an error of its own where there is none.
     commit = git_commit(os.getcwd())
@@ -106,7 +108,11 @@ def evaluate_tasks(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"lm_eval could not {lm.phase}: {type(error).__name__}: {_first_line(error)}") from error
+        if isinstance(error, IndexError) and "size 0" in str(error):
+            raise UserError(f"the task {_name_some(config.tasks)} has no documents to evaluate") from error
+        raise UserError(f"lm_eval could not {lm.phase} of {_name_some(config.tasks)}: {_describe(error)}") from error
+    finally:
+        encoder.tokenizer.pad_token = pad_token
     results["config"]["model"] = config.model
     results.update(dataclasses.asdict(tracker.general_config_tracker))
     results["model_source"] = config.model
@@ -138,11 +144,11 @@ class _LeaderLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.tokenizer = configure_pad_token(encoder.tokenizer, model_config=model_config)
+        self.tokenizer = encoder.tokenizer
         self.config = model_config  # simple_evaluate reads the model's name from here
         self.scores: Scores | None = None
         self.prompt_digest = ""
-        self.phase = "load the tasks"
+        self.phase = "load the documents"
         self.tasks: dict[str, Any] = {}
         self._score = score
         self._phases = phases
@@ -251,10 +257,13 @@ def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
     for path in paths:
         if not os.path.isdir(path):
             raise UserError(f"--include_path must be a directory of task files, got {path}")
+    # Reading lm_eval's own 14,000 task files takes seconds: the embedded tasks need none of them.
+    embedded = not config.include_path and all(isinstance(task, str) and task.startswith("demo") for task in config.tasks)
+    metadata = {**config.model_args, **config.metadata}
     try:
-        return TaskManager(include_path=paths, metadata={**config.model_args, **config.metadata})
+        return TaskManager(include_path=paths, include_defaults=not embedded, metadata=metadata)
     except Exception as error:
-        raise UserError(f"lm_eval could not read the task files: {type(error).__name__}: {_first_line(error)}") from error
+        raise UserError(f"lm_eval could not read the task files: {_describe(error)}") from error
 
 
 def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
@@ -270,7 +279,7 @@ def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
         elif not matches and os.path.isdir(task):
             matches = [os.path.abspath(path) for path in sorted(glob.glob(os.path.join(task, "*.yaml")))]
         if not matches:
-            close = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.6)
+            close = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.75)
             hint = (
                 f": did you mean {' or '.join(close)}?"
                 if close
@@ -325,6 +334,11 @@ def _warn_of_cuts(instances: list[Instance], encoded: Encoded) -> None:
             log.warning("%d of %d requests %s (%s)", len(owners), len(instances), what, ", ".join(tasks))
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
+def _name_some(tasks: Sequence[Any]) -> str:
+    names = [task if isinstance(task, str) else "a task given as a config" for task in tasks]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _describe(error: BaseException) -> str:
+    """An error of lm_eval or of a task's own code in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -163,7 +164,7 @@ class Pack:
 
 
 def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: int | None = None) -> tuple[Plan, IntArray]:
-    """Cut `requests` into prefix trees so that the whole costs least.
+    """Cut `requests` into prefix trees so that the whole costs little and spreads evenly over ranks.
 
     max_tokens, max_reads: the most that one pack holds; a request beyond them gets a pack of its own.
     Returns the plan, its packs in ascending order of cost, and (N,) int64: the item that answers each request.
@@ -172,9 +173,9 @@ def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: 
     if not len(order):
         return _empty_plan(rows=False), item_of_request
     lengths = (np.diff(requests.starts)[order] - 1).astype(np.int64)
-    bounds, costs = _cut(lengths, shared, requests.num_targets[order], cost, max_tokens, max_reads)
+    bounds, pack_costs = _cut(_Costs(lengths, shared, requests.num_targets[order], cost), max_tokens, max_reads)
     shared[bounds[:-1]] = 0
-    groups = np.argsort(costs, kind="stable")
+    groups = np.argsort(pack_costs, kind="stable")
     return _assemble(requests, order, item_of_request, shared, bounds, groups, rows=False)
 
 
@@ -317,49 +318,113 @@ def _common_prefixes(requests: Requests, order: IntArray, lengths: IntArray) -> 
     return common
 
 
-def _cut(
-    lengths: IntArray, shared: IntArray, num_targets: IntArray, cost: CostModel, max_tokens: int, max_reads: int | None
-) -> tuple[IntArray, npt.NDArray[np.float64]]:
-    """Split the item order where the packs' costs add up to the least (dynamic programming over the split points).
+# Ranks that a plan should keep evenly busy. Any number may run it: the plan is made for this one so that it is always the same.
+TYPICAL_RANKS = 8
 
-    Returns bounds (P+1,) and costs (P,).
-    """
-    count = len(lengths)
-    triangle = lengths * (lengths + 1) / 2
-    tokens_to = np.concatenate([[0], np.cumsum(lengths - shared)])
-    pairs_to = np.concatenate([[0.0], np.cumsum(triangle - shared * (shared + 1) / 2)])
-    fresh_reads = np.where((lengths == shared) & (np.arange(count) > 0), 0, num_targets.astype(np.int64))
-    reads_to = np.concatenate([[0], np.cumsum(fresh_reads)])
 
-    best = np.zeros(count + 1)
-    choice = np.zeros(count + 1, dtype=np.int64)
-    oldest = 0
-    # A pack that holds items first … stop-1 lays down head[first] + tokens_to[stop] tokens, and likewise for pairs and reads.
-    token_head = lengths - tokens_to[1:]
-    pair_head = triangle - pairs_to[1:]
-    read_head = num_targets - reads_to[1:]
-    for stop in range(1, count + 1):
-        while oldest < stop - 1 and (
-            token_head[oldest] + tokens_to[stop] > max_tokens
-            or (max_reads is not None and read_head[oldest] + reads_to[stop] > max_reads)
-        ):
-            oldest += 1
-        tokens = token_head[oldest:stop] + tokens_to[stop]
-        pairs = pair_head[oldest:stop] + pairs_to[stop]
-        if cost.dense:
+class _Costs:
+    """Cost of any pack of neighbouring items [first, stop): a head that depends on `first` plus a sum that runs to `stop`."""
+
+    def __init__(self, lengths: IntArray, shared: IntArray, num_targets: IntArray, cost: CostModel) -> None:
+        triangle = lengths * (lengths + 1) / 2
+        fresh_reads = np.where((lengths == shared) & (np.arange(len(lengths)) > 0), 0, num_targets.astype(np.int64))
+        self.model = cost
+        self.tokens_to = np.concatenate([[0], np.cumsum(lengths - shared)])
+        self.pairs_to = np.concatenate([[0.0], np.cumsum(triangle - shared * (shared + 1) / 2)])
+        self.reads_to = np.concatenate([[0], np.cumsum(fresh_reads)])
+        self.token_head = lengths - self.tokens_to[1:]
+        self.pair_head = triangle - self.pairs_to[1:]
+        self.read_head = num_targets - self.reads_to[1:]
+
+    def __len__(self) -> int:
+        return len(self.token_head)
+
+    def of(self, first: Any, stop: Any) -> Any:
+        """Cost of packs; first, stop: integers, slices or arrays that broadcast."""
+        tokens = self.token_head[first] + self.tokens_to[stop]
+        pairs = self.pair_head[first] + self.pairs_to[stop]
+        if self.model.dense:
             # A pack whose visible pairs are all of the triangle has no branch and needs no mask.
             full = tokens * (tokens + 1) / 2
             pairs = np.where(pairs == full, full, tokens.astype(np.float64) ** 2)
-        reads = read_head[oldest:stop] + reads_to[stop]
-        total = best[oldest:stop] + cost.forward + cost.token * tokens + cost.pair * pairs + cost.read * reads
-        first = int(total.argmin())
-        best[stop], choice[stop] = total[first], oldest + first
+        reads = self.read_head[first] + self.reads_to[stop]
+        return self.model.forward + self.model.token * tokens + self.model.pair * pairs + self.model.read * reads
 
-    bounds = [count]
+    def fits(self, first: int, stop: int, max_tokens: int, max_reads: int | None) -> bool:
+        few_tokens = self.token_head[first] + self.tokens_to[stop] <= max_tokens
+        return bool(few_tokens and (max_reads is None or self.read_head[first] + self.reads_to[stop] <= max_reads))
+
+
+def _cut(costs: _Costs, max_tokens: int, max_reads: int | None) -> tuple[IntArray, npt.NDArray[np.float64]]:
+    """Split the item order into packs. Returns bounds (P+1,) and costs (P,).
+
+    Large packs repeat few prefixes, small ones spread evenly over ranks. So several sizes are tried, and each with its packs
+    evened out; the best is the one with the least (cost on one rank) x (cost of the busiest of TYPICAL_RANKS).
+    """
+    choices = []
+    while True:
+        bounds = _cut_cheapest(costs, max_tokens, max_reads)
+        choices += [bounds] if costs.model.dense else [bounds, _even_out(costs, bounds, max_tokens, max_reads)]
+        if len(bounds) - 1 >= 16 * TYPICAL_RANKS or max_tokens < 1024:
+            break
+        max_tokens //= 2
+    best = min(choices, key=lambda bounds: _busyness(costs.of(bounds[:-1], bounds[1:])))
+    return best, costs.of(best[:-1], best[1:])
+
+
+def _busyness(pack_costs: npt.NDArray[np.float64]) -> float:
+    """Cost on one rank times cost of the busiest of TYPICAL_RANKS, as a DistributedSampler deals packs of ascending cost."""
+    ascending = np.sort(pack_costs)
+    return float(ascending.sum() * max(ascending[rank::TYPICAL_RANKS].sum() for rank in range(TYPICAL_RANKS)))
+
+
+def _cut_cheapest(costs: _Costs, max_tokens: int, max_reads: int | None) -> IntArray:
+    """The split whose packs' costs add up to the least, within the limits (dynamic programming over the split points)."""
+    best = np.zeros(len(costs) + 1)
+    choice = np.zeros(len(costs) + 1, dtype=np.int64)
+    oldest = 0
+    for stop in range(1, len(costs) + 1):
+        while oldest < stop - 1 and not costs.fits(oldest, stop, max_tokens, max_reads):
+            oldest += 1
+        total = best[oldest:stop] + costs.of(slice(oldest, stop), stop)
+        choice[stop] = oldest + int(total.argmin())
+        best[stop] = total[choice[stop] - oldest]
+    bounds = [len(costs)]
     while bounds[-1]:
         bounds.append(int(choice[bounds[-1]]))
-    edges = np.array(bounds[::-1], dtype=np.int64)
-    return edges, best[edges[1:]] - best[edges[:-1]]
+    return np.array(bounds[::-1], dtype=np.int64)
+
+
+def _even_out(costs: _Costs, bounds: IntArray, max_tokens: int, max_reads: int | None) -> IntArray:
+    """About as many packs as in `bounds`, up to a multiple of TYPICAL_RANKS, the dearest of them as cheap as can be."""
+    target = -(-(len(bounds) - 1) // TYPICAL_RANKS) * TYPICAL_RANKS
+    low, high = 0.0, float(costs.of(bounds[:-1], bounds[1:]).max())
+    found = bounds
+    for _ in range(20):
+        middle = (low + high) / 2
+        tried = _fill_up_to(costs, middle, max_tokens, max_reads, target)
+        if tried is None:
+            low = middle
+        else:
+            found, high = tried, middle
+    return found
+
+
+def _fill_up_to(costs: _Costs, most: float, max_tokens: int, max_reads: int | None, max_packs: int) -> IntArray | None:
+    """Packs filled from the left, each costing at most `most`; None if that takes more than `max_packs`."""
+    model = costs.model
+    running = model.token * costs.tokens_to + model.pair * costs.pairs_to + model.read * costs.reads_to
+    bounds = [0]
+    while bounds[-1] < len(costs):
+        first = bounds[-1]
+        if len(bounds) > max_packs:
+            return None
+        stop = int(np.searchsorted(running, most - float(costs.of(first, first + 1)) + running[first + 1], side="right")) - 1
+        stop = min(stop, int(np.searchsorted(costs.tokens_to, max_tokens - costs.token_head[first], side="right")) - 1)
+        if max_reads is not None:
+            stop = min(stop, int(np.searchsorted(costs.reads_to, max_reads - costs.read_head[first], side="right")) - 1)
+        bounds.append(max(stop, first + 1))
+    return np.array(bounds, dtype=np.int64)
 
 
 def _batch_rows(row_lengths: IntArray, row_reads: IntArray, max_tokens: int, max_reads: int | None) -> IntArray:

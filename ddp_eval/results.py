@@ -309,7 +309,8 @@ def _plain_value(value: Any) -> Any:
         return float(value)
     if isinstance(value, set):
         return sorted(value, key=str)
-    return str(value)
+    # Where a function lies in memory differs from run to run.
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def _sample_files(tasks: Iterable[str]) -> dict[str, str]:

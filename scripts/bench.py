@@ -147,7 +147,7 @@ def run_lm_eval(model: Any, tokenizer: Any, task: str, batch_size: int, args: ar
 
 def run_ours(model: Any, tokenizer: Any, task: str, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
     from ddp_eval import harness
-    from ddp_eval.evaluate import evaluate
+    from ddp_eval.runner import evaluate
 
     spent: list[float] = []
     original = harness._LeaderLM.__init__

@@ -338,7 +338,7 @@ def _as_user_error(what: str) -> Any:
     """Turn what transformers raises over unusable names, files and arguments into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         first = reason.split(". ")[0].removesuffix(".")
         raise UserError(f"{what}: {first[:300]}") from error

@@ -19,6 +19,7 @@ import logging
 import os
 import random
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -47,8 +48,8 @@ def run(config: Config, world: World) -> dict[str, Any] | None:
         model_config = hf.load_config(config.loader_args)
         _follow(world, hf.load_engine(config.loader_args, model_config, world.device))
         return None
-    with _releasing_followers(world):
-        return _lead_run(config, world)
+    with _Followers(world) as followers:
+        return _lead_run(config, world, followers)
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> dict[str, Any] | None:
@@ -73,16 +74,16 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> di
             if not world.is_leader:
                 _follow(world, engine)
                 return None
-            with _releasing_followers(world):
-                return _lead(config, world, bare.config, tokenizer, lambda: engine, lambda: None)
+            with _Followers(world) as followers:
+                _prepare_output(config)
+                return _lead(config, followers, bare.config, tokenizer, lambda: engine, lambda: None)
     finally:
         distributed.release_group(world)
 
 
-def _lead_run(config: Config, world: World) -> dict[str, Any]:
+def _lead_run(config: Config, world: World, followers: _Followers) -> dict[str, Any]:
     """The leader's part of `run`: weights load in a thread of their own while lm_eval builds the prompts."""
-    if config.output_path:
-        results.prepare_directory(config.output_path, config.overwrite)
+    _prepare_output(config)
     model_config = hf.load_config(config.loader_args)
     tokenizer = hf.load_tokenizer(config.loader_args)
     engine: Future[hf.HFEngine] = Future()
@@ -96,12 +97,17 @@ def _lead_run(config: Config, world: World) -> dict[str, Any]:
     from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, world, model_config, tokenizer, engine.result, digests.result)
+    return _lead(config, followers, model_config, tokenizer, engine.result, digests.result)
+
+
+def _prepare_output(config: Config) -> None:
+    if config.output_path:
+        results.prepare_directory(config.output_path, config.overwrite)
 
 
 def _lead(
     config: Config,
-    world: World,
+    followers: _Followers,
     model_config: Any,
     tokenizer: Any,
     get_engine: Callable[[], hf.HFEngine],
@@ -110,7 +116,7 @@ def _lead(
     """Build the requests, have all ranks score them, compute metrics and write the run directory."""
     from ddp_eval import harness
 
-    phases = Phases()
+    world, phases = followers.world, Phases()
     model_args = config.model_args
     max_length = harness.max_length_of(model_args, model_config, tokenizer)
     try:
@@ -128,8 +134,8 @@ def _lead(
         facts.update(engine=engine.describe(), **_describe_plan(plan, requests, why_rows))
         if why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", why_rows)
-        distributed.send_message(world, plan)
-        sums, greedy = _run_plan(world, engine, plan, phases)
+        with followers.working_on(plan) as work:
+            sums, greedy = _run_plan(world, engine, work, phases)
         return sums[item_of_request], greedy[item_of_request]
 
     outcome = harness.evaluate_tasks(config, encoder, model_config, score, phases, include_paths=[demo.TASKS_PATH])
@@ -145,32 +151,57 @@ def _follow(world: World, engine: hf.HFEngine) -> None:
     """Every other rank's part: run what the leader sends until it says stop."""
     while True:
         message = distributed.receive_message(world)
-        if isinstance(message, Plan):
+        if isinstance(message, _Work):
             _run_plan(world, engine, message, Phases())
         elif isinstance(message, _Abort):
-            raise UserError(message.reason)
+            if message.of_user:
+                raise UserError(message.reason)
+            raise distributed.LostContact("rank 0 has failed: its own error says why")
         else:
             return
 
 
 @dataclasses.dataclass(frozen=True)
+class _Work:
+    """The leader's word to run a plan. name: unlike that of any other work of these ranks."""
+
+    plan: Plan
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
 class _Abort:
-    """The leader's word to the others that it has failed."""
+    """The leader's word that it has failed, over what the user can mend or by a defect."""
 
     reason: str
+    of_user: bool
 
 
-@contextlib.contextmanager
-def _releasing_followers(world: World) -> Iterator[None]:
-    """Tell the other ranks to stop, whether the leader's work ends well or not."""
-    try:
-        yield
-    except distributed.LostContact:
-        raise
-    except BaseException as error:
-        distributed.send_message(world, _Abort(str(error) or type(error).__name__))
-        raise
-    distributed.send_message(world, None)
+class _Followers:
+    """The other ranks, as the leader sees them: told what to do, and told to stop when the block ends, well or not."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._listening = True
+
+    @contextlib.contextmanager
+    def working_on(self, plan: Plan) -> Iterator[_Work]:
+        """Have all ranks run `plan` while the leader runs it too."""
+        work = _Work(plan, uuid.uuid4().hex)
+        distributed.send_message(self.world, work)
+        self._listening = False
+        yield work
+        self._listening = True
+
+    def __enter__(self) -> _Followers:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # Ranks that are in a collective hear no message: a leader that leaves, or all_gather_rows, tells them.
+        if not self._listening or isinstance(error, distributed.LostContact):
+            return
+        message = None if error is None else _Abort(str(error) or type(error).__name__, isinstance(error, UserError))
+        distributed.send_message(self.world, message)
 
 
 def make_plan(
@@ -216,12 +247,19 @@ def _sample(
     return requests_from_lists(sequences, num_targets)
 
 
-def _run_plan(world: World, engine: hf.HFEngine, plan: Plan, phases: Phases) -> tuple[np.ndarray, np.ndarray]:
+def _run_plan(world: World, engine: hf.HFEngine, work: _Work, phases: Phases) -> tuple[np.ndarray, np.ndarray]:
     """Run this rank's packs and gather everyone's. Returns, for all items, summed log-probabilities and all-argmax flags."""
-    with Progress(world, plan.digest(), int(plan.num_requests.sum())) as progress:
-        with phases("forward"):
-            blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
-            progress.push()
+    plan = work.plan
+    with Progress(world, work.name, int(plan.num_requests.sum())) as progress:
+        try:
+            with phases("forward"):
+                blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
+                progress.push()
+        except Exception:
+            if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
+                with contextlib.suppress(distributed.LostContact):
+                    distributed.all_gather_rows(world, np.zeros((0, 3), dtype=np.int64), failed=True)
+            raise
         with phases("gather"):
             mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
             gathered = distributed.all_gather_rows(world, mine)

@@ -1,0 +1,53 @@
+"""Fixtures for all tests: no network, one thread, and tiny models that each session builds once."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers and datasets are imported: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer for the tiny models. Tests may not change it."""
+    return tiny_models.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """tiny_model(kind, attn_implementation=None) -> a random model, the same object for the same arguments."""
+    made: dict[Any, Any] = {}
+
+    def get(kind: str, attn_implementation: str | None = None) -> Any:
+        key = kind, attn_implementation
+        if key not in made:
+            made[key] = tiny_models.make_model(kind, attn_implementation)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_model_path(kind) -> a directory with that model and its tokenizer, saved once."""
+    saved: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in saved:
+            saved[kind] = tiny_models.save_model(kind, tmp_path_factory.mktemp(kind))
+        return saved[kind]
+
+    return get

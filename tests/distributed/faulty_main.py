@@ -1,0 +1,65 @@
+"""`quick_main` with a fault on one rank: FAULT_RANK has FAULT happen to it.
+
+load_user_error    its checkpoint cannot be used
+load_crash         a defect while it loads the model
+forward_crash      a defect in its second pack
+forward_no_memory  its second pack does not fit
+forward_stuck      it writes its process id to FAULT_FILE and stops in its second pack
+"""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from quick_main import main
+
+from ddp_eval import runner
+from ddp_eval.engines import hf
+from ddp_eval.errors import UserError
+
+
+def fail_to_load(*args, **kwargs):
+    if os.environ["FAULT"] == "load_user_error":
+        raise UserError("the checkpoint has fallen off the shelf")
+    raise RuntimeError("a defect in the loader")
+
+
+def fail_to_forward():
+    fault = os.environ["FAULT"]
+    if fault == "forward_crash":
+        raise RuntimeError("a defect in the forward pass")
+    if fault == "forward_no_memory":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    path = Path(os.environ["FAULT_FILE"])
+    path.with_suffix(".new").write_text(str(os.getpid()))
+    path.with_suffix(".new").rename(path)
+    time.sleep(600)
+
+
+def break_forward():
+    """Fail in the second pack of the plan; the leader's trial of packs, which comes before, is left alone."""
+    shard, launch = runner.distributed.shard, hf.HFEngine.launch
+    packs = []
+
+    def count_from_here(world, count):
+        packs.append(None)
+        return shard(world, count)
+
+    def launch_or_fail(engine, pack):
+        if packs:
+            packs.append(pack)
+        if len(packs) > 2:
+            fail_to_forward()
+        return launch(engine, pack)
+
+    runner.distributed.shard, hf.HFEngine.launch = count_from_here, launch_or_fail
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == os.environ["FAULT_RANK"]:
+        if os.environ["FAULT"].startswith("load"):
+            hf.load_engine = fail_to_load
+        else:
+            break_forward()
+    main()

@@ -1,0 +1,60 @@
+"""What `test_gather.py` runs on every rank: each helper of `distributed` once; rank R writes what it got to DIRECTORY/R.json."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ddp_eval import distributed
+
+FLOATS = np.array([-0.0, np.nan, -np.inf, 5e-324, -1.0 / 3.0])
+
+
+def rows_of(rank, counts):
+    """(counts[rank], 2): a number that says whose row it is, and the bits of a float."""
+    numbers = 1000 * rank + np.arange(counts[rank])
+    return np.stack([numbers, np.resize(FLOATS.view(np.int64), counts[rank])], axis=1)
+
+
+def count(world):
+    """What the leader reads after each rank has added its number plus one to one tally and ten to another."""
+    first, second = distributed.Tally(world, "first"), distributed.Tally(world, "second")
+    first.add(world.rank + 1)
+    second.add(10)
+    deadline = time.monotonic() + 10  # no rank waits for another
+    while second.read() < 10 * world.world_size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [first.read(), second.read()]
+
+
+def exchange(world):
+    message = {"text": "Ä", "numbers": np.arange(3_000_000, dtype=np.int32), "floats": FLOATS, "empty": np.zeros((0, 3))}
+    if world.is_leader:
+        distributed.send_message(world, message)
+        distributed.send_message(world, None)
+        return []
+    first, second = distributed.receive_message(world), distributed.receive_message(world)
+    same = [np.array_equal(first[key], message[key], equal_nan=True) for key in ("numbers", "floats", "empty")]
+    return [first["text"], first["numbers"].dtype.name, *same, second]
+
+
+def main():
+    world = distributed.join_group("cpu")
+    counts = ([2, 0, 5], [0, 0, 0], [1, 1, 1], [0, 0, 4])
+    got = {
+        "rank": [world.rank, world.world_size, world.is_leader],
+        "gathered": [distributed.all_gather_rows(world, rows_of(world.rank, sizes)).tolist() for sizes in counts],
+        "wanted": [np.concatenate([rows_of(rank, sizes) for rank in range(3)]).tolist() for sizes in counts],
+        "shards": {number: distributed.shard(world, number) for number in (0, 1, 2, 3, 7, 9)},
+        "counted": count(world),
+        "message": exchange(world),
+    }
+    Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(got))
+    distributed.report_once("all ranks say this")
+    distributed.leave_group(world)
+
+
+if __name__ == "__main__":
+    main()

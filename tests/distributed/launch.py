@@ -1,0 +1,189 @@
+"""Start real ranks, watch their output, and leave no process behind. Linux only: it looks for leftovers in /proc.
+
+torchrun puts every worker into a session of its own, so killing one process group is not enough. Each launch marks its processes
+by an environment variable instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = ("-m", "ddp_eval")
+QUICK = (str(Path(__file__).with_name("quick_main.py")),)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
+_MARK = "DDP_EVAL_TEST_LAUNCH"
+_LAUNCHER_VARIABLES = re.compile(r"(LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|PET_|SLURM_|DDP_EVAL_)|(RANK|WORLD_SIZE)$")
+_PROGRESS = re.compile(r" requests, .* tokens/s")
+_FRAME = re.compile(r'^(?:\[rank\d+\]:)?\s*File "([^"]+)", line \d+', re.MULTILINE)
+# torchrun shows its own ChildFailedError with these frames whenever a worker fails; nothing of ours is in them.
+_TORCHRUN_FRAME = re.compile(r"<frozen runpy>|/torch/distributed/(run\.py|elastic/|launcher/)")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Finished:
+    """What a launch left: its exit code, its output, and when each line of stderr came (seconds since the start).
+
+    A line ends at a newline alone: words glued to a progress bar by a carriage return are no line of their own.
+    """
+
+    returncode: int
+    stdout: str
+    stderr: str
+    elapsed_s: float
+    stderr_times: list[tuple[float, str]]
+
+    def sentences(self) -> list[str]:
+        """The lines on stderr that are ddp_eval's own words, progress left out."""
+        lines = [line for line in self.stderr.split("\n") if line.startswith("ddp_eval: ")]
+        return [line for line in lines if not _PROGRESS.search(line)]
+
+    def foreign_frames(self) -> list[str]:
+        """Files of all traceback frames on stderr but those of torchrun's own summary."""
+        return [file for file in _FRAME.findall(self.stderr) if not _TORCHRUN_FRAME.search(file)]
+
+    def seconds_after(self, text: str) -> float:
+        """From the first line of stderr that holds `text` to the end of the last process."""
+        return self.elapsed_s - next(moment for moment, line in self.stderr_times if text in line)
+
+    def __repr__(self) -> str:
+        return f"exit code {self.returncode} after {self.elapsed_s:.1f} s\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
+
+
+class Launch:
+    """A running command. `finish` waits for it; leaving the block of `launching` ends whatever still runs."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], mark: str, cwd: Path | None) -> None:
+        self._mark = mark
+        self._started = time.monotonic()
+        self._stdout: list[tuple[float, str]] = []
+        self._stderr: list[tuple[float, str]] = []
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd=cwd,
+            start_new_session=True,
+        )
+        pipes = ((self.process.stdout, self._stdout), (self.process.stderr, self._stderr))
+        self._readers = [threading.Thread(target=self._read, args=pipe, daemon=True) for pipe in pipes]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, pipe: IO[bytes], lines: list[tuple[float, str]]) -> None:
+        for line in io.TextIOWrapper(pipe, encoding="utf-8", errors="replace", newline="\n"):
+            lines.append((self.elapsed_s(), line))
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started
+
+    def finish(self, timeout_s: float = 120.0) -> Finished:
+        """Wait for the command. Fails the test if it takes longer than that, or leaves a process behind."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"still running after {timeout_s:.0f} s, killed\n{self._so_far()}")
+        self.wait_until_gone()
+        return self._so_far()
+
+    def wait_until_gone(self, grace_s: float = 2.0) -> None:
+        deadline = time.monotonic() + grace_s
+        while left := self.processes():
+            if time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"processes {left} outlive the command, killed\n{self._so_far()}")
+            time.sleep(0.02)
+
+    def processes(self) -> list[int]:
+        """Ids of the processes of this launch that are still alive."""
+        mark = f"{_MARK}={self._mark}".encode()
+        alive = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                if mark in (directory / "environ").read_bytes().split(b"\0"):
+                    alive.append(int(directory.name))
+        return alive
+
+    def kill(self) -> None:
+        """SIGKILL for all of them, again until none is left: torchrun may be starting workers meanwhile."""
+        while alive := self.processes():
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(0.02)
+
+    def _so_far(self) -> Finished:
+        for reader in self._readers:
+            reader.join(5)
+        elapsed_s = self.elapsed_s()
+        stdout, stderr = ("".join(line for _, line in lines) for lines in (self._stdout, self._stderr))
+        returncode = self.process.poll()
+        return Finished(-1 if returncode is None else returncode, stdout, stderr, elapsed_s, list(self._stderr))
+
+
+@contextlib.contextmanager
+def launching(
+    ranks: int, *args: object, program: Sequence[str] = COMMAND, cwd: Path | None = None, **variables: str
+) -> Iterator[Launch]:
+    """Start `program` on `ranks` ranks of torchrun, or with 0 ranks as plain Python. CPU, one thread each, no network.
+
+    variables:  added to the environment, from which everything that a launcher sets is taken out first.
+    """
+    mark = uuid.uuid4().hex
+    environment = {name: value for name, value in os.environ.items() if not _LAUNCHER_VARIABLES.match(name)}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    launcher = (*TORCHRUN, f"--nproc_per_node={ranks}") if ranks else (sys.executable,)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # torchrun leaves its logs there
+        launch = Launch(
+            [*launcher, *program, *map(str, args)], {**environment, "TMPDIR": scratch, _MARK: mark, **variables}, mark, cwd
+        )
+        try:
+            yield launch
+        finally:
+            launch.kill()
+
+
+def launch(
+    ranks: int,
+    *args: object,
+    timeout_s: float = 120.0,
+    program: Sequence[str] = COMMAND,
+    cwd: Path | None = None,
+    **variables: str,
+) -> Finished:
+    """Run `python -m ddp_eval` (or `program`) with `args` on `ranks` ranks of torchrun, or with 0 ranks as plain Python."""
+    with launching(ranks, *args, program=program, cwd=cwd, **variables) as running:
+        return running.finish(timeout_s)
+
+
+def wait_for(path: Path, running: Launch, timeout_s: float = 60.0) -> str:
+    """The content of a file that the launched program writes when it has come to some point."""
+    deadline = time.monotonic() + timeout_s
+    while not (path.exists() and path.read_text()):
+        if running.process.poll() is not None or time.monotonic() > deadline:
+            running.kill()
+            pytest.fail(f"{path.name} was never written\n{running.finish()}")
+        time.sleep(0.02)
+    return path.read_text()

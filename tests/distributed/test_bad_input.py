@@ -1,0 +1,233 @@
+"""What a user can get wrong: one sentence on stderr, exit code 2, no traceback of ours, all ranks gone soon.
+
+Every case runs in this process, where nothing but the sentence and the exit code can go wrong; some again as a command of their
+own and under torchrun, which adds its summary of the failed rank and makes 1 of the exit code.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+
+import pytest
+from launch import COMMAND, QUICK, Finished, launch
+
+from ddp_eval import __main__, demo
+
+END_S = 15
+
+UTILS = """\
+import datasets
+
+def load(**settings):
+    return datasets.DatasetDict(test=datasets.Dataset.from_list([{"question": "1 + 1 =", "answer": " 2"}]))
+
+def drop_all(rows):
+    return rows.select([])
+"""
+TASK = """\
+task: {name}
+dataset_path: json
+{more}
+output_type: {kind}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+"""
+DEMO = "--model_args pretrained=demo "
+TASKS = DEMO + "--include_path {place}/tasks "
+
+# name: (flags, what the sentence says)
+CASES = {
+    "unknown task": (DEMO + "--tasks demo_helaswag", "there is no task demo_helaswag: did you mean demo_hellaswag"),
+    "unknown flag": ("--task_s demo", "unknown flag --task_s: did you mean --tasks?"),
+    "unknown command": ("evaluate --tasks demo", "unknown command evaluate"),
+    "flag without value": ("--tasks", "--tasks"),
+    "limit 0": ("--limit 0", "--limit must be more than 0 (documents per task, or a fraction below 1), got 0"),
+    "limit of no number": ("--limit ten", "--limit must be a number, got ten"),
+    "task that leaves nothing": (TASKS + "--tasks empty", "the task empty has no documents"),
+    "few-shot below 0": ("--num_fewshot -1", "--num_fewshot must be 0 or more, got -1"),
+    "seed of no number": ("--seed one", "--seed must be whole numbers or None, got one"),
+    "bad JSON in samples": ("--samples {{'demo_lambada':[0]}}", "--samples must be a JSON object, with double quotes"),
+    "document that is not there": (
+        DEMO + '--tasks demo_wikitext --samples {{"demo_wikitext":[999]}}',
+        "--samples should be in the interval [0,k-1]",
+    ),
+    "bad max_length": ("--model_args pretrained=demo,max_length=long --tasks demo", "max_length in --model_args must be"),
+    "bad dtype": (DEMO + "dtype=int8 --tasks demo_lambada --limit 1", "dtype in --model_args must be"),
+    "samples without a place": ("--log_samples", "--log_samples needs --output_path DIR"),
+    "device of no kind": ("--device tpu", "--device must be cuda or cpu, got tpu"),
+    "no CUDA device": ("--device cuda", "--device cuda was asked for, but torch sees no CUDA device here"),
+    "model that is not there": (
+        "--model_args pretrained={place}/gone --tasks demo",
+        "the model directory {place}/gone does not exist",
+    ),
+    "model without a tokenizer": (
+        "--model_args pretrained={place}/no_tokenizer --tasks demo",
+        "{place}/no_tokenizer",
+    ),
+    "corrupt checkpoint": (
+        "--model_args pretrained={place}/corrupt --tasks demo_lambada --limit 1",
+        "cannot load the model {place}/corrupt",
+    ),
+    "checkpoint without weights": (
+        "--model_args pretrained={place}/no_weights --tasks demo_lambada --limit 1",
+        "cannot load the model {place}/no_weights",
+    ),
+    "task that generates": (
+        TASKS + "--tasks generates",
+        "the task generates is of the type generate_until, which is not supported yet",
+    ),
+    "task of an unknown kind": (TASKS + "--tasks strange", "telepathy"),
+    "broken task file": (TASKS + "--tasks {place}/tasks/broken.yaml", "broken.yaml"),
+    "task without its data": (TASKS + "--tasks no_data", "no_data"),
+    "no such include path": (
+        DEMO + "--tasks demo --include_path {place}/gone",
+        "--include_path must be a directory of task files, got {place}/gone",
+    ),
+    "output path that is a file": ("--output_path {place}/tasks/broken.yaml", "--output_path must be a directory"),
+    "output path that cannot be": ("--output_path /proc/results", "--output_path /proc/results cannot be written to"),
+    "output path that holds a run": ("--output_path {place}/run", "already holds a run"),
+}
+
+ENVIRONMENTS = {
+    "no master address": ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but MASTER_ADDR is not set: start with torchrun"),
+    "rank past the end": ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK must lie between 0 and WORLD_SIZE - 1, got RANK=5"),
+    "world size of no number": ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE must be a whole number, got two"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory of broken things."""
+    place = tmp_path_factory.mktemp("bad")
+    for name in ("no_tokenizer", "corrupt", "no_weights"):
+        shutil.copytree(demo.MODEL_PATH, place / name)
+    for file in (place / "no_tokenizer").glob("*token*"):
+        file.unlink()
+    weights = place / "corrupt" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (place / "no_weights" / "model.safetensors").unlink()
+    (place / "run").mkdir()
+    (place / "run" / "manifest.json").write_text("{}")
+    tasks = place / "tasks"
+    tasks.mkdir()
+    (tasks / "utils.py").write_text(UTILS)
+    load = "custom_dataset: !function utils.load"
+    for name, kind, more in (
+        ("generates", "generate_until", load),
+        ("strange", "telepathy", load),
+        ("empty", "loglikelihood", f"{load}\nprocess_docs: !function utils.drop_all"),
+        ("no_data", "loglikelihood", "dataset_kwargs: {data_files: {test: no_data.jsonl}}"),
+    ):
+        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, more=more))
+    (tasks / "broken.yaml").write_text("task: broken\ndoc_to_text: [unclosed\n")
+    return place
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd, place):
+    """Run a command line in this process, in the directory of the task files, with `os._exit` as an exception."""
+    import transformers
+
+    from ddp_eval import harness
+
+    def run(arguments):
+        def leave(code):
+            raise SystemExit(code)
+
+        monkeypatch.setattr(os, "_exit", leave)
+        monkeypatch.setattr(sys, "argv", ["ddp_eval", *arguments])
+        monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back what the command changes for the life of its process
+        monkeypatch.setenv("TQDM_DISABLE", "1")
+        monkeypatch.setattr(harness, "TaskManager", _without_index(harness.TaskManager))
+        monkeypatch.chdir(place / "tasks")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        capfd.readouterr()
+        others = set(threading.enumerate())
+        with pytest.raises(SystemExit) as left:
+            __main__.main()
+        _wait_for_threads(others)
+        out, err = capfd.readouterr()
+        return Finished(left.value.code, out, err, 0.0, [])
+
+    levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")}
+    transformers.utils.logging.disable_progress_bar()  # TQDM_DISABLE comes too late for this process
+    yield run
+    transformers.utils.logging.enable_progress_bar()
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def _without_index(task_manager):
+    """lm_eval's index of its own tasks takes 8 s to read."""
+    return lambda **settings: task_manager(**{**settings, "include_defaults": False})
+
+
+def _wait_for_threads(others, timeout_s=60):
+    """Until the thread that loads the model has ended: transformers cannot load two models at once."""
+    deadline = time.monotonic() + timeout_s
+    while any(type(thread) is threading.Thread for thread in set(threading.enumerate()) - others):
+        assert time.monotonic() < deadline, "the thread that loads the model does not end"
+        time.sleep(0.01)
+
+
+def arguments_of(case, place):
+    flags, text = CASES[case]
+    return [word.format(place=place) for word in flags.split()], text.format(place=place)
+
+
+def check(finished, code, text):
+    sentences = finished.sentences()
+    assert finished.returncode == code, str(finished)
+    assert len(sentences) == 1, str(finished)
+    assert text in sentences[0], str(finished)
+    assert not finished.foreign_frames(), str(finished)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence(case, place, run_here):
+    """Catches a mistake that ends in a traceback, in silence, in the wrong exit code, or in words that do not name it."""
+    arguments, text = arguments_of(case, place)
+    check(run_here(arguments), 2, text)
+
+
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+def test_environment_that_makes_no_sense(case, run_here, monkeypatch):
+    """Catches a half-made launcher environment that hangs in the rendezvous or is taken for a single process."""
+    variables, text = ENVIRONMENTS[case]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    check(run_here([]), 2, text)
+
+
+@pytest.mark.parametrize(("case", "program"), [("unknown task", COMMAND), ("corrupt checkpoint", QUICK)])
+def test_as_a_command(case, program, place):
+    """Catches an exit that waits for threads, and what happens only in a process of its own."""
+    arguments, text = arguments_of(case, place)
+    finished = launch(0, *arguments, program=program, cwd=place / "tasks")
+    check(finished, 2, text)
+    assert finished.seconds_after(text) < END_S, str(finished)
+
+
+# Known before torch is loaded; by every rank; by the leader alone, before and after lm_eval; in the thread that loads the model.
+@pytest.mark.parametrize(
+    ("case", "program"),
+    [
+        ("unknown flag", COMMAND),
+        ("no CUDA device", COMMAND),
+        ("model that is not there", COMMAND),
+        ("output path that holds a run", COMMAND),
+        ("unknown task", QUICK),
+        ("task that generates", QUICK),
+        ("corrupt checkpoint", QUICK),
+    ],
+)
+def test_under_torchrun(case, program, place):
+    """Catches a sentence that comes twice or is followed by frames of ours, and ranks that wait for one that has failed."""
+    arguments, text = arguments_of(case, place)
+    finished = launch(2, *arguments, program=program, cwd=place / "tasks")
+    check(finished, 1, text)
+    assert finished.seconds_after(text) < END_S, str(finished)

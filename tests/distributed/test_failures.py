@@ -1,0 +1,154 @@
+"""Ranks that die, fail or are told to stop: the others end within seconds, and one of them says what happened."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from launch import QUICK, launch, launching, wait_for
+
+FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
+END_S = 10  # torchrun itself would give a rank that does not end 30 s
+
+# Three requests in a pack each: two packs for each of two ranks.
+RUN = ("--model_args", "pretrained=demo", "--tasks", "demo_lambada", "--limit", "3", "--max_pack_tokens", "1")
+
+SLOW_TASK = """\
+task: slow
+dataset_path: json
+custom_dataset: !function slow_task.load
+output_type: loglikelihood
+test_split: test
+doc_to_text: ""
+doc_to_target: ""
+"""
+SLOW_TASK_CODE = """\
+import os, pathlib, time
+
+def load(**settings):
+    pathlib.Path(os.environ["FAULT_FILE"]).write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def building(tmp_path):
+    """A launch of two ranks whose leader is building a task, which takes ten minutes, and the leader's process id."""
+    (tmp_path / "slow.yaml").write_text(SLOW_TASK)
+    (tmp_path / "slow_task.py").write_text(SLOW_TASK_CODE)
+    flags = ("--model_args", "pretrained=demo", "--tasks", "slow", "--include_path", tmp_path)
+    with launching(2, *flags, program=QUICK, FAULT_FILE=str(tmp_path / "pid")) as running:
+        yield running, int(wait_for(tmp_path / "pid", running))
+
+
+@pytest.fixture
+def stuck(tmp_path):
+    """stuck(rank) -> a launch of two ranks where that one is stuck in its second pack, and its process id."""
+    contexts = []
+
+    def start(rank):
+        variables = {"FAULT": "forward_stuck", "FAULT_RANK": str(rank), "FAULT_FILE": str(tmp_path / "pid")}
+        contexts.append(launching(2, *RUN, program=FAULTY, **variables))
+        running = contexts[0].__enter__()
+        return running, int(wait_for(tmp_path / "pid", running))
+
+    yield start
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+def finish_in_time(running, limit_s=END_S):
+    started_s = running.elapsed_s()
+    finished = running.finish(timeout_s=60)
+    assert finished.elapsed_s - started_s < limit_s, str(finished)
+    return finished
+
+
+def check_killed(finished, pid, doing):
+    """torchrun names the rank that was killed. The other one says what it was doing, if torchrun does not end it first."""
+    assert finished.returncode == 1, str(finished)
+    assert f"exitcode  : -9 (pid: {pid})" in finished.stderr, str(finished)
+    for sentence in finished.sentences():
+        assert "lost contact with another rank while" in sentence and doing in sentence, str(finished)
+    assert len(finished.sentences()) <= 1, str(finished)
+    assert not finished.foreign_frames(), str(finished)
+
+
+def test_leader_killed_while_it_builds_tasks(building):
+    """Catches workers that wait for hours for a leader that is gone."""
+    running, leader = building
+    os.kill(leader, signal.SIGKILL)
+    check_killed(finish_in_time(running), leader, "waiting for rank 0")
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_rank_killed_while_it_runs_packs(rank, stuck):
+    """Catches ranks that wait in the gather for one that is gone, and an exit code of 0 without results."""
+    running, pid = stuck(rank)
+    os.kill(pid, signal.SIGKILL)
+    check_killed(finish_in_time(running), pid, "gathering results")
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_model_that_one_rank_cannot_load(rank):
+    """Catches a sentence that comes twice, that other ranks' words follow, or that comes when the leader has built all tasks."""
+    finished = launch(2, *RUN, program=FAULTY, FAULT="load_user_error", FAULT_RANK=str(rank))
+    check_sentence(finished, "ddp_eval: the checkpoint has fallen off the shelf")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_pack_that_does_not_fit_one_rank(rank):
+    """Catches a rank that stops in the middle while the others wait in the gather until its time-out, half an hour later."""
+    finished = launch(2, *RUN, program=FAULTY, FAULT="forward_no_memory", FAULT_RANK=str(rank), timeout_s=60)
+    check_sentence(finished, f"ddp_eval: rank {rank} ran out of memory")
+
+
+def check_sentence(finished, text):
+    assert finished.returncode == 1, str(finished)
+    (sentence,) = finished.sentences()
+    assert sentence.startswith(text), str(finished)
+    assert not finished.foreign_frames(), str(finished)
+    assert finished.seconds_after(text) < END_S, str(finished)
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "error"),
+    [
+        ("load_crash", 0, "RuntimeError: a defect in the loader"),
+        pytest.param("load_crash", 1, "RuntimeError: a defect in the loader", marks=pytest.mark.slow),
+        pytest.param("forward_crash", 0, "RuntimeError: a defect in the forward pass", marks=pytest.mark.slow),
+        pytest.param("forward_crash", 1, "RuntimeError: a defect in the forward pass", marks=pytest.mark.slow),
+    ],
+)
+def test_defect_on_one_rank(fault, rank, error):
+    """Catches a defect whose traceback is lost, or is passed off as a mistake of the user or as another rank's."""
+    finished = launch(2, *RUN, program=FAULTY, FAULT=fault, FAULT_RANK=str(rank), timeout_s=60)
+    assert finished.returncode == 1, str(finished)
+    assert error in finished.stderr, str(finished)
+    assert finished.seconds_after(error) < END_S, str(finished)
+    assert not [sentence for sentence in finished.sentences() if "a defect" in sentence], str(finished)
+    root_cause = finished.stderr.partition("Root Cause")[2]
+    assert re.search(rf"rank +: {rank} ", root_cause), str(finished)
+    assert error in root_cause, str(finished)
+
+
+def test_interrupted_while_tasks_are_built(building):
+    """Catches Ctrl-C that leaves workers behind or ends in a traceback of ours. torchrun passes it on to the workers."""
+    running, _ = building
+    running.process.send_signal(signal.SIGINT)
+    check_interrupted(finish_in_time(running))
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_interrupted_while_packs_run(rank, stuck):
+    """Catches an interrupted rank that waits for one that is in a collective, where Python does not see the signal."""
+    running, _ = stuck(rank)
+    running.process.send_signal(signal.SIGINT)
+    check_interrupted(finish_in_time(running))
+
+
+def check_interrupted(finished):
+    assert finished.returncode != 0, str(finished)
+    assert not finished.foreign_frames(), str(finished)
+    assert len(finished.sentences()) <= 1, str(finished)

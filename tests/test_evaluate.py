@@ -1,0 +1,437 @@
+"""The Python API on one process: the numbers of lm_eval's own HF backend, and a caller left as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from tiny_models import evaluate_with_lm_eval
+
+import ddp_eval
+from ddp_eval.errors import UserError
+from ddp_eval.results import read_scores
+from ddp_eval.runner import evaluate
+
+TOLERANCE_NATS = 1e-4
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm_eval's index of its own 14,000 task files takes seconds to read, and no test here needs one of them."""
+    from ddp_eval import harness
+
+    task_manager = harness.TaskManager
+    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """run(model, tokenizer, tasks, **options) -> our results, with samples."""
+
+    def run(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> dict[str, Any]:
+        options = {"output_path": str(tmp_path / "out"), "overwrite": True, "log_samples": True, "bootstrap_iters": 0, **options}
+        results = evaluate(model, tokenizer, tasks, **options)
+        assert results is not None
+        return results
+
+    return run
+
+
+def answers_of(samples: list[dict[str, Any]]) -> dict[tuple[int, int], Any]:
+    """(document, choice) -> log-probability and flag, or the bare sum of a rolling request."""
+    found = {}
+    for sample in samples:
+        for index, (answer,) in enumerate(sample["resps"]):
+            found[sample["doc_id"], index] = answer
+    return found
+
+
+def assert_same_outcome(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Equal prompts to the byte, log-probabilities within the tolerance, equal flags and metrics."""
+    assert set(ours["samples"]) == set(theirs["samples"])
+    for task, samples in theirs["samples"].items():
+        mine = ours["samples"][task]
+        assert [sample["arguments"] for sample in mine] == [sample["arguments"] for sample in samples]
+        assert [sample["target"] for sample in mine] == [sample["target"] for sample in samples]
+        got, expected = answers_of(mine), answers_of(samples)
+        assert list(got) == list(expected)
+        for key, answer in expected.items():
+            if isinstance(answer, tuple):
+                assert got[key][0] == pytest.approx(answer[0], abs=TOLERANCE_NATS), (task, key)
+                assert got[key][1] == answer[1], (task, key)
+            else:
+                # A sum over hundreds of tokens at several nats each: one wrong token is far more than this.
+                assert got[key] == pytest.approx(answer, rel=1e-6), (task, key)
+    for part in ("results", "groups"):
+        assert set(ours.get(part, {})) == set(theirs.get(part, {}))
+        for task, metrics in theirs.get(part, {}).items():
+            for name, value in metrics.items():
+                close = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+                assert ours[part][task][name] == close, (task, name)
+    for part in ("n-samples", "versions", "n-shot", "higher_is_better", "group_subtasks"):
+        assert ours[part] == theirs[part], part
+
+
+TASKS = ["demo_boolean_expressions", "demo_hellaswag", "demo_lambada", "demo_mmlu"]
+
+
+@pytest.fixture(scope="module")
+def by_lm_eval(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> dict[str, Any]:
+    return evaluate_with_lm_eval(tiny_model("llama"), tiny_tokenizer, TASKS, limit=3)
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packs", "rows"])
+def test_demo_tasks(
+    packing: bool, run: Callable[..., Any], by_lm_eval: Any, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Catches any change on the way from documents to metrics: prompts, few-shot draws, order, sums, flags, groups."""
+    results = run(tiny_model("llama"), tiny_tokenizer, TASKS, limit=3, packing=packing)
+    assert_same_outcome(results, by_lm_eval)
+    assert results["ddp_eval"]["layout_of_requests"] == ("packs" if packing else "rows")
+
+
+def test_rolling_task(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches windows added up to the wrong document, or mistaken for another task's requests: several for each document.
+
+    lm_eval adds the log-probabilities of a window in float32, which costs 1e-3 nats in a sum of thousands; given float64 for its
+    softmax it adds in float64, as we do.
+    """
+    tasks, max_length = ["demo_lambada", "demo_wikitext"], {"max_length": 500}
+    lm_args = {"softmax_dtype": "float64", **max_length}
+    theirs = evaluate_with_lm_eval(tiny_model("llama"), tiny_tokenizer, tasks, lm_args=lm_args, limit=3)
+    ours = run(tiny_model("llama"), tiny_tokenizer, tasks, model_args=max_length, limit=3)
+    assert_same_outcome(ours, theirs)
+    assert ours["ddp_eval"]["requests"] > 3 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "layout"),
+    [
+        ("gpt2", "demo_hellaswag", "packs"),
+        ("mistral", "demo_mmlu_philosophy", "packs"),
+        ("gemma2", "demo_lambada", "packs"),
+        ("gemma3", "demo_boolean_expressions", "packs"),
+        ("qwen3_moe", "demo_mmlu_global_facts", "packs"),
+        ("llama4", "demo_hellaswag", "packs"),
+        ("mpt", "demo_hellaswag", "rows"),
+        ("mamba", "demo_boolean_expressions", "rows"),
+    ],
+)
+def test_other_models(
+    kind: str, task: str, layout: str, run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Catches a model that packs serve wrongly, or not at all though they could; rows must be right where they cannot."""
+    theirs = evaluate_with_lm_eval(tiny_model(kind), tiny_tokenizer, [task], limit=2)
+    ours = run(tiny_model(kind), tiny_tokenizer, [task], limit=2)
+    assert_same_outcome(ours, theirs)
+    assert ours["ddp_eval"]["layout_of_requests"] == layout
+    assert (ours["ddp_eval"]["why_rows"] is None) == (layout == "packs")
+
+
+def test_section_of_its_own(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches counts that do not add up: 4 questions of 4 letters each share a prompt and differ by one scored token."""
+    results = run(tiny_model("llama"), tiny_tokenizer, ["demo_mmlu_philosophy"], limit=4)
+    section = results["ddp_eval"]
+    assert section["requests"] == section["distinct_requests"] == 16
+    assert 1 <= section["packs"] <= 4
+    # What is shared is computed once: a letter's prompt for all four, the five examples before it for all in a pack.
+    assert section["computed_tokens"] < section["request_tokens"] / 4 + 16
+    for name in ("plan_sha256", "prompts_sha256"):
+        assert len(section[name]) == 64
+    assert {"tokenize", "plan", "forward", "gather"} <= set(section["phases_s"])
+    assert json.dumps(section)
+
+
+def test_same_run_same_bits(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches a plan or a prompt that depends on what ran before in this process."""
+    first, second = (run(tiny_model("llama"), tiny_tokenizer, ["demo_hellaswag"], limit=2) for _ in range(2))
+    assert answers_of(first["samples"]["demo_hellaswag"]) == answers_of(second["samples"]["demo_hellaswag"])
+    for name in ("plan_sha256", "prompts_sha256"):
+        assert first["ddp_eval"][name] == second["ddp_eval"][name]
+
+
+def test_one_request(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Catches a plan, a check or a gather that needs two: one document with one continuation."""
+    options: dict[str, Any] = {"samples": {"demo_lambada": [7]}}
+    ours = run(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], **options)
+    assert_same_outcome(ours, evaluate_with_lm_eval(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], **options))
+    assert ours["ddp_eval"]["requests"] == 1
+    scores = read_scores(tmp_path / "out" / "scores.parquet")
+    assert (list(scores.task), list(scores.idx)) == (["demo_lambada"], [0])
+
+
+def test_chosen_samples(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches documents counted from elsewhere, and few-shot examples drawn for a document's place instead of itself."""
+    options: dict[str, Any] = {"samples": {"demo_hellaswag": [5, 2], "demo_lambada": [11]}}
+    tasks = ["demo_hellaswag", "demo_lambada"]
+    ours = run(tiny_model("llama"), tiny_tokenizer, tasks, **options)
+    assert_same_outcome(ours, evaluate_with_lm_eval(tiny_model("llama"), tiny_tokenizer, tasks, **options))
+    assert {sample["doc_id"] for sample in ours["samples"]["demo_hellaswag"]} == {2, 5}
+
+
+def test_a_row_of_scores_for_each_request(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Catches rows in another order than lm_eval's, rounded sums, and a flag where a rolling request has none."""
+    tasks = ["demo_lambada", "demo_hellaswag", "demo_wikitext"]
+    ours = run(tiny_model("llama"), tiny_tokenizer, tasks, limit=2)
+    scores = read_scores(tmp_path / "out" / "scores.parquet")
+    rows = list(zip(scores.task, scores.doc_id, scores.idx, strict=True))
+    assert rows == [
+        *(("demo_lambada", doc, 0) for doc in range(2)),
+        *(("demo_hellaswag", doc, idx) for doc in range(2) for idx in range(4)),
+        *(("demo_wikitext", doc, 0) for doc in range(2)),
+    ]
+    for (task, doc, idx), value, greedy in zip(rows, scores.loglikelihood, scores.is_greedy, strict=True):
+        expected = answers_of(ours["samples"][task])[doc, idx]
+        assert ((value, greedy) if task != "demo_wikitext" else value) == expected
+        assert (greedy is None) == (task == "demo_wikitext")
+
+
+def test_predict_only(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Catches metrics computed all the same, and answers that are not kept."""
+    options = {"limit": 2, "predict_only": True}
+    ours = run(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], log_samples=False, **options)
+    theirs = evaluate_with_lm_eval(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], **options)
+    assert_same_outcome(ours, theirs)
+    lines = (tmp_path / "out" / "samples_demo_lambada.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["doc_id"] for line in lines] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"apply_chat_template": True, "fewshot_as_multiturn": False},
+        {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "Answer with one letter."},
+        {"system_instruction": "Be brief."},
+    ],
+    ids=["chat", "multiturn", "system"],
+)
+def test_chat_prompts(options: dict[str, Any], run: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
+    """Catches a prompt that differs from lm_eval's by a byte, a turn, or a BOS twice."""
+    tokenizer = tiny_models.make_tokenizer(chat_template=CHAT_TEMPLATE)
+    tasks = ["demo_mmlu_global_facts", "demo_lambada"]
+    theirs = evaluate_with_lm_eval(tiny_model("llama"), tokenizer, tasks, limit=1, **options)
+    ours = run(tiny_model("llama"), tokenizer, tasks, limit=1, **options)
+    assert_same_outcome(ours, theirs)
+    prompt = ours["samples"]["demo_mmlu_global_facts"][0]["arguments"][0][0]
+    assert ("<|assistant|>" in prompt) == ("apply_chat_template" in options)
+    assert ours["chat_template"] == (CHAT_TEMPLATE if "apply_chat_template" in options else None)
+    assert ours["system_instruction"] == options.get("system_instruction")
+
+
+def write_task(directory: Path, rows: list[dict[str, str]], more: str = "") -> str:
+    """A task that scores `continuation` behind `context` for each of `rows`; returns its --include_path. more: lines of YAML."""
+    directory.mkdir()
+    (directory / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (directory / "utils.py").write_text(
+        "import json, pathlib\n"
+        "import datasets\n"
+        "def load(**unused):\n"
+        "    rows = json.loads((pathlib.Path(__file__).parent / 'rows.json').read_text(encoding='utf-8'))\n"
+        "    return datasets.DatasetDict({'test': datasets.Dataset.from_list(rows)})\n"
+    )
+    (directory / "pairs.yaml").write_text(
+        "task: pairs\n"
+        "dataset_path: json\n"
+        "custom_dataset: !function utils.load\n"
+        "output_type: loglikelihood\n"
+        "test_split: test\n"
+        "target_delimiter: ''\n"
+        "doc_to_text: '{{context}}'\n"
+        "doc_to_target: '{{continuation}}'\n"
+        "metric_list:\n"
+        "  - metric: acc\n"
+        "    aggregation: mean\n"
+        "    higher_is_better: true\n" + more
+    )
+    return str(directory)
+
+
+def test_answer_that_is_begun_for_the_model(run: Callable[..., Any], tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Catches a turn closed, or a second one opened, where a task's `gen_prefix` is to be continued."""
+    from lm_eval.tasks import TaskManager
+
+    tokenizer = tiny_models.make_tokenizer(chat_template=CHAT_TEMPLATE)
+    rows = [{"context": "What is it?", "continuation": "a cat"}]
+    path = write_task(tmp_path / "tasks", rows, more="gen_prefix: 'It is'\n")
+    options: dict[str, Any] = {"apply_chat_template": True, "fewshot_as_multiturn": True}
+    manager = TaskManager(include_path=path, include_defaults=False)
+    theirs = evaluate_with_lm_eval(tiny_model("llama"), tokenizer, ["pairs"], task_manager=manager, **options)
+    ours = run(tiny_model("llama"), tokenizer, ["pairs"], include_path=path, **options)
+    assert_same_outcome(ours, theirs)
+    assert ours["samples"]["pairs"][0]["arguments"][0][0].endswith("<|assistant|>It is")
+
+
+def test_empty_continuation(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a crash, as in lm_eval, or another request's answer, where there is nothing to predict."""
+    rows = [{"context": "first", "continuation": " one"}, {"context": "nothing", "continuation": ""}]
+    path = write_task(tmp_path / "tasks", [*rows, {"context": "last", "continuation": " one"}])
+    with caplog.at_level(logging.WARNING, logger="ddp_eval"):
+        ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path)
+    answers = answers_of(ours["samples"]["pairs"])
+    assert answers[1, 0] == (0.0, True)
+    for doc, text in ((0, "first one"), (2, "last one")):
+        num_targets = len(tiny_tokenizer(" one").input_ids)
+        expected = tiny_models.score_plainly(tiny_model("llama"), tiny_tokenizer(text).input_ids, num_targets)
+        assert answers[doc, 0] == (pytest.approx(expected[0], abs=TOLERANCE_NATS), expected[1])
+    assert "1 of 3 requests have an empty continuation: they score 0 nats (pairs)" in caplog.text
+    assert read_scores(tmp_path / "out" / "scores.parquet").num_tokens[1] == 0
+
+
+def test_only_empty_continuations(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Catches a plan of no packs that breaks further on."""
+    path = write_task(tmp_path / "tasks", [{"context": "nothing", "continuation": ""}])
+    ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path)
+    assert answers_of(ours["samples"]["pairs"]) == {(0, 0): (0.0, True)}
+    assert ours["ddp_eval"]["packs"] == 0
+
+
+def test_continuation_longer_than_the_window(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a crash, as in lm_eval, or more tokens than the model can see."""
+    long = " many words in a row" * 10
+    rows = [{"context": "short", "continuation": long}, {"context": long, "continuation": " end"}]
+    path = write_task(tmp_path / "tasks", rows)
+    with caplog.at_level(logging.WARNING, logger="ddp_eval"):
+        ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path, model_args={"max_length": 16})
+    answers = answers_of(ours["samples"]["pairs"])
+    for doc, text, num_targets in ((0, "short" + long, 16), (1, long + " end", len(tiny_tokenizer(" end").input_ids))):
+        tokens = tiny_tokenizer(text).input_ids[-17:]
+        expected = tiny_models.score_plainly(tiny_model("llama"), tokens, num_targets)
+        assert answers[doc, 0] == (pytest.approx(expected[0], abs=TOLERANCE_NATS), expected[1])
+    assert "1 of 2 requests have a continuation longer than the model's window" in caplog.text
+    assert "1 of 2 requests lost the left end of their context" in caplog.text
+    assert read_scores(tmp_path / "out" / "scores.parquet").num_tokens[0] == 16
+
+
+def test_greedy_continuations_are_told(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Catches flags that are always False, which random models would not show: a continuation that the model itself writes."""
+    model, context = tiny_model("llama"), "The end"
+    tokens = tiny_tokenizer(context).input_ids
+    likeliest = torch.topk(model(torch.tensor([tokens])).logits[0, -1], 40).indices.tolist()
+    texts = [tiny_tokenizer.decode([token]) for token in likeliest]
+    usable = [tiny_tokenizer(context + text).input_ids == [*tokens, token] for text, token in zip(texts, likeliest, strict=True)]
+    assert usable[0] and sum(usable) > 5
+    candidates = [{"context": context, "continuation": text} for text, fits in zip(texts, usable, strict=True) if fits]
+    ours = run(model, tiny_tokenizer, ["pairs"], include_path=write_task(tmp_path / "tasks", candidates))
+    answers = answers_of(ours["samples"]["pairs"])
+    values = [answers[doc, 0][0] for doc in range(len(candidates))]
+    assert values == sorted(values, reverse=True)
+    assert [answers[doc, 0][1] for doc in range(len(candidates))] == [True] + [False] * (len(candidates) - 1)
+
+
+def test_package_exports_the_function() -> None:
+    """Catches a module that takes the function's name once it is imported: the second call of a training loop would fail."""
+    for _ in range(2):
+        assert ddp_eval.evaluate is evaluate
+
+
+def random_states() -> list[Any]:
+    return [random.getstate(), *np.random.get_state(), torch.get_rng_state()]
+
+
+def assert_same_states(before: list[Any], after: list[Any]) -> None:
+    for one, other in zip(before, after, strict=True):
+        assert one == other if isinstance(one, (tuple, str)) else np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("task", ["demo_hellaswag", "demo_no_such_task"])
+def test_caller_is_left_as_it_was(task: str) -> None:
+    """Catches a training loop that goes on in evaluation mode, with lm_eval's seeds, other attention, padding or no gradients."""
+    tokenizer = tiny_models.make_tokenizer()
+    assert tokenizer.pad_token is None  # lm_eval would choose one
+    model = tiny_models.make_model("llama")
+    model.train()
+    model.model.layers[1].mlp.eval()  # a frozen part
+    flags = [module.training for module in model.modules()]
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    attention = model.config._attn_implementation
+    random.seed(5), np.random.seed(6), torch.manual_seed(7)
+    torch.rand(3), np.random.normal(), random.gauss(0, 1)  # leaves half of a pair in two of them
+    before = random_states()
+
+    if task == "demo_no_such_task":
+        with pytest.raises(UserError, match="there is no task demo_no_such_task"):
+            evaluate(model, tokenizer, [task], limit=1)
+    else:
+        assert evaluate(model, tokenizer, [task], limit=1, bootstrap_iters=0)
+
+    assert_same_states(before, random_states())
+    assert [module.training for module in model.modules()] == flags
+    assert model.config._attn_implementation == attention
+    assert tokenizer.pad_token is None
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    assert torch.is_grad_enabled() and all(weight.requires_grad for weight in model.parameters())
+    tokens = torch.tensor([[3, 4, 5]])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_dropout_is_off(tiny_model: Callable[..., Any], run: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches scores of a model that still drops out: it comes in training mode."""
+    model = tiny_models.make_model("gpt2")
+    model.train()
+    noisy = run(model, tiny_tokenizer, ["demo_lambada"], limit=2)
+    quiet = run(tiny_model("gpt2"), tiny_tokenizer, ["demo_lambada"], limit=2)
+    assert answers_of(noisy["samples"]["demo_lambada"]) == answers_of(quiet["samples"]["demo_lambada"])
+    assert model.training
+
+
+def test_wrapped_models(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches a wrapper whose forward is called, or whose config is missed."""
+    model = tiny_models.make_model("llama")
+    plain = run(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], limit=2)
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
+        ours = run(wrapped, tiny_tokenizer, ["demo_lambada"], limit=2)
+        assert answers_of(ours["samples"]["demo_lambada"]) == answers_of(plain["samples"]["demo_lambada"])
+
+
+@pytest.mark.parametrize("max_pack_tokens", [1, 100])
+def test_pack_size_changes_nothing(
+    max_pack_tokens: int, run: Callable[..., Any], by_lm_eval: Any, tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Catches answers that depend on where packs are cut."""
+    ours = run(tiny_model("llama"), tiny_tokenizer, ["demo_boolean_expressions"], limit=3, max_pack_tokens=max_pack_tokens)
+    theirs = answers_of(by_lm_eval["samples"]["demo_boolean_expressions"])
+    for key, (value, flag) in answers_of(ours["samples"]["demo_boolean_expressions"]).items():
+        assert math.isclose(value, theirs[key][0], abs_tol=TOLERANCE_NATS) and flag == theirs[key][1]
+
+
+def test_documents_that_do_not_exist(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches lm_eval's assertion that comes through as a traceback."""
+    with pytest.raises(UserError, match="--samples"):
+        evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], samples={"demo_lambada": [10_000]})
+
+
+def test_close_names_are_offered(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches a bare refusal of a typing error."""
+    with pytest.raises(UserError, match=r"there is no task demo_helaswag: did you mean demo_hellaswag"):
+        evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_helaswag"])
+
+
+def test_tokenizer_without_bos_or_eos(tiny_model: Callable[..., Any]) -> None:
+    """Catches a traceback where an empty context would have no token."""
+    tokenizer = tiny_models.make_tokenizer(bos_token=None, eos_token=None)
+    with pytest.raises(UserError, match="neither a BOS nor an EOS"):
+        evaluate(tiny_model("llama"), tokenizer, ["demo_lambada"], limit=1)

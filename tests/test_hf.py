@@ -1,0 +1,339 @@
+"""The transformers engine: packs against one plain forward for each request, by hand; what loading refuses, in which words."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import tiny_models
+import torch
+import transformers
+from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
+
+from ddp_eval import attention
+from ddp_eval.engines import hf
+from ddp_eval.errors import UserError
+from ddp_eval.packing import CostModel, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.runner import make_plan
+
+CPU = torch.device("cpu")
+TOLERANCE_NATS = 1e-4
+ONE_PACK = CostModel(forward=1e12)
+
+Request = tuple[list[int], int]  # tokens, how many of the last are scored
+
+
+def load(path: Path, **model_args: Any) -> hf.HFEngine:
+    args = {"pretrained": str(path), "dtype": "float32", **model_args}
+    return hf.load_engine(args, hf.load_config(args), CPU)
+
+
+def grow_tree(
+    model: Any, seed: int, count: int = 14, longest_prefix: int = 20, longest_tail: int = 9
+) -> tuple[list[Request], list[tuple[float, bool]]]:
+    """`count` random requests that branch off from earlier ones, or repeat or end within them; and their answers by hand.
+
+    Some continue as the model itself would, so that greedy ones are among them.
+    """
+    random = np.random.default_rng(seed)
+
+    def draw(least: int, most: int) -> list[int]:
+        return random.integers(0, VOCAB_SIZE, random.integers(least, most + 1)).tolist()
+
+    requests: list[Request] = []
+    for index in range(count):
+        tokens = draw(2, longest_prefix)
+        if requests and index % 5:
+            earlier = requests[random.integers(len(requests))][0]
+            tokens = earlier[: random.integers(1, len(earlier) + 1)] + draw(0, longest_tail)
+        if index % 3 == 0:
+            num_targets = int(random.integers(1, 4))
+            tokens = continue_greedily(model, tokens, num_targets)
+        else:
+            tokens = tokens if len(tokens) > 1 else tokens + draw(1, 1)
+            num_targets = int(random.integers(1, min(len(tokens), 6)))
+        requests.append((tokens, num_targets))
+    return requests, [tiny_models.score_plainly(model, *request) for request in requests]
+
+
+def continue_greedily(model: Any, tokens: list[int], count: int) -> list[int]:
+    for _ in range(count):
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        tokens = [*tokens, int(logits[0, -1].argmax())]
+    return tokens
+
+
+def to_requests(requests: list[Request]) -> Requests:
+    return requests_from_lists([tokens for tokens, _ in requests], [count for _, count in requests])
+
+
+def run(engine: hf.HFEngine, plan: Plan, item_of_request: np.ndarray) -> list[tuple[float, bool]]:
+    done = [engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)]
+    sums, greedy = (np.concatenate(column)[item_of_request].tolist() for column in zip(*done, strict=True))
+    return list(zip(sums, greedy, strict=True))
+
+
+def assert_equal_answers(got: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
+    assert [value for value, _ in got] == pytest.approx([value for value, _ in expected], abs=TOLERANCE_NATS)
+    assert [flag for _, flag in got] == [flag for _, flag in expected]
+    assert {True, False} == {flag for _, flag in expected}, "the requests test no flag"
+
+
+@pytest.mark.parametrize("implementation", [None, "sdpa", "eager"], ids=str)
+@pytest.mark.parametrize("kind", TREE_KINDS)
+def test_packs_equal_plain_forwards(
+    kind: str, implementation: str | None, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
+) -> None:
+    """Catches a mask, position, window, chunk or read that is off by anything, in whole trees and cut ones."""
+    if kind == "gemma2" and implementation == "sdpa":
+        pytest.skip("transformers refuses sdpa for Gemma 2: it caps its attention scores")
+    engine = load(tiny_model_path(kind), **({"attn_implementation": implementation} if implementation else {}))
+    assert engine.why_not_packs is None
+    for seed in range(3):
+        requests, expected = grow_tree(tiny_model(kind), seed)
+        whole = plan_packs(to_requests(requests), ONE_PACK, 10**6)
+        cut = plan_packs(to_requests(requests), CostModel(), 40)
+        assert whole[0].num_packs == 1 and not build_pack(whole[0], 0).is_chain
+        assert cut[0].num_packs > 1
+        assert_equal_answers(run(engine, *whole), expected)
+        assert_equal_answers(run(engine, *cut), expected)
+
+
+@pytest.mark.parametrize("kind", TREE_KINDS)
+def test_large_packs_equal_plain_forwards(
+    kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
+) -> None:
+    """Catches what only a large pack meets: attention that goes block by block, branches far behind what they hang from."""
+    engine = load(tiny_model_path(kind))
+    requests, expected = grow_tree(tiny_model(kind), seed=7, count=16, longest_prefix=240, longest_tail=90)
+    plan, item_of_request = plan_packs(to_requests(requests), ONE_PACK, 10**6)
+    assert len(build_pack(plan, 0)) > 700
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "llama4"])
+def test_packs_under_flex_attention(kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches a BlockMask that says other than the dense masks, run without a compiler: only the kernel differs on a GPU."""
+    engine = load(tiny_model_path(kind), attn_implementation="flex_attention")
+    assert engine.model.config._attn_implementation == "flex_attention" and engine.why_not_packs is None
+    requests, expected = grow_tree(tiny_model(kind), seed=0)
+    with torch.compiler.set_stance("force_eager"):
+        answers = run(engine, *plan_packs(to_requests(requests), ONE_PACK, 10**6))
+    assert_equal_answers(answers, expected)
+
+
+@pytest.mark.parametrize("kind", [*TREE_KINDS, *ROW_KINDS])
+def test_rows_equal_plain_forwards(kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches padding that is seen, a row read at another row's column, and two lengths confused in one batch."""
+    engine = load(tiny_model_path(kind))
+    requests, expected = grow_tree(tiny_model(kind), seed=1)
+    for max_tokens in (1, 60, 10**6):
+        assert_equal_answers(run(engine, *plan_rows(to_requests(requests), max_tokens)), expected)
+
+
+@pytest.mark.parametrize("kind", TREE_KINDS)
+def test_check_passes_models_that_packs_serve(kind: str, tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches a check so strict that rounding turns packs off."""
+    engine = load(tiny_model_path(kind))
+    requests, _ = grow_tree(engine.model, seed=2)
+    assert hf.check_packs(engine, to_requests(requests)) is None
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_models_that_packs_cannot_serve_run_as_rows(
+    kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
+) -> None:
+    """Catches ALiBi and state-space models put into trees: MPT takes the mask and is silently wrong."""
+    engine = load(tiny_model_path(kind))
+    requests, expected = grow_tree(tiny_model(kind), seed=3)
+    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert why_rows and plan.rows
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+
+
+def test_check_catches_a_mask_of_the_wrong_type(tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check that is blind: a bool mask under eager is added to the scores and hides nothing, without an error."""
+    engine = load(tiny_model_path("llama"), attn_implementation="eager")
+    requests, expected = grow_tree(engine.model, seed=4)
+    make_mask = attention.make_mask
+    monkeypatch.setattr(attention, "make_mask", lambda implementation, *rest: make_mask("sdpa", *rest))
+    assert "differ by" in (hf.check_packs(engine, to_requests(requests)) or "")
+    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert plan.rows and "differ by" in (why_rows or "")
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "attention_mask"])
+def test_check_catches_a_model_that_ignores_an_argument(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check that never branches: a model that counts positions by index is right in every chain."""
+    model = tiny_models.make_model("llama")
+    forward = model.forward
+
+    def deaf(input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+        heard = {"attention_mask": attention_mask, "position_ids": position_ids, name: None}
+        return forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **heard, **kwargs)
+
+    requests, _ = grow_tree(model, seed=5)
+    monkeypatch.setattr(model, "forward", deaf)
+    engine = hf.HFEngine(model, CPU)
+    assert engine.why_not_packs is None
+    assert "differ by" in (hf.check_packs(engine, to_requests(requests)) or "")
+
+
+def test_no_packing_gives_rows(tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches a flag that is read nowhere."""
+    engine = load(tiny_model_path("llama"))
+    requests, _ = grow_tree(engine.model, seed=6)
+    plan, _, why_rows = make_plan(engine, to_requests(requests), packing=False, max_pack_tokens=None)
+    assert plan.rows and why_rows == "--no_packing was given"
+
+
+def test_low_precision_is_summed_in_float32(tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches a softmax or a sum in bfloat16: the logits are rounded, what is computed from them may not be."""
+    engine = load(tiny_model_path("llama"), dtype="bfloat16")
+    assert engine.model.dtype == torch.bfloat16
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 30).tolist()
+    expected = tiny_models.score_plainly(engine.model, tokens, 20)  # in float64, from the same bfloat16 logits
+    ((value, _),) = run(engine, *plan_packs(requests_from_lists([tokens], [20]), CostModel(), 100))
+    assert value == pytest.approx(expected[0], abs=1e-3)
+
+
+def test_cost_model_counts_the_weights_that_work(tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches embeddings counted as work, and idle experts: by hand, from the tiny models' shapes."""
+    attention_weights, norms = 32 * 32 * 2 + 32 * 16 * 2, 2 * 32
+    llama = load(tiny_model_path("llama")).cost_model()
+    assert llama.token == 2 * (2 * (attention_weights + 3 * 32 * 64 + norms) + 32)
+    assert llama.read == 2 * 32 * VOCAB_SIZE
+    mixture = load(tiny_model_path("qwen3_moe")).cost_model()
+    in_use = attention_weights + norms + 2 * 8 + 4 * 32 + 2 * 3 * 32 * 32  # two norms of a head, a router, two experts of four
+    assert mixture.token == 2 * (2 * in_use + 32)
+
+
+@contextlib.contextmanager
+def refused(*words: str):
+    """The block raises UserError, one line that holds all `words`."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.fixture
+def model_copy(tiny_model_path: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A saved model that the test may spoil."""
+    return Path(shutil.copytree(tiny_model_path("llama"), tmp_path / "model"))
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    """Catches a missing path that is looked up as a name on the hub."""
+    path = str(tmp_path / "nothing")
+    with refused(path, "does not exist"):
+        hf.load_config({"pretrained": path})
+    with refused(path, "does not exist"):
+        hf.load_tokenizer({"pretrained": path})
+
+
+def test_unknown_hub_name_is_named() -> None:
+    """Catches transformers' page of advice, or its traceback, for a mistyped name."""
+    with refused("cannot load the model no-such-owner/no-such-model"):
+        hf.load_config({"pretrained": "no-such-owner/no-such-model"})
+
+
+def test_directory_without_config(tmp_path: Path) -> None:
+    """Catches a traceback for a directory of something else."""
+    with refused(str(tmp_path), "cannot load the model"):
+        hf.load_config({"pretrained": str(tmp_path)})
+
+
+def test_model_without_tokenizer(model_copy: Path) -> None:
+    """Catches an empty tokenizer that transformers makes up where its files are missing, or an error that names no way out."""
+    for file in model_copy.glob("tokenizer*"):
+        file.unlink()
+    with refused(str(model_copy), "tokenizer", "tokenizer=NAME"):
+        hf.load_tokenizer({"pretrained": str(model_copy)})
+
+
+def test_tokenizer_from_elsewhere(model_copy: Path, tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches `tokenizer=` that is read nowhere."""
+    for file in model_copy.glob("tokenizer*"):
+        file.unlink()
+    tokenizer = hf.load_tokenizer({"pretrained": str(model_copy), "tokenizer": str(tiny_model_path("llama"))})
+    assert tokenizer("the").input_ids == tiny_models.make_tokenizer()("the").input_ids
+
+
+def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    """Catches a T5 that is loaded as something causal."""
+    transformers.T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16).save_pretrained(tmp_path)
+    with refused(str(tmp_path), "encoder-decoder (t5)", "not supported yet"):
+        hf.load_config({"pretrained": str(tmp_path)})
+
+
+@pytest.mark.parametrize("dtype", ["nonsense", "int8", "float23", 16])
+def test_unknown_dtype(model_copy: Path, dtype: Any) -> None:
+    """Catches a type that is taken for the default, or for a type that weights cannot have."""
+    with refused(f"dtype in --model_args must be auto, float32, bfloat16 or float16, got {dtype}"):
+        load(model_copy, dtype=dtype)
+
+
+def test_unknown_model_argument(model_copy: Path) -> None:
+    """Catches a mistyped argument that is dropped without a word."""
+    with refused("cannot load the model", "atn_implementation"):
+        load(model_copy, atn_implementation="eager")
+
+
+def test_unknown_attention_implementation(model_copy: Path) -> None:
+    """Catches a traceback for a mistyped value."""
+    with refused("cannot load the model", "quick"):
+        load(model_copy, attn_implementation="quick")
+
+
+def test_missing_weight_is_named(model_copy: Path) -> None:
+    """Catches a score of random weights: transformers only warns where a checkpoint lacks some."""
+    file = model_copy / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    with refused(str(model_copy), "lacks 1 of the model's weights", "model.layers.1.mlp.up_proj.weight"):
+        load(model_copy)
+
+
+def test_tied_head_is_not_missing(tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches a checkpoint refused for the head that it shares with its embeddings and so does not store."""
+    for kind in ("gpt2", "gemma2"):
+        file = tiny_model_path(kind) / "model.safetensors"
+        assert "lm_head.weight" not in safetensors.torch.load_file(file)
+        load(tiny_model_path(kind))
+
+
+def test_weights_of_another_shape(model_copy: Path) -> None:
+    """Catches a traceback, or random weights, for a config that does not belong to the weights."""
+    config = transformers.AutoConfig.from_pretrained(model_copy)
+    config.intermediate_size = 48
+    config.save_pretrained(model_copy)
+    with refused(str(model_copy)):
+        load(model_copy)
+
+
+@pytest.mark.parametrize("content", [None, b"version https://git-lfs.github.com/spec/v1\n"], ids=["cut off", "pointer"])
+def test_broken_weights(content: bytes | None, model_copy: Path) -> None:
+    """Catches a traceback for a download that broke off, or for a clone without its large files."""
+    file = model_copy / "model.safetensors"
+    file.write_bytes(content or file.read_bytes()[:20_000])
+    with refused(f"cannot load the model {model_copy}"):
+        load(model_copy)
+
+
+def test_no_weights(model_copy: Path) -> None:
+    """Catches a traceback for a directory that holds a config alone."""
+    (model_copy / "model.safetensors").unlink()
+    with refused(f"cannot load the model {model_copy}"):
+        load(model_copy)

@@ -31,6 +31,8 @@ def layer_rules(config: Any) -> dict[str, LayerRule]:
 
     Raises ValueError, naming it, for a kind of layer that packs cannot serve.
     """
+    if hasattr(config, "attention_layers"):  # GPT-Neo
+        raise ValueError("its local layers mask by index, in a buffer of their own")
     window = getattr(config, "sliding_window", None)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     if kinds in ([], ["full_attention"]):

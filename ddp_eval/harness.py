@@ -23,7 +23,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
+from lm_eval.utils import make_table, sanitize_model_name
 
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
@@ -71,6 +71,9 @@ def evaluate_tasks(
     manager = _task_manager(config, include_paths)
     specs = _resolve_tasks(manager, config.tasks)
     _watch_loading(manager, lm)
+    # lm_eval takes the documents in their own order, whatever the order of the list, but numbers them by the list's.
+    samples = lm.chosen or None
+    multiturn = config.fewshot_as_multiturn
     pad_token = encoder.tokenizer.pad_token
     configure_pad_token(encoder.tokenizer, model_config=model_config)  # lm_eval names it in the results
     tracker = EvaluationTracker()
@@ -86,14 +89,14 @@ def evaluate_tasks(
                 task_manager=manager,
                 num_fewshot=config.num_fewshot,
                 limit=config.limit,
-                samples=config.samples,
+                samples=samples,
                 bootstrap_iters=config.bootstrap_iters,
                 write_out=config.write_out,
                 log_samples=config.log_samples or config.predict_only,
                 evaluation_tracker=tracker,
                 system_instruction=config.system_instruction,
                 apply_chat_template=config.apply_chat_template,
-                fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
+                fewshot_as_multiturn=bool(config.apply_chat_template) if multiturn is None else multiturn,
                 gen_kwargs=config.gen_kwargs or None,
                 predict_only=config.predict_only,
                 random_seed=config.seed[0],
@@ -116,6 +119,8 @@ def evaluate_tasks(
     results["config"]["model"] = config.model
     results.update(dataclasses.asdict(tracker.general_config_tracker))
     results["model_source"] = config.model
+    results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
+    results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
     assert lm.scores is not None, "every task has documents, so requests were scored"
     return Outcome(results, lm.scores, lm.prompt_digest)
 
@@ -152,6 +157,7 @@ class _LeaderLM(TemplateLM):
         self.tasks: dict[str, Any] = {}
         self._score = score
         self._phases = phases
+        self.chosen = {task: sorted(set(indices)) for task, indices in (config.samples or {}).items()}
         self._chat_template_args = config.model_args.get("chat_template_args") or {}
         self._answers: dict[int, Any] | None = None
 
@@ -243,7 +249,7 @@ class _LeaderLM(TemplateLM):
         )
         self.scores = Scores(
             task=[one.task_name for one in instances],
-            doc_id=[one.doc_id for one in instances],
+            doc_id=[self.chosen[one.task_name][one.doc_id] if one.task_name in self.chosen else one.doc_id for one in instances],
             idx=[one.idx for one in instances],
             loglikelihood=[answers[id(one)][0] for one in instances],
             is_greedy=[answers[id(one)][1] for one in instances],
@@ -268,10 +274,12 @@ def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
 
 def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
     """Names, glob patterns, YAML files and directories of them -> what TaskManager.load takes, each once."""
-    found: dict[Any, None] = {}
+    if not tasks:
+        raise UserError("no tasks were given")
+    found: list[Any] = []
     for task in tasks:
         if not isinstance(task, str):
-            found[task] = None
+            found.append(task)
             continue
         matches = manager.match_tasks([task])
         if not matches and task.endswith((".yaml", ".yml")):
@@ -286,8 +294,8 @@ def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
                 else ": `lm_eval ls tasks` lists all, --include_path DIR adds your own"
             )
             raise UserError(f"there is no task {task}{hint}")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+        found += [match for match in matches if match not in found]
+    return found
 
 
 def _watch_loading(manager: TaskManager, lm: _LeaderLM) -> None:

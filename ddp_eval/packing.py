@@ -179,11 +179,12 @@ def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: 
     return _assemble(requests, order, item_of_request, shared, bounds, groups, rows=False)
 
 
-def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None) -> tuple[Plan, IntArray]:
+def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None, isolate: bool = False) -> tuple[Plan, IntArray]:
     """Cut `requests` into batches of plain rows of near-equal length, for models that cannot take a tree.
 
     A request that continues or lies within the one before it shares its row; nothing else is shared.
     max_tokens: the most that a batch holds once every row is padded to its longest, max_reads: likewise for its reads.
+    isolate: batch only rows of one length, with no longer request in a row, for models whose numbers depend on the longest.
     Returns as `plan_packs`.
     """
     order, item_of_request, shared = _sort_and_share(requests)
@@ -194,6 +195,8 @@ def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None)
     # The row laid so far ends where the latest item with tokens of its own ends.
     latest = np.maximum.accumulate(np.where(lengths > shared, np.arange(len(order)), 0))
     continues = (lengths == shared) | (shared == np.concatenate([[-1], lengths[latest[:-1]]]))
+    if isolate:
+        continues &= lengths == np.concatenate([[-1], lengths[:-1]])
     continues[0] = False
     shared[~continues] = 0
     row_bounds = np.append(np.flatnonzero(~continues), len(order))
@@ -201,7 +204,7 @@ def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None)
     row_reads = np.add.reduceat(requests.num_targets[order].astype(np.int64), row_bounds[:-1])
 
     by_length = np.argsort(row_lengths, kind="stable")
-    batch_bounds = _batch_rows(row_lengths[by_length], row_reads[by_length], max_tokens, max_reads)
+    batch_bounds = _batch_rows(row_lengths[by_length], row_reads[by_length], max_tokens, max_reads, isolate)
     item_order = np.concatenate([np.arange(row_bounds[row], row_bounds[row + 1]) for row in by_length])
     rank_of_item = np.empty_like(item_order)
     rank_of_item[item_order] = np.arange(len(item_order))
@@ -327,7 +330,10 @@ class _Costs:
 
     def __init__(self, lengths: IntArray, shared: IntArray, num_targets: IntArray, cost: CostModel) -> None:
         triangle = lengths * (lengths + 1) / 2
-        fresh_reads = np.where((lengths == shared) & (np.arange(len(lengths)) > 0), 0, num_targets.astype(np.int64))
+        # Behind the same input as the item before it, an item reads the same positions; else at most all of its own.
+        fresh_reads = num_targets.astype(np.int64)
+        same = np.flatnonzero((lengths[1:] == shared[1:]) & (lengths[1:] == lengths[:-1])) + 1
+        fresh_reads[same] = np.maximum(0, fresh_reads[same] - num_targets[same - 1])
         self.model = cost
         self.tokens_to = np.concatenate([[0], np.cumsum(lengths - shared)])
         self.pairs_to = np.concatenate([[0.0], np.cumsum(triangle - shared * (shared + 1) / 2)])
@@ -427,13 +433,14 @@ def _fill_up_to(costs: _Costs, most: float, max_tokens: int, max_reads: int | No
     return np.array(bounds, dtype=np.int64)
 
 
-def _batch_rows(row_lengths: IntArray, row_reads: IntArray, max_tokens: int, max_reads: int | None) -> IntArray:
+def _batch_rows(row_lengths: IntArray, row_reads: IntArray, max_tokens: int, max_reads: int | None, one_length: bool) -> IntArray:
     """Split rows of ascending length into batches within the limits. Returns the bounds, in rows."""
     bounds, reads = [0], 0
     for row, (length, count) in enumerate(zip(row_lengths.tolist(), row_reads.tolist(), strict=True)):
         too_long = (row + 1 - bounds[-1]) * length > max_tokens
         too_many = max_reads is not None and reads + count > max_reads
-        if row > bounds[-1] and (too_long or too_many):
+        other_length = one_length and row > 0 and length != row_lengths[row - 1]
+        if row > bounds[-1] and (too_long or too_many or other_length):
             bounds.append(row)
             reads = 0
         reads += count

@@ -52,7 +52,7 @@ def run(config: Config, world: World) -> dict[str, Any] | None:
         return _lead_run(config, world, followers)
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> dict[str, Any] | None:
+def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:
     """Evaluate a loaded model on lm_eval tasks, on all ranks of the process group that the caller is in (or on none).
 
     Every rank calls it with its own copy of the model (plain, DDP-wrapped or compiled). The model's training flags, the random
@@ -65,7 +65,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any], **options: Any) -> di
 
     Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
     """
-    config = Config(tasks=list(tasks), **options)
+    config = Config(tasks=tasks.split(",") if isinstance(tasks, str) else list(tasks), **options)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
@@ -218,7 +218,7 @@ def make_plan(
         plan, item_of_request = plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads())
         why_rows = hf.check_packs(engine, _sample(requests, plan, item_of_request)) if len(requests) else None
     if why_rows is not None:
-        plan, item_of_request = plan_rows(requests, max_tokens, engine.max_reads())
+        plan, item_of_request = plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests)
     return plan, item_of_request, why_rows
 
 

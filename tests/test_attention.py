@@ -157,6 +157,12 @@ def test_other_kinds_of_layer_are_named(kind: str) -> None:
         layer_rules(config)
 
 
+def test_gpt_neo_is_named() -> None:
+    """Catches its local layers, which mask by index whatever mask they are given: no short check would show it."""
+    with pytest.raises(ValueError, match="by index"):
+        layer_rules(transformers.GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]))
+
+
 def test_chunks_of_a_forest_start_at_each_root() -> None:
     """Catches chunks counted along the pack: worked by hand, two trees of five tokens in chunks of two."""
     depth = torch.tensor([0, 1, 2, 3, 4] * 2)

@@ -47,7 +47,7 @@ def read_by_lm_eval(argv: list[str]) -> EvaluatorConfig:
         ["-a", "pretrained=m,dtype=float32", "add_bos_token=True", "-t", "a", "b,c"],
         ["-a", "pretrained=m", "-a", "dtype=auto", "-t", "a", "-t", "b"],
         ["-M", "hf", "-a", '{"pretrained": "m", "max_length": 64, "rope": {"factor": 2.0}}', "-t", "a"],
-        ["-a", "pretrained=m,max_length=2048,prefix_token_id=-1,attn_implementation=None", "-t", "a"],
+        ["-a", "pretrained=m,max_length=2048,prefix_token_id=1,attn_implementation=None", "-t", "a"],
         ["-a", "pretrained=org/a-model_b,revision=a=b", "-t", "dir/task-one.yaml"],
         ["-a", "pretrained=m,", "-t", "a", "--metadata", "tokenizer=gpt2", "max_seq_lengths=[4096,8192]"],
         [*BASE, "--gen_kwargs", "temperature=0.8", "top_p=0.95,do_sample=true", 'stop=["\\n\\n", ","]'],

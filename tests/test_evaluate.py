@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import tiny_models
@@ -173,13 +174,33 @@ def test_one_request(run: Callable[..., Any], tiny_model: Callable[..., Any], ti
     assert (list(scores.task), list(scores.idx)) == (["demo_lambada"], [0])
 
 
-def test_chosen_samples(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_chosen_samples(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
     """Catches documents counted from elsewhere, and few-shot examples drawn for a document's place instead of itself."""
-    options: dict[str, Any] = {"samples": {"demo_hellaswag": [5, 2], "demo_lambada": [11]}}
     tasks = ["demo_hellaswag", "demo_lambada"]
-    ours = run(tiny_model("llama"), tiny_tokenizer, tasks, **options)
-    assert_same_outcome(ours, evaluate_with_lm_eval(tiny_model("llama"), tiny_tokenizer, tasks, **options))
-    assert {sample["doc_id"] for sample in ours["samples"]["demo_hellaswag"]} == {2, 5}
+    ours = run(tiny_model("llama"), tiny_tokenizer, tasks, samples={"demo_hellaswag": [5, 2], "demo_lambada": [11]})
+    # lm_eval numbers the documents of an unsorted list wrongly: it evaluates them in their own order.
+    in_order = {"samples": {"demo_hellaswag": [2, 5], "demo_lambada": [11]}}
+    assert_same_outcome(ours, evaluate_with_lm_eval(tiny_model("llama"), tiny_tokenizer, tasks, **in_order))
+    scores = read_scores(tmp_path / "out" / "scores.parquet")
+    assert list(dict.fromkeys(zip(scores.task, scores.doc_id, strict=True))) == [
+        ("demo_hellaswag", 2), ("demo_hellaswag", 5), ("demo_lambada", 11),
+    ]  # fmt: skip
+
+
+def test_tasks_given_as_text_and_as_configs(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches a task config that cannot be told from the others, and a string read as a list of letters."""
+    model = tiny_model("llama")
+    by_name = run(model, tiny_tokenizer, "demo_lambada,demo_boolean_expressions", limit=2)
+    config = {**by_name["configs"]["demo_lambada"], "task": "my_lambada"}
+    config = {
+        key: value
+        for key, value in config.items()
+        if key in ("task", "output_type", "doc_to_text", "doc_to_target", "metric_list")
+    }
+    rows = [{"text": "the cat sat on the mat"}, {"text": "a dog ran"}]
+    config |= {"custom_dataset": lambda **_: datasets.DatasetDict(test=datasets.Dataset.from_list(rows)), "test_split": "test"}
+    by_config = run(model, tiny_tokenizer, [config])
+    assert by_config["n-samples"]["my_lambada"]["effective"] == 2
 
 
 def test_a_row_of_scores_for_each_request(

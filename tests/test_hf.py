@@ -187,6 +187,51 @@ def test_check_catches_a_model_that_ignores_an_argument(name: str, monkeypatch: 
     assert "differ by" in (hf.check_packs(engine, to_requests(requests)) or "")
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope"}])
+def test_numbers_that_depend_on_the_longest_request(rope: dict[str, Any]) -> None:
+    """Catches a short request whose rotary frequencies come from a longer one that shares its forward pass."""
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.2,
+    }
+    if rope["rope_type"] == "longrope":
+        rope = {**rope, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 32}
+        config: Any = transformers.Phi3Config(
+            vocab_size=VOCAB_SIZE, rope_parameters={**rope, "rope_theta": 1e4}, max_position_embeddings=64,
+            original_max_position_embeddings=32, pad_token_id=0, num_key_value_heads=2, **shape,
+        )  # fmt: skip
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=VOCAB_SIZE, rope_parameters={**rope, "rope_theta": 1e4}, max_position_embeddings=32, **shape
+        )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    random = np.random.default_rng(0)
+    requests: list[Request] = [(random.integers(0, VOCAB_SIZE, length).tolist(), 3) for length in (20, 20, 40, 40, 28, 45)]
+    requests += [(requests[3][0][:30], 2), (continue_greedily(model, requests[0][0], 2), 2)]
+    engine = hf.HFEngine(model, CPU)
+    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert plan.rows and "rotary" in (why_rows or "")
+    expected = [tiny_models.score_plainly(model, tokens, count) for tokens, count in requests]
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+
+
+def test_model_that_fails_on_packs_runs_as_rows(tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that ends in the trial of packs, where rows would have served."""
+    engine = load(tiny_model_path("llama"))
+
+    def fail(pack: Any) -> Any:
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr(engine, "_forward_tree", fail)
+    requests: list[Request] = [([1, 2, 3, 4], 1), ([1, 2, 5, 6], 2)]
+    plan, _, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert plan.rows and "too many values" in (why_rows or "")
+
+
 def test_no_packing_gives_rows(tiny_model_path: Callable[[str], Path]) -> None:
     """Catches a flag that is read nowhere."""
     engine = load(tiny_model_path("llama"))

@@ -71,6 +71,8 @@ class HFEngine:
             self.why_not_packs = f"its attention implementation {self.tree_attention} takes no tree mask"
         elif not {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters):
             self.why_not_packs = "its forward takes no attention mask and positions"
+        elif self.isolates_requests:
+            self.why_not_packs = "its rotary frequencies depend on the longest request of a forward pass"
         else:
             try:
                 self._rules = attention.layer_rules(self.config)
@@ -85,6 +87,13 @@ class HFEngine:
         if implementation != self._attention:
             self.model.set_attn_implementation(implementation)
             self._attention = implementation
+
+    @property
+    def isolates_requests(self) -> bool:
+        """Whether a request's numbers depend on how long the others in its forward are: rows must then be of one length."""
+        rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
+        kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
+        return bool(kinds & {"dynamic", "longrope"})
 
     @property
     def vocab_size(self) -> int:
@@ -128,7 +137,8 @@ class HFEngine:
 
     def launch(self, pack: Pack) -> Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
-        with torch.inference_mode():
+        # A caller's autocast would change the numbers from run to run of a training loop's settings.
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             logits = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
             return self._read_off(logits, pack)
 
@@ -232,8 +242,11 @@ def check_packs(engine: HFEngine, requests: Requests) -> str | None:
     A model that takes a tree mask and yet ignores part of it (positions by index, a running state) gives wrong numbers without
     an error: only its own answers show it. What rounding may do is known from the dtype and from two plain runs of other shapes.
     """
-    cost = CostModel(dense=False)  # only tokens count: as much sharing as can be
-    packed = _score_alone(engine, *plan_packs(requests, cost, max_tokens=2**30))
+    one_pack = CostModel(forward=1e30, dense=False)
+    try:
+        packed = _score_alone(engine, *plan_packs(requests, one_pack, max_tokens=2**30))
+    except Exception as error:
+        return f"it fails on packs ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     alone = _score_alone(engine, *plan_rows(requests, max_tokens=1))
     padded = _score_alone(engine, *plan_rows(requests, max_tokens=2**30))
     rounding = float(np.mean(np.abs(padded - alone) / requests.num_targets))

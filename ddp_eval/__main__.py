@@ -15,6 +15,17 @@ from ddp_eval import cli
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 
+# Ends of warnings of lm_eval's that come with every run and ask for nothing.
+_CHATTER = (
+    "For details see task Readme.",
+    "using preconfigured rule.",
+    "using default aggregation=weighted_perplexity",
+    "using default aggregation=bits_per_byte",
+    "using default higher_is_better=False",
+    "using default higher_is_better=True",
+    "using default aggregation=mean",
+)
+
 
 def main() -> None:
     _quiet_down()
@@ -35,9 +46,9 @@ def _quiet_down() -> None:
     if not (speaker and sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    level = getattr(logging, os.environ.get("LMEVAL_LOG_LEVEL", "").upper(), logging.ERROR)
-    for name in ("lm_eval", "datasets", "transformers"):
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger().handlers[0].addFilter(lambda record: not record.getMessage().rstrip().endswith(_CHATTER))
+    for name in ("datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _run(config: Config, notes: list[str]) -> None:

@@ -74,12 +74,17 @@ def split(depth: npt.NDArray[Any]) -> list[tuple[int, int]]:
 
 
 def make_blocks(
-    depth: npt.NDArray[Any], end: npt.NDArray[Any], rule: LayerRule, dtype: torch.dtype, device: torch.device
+    runs: list[tuple[int, int]],
+    depth: npt.NDArray[Any],
+    end: npt.NDArray[Any],
+    rule: LayerRule,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Block]:
-    """The blocks of a pack under one kind of layer. dtype: of the additive masks, the queries' own."""
+    """The blocks of a pack under one kind of layer. runs: from `split`; dtype: of the additive masks, the queries' own."""
     index = np.arange(len(depth))
     blocks = []
-    for start, stop in split(depth):
+    for start, stop in runs:
         ancestors = np.flatnonzero(end[:start] > start)
         if rule.window is not None:
             ancestors = ancestors[depth[ancestors] > depth[start:stop].min() - rule.window]

@@ -54,6 +54,8 @@ class Config:
         return {**self.model_args, "trust_remote_code": True} if self.trust_remote_code else self.model_args
 
     def __post_init__(self) -> None:
+        if isinstance(self.seed, int):
+            object.__setattr__(self, "seed", (self.seed,) * len(DEFAULT_SEED))
         if self.model != "hf":
             raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
         _check_at_least("--num_fewshot", self.num_fewshot, 0)

@@ -2,9 +2,10 @@
 
 The only module that uses torch.distributed. Every helper works with no process group (one rank), with gloo and with NCCL.
 
-Two channels. Results travel over the main group (NCCL on GPU, gloo on CPU). Messages from the leader travel over a gloo group
-of their own: a follower may wait for hours there while the leader builds prompts, and yet learns within a second when the
-leader's process is gone, because its sockets close.
+On CUDA the process group has NCCL for tensors on GPUs and gloo for those on CPUs. Results, a few bytes for each request, travel
+over gloo: its sockets close when a process dies, so that the others learn of it within a second, with any launcher, where an
+NCCL collective would wait for its time-out. Messages from the leader have a gloo group of their own, with a longer time-out: a
+follower may wait there for hours while the leader builds prompts.
 """
 
 from __future__ import annotations
@@ -67,12 +68,15 @@ def join_group(device: str | None = None) -> World:
     """
     rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     local_rank = _environment_int("LOCAL_RANK", 0)
+    if "RANK" not in os.environ and _environment_int("SLURM_STEP_NUM_TASKS", 1) > 1:
+        raise UserError("srun started several tasks that know nothing of each other: have each node run one torchrun instead")
     if not 0 <= rank < world_size:
         raise UserError(f"RANK must lie between 0 and WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={world_size}")
     chosen = _choose_device(device, local_rank)
     if world_size == 1:
         return World(rank, local_rank, world_size, chosen)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+    needed = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if chosen.type == "cuda" else ("MASTER_ADDR", "MASTER_PORT")
+    for name in needed:
         if name not in os.environ:
             raise UserError(
                 f"WORLD_SIZE is {world_size} but {name} is not set: start with torchrun, or unset WORLD_SIZE for one process"
@@ -81,6 +85,9 @@ def join_group(device: str | None = None) -> World:
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    # A rank that died on the way here is noticed now; setting up the next group would wait for LEADER_TIMEOUT.
+    with _naming_lost_ranks("joining the process group"):
+        dist.all_reduce(torch.zeros(1))
     return World(rank, local_rank, world_size, chosen, _message_group())
 
 
@@ -140,19 +147,20 @@ def all_gather_rows(world: World, rows: npt.NDArray[np.int64], failed: bool = Fa
     if world.world_size == 1:
         return rows
     with _naming_lost_ranks("gathering results"):
-        sizes = _all_gather(world, torch.tensor([-1 if failed else len(rows)], device=world.device))
+        sizes = _all_gather(world, torch.tensor([-1 if failed else len(rows)]))
         if int(sizes.min()) < 0:
             raise LostContact(f"rank {int(sizes.argmin())} failed while it ran its packs")
-        padded = torch.zeros((int(sizes.max()), rows.shape[1]), dtype=torch.int64, device=world.device)
-        padded[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows)).to(world.device)
-        blocks = _all_gather(world, padded).cpu().numpy()
+        padded = torch.zeros((int(sizes.max()), rows.shape[1]), dtype=torch.int64)
+        padded[: len(rows)] = torch.from_numpy(rows)
+        blocks = _all_gather(world, padded).numpy()
     return np.concatenate([block[:size] for block, size in zip(blocks, sizes.flatten().tolist(), strict=True)])
 
 
 def _all_gather(world: World, tensor: torch.Tensor) -> torch.Tensor:
-    """(ranks, *shape): every rank's tensor of one common shape."""
+    """(ranks, *shape): every rank's CPU tensor of one common shape."""
     everyone = [torch.empty_like(tensor) for _ in range(world.world_size)]
-    dist.all_gather(everyone, tensor)
+    # A borrowed group may have no backend for the CPU.
+    dist.all_gather(everyone, tensor, group=world.messages if world.borrowed else None)
     return torch.stack(everyone)
 
 
@@ -178,6 +186,8 @@ def report_once(message: str) -> None:
     gone, and might else end the speaker first.
     """
     store = _error_store()
+    if store is None and launch_rank() > 0:
+        return  # no common store: what is wrong with the command is wrong on rank 0 too
     if store is None or store.add("ddp_eval/error/claim", 1) == 1:
         print(f"ddp_eval: {message}", file=sys.stderr, flush=True)
         if store is not None:

@@ -11,8 +11,9 @@ import difflib
 import glob
 import logging
 import os
+import time
 import unittest.mock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jinja2
@@ -35,16 +36,15 @@ from ddp_eval.tokenization import Encoded, Encoder
 log = logging.getLogger("ddp_eval")
 
 Answers = tuple[np.ndarray, np.ndarray]
+COMPUTING_METRICS = "compute the metrics"
 _SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """results: lm_eval's result dict (with "samples" where asked for); scores: one row per request, in lm_eval's order;
-    prompt_digest: one SHA-256 over all texts."""
+    """results: lm_eval's result dict (with "samples" where asked for); prompt_digest: one SHA-256 over all texts."""
 
     results: dict[str, Any]
-    scores: Scores
     prompt_digest: str
 
 
@@ -59,15 +59,17 @@ def evaluate_tasks(
     encoder: Encoder,
     model_config: Any,
     score: Callable[[Requests], Answers],
+    keep: Callable[[Scores], None],
     phases: Phases,
     include_paths: Sequence[str] = (),
 ) -> Outcome:
     """Build the tasks' requests, have them scored, and return lm_eval's results.
 
     score: given all requests at once, returns (N,) float64 summed log-probabilities and (N,) bool all-argmax.
+    keep: given the scores before metrics are computed, which run the tasks' own code and may fail.
     Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
     """
-    lm = _LeaderLM(encoder, model_config, score, config, phases)
+    lm = _LeaderLM(encoder, model_config, score, keep, config, phases)
     manager = _task_manager(config, include_paths)
     specs = _resolve_tasks(manager, config.tasks)
     _watch_loading(manager, lm)
@@ -76,6 +78,8 @@ def evaluate_tasks(
     multiturn = config.fewshot_as_multiturn
     pad_token = encoder.tokenizer.pad_token
     configure_pad_token(encoder.tokenizer, model_config=model_config)  # lm_eval names it in the results
+    if config.write_out:
+        logging.getLogger("lm_eval.evaluator_utils").setLevel(logging.INFO)  # where lm_eval shows prompts
     tracker = EvaluationTracker()
     # lm_eval asks git for the working directory's commit, which prints an error of its own where there is none.
     commit = git_commit(os.getcwd())
@@ -111,18 +115,21 @@ def evaluate_tasks(
     except UserError:
         raise
     except Exception as error:
+        if lm.phase == COMPUTING_METRICS:
+            raise  # the scores are kept; what a task's own code did wrong shows in its traceback
         if isinstance(error, IndexError) and "size 0" in str(error):
             raise UserError(f"the task {_name_some(config.tasks)} has no documents to evaluate") from error
         raise UserError(f"lm_eval could not {lm.phase} of {_name_some(config.tasks)}: {_describe(error)}") from error
     finally:
         encoder.tokenizer.pad_token = pad_token
+    phases.seconds["score"] = time.perf_counter() - lm.scored_at
     results["config"]["model"] = config.model
+    tracker.general_config_tracker.log_end_time()
     results.update(dataclasses.asdict(tracker.general_config_tracker))
     results["model_source"] = config.model
     results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
     results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
-    assert lm.scores is not None, "every task has documents, so requests were scored"
-    return Outcome(results, lm.scores, lm.prompt_digest)
+    return Outcome(results, lm.prompt_digest)
 
 
 def format_tables(results: dict[str, Any]) -> str:
@@ -145,17 +152,24 @@ class _LeaderLM(TemplateLM):
     """The LM object that lm_eval sees: tokenises, hands all requests over at once, gives the answers back one kind at a time."""
 
     def __init__(
-        self, encoder: Encoder, model_config: Any, score: Callable[[Requests], Answers], config: Config, phases: Phases
+        self,
+        encoder: Encoder,
+        model_config: Any,
+        score: Callable[[Requests], Answers],
+        keep: Callable[[Scores], None],
+        config: Config,
+        phases: Phases,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
         self.config = model_config  # simple_evaluate reads the model's name from here
-        self.scores: Scores | None = None
         self.prompt_digest = ""
         self.phase = "load the documents"
         self.tasks: dict[str, Any] = {}
+        self.scored_at = time.perf_counter()
         self._score = score
+        self._keep = keep
         self._phases = phases
         self.chosen = {task: sorted(set(indices)) for task, indices in (config.samples or {}).items()}
         self._chat_template_args = config.model_args.get("chat_template_args") or {}
@@ -217,7 +231,8 @@ class _LeaderLM(TemplateLM):
                 self._answers = self._score_instances(instances)
             except BaseException as error:
                 raise _Scoring(error) from error
-            self.phase = "compute the metrics"
+            self.phase = COMPUTING_METRICS
+            self.scored_at = time.perf_counter()
         return self._answers
 
     def _score_instances(self, instances: list[Instance]) -> dict[int, Any]:
@@ -247,7 +262,7 @@ class _LeaderLM(TemplateLM):
         counts = dict(zip(map(id, pairs), pair_tokens.tolist(), strict=True)) | dict(
             zip(map(id, texts), text_tokens.tolist(), strict=True)
         )
-        self.scores = Scores(
+        scores = Scores(
             task=[one.task_name for one in instances],
             doc_id=[self.chosen[one.task_name][one.doc_id] if one.task_name in self.chosen else one.doc_id for one in instances],
             idx=[one.idx for one in instances],
@@ -255,6 +270,7 @@ class _LeaderLM(TemplateLM):
             is_greedy=[answers[id(one)][1] for one in instances],
             num_tokens=[counts[id(one)] for one in instances],
         )
+        self._keep(scores)
         return answers
 
 
@@ -287,15 +303,14 @@ def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
         elif not matches and os.path.isdir(task):
             matches = [os.path.abspath(path) for path in sorted(glob.glob(os.path.join(task, "*.yaml")))]
         if not matches:
-            close = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.75)
-            hint = (
-                f": did you mean {' or '.join(close)}?"
-                if close
-                else ": `lm_eval ls tasks` lists all, --include_path DIR adds your own"
-            )
-            raise UserError(f"there is no task {task}{hint}")
+            raise UserError(f"there is no task {task}: {_list_close(task, manager.all_tasks)}")
         found += [match for match in matches if match not in found]
     return found
+
+
+def _list_close(task: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(task, list(known), n=3, cutoff=0.75)
+    return f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists all, --include_path DIR adds your own"
 
 
 def _watch_loading(manager: TaskManager, lm: _LeaderLM) -> None:
@@ -306,6 +321,9 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM) -> None:
         loaded = load(specs)
         for name, task in loaded["tasks"].items():
             _check_task(name, task)
+        for name in lm.chosen:
+            if name not in loaded["tasks"]:
+                raise UserError(f"--samples names the task {name}, which is not evaluated: {_list_close(name, loaded['tasks'])}")
         lm.tasks = loaded["tasks"]
         lm.phase = "build the requests"
         return loaded

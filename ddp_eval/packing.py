@@ -434,15 +434,22 @@ def _fill_up_to(costs: _Costs, most: float, max_tokens: int, max_reads: int | No
 
 
 def _batch_rows(row_lengths: IntArray, row_reads: IntArray, max_tokens: int, max_reads: int | None, one_length: bool) -> IntArray:
-    """Split rows of ascending length into batches within the limits. Returns the bounds, in rows."""
-    bounds, reads = [0], 0
+    """Split rows of ascending length into batches within the limits. Returns the bounds, in rows.
+
+    A batch's logits are computed for every row at every column where any row is read: about rows times the columns from the
+    first read to the longest row's end.
+    """
+    bounds, reads, first_read = [0], 0, 0
     for row, (length, count) in enumerate(zip(row_lengths.tolist(), row_reads.tolist(), strict=True)):
         too_long = (row + 1 - bounds[-1]) * length > max_tokens
-        too_many = max_reads is not None and reads + count > max_reads
+        rows = row + 1 - bounds[-1]
+        columns = min(reads + count, length - min(first_read, length - count)) if rows > 1 else count
+        too_many = max_reads is not None and rows * columns > max_reads
         other_length = one_length and row > 0 and length != row_lengths[row - 1]
         if row > bounds[-1] and (too_long or too_many or other_length):
             bounds.append(row)
             reads = 0
+        first_read = length - count if row == bounds[-1] else min(first_read, length - count)
         reads += count
     return np.array([*bounds, len(row_lengths)], dtype=np.int64)
 

@@ -116,11 +116,10 @@ def prepare_directory(path: str | os.PathLike[str], overwrite: bool) -> Path:
 def write_run(
     directory: str | os.PathLike[str],
     results: Mapping[str, Any],
-    scores: Scores,
     manifest: Mapping[str, Any],
     samples: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
-    """Write the files of one run, each atomically, the manifest last.
+    """Write what is known at the end of a run, each file atomically, the manifest last. The scores are written before.
 
     results:  lm_eval's result dict, with our section under "ddp_eval"; a "samples" key in it is left out.
     samples:  {task: lm_eval's samples}, one jsonl file each; None or empty writes none. Not changed, unlike by lm_eval.
@@ -129,11 +128,15 @@ def write_run(
     directory = Path(directory)
     results_json = _to_json({key: value for key, value in results.items() if key != "samples"}, indent=2)
     manifest_json = _to_json(manifest, indent=2)
-    _replace_file(directory / SCORES, [_encode_scores(scores)])
     for name, task in _sample_files(samples or {}).items():
         _replace_file(directory / name, _sample_lines((samples or {})[task]))
     _replace_file(directory / RESULTS, [results_json, b"\n"])
     _replace_file(directory / MANIFEST, [manifest_json, b"\n"])
+
+
+def write_scores(directory: str | os.PathLike[str], scores: Scores) -> None:
+    """Write scores.parquet, atomically. Raises UserError when the disk refuses."""
+    _replace_file(Path(directory) / SCORES, [_encode_scores(scores)])
 
 
 def read_scores(path: str | os.PathLike[str]) -> Scores:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import random
 import threading
 import uuid
@@ -32,7 +31,9 @@ from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
-from ddp_eval.packing import IntArray, Pack, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.manifest import describe_model, describe_run
+from ddp_eval.packing import Pack, Plan, Requests, build_pack
+from ddp_eval.planning import Decision, make_plan
 from ddp_eval.telemetry import Phases, Progress
 from ddp_eval.tokenization import Encoder
 
@@ -65,7 +66,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
 
     Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
     """
-    config = Config(tasks=tasks.split(",") if isinstance(tasks, str) else list(tasks), **options)
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    config = Config(tasks=names, **options)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
@@ -91,7 +93,8 @@ def _lead_run(config: Config, world: World, followers: _Followers) -> dict[str, 
 
     def load() -> None:
         _fulfil(engine, lambda: hf.load_engine(config.loader_args, model_config, world.device))
-        _fulfil(digests, lambda: _digest_model(config, model_config))
+        name = hf.resolve_pretrained(config.model_args)
+        _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
     # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
     from ddp_eval import harness  # noqa: F401
@@ -130,20 +133,31 @@ def _lead(
         with phases("load"):
             engine = get_engine()
         with phases("plan"):
-            plan, item_of_request, why_rows = make_plan(engine, requests, config.packing, config.max_pack_tokens)
-        facts.update(engine=engine.describe(), **_describe_plan(plan, requests, why_rows))
-        if why_rows and config.packing:
-            log.warning("packs are off for this model: %s; running padded rows instead", why_rows)
-        with followers.working_on(plan) as work:
-            sums, greedy = _run_plan(world, engine, work, phases)
-        return sums[item_of_request], greedy[item_of_request]
+            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens)
+        facts.update(engine=engine.describe(), **_describe_plan(decision, requests))
+        if decision.why_rows and config.packing:
+            log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
+        with followers.working_on(decision.plan) as work:
+            rows = _run_plan(world, engine, work, phases)
+        sums, greedy, differing = _fill_slots(rows, decision.plan.num_items)
+        if differing:
+            log.warning(
+                "packs that ran on two ranks differ by up to %.2g nats: are the ranks' GPUs or threads not alike?", differing
+            )
+        facts["repeated_packs_differ_nats"] = differing
+        return sums[decision.item_of_request], greedy[decision.item_of_request]
 
-    outcome = harness.evaluate_tasks(config, encoder, model_config, score, phases, include_paths=[demo.TASKS_PATH])
+    def keep(scores: results.Scores) -> None:
+        if config.output_path:
+            results.write_scores(config.output_path, scores)
+
+    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, include_paths=[demo.TASKS_PATH])
     outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
-    outcome.results["ddp_eval"] = {**facts, "prompts_sha256": outcome.prompt_digest, "phases_s": phases.seconds}
+    facts["prompts_sha256"] = outcome.prompt_digest
+    outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
     if config.output_path:
-        manifest = _manifest(config, world, outcome, facts, get_digests())
-        results.write_run(config.output_path, outcome.results, outcome.scores, manifest, outcome.results.get("samples"))
+        manifest = describe_run(config, world, outcome.results, facts, get_digests())
+        results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"))
     return outcome.results
 
 
@@ -204,66 +218,22 @@ class _Followers:
         distributed.send_message(self.world, message)
 
 
-def make_plan(
-    engine: hf.HFEngine, requests: Requests, packing: bool, max_pack_tokens: int | None
-) -> tuple[Plan, IntArray, str | None]:
-    """Decide between packs and rows, and cut the requests.
-
-    Returns the plan, the item that answers each request, and why there are no packs, or None when there are.
-    """
-    max_tokens = max_pack_tokens or engine.max_tokens()
-    why_rows = None if packing else "--no_packing was given"
-    why_rows = why_rows or engine.why_not_packs
-    if why_rows is None:
-        plan, item_of_request = plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads())
-        why_rows = hf.check_packs(engine, _sample(requests, plan, item_of_request)) if len(requests) else None
-    if why_rows is not None:
-        plan, item_of_request = plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests)
-    return plan, item_of_request, why_rows
-
-
-def _sample(
-    requests: Requests, plan: Plan, item_of_request: IntArray, most: int = 4, prefix: int = 24, longest: int = 72
-) -> Requests:
-    """A few requests that branch off from one another, and two strangers to them, for `check_packs`.
-
-    The check must cost little: of what a family shares only `prefix` tokens are kept, and `longest` tokens of each request.
-    """
-    request_of_item = np.zeros(plan.num_items, dtype=np.int64)
-    request_of_item[item_of_request[::-1]] = np.arange(len(requests))[::-1]
-    branching = np.flatnonzero(np.add.reduceat(plan.lengths > plan.shared, plan.item_starts[:-1]) > 1)
-    candidates = branching if len(branching) else np.arange(plan.num_packs)
-    pack = int(candidates[np.diff(plan.token_starts)[candidates].argmin()])
-    items = np.arange(plan.item_starts[pack], plan.item_starts[pack + 1])[:most]
-    common = int(plan.shared[items[1:]].min()) if len(items) > 1 else 0
-    strangers = np.argsort(np.diff(requests.starts), kind="stable")[:2]
-    chosen = [(request, max(0, common - prefix)) for request in request_of_item[items]] + [(request, 0) for request in strangers]
-    sequences, num_targets = [], []
-    for request, dropped in chosen:
-        sequence = requests.tokens[requests.starts[request] : requests.starts[request + 1]][dropped:][:longest].tolist()
-        if len(sequence) > 1:
-            sequences.append(sequence)
-            num_targets.append(min(int(requests.num_targets[request]), len(sequence) - 1))
-    return requests_from_lists(sequences, num_targets)
-
-
-def _run_plan(world: World, engine: hf.HFEngine, work: _Work, phases: Phases) -> tuple[np.ndarray, np.ndarray]:
-    """Run this rank's packs and gather everyone's. Returns, for all items, summed log-probabilities and all-argmax flags."""
+def _run_plan(world: World, engine: hf.HFEngine, work: _Work, phases: Phases) -> np.ndarray:
+    """Run this rank's packs and gather everyone's `_result_rows`."""
     plan = work.plan
     with Progress(world, work.name, int(plan.num_requests.sum())) as progress:
         try:
             with phases("forward"):
                 blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
                 progress.push()
-        except Exception:
+        except BaseException:
             if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
                 with contextlib.suppress(distributed.LostContact):
                     distributed.all_gather_rows(world, np.zeros((0, 3), dtype=np.int64), failed=True)
             raise
         with phases("gather"):
             mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
-            gathered = distributed.all_gather_rows(world, mine)
-    return _fill_slots(gathered, plan.num_items)
+            return distributed.all_gather_rows(world, mine)
 
 
 def _run_packs(
@@ -271,19 +241,19 @@ def _run_packs(
 ) -> Iterator[tuple[Pack, np.ndarray, np.ndarray]]:
     """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected."""
 
-    def collect(launched: hf.Launched) -> tuple[Pack, np.ndarray, np.ndarray]:
+    def collect(index: int, launched: hf.Launched) -> tuple[Pack, np.ndarray, np.ndarray]:
         sums, greedy = engine.collect(launched)
+        progress.add(int(plan.num_requests[index]), len(launched.pack))
         return launched.pack, sums, greedy
 
     under_way = None
     for index in reversed(distributed.shard(world, plan.num_packs)):
-        launched = _launch(world, engine, build_pack(plan, index))
+        launched = index, _launch(world, engine, build_pack(plan, index))
         if under_way is not None:
-            yield collect(under_way)
+            yield collect(*under_way)
         under_way = launched
-        progress.add(int(plan.num_requests[index]), len(launched.pack))
     if under_way is not None:
-        yield collect(under_way)
+        yield collect(*under_way)
 
 
 def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> hf.Launched:
@@ -301,56 +271,34 @@ def _result_rows(pack: Pack, sums: np.ndarray, greedy: np.ndarray) -> np.ndarray
     return np.stack([np.arange(pack.items.start, pack.items.stop), sums.view(np.int64), greedy.astype(np.int64)], axis=1)
 
 
-def _fill_slots(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put gathered rows into their slots. Raises RuntimeError if an item has no result or two that disagree."""
-    items, bits, flags = rows[:, 0], rows[:, 1], rows[:, 2]
-    sums = np.zeros(count, dtype=np.int64)
-    greedy = np.zeros(count, dtype=np.int64)
+def _fill_slots(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Put gathered rows into their slots.
+
+    Returns (count,) sums, (count,) flags, and by how many nats items that ran twice differ: 0 unless the ranks' hardware or
+    thread counts do; the lowest rank's result stands. Raises RuntimeError if an item has no result.
+    """
+    items, bits = rows[:, 0], rows[:, 1].copy()
     seen = np.zeros(count, dtype=bool)
-    sums[items], greedy[items], seen[items] = bits, flags, True
+    seen[items] = True
     if not seen.all():
-        raise RuntimeError(
-            f"{int((~seen).sum())} of {count} items came back from no rank, the first is item {int(seen.argmin())}"
-        )
-    values = sums.view(np.float64)
-    differing = np.flatnonzero((sums[items] != bits) | (greedy[items] != flags))
-    if len(differing):
-        worst = float(np.max(np.abs(values[items[differing]] - bits[differing].copy().view(np.float64))))
-        log.warning(
-            "%d items that ran on two ranks differ by up to %.2g nats: the ranks' hardware or thread counts are not the same",
-            len(differing), worst,
-        )  # fmt: skip
-    return values, greedy.astype(bool)
+        lost = np.flatnonzero(~seen)
+        raise RuntimeError(f"{len(lost)} of {count} items came back from no rank, the first of them item {lost[0]}")
+    first = np.unique(items, return_index=True)[1]
+    sums, greedy = bits[first].view(np.float64), rows[first, 2].astype(bool)
+    return sums, greedy, float(np.abs(sums[items] - bits.view(np.float64)).max(initial=0.0))
 
 
-def _describe_plan(plan: Plan, requests: Requests, why_rows: str | None) -> dict[str, Any]:
+def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
+    plan = decision.plan
     return {
         "plan_sha256": plan.digest(),
         "layout_of_requests": "rows" if plan.rows else "packs",
-        "why_rows": why_rows,
+        "why_rows": decision.why_rows,
         "requests": len(requests),
         "distinct_requests": plan.num_items,
         "packs": plan.num_packs,
         "request_tokens": int((np.diff(requests.starts) - 1).sum()),
         "computed_tokens": len(plan.tokens),
-    }
-
-
-def _manifest(
-    config: Config, world: World, outcome: Any, facts: dict[str, Any], digests: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Everything that someone else needs to check or repeat the run."""
-    return {
-        "config": dataclasses.asdict(config),
-        "model": digests,
-        "tasks": {"versions": outcome.results["versions"], "n_samples": outcome.results["n-samples"]},
-        "prompts_sha256": outcome.prompt_digest,
-        **facts,
-        "ranks": {"world_size": world.world_size, "device": world.device.type},
-        "seeds": dict(zip(("random", "numpy", "torch", "fewshot"), config.seed, strict=True)),
-        "packages": results.describe_packages(),
-        "hardware": results.describe_hardware(),
-        "git": results.git_commit(os.path.dirname(__file__)),
     }
 
 
@@ -362,25 +310,6 @@ def _model_info(config: Config, model_config: Any, engine: dict[str, Any]) -> di
         "model_revision": config.model_args.get("revision", "main"),
         "model_sha": getattr(model_config, "_commit_hash", None) or "",
     }
-
-
-def _digest_model(config: Config, model_config: Any) -> dict[str, Any]:
-    """Content digests of model and tokenizer files."""
-    import transformers
-
-    name = hf.resolve_pretrained(config.model_args)
-    described: dict[str, Any] = {
-        "pretrained": config.model_args["pretrained"],
-        "revision": getattr(model_config, "_commit_hash", None),
-    }
-    for key, source in (("model_files", name), ("tokenizer_files", str(config.model_args.get("tokenizer") or name))):
-        folder = source
-        if not os.path.isdir(source):
-            shared = {key: value for key, value in config.model_args.items() if key in ("revision", "subfolder")}
-            found = transformers.utils.cached_file(source, "config.json", local_files_only=True, **shared)
-            folder = os.path.dirname(found) if found else ""
-        described[key] = results.digest_directory(folder) if folder else None
-    return described
 
 
 def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:

@@ -187,6 +187,34 @@ def test_chosen_samples(run: Callable[..., Any], tiny_model: Callable[..., Any],
     ]  # fmt: skip
 
 
+def test_samples_of_a_task_that_is_not_evaluated(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Catches a misspelt task in --samples, for which every document would be evaluated in silence."""
+    with pytest.raises(UserError, match="demo_lambda, which is not evaluated: did you mean demo_lambada"):
+        run(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], samples={"demo_lambda": [0]})
+
+
+def fail_to_score(doc: Any, results: Any) -> dict[str, float]:
+    raise KeyError("answer_key")
+
+
+def test_scores_outlive_a_metric_that_fails(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Catches hours of forwards thrown away by a task's own code, and its error passed off as the user's."""
+    rows = [{"text": "the cat sat on the mat"}, {"text": "a dog ran"}]
+    config = {
+        "task": "my_task", "test_split": "test", "output_type": "loglikelihood",
+        "doc_to_text": "{{text}}", "doc_to_target": " yes",
+        "custom_dataset": lambda **_: datasets.DatasetDict(test=datasets.Dataset.from_list(rows)),
+        "process_results": fail_to_score, "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    with pytest.raises(KeyError, match="answer_key"):
+        run(tiny_model("llama"), tiny_tokenizer, [config])
+    assert len(read_scores(tmp_path / "out" / "scores.parquet")) == 2
+
+
 def test_tasks_given_as_text_and_as_configs(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     """Catches a task config that cannot be told from the others, and a string read as a list of letters."""
     model = tiny_model("llama")

@@ -20,7 +20,7 @@ from ddp_eval import attention
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
-from ddp_eval.runner import make_plan
+from ddp_eval.planning import check_packs, make_plan
 
 CPU = torch.device("cpu")
 TOLERANCE_NATS = 1e-4
@@ -143,7 +143,7 @@ def test_check_passes_models_that_packs_serve(kind: str, tiny_model_path: Callab
     """Catches a check so strict that rounding turns packs off."""
     engine = load(tiny_model_path(kind))
     requests, _ = grow_tree(engine.model, seed=2)
-    assert hf.check_packs(engine, to_requests(requests)) is None
+    assert check_packs(engine, to_requests(requests)) is None
 
 
 @pytest.mark.parametrize("kind", ROW_KINDS)
@@ -164,7 +164,7 @@ def test_check_catches_a_mask_of_the_wrong_type(tiny_model_path: Callable[[str],
     requests, expected = grow_tree(engine.model, seed=4)
     make_mask = attention.make_mask
     monkeypatch.setattr(attention, "make_mask", lambda implementation, *rest: make_mask("sdpa", *rest))
-    assert "differ by" in (hf.check_packs(engine, to_requests(requests)) or "")
+    assert "differ by" in (check_packs(engine, to_requests(requests)) or "")
     plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert plan.rows and "differ by" in (why_rows or "")
     assert_equal_answers(run(engine, plan, item_of_request), expected)
@@ -184,7 +184,7 @@ def test_check_catches_a_model_that_ignores_an_argument(name: str, monkeypatch: 
     monkeypatch.setattr(model, "forward", deaf)
     engine = hf.HFEngine(model, CPU)
     assert engine.why_not_packs is None
-    assert "differ by" in (hf.check_packs(engine, to_requests(requests)) or "")
+    assert "differ by" in (check_packs(engine, to_requests(requests)) or "")
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope"}])
@@ -217,6 +217,40 @@ def test_numbers_that_depend_on_the_longest_request(rope: dict[str, Any]) -> Non
     assert plan.rows and "rotary" in (why_rows or "")
     expected = [tiny_models.score_plainly(model, tokens, count) for tokens, count in requests]
     assert_equal_answers(run(engine, plan, item_of_request), expected)
+
+
+@pytest.mark.parametrize("shared", [0, 30, 300])
+def test_positions_by_index_are_seen_on_questions_with_choices(
+    shared: int, tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a trial of packs made of one question's choices, which have no branch to be wrong on."""
+    engine = load(tiny_model_path("llama"))
+    call = engine._call
+    monkeypatch.setattr(engine, "_call", lambda *args, **kwargs: call(*args, **{**kwargs, "position_ids": None}))
+    random = np.random.default_rng(shared)
+    prefix = random.integers(0, VOCAB_SIZE, shared).tolist()
+    questions = [prefix + random.integers(0, VOCAB_SIZE, 20).tolist() for _ in range(6)]
+    requests: list[Request] = [([*question, choice], 1) for question in questions for choice in range(4)]
+    plan, _, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert plan.rows and "differ by" in (why_rows or "")
+
+
+def test_dynamic_rope_does_not_remember() -> None:
+    """Catches scores that depend on what ran before: transformers keeps the longest length seen and its frequencies."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=32,
+        initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    engine = hf.HFEngine(transformers.AutoModelForCausalLM.from_config(config).eval(), CPU)
+    random = np.random.default_rng(0)
+    requests = to_requests([(random.integers(0, VOCAB_SIZE, length).tolist(), 3) for length in (60, 100, 120)])
+    plan, _ = plan_rows(requests, max_tokens=1)
+    forwards = [lambda index=index: engine.collect(engine.launch(build_pack(plan, index)))[0][0] for index in range(3)]
+    upwards = [forward() for forward in forwards]
+    downwards = [forward() for forward in forwards[::-1]]
+    assert upwards == downwards[::-1]
 
 
 def test_model_that_fails_on_packs_runs_as_rows(tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,16 @@ import pytest
 
 from ddp_eval import results
 from ddp_eval.errors import UserError
-from ddp_eval.results import Scores, digest_directory, digest_strings, git_commit, prepare_directory, read_scores, write_run
+from ddp_eval.results import (
+    Scores,
+    digest_directory,
+    digest_strings,
+    git_commit,
+    prepare_directory,
+    read_scores,
+    write_run,
+    write_scores,
+)
 
 SAMPLES = [
     {
@@ -61,7 +70,8 @@ def example_scores() -> Scores:
 
 
 def write_example(directory: Path, samples=None) -> None:
-    write_run(directory, {"results": {"arc": {"acc,none": np.float64(0.5)}}}, example_scores(), {"seed": [0, 1234]}, samples)
+    write_scores(directory, example_scores())
+    write_run(directory, {"results": {"arc": {"acc,none": np.float64(0.5)}}}, {"seed": [0, 1234]}, samples)
 
 
 def names_in(directory: Path) -> list[str]:
@@ -138,7 +148,8 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path):
 def test_write_run_leaves_the_files_of_a_run(tmp_path):
     """Would catch temporary files left behind, the samples repeated inside results.json, and numpy values in it as strings."""
     results_dict = {"results": {"arc": {"acc,none": np.float64(0.5), "n": np.int64(3)}}, "samples": {"arc": []}, "ddp_eval": {}}
-    write_run(tmp_path, results_dict, example_scores(), {"flags": {"limit": None}}, {"arc": SAMPLES, "a/b": []})
+    write_scores(tmp_path, example_scores())
+    write_run(tmp_path, results_dict, {"flags": {"limit": None}}, {"arc": SAMPLES, "a/b": []})
     assert names_in(tmp_path) == ["manifest.json", "results.json", "samples_a__b.jsonl", "samples_arc.jsonl", "scores.parquet"]
     assert json.loads((tmp_path / "results.json").read_text()) == {"results": {"arc": {"acc,none": 0.5, "n": 3}}, "ddp_eval": {}}
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"flags": {"limit": None}}
@@ -216,9 +227,9 @@ def test_disk_that_fills_up_midway_keeps_what_is_whole(tmp_path):
 
 
 def test_what_json_cannot_write_fails_before_any_file(tmp_path):
-    """Would catch scores written beside no manifest because of a defect in the manifest."""
+    """Would catch results written beside no manifest because of a defect in the manifest."""
     with pytest.raises(TypeError):
-        write_run(tmp_path, {}, example_scores(), {("a", "tuple"): 1})
+        write_run(tmp_path, {}, {("a", "tuple"): 1})
     assert names_in(tmp_path) == []
 
 

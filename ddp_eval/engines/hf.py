@@ -17,7 +17,7 @@ import torch
 
 from ddp_eval import attention, blocks
 from ddp_eval.errors import UserError
-from ddp_eval.packing import CostModel, Pack, Plan, Requests, build_pack, pad_tail, plan_packs, plan_rows
+from ddp_eval.packing import CostModel, Pack, pad_tail
 
 # model_args that this engine reads itself; the rest goes to `from_pretrained`.
 _OWN_ARGS = (
@@ -31,6 +31,7 @@ _OWN_ARGS = (
     "device",
 )
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
+_LOADER_ARGS = ("dtype", "attn_implementation")  # for from_pretrained, not fields of the config
 _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
 
 
@@ -64,6 +65,11 @@ class HFEngine:
         self.plain_attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
         self.tree_attention = self.plain_attention if keep_attention else _choose_attention(model, self.plain_attention, device)
         self._attention = self.plain_attention
+        self._stateful_rope = [
+            module
+            for module in model.modules()
+            if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
+        ]
         self.why_not_packs: str | None = None
         self._rules: dict[str, attention.LayerRule] = {}
         self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -82,6 +88,7 @@ class HFEngine:
     def close(self) -> None:
         """Give the model back with the attention implementation that it came with."""
         self._attend_with(self.plain_attention)
+        self._forget_lengths()
 
     def _attend_with(self, implementation: str) -> None:
         if implementation != self._attention:
@@ -94,6 +101,18 @@ class HFEngine:
         rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
         kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
         return bool(kinds & {"dynamic", "longrope"})
+
+    @property
+    def longest_reach(self) -> int | None:
+        """The widest window or chunk of the model's layers, in tokens; None if all attend to everything."""
+        reaches = [reach for rule in self._rules.values() for reach in (rule.window, rule.chunk) if reach]
+        return max(reaches, default=None)
+
+    def _forget_lengths(self) -> None:
+        """Dynamic rotary scaling remembers the longest input so far: its numbers would depend on the order of forwards."""
+        for module in self._stateful_rope:
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
 
     @property
     def vocab_size(self) -> int:
@@ -139,6 +158,7 @@ class HFEngine:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
         # A caller's autocast would change the numbers from run to run of a training loop's settings.
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            self._forget_lengths()
             logits = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
             return self._read_off(logits, pack)
 
@@ -167,8 +187,9 @@ class HFEngine:
         """What the model takes as `attention_mask`, by its attention implementation."""
         if self.tree_attention != blocks.NAME:
             return attention.make_mask(self.tree_attention, depth, self._to_device(pack.end), self._rules, self.model.dtype)
+        runs = blocks.split(pack.depth)
         masks = {
-            kind: blocks.carry(blocks.make_blocks(pack.depth, pack.end, rule, self.model.dtype, self.device), self.device)
+            kind: blocks.carry(blocks.make_blocks(runs, pack.depth, pack.end, rule, self.model.dtype, self.device), self.device)
             for kind, rule in self._rules.items()
         }
         return masks.get("", masks)
@@ -232,35 +253,6 @@ def _choose_attention(model: Any, plain: str, device: torch.device) -> str:
     return taken
 
 
-# Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
-_ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-
-
-def check_packs(engine: HFEngine, requests: Requests) -> str | None:
-    """Try `requests` packed against plain, one at a time. Returns None when they agree, else one phrase that says how far off.
-
-    A model that takes a tree mask and yet ignores part of it (positions by index, a running state) gives wrong numbers without
-    an error: only its own answers show it. What rounding may do is known from the dtype and from two plain runs of other shapes.
-    """
-    one_pack = CostModel(forward=1e30, dense=False)
-    try:
-        packed = _score_alone(engine, *plan_packs(requests, one_pack, max_tokens=2**30))
-    except Exception as error:
-        return f"it fails on packs ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    alone = _score_alone(engine, *plan_rows(requests, max_tokens=1))
-    padded = _score_alone(engine, *plan_rows(requests, max_tokens=2**30))
-    rounding = float(np.mean(np.abs(padded - alone) / requests.num_targets))
-    drift = float(np.mean(np.abs(packed - alone) / requests.num_targets))
-    allowed = max(_ROUNDING.get(engine.model.dtype, 1e-4), 5 * rounding)
-    return None if drift <= allowed else f"packed and plain runs differ by {drift:.2g} nats per token, {allowed:.2g} allowed"
-
-
-def _score_alone(engine: HFEngine, plan: Plan, item_of_request: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    sums = [engine.collect(engine.launch(build_pack(plan, index)))[0] for index in range(plan.num_packs)]
-    scores: npt.NDArray[np.float64] = np.concatenate(sums)[item_of_request]
-    return scores
-
-
 def resolve_pretrained(model_args: dict[str, Any]) -> str:
     """The path or hub name to load; "demo" is the small model in this package."""
     from ddp_eval import demo
@@ -281,7 +273,8 @@ def load_config(model_args: dict[str, Any]) -> Any:
 
     name = resolve_pretrained(model_args)
     with _as_user_error(f"cannot load the model {name}"):
-        config = transformers.AutoConfig.from_pretrained(name, **_shared(model_args))
+        overrides = {key: value for key, value in model_args.items() if key not in (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)}
+        config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
     if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"the model {name} is an encoder-decoder ({config.model_type}), which is not supported yet")
     return config
@@ -309,7 +302,11 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
     import transformers
 
     name = resolve_pretrained(model_args)
-    extra = {key: value for key, value in model_args.items() if key not in (*_OWN_ARGS, *_SHARED_ARGS, "dtype")}
+    # What names a field of the config is in it already.
+    own = (*_OWN_ARGS, *_SHARED_ARGS, "dtype")
+    extra = {
+        key: value for key, value in model_args.items() if key not in own and (key in _LOADER_ARGS or not hasattr(config, key))
+    }
     with _as_user_error(f"cannot load the model {name}"):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name,

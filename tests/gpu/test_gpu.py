@@ -1,11 +1,12 @@
-"""The CUDA paths: flex_attention and masked sdpa against plain rows, the same scores as on the CPU, NCCL's gather."""
+"""The CUDA paths: flex_attention and masked sdpa against plain rows, and the same scores as on the CPU."""
 
 import numpy as np
 import pytest
 import torch
 
-from ddp_eval import demo, distributed, packing
+from ddp_eval import demo, packing
 from ddp_eval.engines import hf
+from ddp_eval.planning import check_packs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +46,7 @@ def test_packs_equal_plain_rows(requests, dtype, model_args, implementation):
     """A mask that CUDA's kernels read otherwise than the CPU's do, or a tail padding that shifts reads."""
     engine = load(dtype, **model_args)
     assert engine.tree_attention == implementation
-    assert hf.check_packs(engine, requests) is None
+    assert check_packs(engine, requests) is None
     packed = score(engine, *packing.plan_packs(requests, engine.cost_model(), max_tokens=512))
     plain = score(engine, *packing.plan_rows(requests, max_tokens=1))
     np.testing.assert_allclose(packed, plain, atol=1e-3 if dtype == "float32" else 0.5)
@@ -55,7 +56,7 @@ def test_check_packs_sees_a_wrong_mask_in_bfloat16(requests, monkeypatch):
     """A tolerance for rounding that is so wide that it lets a plain causal mask over the tree pass."""
     engine = load("bfloat16", attn_implementation="sdpa")
     monkeypatch.setattr(engine, "_make_mask", lambda pack, depth: None)
-    assert hf.check_packs(engine, requests) is not None
+    assert check_packs(engine, requests) is not None
 
 
 def test_same_scores_as_on_the_cpu(requests):
@@ -79,17 +80,3 @@ def test_evaluate_on_the_gpu():
     assert results["results"]["demo_boolean_expressions"]["acc,none"] > 0.8
     assert results["ddp_eval"]["engine"]["attention"] == "flex_attention"
     assert model.config._attn_implementation == "sdpa"
-
-
-def test_gather_over_nccl(monkeypatch):
-    """Integers that lose bits, or tensors on the wrong device, on the way through NCCL."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method="tcp://127.0.0.1:29511", rank=0, world_size=1)
-    try:
-        world = distributed.World(0, 0, 1, torch.device("cuda", 0))
-        bits = np.array([[1, np.float64(-1.5).view(np.int64), 1]])
-        gathered = distributed._all_gather(world, torch.from_numpy(bits).to("cuda"))
-        np.testing.assert_array_equal(gathered.cpu().numpy()[0], bits)
-    finally:
-        torch.distributed.destroy_process_group()

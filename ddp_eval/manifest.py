@@ -1,0 +1,75 @@
+"""What someone else needs to check or repeat a run: facts about model, tasks, plan, software and hardware."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import Any
+
+from ddp_eval import results
+from ddp_eval.config import Config
+from ddp_eval.distributed import World
+
+log = logging.getLogger("ddp_eval")
+
+# What a tokenizer keeps in its directory, beside the weights.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+def describe_run(
+    config: Config, world: World, results_dict: dict[str, Any], facts: dict[str, Any], model: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The manifest. facts: of engine, prompts and plan; model: from `describe_model`, or None for a model that was passed in."""
+    return {
+        "config": dataclasses.asdict(config),
+        "model": model,
+        "tasks": {"versions": results_dict["versions"], "n_samples": results_dict["n-samples"]},
+        **facts,
+        "ranks": {"world_size": world.world_size, "device": world.device.type},
+        "seeds": dict(zip(("random", "numpy", "torch", "fewshot"), config.seed, strict=True)),
+        "packages": results.describe_packages(),
+        "hardware": results.describe_hardware(),
+        "git": results.git_commit(os.path.dirname(__file__)),
+    }
+
+
+def describe_model(name: str, model_args: dict[str, Any], revision: str | None) -> dict[str, Any]:
+    """Content digests of the model's and the tokenizer's files; None, with a warning, where they cannot be read.
+
+    name: the path or hub name that was loaded. revision: the hub's commit, or None for a directory.
+    """
+    tokenizer = str(model_args.get("tokenizer") or name)
+    return {
+        "pretrained": model_args["pretrained"],
+        "revision": revision,
+        "model_files": _digest(name, model_args, None),
+        "tokenizer_files": _digest(tokenizer, model_args, _TOKENIZER_FILES),
+    }
+
+
+def _digest(name: str, model_args: dict[str, Any], files: tuple[str, ...] | None) -> dict[str, Any] | None:
+    try:
+        return results.digest_directory(_folder(name, model_args), files)
+    except Exception as error:
+        log.warning("the files of %s are not in the manifest: %s", name, " ".join(str(error).split())[:200])
+        return None
+
+
+def _folder(name: str, model_args: dict[str, Any]) -> str:
+    """The directory that holds the files of a local model or of a hub model in the cache."""
+    if os.path.isdir(name):
+        return os.path.join(name, model_args.get("subfolder") or "")
+    import transformers
+
+    place = {key: model_args[key] for key in ("revision", "subfolder") if key in model_args}
+    for file in ("config.json", "tokenizer_config.json"):
+        found = transformers.utils.cached_file(
+            name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False, **place
+        )
+        if found:
+            return os.path.dirname(found)
+    raise FileNotFoundError(f"no files of {name} are in the cache")

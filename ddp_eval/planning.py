@@ -1,0 +1,86 @@
+"""From requests to a plan that the model at hand runs rightly: packs where it proves itself on them, else padded rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddp_eval.engines.hf import HFEngine
+from ddp_eval.packing import CostModel, IntArray, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
+
+# Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+
+
+class Decision(NamedTuple):
+    """plan; item_of_request: (N,) the item that answers each request; why_rows: why there are no packs, None when there are."""
+
+    plan: Plan
+    item_of_request: IntArray
+    why_rows: str | None
+
+
+def make_plan(engine: HFEngine, requests: Requests, packing: bool, max_pack_tokens: int | None) -> Decision:
+    """Decide between packs and rows, and cut the requests."""
+    max_tokens = max_pack_tokens or engine.max_tokens()
+    why_rows = engine.why_not_packs if packing else "--no_packing was given"
+    if why_rows is None and len(requests):
+        why_rows = check_packs(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach))
+    if why_rows is None:
+        return Decision(*plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads()), None)
+    return Decision(*plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests), why_rows)
+
+
+def trial_requests(requests: Requests, vocab_size: int, reach: int | None) -> Requests:
+    """A small tree out of the run's own tokens that has every shape a pack can have.
+
+    prefix ─┬─ a ─┬─ x        two tails of one branch
+            │     └─ y
+            ├─ b              a second branch, behind a gap
+            └ (half) ─ c      a return to a shorter prefix
+    d                         a stranger
+
+    reach: the window or chunk of sliding layers, in tokens; the prefix is longer than it, up to 512 tokens.
+    """
+    random = np.random.default_rng(0)
+    own = np.unique(requests.tokens)
+    pool = own if len(own) >= 64 else np.arange(vocab_size)
+    tokens = iter(random.permutation(np.resize(pool, 1024)).tolist())
+
+    def take(count: int) -> list[int]:
+        return [next(tokens) for _ in range(count)]
+
+    prefix, a = take(min(reach + 8, 512) if reach else 24), take(9)
+    sequences = [prefix + a + take(4), prefix + a + take(6), prefix + take(11), prefix[: len(prefix) // 2] + take(7), take(13)]
+    return requests_from_lists(sequences, [3, 5, 4, 6, 12])
+
+
+def check_packs(engine: HFEngine, requests: Requests) -> str | None:
+    """Try `requests` packed against plain, one at a time. Returns None when they agree, else one phrase that says how far off.
+
+    A model that takes a tree mask and yet ignores part of it (positions by index, a running state) gives wrong numbers without
+    an error: only its own answers show it. What rounding may do is known from the dtype and from two plain runs of other shapes.
+    """
+    one_pack = CostModel(forward=1e30, dense=False)
+    try:
+        packed = _score_alone(engine, *plan_packs(requests, one_pack, max_tokens=2**30))
+    except Exception as error:
+        return f"it fails on packs ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    alone = _score_alone(engine, *plan_rows(requests, max_tokens=1))
+    padded = _score_alone(engine, *plan_rows(requests, max_tokens=2**30))
+    drift = np.abs(packed - alone) / requests.num_targets
+    rounding = np.abs(padded - alone) / requests.num_targets
+    allowed = max(_ROUNDING.get(engine.model.dtype, 1e-4), 5 * float(rounding.mean()))
+    # A NaN is not "at most" anything either.
+    if float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed:
+        return None
+    return f"packed and plain runs differ by {float(drift.max()):.2g} nats per token, where {allowed:.2g} on average is allowed"
+
+
+def _score_alone(engine: HFEngine, plan: Plan, item_of_request: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    sums = [engine.collect(engine.launch(build_pack(plan, index)))[0] for index in range(plan.num_packs)]
+    scores: npt.NDArray[np.float64] = np.concatenate(sums)[item_of_request]
+    return scores

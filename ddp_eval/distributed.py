@@ -186,7 +186,7 @@ def report_once(message: str) -> None:
     gone, and might else end the speaker first.
     """
     store = _error_store()
-    if store is None and launch_rank() > 0:
+    if store is None and 0 < launch_rank() < _environment_int("WORLD_SIZE", 1):
         return  # no common store: what is wrong with the command is wrong on rank 0 too
     if store is None or store.add("ddp_eval/error/claim", 1) == 1:
         print(f"ddp_eval: {message}", file=sys.stderr, flush=True)

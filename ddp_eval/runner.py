@@ -285,7 +285,8 @@ def _fill_slots(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, f
         raise RuntimeError(f"{len(lost)} of {count} items came back from no rank, the first of them item {lost[0]}")
     first = np.unique(items, return_index=True)[1]
     sums, greedy = bits[first].view(np.float64), rows[first, 2].astype(bool)
-    return sums, greedy, float(np.abs(sums[items] - bits.view(np.float64)).max(initial=0.0))
+    differing = bits[first][items] != bits  # the bits: a NaN equals itself
+    return sums, greedy, float(np.abs(sums[items[differing]] - bits[differing].view(np.float64)).max(initial=0.0))
 
 
 def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:

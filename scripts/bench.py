@@ -224,7 +224,8 @@ def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> di
     return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
-        "command": shlex.join(["python", *sys.argv]),
+        # Where this machine keeps its files is of no use to others.
+        "command": shlex.join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "model": f"{type(model).__name__} {model.num_parameters() / 1e6:.1f} M parameters, hidden {config.hidden_size}, "
         f"{config.num_hidden_layers} layers, vocabulary {config.vocab_size}, {args.dtype}",
         "device": str(device),

@@ -26,6 +26,7 @@ from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, sanitize_model_name
 
+from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.packing import Requests, concatenate
@@ -84,8 +85,9 @@ def evaluate_tasks(
     # lm_eval asks git for the working directory's commit, which prints an error of its own where there is none.
     commit = git_commit(os.getcwd())
     quiet_git = unittest.mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"])
+    bootstrap = unittest.mock.patch("lm_eval.api.metrics.bootstrap_stderr", bootstrap_stderr)
     try:
-        with quiet_git:
+        with quiet_git, bootstrap:
             results: Any = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=config.model_args,

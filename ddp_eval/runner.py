@@ -14,11 +14,9 @@ rank 0                                             ranks 1 … N-1
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import random
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -31,10 +29,12 @@ from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
+from ddp_eval.execution import fill_slots, run_plan
 from ddp_eval.manifest import describe_model, describe_run
-from ddp_eval.packing import Pack, Plan, Requests, build_pack
+from ddp_eval.packing import Requests
 from ddp_eval.planning import Decision, make_plan
-from ddp_eval.telemetry import Phases, Progress
+from ddp_eval.protocol import Followers, next_work
+from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoder
 
 log = logging.getLogger("ddp_eval")
@@ -49,7 +49,7 @@ def run(config: Config, world: World) -> dict[str, Any] | None:
         model_config = hf.load_config(config.loader_args)
         _follow(world, hf.load_engine(config.loader_args, model_config, world.device))
         return None
-    with _Followers(world) as followers:
+    with Followers(world) as followers:
         return _lead_run(config, world, followers)
 
 
@@ -76,14 +76,14 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
             if not world.is_leader:
                 _follow(world, engine)
                 return None
-            with _Followers(world) as followers:
+            with Followers(world) as followers:
                 _prepare_output(config)
                 return _lead(config, followers, bare.config, tokenizer, lambda: engine, lambda: None)
     finally:
         distributed.release_group(world)
 
 
-def _lead_run(config: Config, world: World, followers: _Followers) -> dict[str, Any]:
+def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, Any]:
     """The leader's part of `run`: weights load in a thread of their own while lm_eval builds the prompts."""
     _prepare_output(config)
     model_config = hf.load_config(config.loader_args)
@@ -110,7 +110,7 @@ def _prepare_output(config: Config) -> None:
 
 def _lead(
     config: Config,
-    followers: _Followers,
+    followers: Followers,
     model_config: Any,
     tokenizer: Any,
     get_engine: Callable[[], hf.HFEngine],
@@ -138,8 +138,8 @@ def _lead(
         if decision.why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         with followers.working_on(decision.plan) as work:
-            rows = _run_plan(world, engine, work, phases)
-        sums, greedy, differing = _fill_slots(rows, decision.plan.num_items)
+            rows = run_plan(world, engine, work, phases)
+        sums, greedy, differing = fill_slots(rows, decision.plan.num_items)
         if differing:
             log.warning(
                 "packs that ran on two ranks differ by up to %.2g nats: are the ranks' GPUs or threads not alike?", differing
@@ -163,130 +163,8 @@ def _lead(
 
 def _follow(world: World, engine: hf.HFEngine) -> None:
     """Every other rank's part: run what the leader sends until it says stop."""
-    while True:
-        message = distributed.receive_message(world)
-        if isinstance(message, _Work):
-            _run_plan(world, engine, message, Phases())
-        elif isinstance(message, _Abort):
-            if message.of_user:
-                raise UserError(message.reason)
-            raise distributed.LostContact("rank 0 has failed: its own error says why")
-        else:
-            return
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """The leader's word to run a plan. name: unlike that of any other work of these ranks."""
-
-    plan: Plan
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Abort:
-    """The leader's word that it has failed, over what the user can mend or by a defect."""
-
-    reason: str
-    of_user: bool
-
-
-class _Followers:
-    """The other ranks, as the leader sees them: told what to do, and told to stop when the block ends, well or not."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._listening = True
-
-    @contextlib.contextmanager
-    def working_on(self, plan: Plan) -> Iterator[_Work]:
-        """Have all ranks run `plan` while the leader runs it too."""
-        work = _Work(plan, uuid.uuid4().hex)
-        distributed.send_message(self.world, work)
-        self._listening = False
-        yield work
-        self._listening = True
-
-    def __enter__(self) -> _Followers:
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # Ranks that are in a collective hear no message: a leader that leaves, or all_gather_rows, tells them.
-        if not self._listening or isinstance(error, distributed.LostContact):
-            return
-        message = None if error is None else _Abort(str(error) or type(error).__name__, isinstance(error, UserError))
-        distributed.send_message(self.world, message)
-
-
-def _run_plan(world: World, engine: hf.HFEngine, work: _Work, phases: Phases) -> np.ndarray:
-    """Run this rank's packs and gather everyone's `_result_rows`."""
-    plan = work.plan
-    with Progress(world, work.name, int(plan.num_requests.sum())) as progress:
-        try:
-            with phases("forward"):
-                blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
-                progress.push()
-        except BaseException:
-            if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
-                with contextlib.suppress(distributed.LostContact):
-                    distributed.all_gather_rows(world, np.zeros((0, 3), dtype=np.int64), failed=True)
-            raise
-        with phases("gather"):
-            mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
-            return distributed.all_gather_rows(world, mine)
-
-
-def _run_packs(
-    world: World, engine: hf.HFEngine, plan: Plan, progress: Progress
-) -> Iterator[tuple[Pack, np.ndarray, np.ndarray]]:
-    """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected."""
-
-    def collect(index: int, launched: hf.Launched) -> tuple[Pack, np.ndarray, np.ndarray]:
-        sums, greedy = engine.collect(launched)
-        progress.add(int(plan.num_requests[index]), len(launched.pack))
-        return launched.pack, sums, greedy
-
-    under_way = None
-    for index in reversed(distributed.shard(world, plan.num_packs)):
-        launched = index, _launch(world, engine, build_pack(plan, index))
-        if under_way is not None:
-            yield collect(*under_way)
-        under_way = launched
-    if under_way is not None:
-        yield collect(*under_way)
-
-
-def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> hf.Launched:
-    try:
-        return engine.launch(pack)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "
-            f"{len(pack.reads)} of them scored: give --max_pack_tokens {max(1, len(pack) // 2)}"
-        ) from None
-
-
-def _result_rows(pack: Pack, sums: np.ndarray, greedy: np.ndarray) -> np.ndarray:
-    """(items, 3) int64: item, the bits of its float64 sum, its flag. One type, so that one collective carries all of it."""
-    return np.stack([np.arange(pack.items.start, pack.items.stop), sums.view(np.int64), greedy.astype(np.int64)], axis=1)
-
-
-def _fill_slots(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Put gathered rows into their slots.
-
-    Returns (count,) sums, (count,) flags, and by how many nats items that ran twice differ: 0 unless the ranks' hardware or
-    thread counts do; the lowest rank's result stands. Raises RuntimeError if an item has no result.
-    """
-    items, bits = rows[:, 0], rows[:, 1].copy()
-    seen = np.zeros(count, dtype=bool)
-    seen[items] = True
-    if not seen.all():
-        lost = np.flatnonzero(~seen)
-        raise RuntimeError(f"{len(lost)} of {count} items came back from no rank, the first of them item {lost[0]}")
-    first = np.unique(items, return_index=True)[1]
-    sums, greedy = bits[first].view(np.float64), rows[first, 2].astype(bool)
-    differing = bits[first][items] != bits  # the bits: a NaN equals itself
-    return sums, greedy, float(np.abs(sums[items[differing]] - bits[differing].view(np.float64)).max(initial=0.0))
+    while (work := next_work(world)) is not None:
+        run_plan(world, engine, work, Phases())
 
 
 def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:

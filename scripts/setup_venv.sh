@@ -30,7 +30,8 @@ setup_venv() {
     python="$(find_python)" || return
     echo "Setting up $VENV (some minutes the first time)" >&2
     "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$VENV" >&2 || return
-    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check \
+    # compat: a plain path entry. From the directory above a clone, setuptools' import hook would lose to the clone itself.
+    "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --config-settings editable_mode=compat \
         -c "$REPOSITORY/constraints.txt" -e "$REPOSITORY${extras:+[$extras]}" >&2 || return
     printf '%s\n' "$key" >"$stamp"
 }

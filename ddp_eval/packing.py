@@ -275,6 +275,41 @@ def pad_tail(pack: Pack, step: int) -> Pack:
     )
 
 
+def halve(pack: Pack) -> tuple[Pack, Pack]:
+    """The same work in two packs, cut between two items so that each answers about half of the scored tokens.
+
+    What both halves share is in both. Raises ValueError for a pack of one item.
+    """
+    if len(pack.items) < 2:
+        raise ValueError("a pack of one item cannot be halved")
+    # Behind the item that holds the middle answer, but for the last one.
+    cut = min(int(pack.answer_items[len(pack.answer_items) // 2]) + 1, len(pack.items) - 1)
+    return _take_items(pack, 0, cut), _take_items(pack, cut, len(pack.items))
+
+
+def _take_items(pack: Pack, first: int, stop: int) -> Pack:
+    """The part of a pack that its items [first, stop) need."""
+    chosen = (pack.answer_items >= first) & (pack.answer_items < stop)
+    positions = pack.reads[pack.answer_reads[chosen]]
+    index = np.arange(len(pack))
+    kept = np.zeros(len(pack), dtype=bool)
+    for last in np.unique(positions):
+        kept |= (index <= last) & (last < pack.end)
+    kept_before = _offsets(kept)
+    reads, answer_reads = np.unique(kept_before[positions], return_inverse=True)
+    return Pack(
+        tokens=pack.tokens[kept],
+        depth=pack.depth[kept],
+        end=kept_before[pack.end[kept]].astype(np.int32),
+        reads=reads,
+        answer_reads=answer_reads,
+        answer_targets=pack.answer_targets[chosen],
+        answer_items=pack.answer_items[chosen] - first,
+        items=range(pack.items.start + first, pack.items.start + stop),
+        rows=pack.rows,
+    )
+
+
 def _sort_and_share(requests: Requests) -> tuple[IntArray, IntArray, IntArray]:
     """Order the distinct requests so that those that share a prefix stand together.
 

@@ -138,13 +138,16 @@ def _lead(
         if decision.why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         with followers.working_on(decision.plan) as work:
-            rows = run_plan(world, engine, work, phases)
-        sums, greedy, differing = fill_slots(rows, decision.plan.num_items)
+            gathered = run_plan(world, engine, work, phases)
+        sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
+        if len(gathered.halved):
+            log.warning("%d packs did not fit the memory and ran in pieces: scores may round otherwise", len(gathered.halved))
         if differing:
             log.warning(
                 "packs that ran on two ranks differ by up to %.2g nats: are the ranks' GPUs or threads not alike?", differing
             )
         facts["repeated_packs_differ_nats"] = differing
+        facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
         return sums[decision.item_of_request], greedy[decision.item_of_request]
 
     def keep(scores: results.Scores) -> None:

@@ -19,7 +19,6 @@ import dataclasses
 import difflib
 import importlib.metadata
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +26,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ddp_eval.config import DEFAULT_SEED, Config
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 
 _USAGE = "torchrun --nproc_per_node=N -m ddp_eval [run] [flags]"
 _ABOUT = """\
@@ -102,8 +101,6 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     _settle_what_to_evaluate(values)
     if values.get("predict_only"):
         values["log_samples"] = True
-    if values.get("apply_chat_template"):
-        values.setdefault("fewshot_as_multiturn", True)
     values["packing"] = not values.pop("no_packing", False)
     return Config(**values), notes
 
@@ -211,9 +208,9 @@ def _read_config_file(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config must be a YAML file that can be read, got {path}: {_reason(error)}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config must be a YAML file, {path} is not: {_one_line(error)}") from None
+        raise UserError(f"--config must be a YAML file, {path} is not: {one_line(error)}") from None
     if not isinstance(mapping, dict):
-        raise UserError(f"--config must hold flag names with their values, {path} holds {_one_line(repr(mapping))}")
+        raise UserError(f"--config must hold flag names with their values, {path} holds {one_line(repr(mapping))}")
     raw = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
@@ -340,7 +337,7 @@ def _read_json_object(flag: str, text: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{flag} must be a JSON object, with double quotes, got {text}: {_one_line(error)}") from None
+        raise UserError(f"{flag} must be a JSON object, with double quotes, got {text}: {one_line(error)}") from None
     assert isinstance(parsed, dict), "JSON text that starts with { is an object"
     return parsed
 
@@ -434,7 +431,7 @@ def _to_samples(flag: str, value: Any) -> Any:
     except OSError as error:
         raise UserError(f"{flag} must be a JSON object or the path of a file with one, got {value}: {_reason(error)}") from None
     except ValueError as error:
-        raise UserError(f"{flag} must be the path of a JSON file, {value} is not: {_one_line(error)}") from None
+        raise UserError(f"{flag} must be the path of a JSON file, {value} is not: {one_line(error)}") from None
 
 
 def _to_seed(flag: str, value: Any) -> tuple[int | None, ...]:
@@ -462,12 +459,7 @@ def _to_one_seed(flag: str, item: Any) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or _one_line(error)
-
-
-def _one_line(text: object, most: int = 160) -> str:
-    line = re.sub(r"\s+", " ", str(text)).strip()
-    return line if len(line) <= most else line[:most] + "..."
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
 @dataclasses.dataclass(frozen=True)

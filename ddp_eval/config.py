@@ -56,6 +56,8 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.seed, int):
             object.__setattr__(self, "seed", (self.seed,) * len(DEFAULT_SEED))
+        if self.fewshot_as_multiturn is None and self.apply_chat_template:
+            object.__setattr__(self, "fewshot_as_multiturn", True)
         if self.model != "hf":
             raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
         _check_at_least("--num_fewshot", self.num_fewshot, 0)

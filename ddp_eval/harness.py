@@ -28,7 +28,7 @@ from lm_eval.utils import make_table, sanitize_model_name
 
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.config import Config
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, digest_strings, git_commit
 from ddp_eval.telemetry import Phases
@@ -76,7 +76,6 @@ def evaluate_tasks(
     _watch_loading(manager, lm)
     # lm_eval takes the documents in their own order, whatever the order of the list, but numbers them by the list's.
     samples = lm.chosen or None
-    multiturn = config.fewshot_as_multiturn
     pad_token = encoder.tokenizer.pad_token
     configure_pad_token(encoder.tokenizer, model_config=model_config)  # lm_eval names it in the results
     if config.write_out:
@@ -102,7 +101,7 @@ def evaluate_tasks(
                 evaluation_tracker=tracker,
                 system_instruction=config.system_instruction,
                 apply_chat_template=config.apply_chat_template,
-                fewshot_as_multiturn=bool(config.apply_chat_template) if multiturn is None else multiturn,
+                fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
                 gen_kwargs=config.gen_kwargs or None,
                 predict_only=config.predict_only,
                 random_seed=config.seed[0],
@@ -369,4 +368,4 @@ def _name_some(tasks: Sequence[Any]) -> str:
 
 def _describe(error: BaseException) -> str:
     """An error of lm_eval or of a task's own code in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"
+    return f"{type(error).__name__}: {one_line(error) or 'no message'}"

@@ -10,6 +10,7 @@ from typing import Any
 from ddp_eval import results
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
+from ddp_eval.errors import one_line
 
 log = logging.getLogger("ddp_eval")
 
@@ -55,7 +56,7 @@ def _digest(name: str, model_args: dict[str, Any], files: tuple[str, ...] | None
     try:
         return results.digest_directory(_folder(name, model_args), files)
     except Exception as error:
-        log.warning("the files of %s are not in the manifest: %s", name, " ".join(str(error).split())[:200])
+        log.warning("the files of %s are not in the manifest: %s", name, one_line(error, 200))
         return None
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval import attention, blocks
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
 # model_args that this engine reads itself; the rest goes to `from_pretrained`.
@@ -349,9 +349,8 @@ def _as_user_error(what: str) -> Any:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        first = reason.split(". ")[0].removesuffix(".")
-        raise UserError(f"{what}: {first[:300]}") from error
+        first = one_line(error, 1000).split(". ")[0].removesuffix(".")
+        raise UserError(f"{what}: {one_line(first)}") from error
 
 
 def _active_parameters(model: Any, config: Any) -> float:

@@ -74,9 +74,6 @@ class Config:
             _check_samples(self.samples)
             if self.limit is not None:
                 raise UserError("--samples and --limit exclude each other: give one of them")
-        if (self.log_samples or self.predict_only) and not self.output_path:
-            flag = "--predict_only" if self.predict_only else "--log_samples"
-            raise UserError(f"{flag} needs --output_path DIR, where the samples are to be written")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
 

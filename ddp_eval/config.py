@@ -7,6 +7,7 @@ manifest as it is. It knows nothing of ranks, models or tasks. Flags that lm_eva
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from typing import Any
 
@@ -76,6 +77,17 @@ class Config:
                 raise UserError("--samples and --limit exclude each other: give one of them")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
+
+
+def config_from_options(**options: Any) -> Config:
+    """A Config from the options that a caller of the API gave. Raises UserError for one that does not exist."""
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"unknown option {name}: {hint}")
+    return Config(**options)
 
 
 def _check_at_least(flag: str, value: int | None, least: int) -> None:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import os
+import re
 import unittest.mock
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval import attention, blocks
-from ddp_eval.errors import UserError
+from ddp_eval import attention, blocks, hub
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
 # model_args that this engine reads itself; the rest goes to `from_pretrained`.
@@ -344,7 +345,7 @@ def resolve_pretrained(model_args: dict[str, Any]) -> str:
     name = str(model_args["pretrained"])
     if name == "demo":
         return demo.MODEL_PATH
-    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    looks_local = name.startswith(("/", "./", "../", "~")) or name.endswith("/") or name.count("/") > 1
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
         raise UserError(f"the model directory {name} does not exist")
     return os.path.expanduser(name) if name.startswith("~") else name
@@ -356,7 +357,9 @@ def load_config(model_args: dict[str, Any]) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     name = resolve_pretrained(model_args)
-    with _as_user_error(f"cannot load the model {name}"):
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, model_args.get("subfolder") or "", "config.json")):
+        raise UserError(f"the directory {name} holds no model: config.json is missing")
+    with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         overrides = {key: value for key, value in model_args.items() if key not in (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)}
         config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
     if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
@@ -393,7 +396,7 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
     extra = {
         key: value for key, value in model_args.items() if key not in own and (key in _LOADER_ARGS or not hasattr(config, key))
     }
-    with _as_user_error(f"cannot load the model {name}"):
+    with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -446,9 +449,11 @@ def _as_user_error(what: str) -> Any:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        first = reason.split(". ")[0].removesuffix(".")
-        raise UserError(f"{what}: {first[:300]}") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown:
+            raise UserError(f"{what}: it takes no model_args {unknown[1]}") from error
+        first = one_line(error, 1000).split(". ")[0].removesuffix(".")
+        raise UserError(f"{what}: {one_line(first)}{hub.advice(error)}") from error
 
 
 def _active_parameters(model: Any, config: Any) -> float:

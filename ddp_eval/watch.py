@@ -53,7 +53,7 @@ class _Place:
 _place = _Place()
 _directory: Path | None = None
 _journal: Any = None
-_last_deeds: list[Callable[[], None]] = []
+_last_deed: Callable[[], None] | None = None
 _leaving = threading.Lock()
 
 
@@ -76,7 +76,9 @@ def use_journal(journal: Any) -> None:
 
 
 def before_leaving(deed: Callable[[], None]) -> None:
-    _last_deeds.append(deed)
+    """What to do last, when this process leaves before its run is over."""
+    global _last_deed
+    _last_deed = deed
 
 
 def leave(code: int, state: str, reason: str, first_hand: bool = True) -> NoReturn:
@@ -96,9 +98,9 @@ def _tidy_up(state: str, reason: str, first_hand: bool) -> None:
             _journal.sync()
     if _directory is not None:
         status.note_end(_directory, state, reason, first_hand)
-    for deed in _last_deeds:
+    if _last_deed is not None:
         with contextlib.suppress(Exception):
-            deed()
+            _last_deed()
 
 
 def _within(limit_s: float, deed: Callable[[], None]) -> None:

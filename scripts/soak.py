@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -129,6 +130,7 @@ def work(notes: Path) -> None:
     world = distributed.join_group()
     for config in configs:
         runner.run(config, world)
+        gc.collect()  # modules and tasks refer to each other in circles
         samples.append(resident_mb())
     distributed.leave_group(world)
     (notes / f"{world.rank}.json").write_text(json.dumps(samples))

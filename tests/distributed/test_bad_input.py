@@ -240,7 +240,7 @@ def run_here(monkeypatch, capfd, place):
         monkeypatch.setattr(watch.Watch, "start", lambda watching: None)
         monkeypatch.setattr(watch, "_leaving", threading.Lock())
         monkeypatch.setattr(watch, "_directory", None)
-        monkeypatch.setattr(watch, "_last_deeds", [])
+        monkeypatch.setattr(watch, "_last_deed", None)
         monkeypatch.setattr(sys, "argv", ["ddp_eval", *arguments])
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back what the command changes for the life of its process
         monkeypatch.setenv("TQDM_DISABLE", "1")

@@ -16,6 +16,8 @@ from ddp_eval import cli, status, watch
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 
+LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
+
 # Ends of warnings of lm_eval's that come with every run and ask for nothing.
 _CHATTER = (
     "For details see task Readme.",
@@ -67,7 +69,7 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch) -> No
 
     try:
         watch.step(watch.WAITING)
-        world = distributed.join_group(config.device, config.timeout)
+        world = distributed.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
         pids = distributed.all_gather_rows(world, np.array([[os.getpid()]]))[:, 0].tolist()
         store, local_ranks = distributed.common_store(world), distributed.local_ranks(world)
         watching.join_ranks(world.rank, store, pids, local_ranks, config.timeout, distributed.report_once)

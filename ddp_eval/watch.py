@@ -260,7 +260,7 @@ def _is_orphan() -> bool:
     if os.getppid() != 1:
         return False
     try:
-        return "python" not in os.readlink("/proc/1/exe")
+        return b"python" not in Path("/proc/1/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ddp_eval import distributed
+from ddp_eval import distributed, journal, results, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
-from ddp_eval.packing import Pack, Plan, build_pack, halve
+from ddp_eval.packing import Pack, build_pack, halve
 from ddp_eval.protocol import Work
 from ddp_eval.telemetry import Phases, Progress
 
@@ -33,10 +34,10 @@ def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> G
     """Run this rank's packs and gather everyone's results."""
     plan = work.plan
     rows, halved = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 2), dtype=np.int64)]
-    with Progress(world, work.name, int(plan.num_requests.sum())) as progress:
+    with _own_journal(world, work) as own, Progress(world, work.name, int(plan.num_requests[work.left].sum())) as progress:
         try:
             with phases("forward"):
-                for index, pieces in _run_packs(world, engine, plan, progress):
+                for index, pieces in _run_packs(world, engine, work, progress, own):
                     rows += [_result_rows(*piece) for piece in pieces]
                     if len(pieces) > 1:
                         halved.append(np.array([[index, len(pieces)]]))
@@ -46,6 +47,7 @@ def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> G
                 with contextlib.suppress(distributed.LostContact):
                     distributed.all_gather_rows(world, rows[0], failed=True)
             raise
+        watch.step(watch.WAITING)
         with phases("gather"):
             return Gathered(*(distributed.all_gather_rows(world, np.concatenate(mine)) for mine in (rows, halved)))
 
@@ -53,25 +55,66 @@ def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> G
 Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats and flags
 
 
-def _run_packs(world: World, engine: hf.HFEngine, plan: Plan, progress: Progress) -> Iterator[tuple[int, list[Result]]]:
-    """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected.
+def _run_packs(
+    world: World, engine: hf.HFEngine, work: Work, progress: Progress, own: journal.Journal | None
+) -> Iterator[tuple[int, list[Result]]]:
+    """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
 
+    On an accelerator the next is launched before one is collected. On the CPU, where a launch computes, that would keep a
+    finished pack out of the journal for the length of another.
     Yields the pack's number and its results: one, or one for each piece that it had to run in.
     """
+    plan, ahead = work.plan, world.device.type != "cpu"
 
     def collect(index: int, pieces: list[hf.Launched]) -> tuple[int, list[Result]]:
         results = [(piece.pack, *engine.collect(piece)) for piece in pieces]
+        if own is not None:
+            sums, greedy = (np.concatenate(parts) for parts in list(zip(*results, strict=True))[1:])
+            own.append(index, sums, greedy, len(results))
         progress.add(int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces))
         return index, results
 
     under_way = None
-    for index in reversed(distributed.shard(world, plan.num_packs)):
+    for index in reversed(work.left[distributed.shard(world, len(work.left))].tolist()):
+        watch.step(watch.PACKS, index)
         launched = index, _launch(world, engine, build_pack(plan, index))
+        if not ahead:
+            yield collect(*launched)
+            continue
         if under_way is not None:
             yield collect(*under_way)
         under_way = launched
     if under_way is not None:
         yield collect(*under_way)
+
+
+@contextlib.contextmanager
+def _own_journal(world: World, work: Work) -> Iterator[journal.Journal | None]:
+    """This rank's file among the journals; None where none are kept, or where this machine does not see the run directory."""
+    if work.journals is None or not work.journals.directory.is_dir():
+        if work.journals is not None:
+            print(
+                f"ddp_eval: rank {world.rank} does not see {work.journals.directory}: its packs are not kept for a resume",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield None
+        return
+    path = work.journals.directory / f"{work.name}-{world.rank:05d}{journal.SUFFIX}"
+    own = journal.Journal(path, work.journals.key, describe_origin(world))
+    watch.use_journal(own)
+    try:
+        yield own
+        own.close()
+    finally:
+        watch.use_journal(None)
+
+
+def describe_origin(world: World) -> str:
+    """The hardware that decides the last bits of this rank's numbers."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"{results.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> list[hf.Launched]:

@@ -56,7 +56,7 @@ def _walk(
 
 
 def is_complete(names: Sequence[Any], index: Mapping[str, Any]) -> bool:
-    """Whether `index` holds all of `names` and whatever their groups lead to. Not for tags and patterns: others may add to them."""
+    """Whether `index` holds all of `names` and what their groups lead to. No for tags and patterns, which others may add to."""
     return all(isinstance(name, str) and name in index and _is_whole(index[name], index) for name in names)
 
 

@@ -1,15 +1,17 @@
 """`torchrun … -m ddp_eval`: from the command line to an exit code.
 
-0: done. 2: something the user can mend, said in one sentence. 1: a defect or a lost rank, with its traceback.
+0: done. 3: two runs are not as --expect wants them. 2: something the user can mend, said in one sentence. 1: a defect or a lost rank, with its traceback.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from ddp_eval import cli
 from ddp_eval.config import Config
@@ -27,9 +29,21 @@ _CHATTER = (
 )
 
 
+# Subcommands that run on one process: the first word -> the module whose main(argv) returns an exit code.
+_TOOLS = {
+    "compare": "ddp_eval.compare.command",
+    "report": "ddp_eval.report",
+}
+
+
 def main() -> None:
     _quiet_down()
+    command, rest = (sys.argv[1], sys.argv[2:]) if sys.argv[1:] else ("run", [])
     try:
+        if command in _TOOLS:
+            sys.exit(importlib.import_module(_TOOLS[command]).main(rest) if _is_speaker() else 0)
+        if command == "reproduce":
+            sys.exit(_reproduce(rest))
         config, notes = cli.parse(sys.argv[1:])
         _run(config, notes)
     except UserError as error:
@@ -40,7 +54,7 @@ def main() -> None:
 
 def _quiet_down() -> None:
     """One rank speaks, and other libraries only of errors; bars only where somebody watches. Before those libraries load."""
-    speaker = os.environ.get("RANK", "0") == "0"
+    speaker = _is_speaker()
     if not speaker:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     if not (speaker and sys.stderr.isatty()):
@@ -51,14 +65,26 @@ def _quiet_down() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _run(config: Config, notes: list[str]) -> None:
+def _is_speaker() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _reproduce(argv: list[str]) -> int:
+    from ddp_eval import reproduce
+
+    order = reproduce.parse(argv)
+    _run(order.config, [], order.inspect)
+    return reproduce.conclude(order) if _is_speaker() else 0
+
+
+def _run(config: Config, notes: list[str], inspect: Callable[[dict[str, Any]], None] | None = None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     # @record hands an unexpected error to torchrun, which prints the one that came first.
-    record(_join_and_run)(config, notes)
+    record(_join_and_run)(config, notes, inspect)
 
 
-def _join_and_run(config: Config, notes: list[str]) -> None:
+def _join_and_run(config: Config, notes: list[str], inspect: Callable[[dict[str, Any]], None] | None) -> None:
     from ddp_eval import distributed
     from ddp_eval.runner import run
 
@@ -67,7 +93,7 @@ def _join_and_run(config: Config, notes: list[str]) -> None:
         if world.is_leader:
             for note in notes:
                 logging.getLogger("ddp_eval").warning(note)
-        results = run(config, world)
+        results = run(config, world, inspect)
     except UserError as error:  # not for @record: it would add a traceback
         _report_and_leave(error)
     except distributed.LostContact as error:
@@ -77,8 +103,10 @@ def _join_and_run(config: Config, notes: list[str]) -> None:
     distributed.leave_group(world)
     if results is not None:
         from ddp_eval.harness import format_tables
+        from ddp_eval.telemetry import format_summary
 
         print(format_tables(results))
+        print(format_summary(results["ddp_eval"]["telemetry"]))
         if config.output_path:
             print(f"ddp_eval: the run is in {config.output_path}")
 

@@ -178,7 +178,7 @@ def _drop_command(argv: Sequence[str]) -> list[str]:
     if not argv or argv[0].startswith("-"):
         return list(argv)
     if argv[0] not in _COMMANDS:
-        raise UserError(f"unknown command {argv[0]}: the only one is run, which may also be left out")
+        raise UserError(f"unknown command {argv[0]}: there are run (may be left out), reproduce, compare and report")
     return list(argv[1:])
 
 

@@ -12,9 +12,10 @@ from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
+from ddp_eval.meter import Phases
 from ddp_eval.packing import Pack, Plan, build_pack
 from ddp_eval.protocol import Work
-from ddp_eval.telemetry import Phases, Progress
+from ddp_eval.telemetry import Progress
 
 
 def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> np.ndarray:

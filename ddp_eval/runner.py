@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import demo, distributed, results
+from ddp_eval import demo, distributed, results, telemetry
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
@@ -34,23 +34,29 @@ from ddp_eval.manifest import describe_model, describe_run
 from ddp_eval.packing import Requests
 from ddp_eval.planning import Decision, make_plan
 from ddp_eval.protocol import Followers, next_work
-from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoder
 
 log = logging.getLogger("ddp_eval")
 
 
-def run(config: Config, world: World) -> dict[str, Any] | None:
+Inspect = Callable[[dict[str, Any]], None]
+
+
+def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[str, Any] | None:
     """Evaluate as a command does: load the model, evaluate, write the run directory.
 
+    inspect: given, before anything is scored, what `_lead` knows of model and prompts; may raise UserError to stop the run.
     Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must mend.
     """
-    if not world.is_leader:
-        model_config = hf.load_config(config.loader_args)
-        _follow(world, hf.load_engine(config.loader_args, model_config, world.device))
-        return None
-    with Followers(world) as followers:
-        return _lead_run(config, world, followers)
+    with telemetry.Sampler(world):
+        if not world.is_leader:
+            with world.meter.phases("load"):
+                model_config = hf.load_config(config.loader_args)
+                engine = hf.load_engine(config.loader_args, model_config, world.device)
+            _follow(world, engine)
+            return None
+        with Followers(world) as followers:
+            return _lead_run(config, world, followers, inspect)
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:
@@ -71,7 +77,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
-        with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine:
+        with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine, telemetry.Sampler(world):
             bare.eval()
             if not world.is_leader:
                 _follow(world, engine)
@@ -83,24 +89,27 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
         distributed.release_group(world)
 
 
-def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, Any]:
+def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspect | None) -> dict[str, Any]:
     """The leader's part of `run`: weights load in a thread of their own while lm_eval builds the prompts."""
-    _prepare_output(config)
-    model_config = hf.load_config(config.loader_args)
-    tokenizer = hf.load_tokenizer(config.loader_args)
+    with world.meter.phases("load"):
+        _prepare_output(config)
+        model_config = hf.load_config(config.loader_args)
+        tokenizer = hf.load_tokenizer(config.loader_args)
     engine: Future[hf.HFEngine] = Future()
     digests: Future[dict[str, Any]] = Future()
 
     def load() -> None:
-        _fulfil(engine, lambda: hf.load_engine(config.loader_args, model_config, world.device))
+        with world.meter.background("load"):
+            _fulfil(engine, lambda: hf.load_engine(config.loader_args, model_config, world.device))
         name = hf.resolve_pretrained(config.model_args)
         _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
     # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
-    from ddp_eval import harness  # noqa: F401
+    with world.meter.phases("start"):
+        from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, followers, model_config, tokenizer, engine.result, digests.result)
+    return _lead(config, followers, model_config, tokenizer, engine.result, digests.result, inspect)
 
 
 def _prepare_output(config: Config) -> None:
@@ -115,11 +124,15 @@ def _lead(
     tokenizer: Any,
     get_engine: Callable[[], hf.HFEngine],
     get_digests: Callable[[], dict[str, Any] | None],
+    inspect: Inspect | None = None,
 ) -> dict[str, Any]:
-    """Build the requests, have all ranks score them, compute metrics and write the run directory."""
+    """Build the requests, have all ranks score them, compute metrics and write the run directory.
+
+    inspect: given {"model": digests, "packages": versions, and `harness.describe_prompts`} before anything is scored.
+    """
     from ddp_eval import harness
 
-    world, phases = followers.world, Phases()
+    world, phases = followers.world, followers.world.meter.phases
     model_args = config.model_args
     max_length = harness.max_length_of(model_args, model_config, tokenizer)
     try:
@@ -128,6 +141,11 @@ def _lead(
         raise UserError(str(error)) from None
 
     facts: dict[str, Any] = {}
+    costs: dict[str, Any] = {}
+
+    def look(prompts: dict[str, Any]) -> None:
+        if inspect is not None:
+            inspect({"model": get_digests(), "packages": results.describe_packages(), **prompts})
 
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         with phases("load"):
@@ -135,6 +153,8 @@ def _lead(
         with phases("plan"):
             decision = make_plan(engine, requests, config.packing, config.max_pack_tokens)
         facts.update(engine=engine.describe(), **_describe_plan(decision, requests))
+        step = hf.FLEX_STEP if engine.tree_attention == "flex_attention" else 1
+        costs.update(fed_tokens=telemetry.fed_tokens(decision.plan, step), flops_per_token=engine.cost_model().token)
         if decision.why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         with followers.working_on(decision.plan) as work:
@@ -151,20 +171,39 @@ def _lead(
         if config.output_path:
             results.write_scores(config.output_path, scores)
 
-    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, include_paths=[demo.TASKS_PATH])
+    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look)
+    samples = outcome.results.pop("samples")
     outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
-    facts["prompts_sha256"] = outcome.prompt_digest
+    facts["prompts_sha256"] = outcome.prompts["prompts_sha256"]
     outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
+
+    def measure() -> dict[str, Any]:
+        model = get_engine().model
+        peak = telemetry.peak_flops(model.device, model.dtype)
+        measured = telemetry.summarize(followers.measure(), {**facts, **costs, "peak": peak})
+        world.meter.reset()
+        return measured
+
+    if config.log_samples or config.predict_only:
+        outcome.results["samples"] = samples
     if config.output_path:
-        manifest = describe_run(config, world, outcome.results, facts, get_digests())
-        results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"))
+        with phases("write"):
+            if not config.predict_only:
+                results.write_documents(config.output_path, harness.describe_documents(samples))
+            manifest = describe_run(
+                config, world, outcome.results, {**facts, "prompts_by_task": outcome.prompts["prompts_by_task"]}, get_digests()
+            )
+            measured = results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"), measure)
+    else:
+        measured = measure()
+    outcome.results["ddp_eval"]["telemetry"] = measured
     return outcome.results
 
 
 def _follow(world: World, engine: hf.HFEngine) -> None:
     """Every other rank's part: run what the leader sends until it says stop."""
     while (work := next_work(world)) is not None:
-        run_plan(world, engine, work, Phases())
+        run_plan(world, engine, work, world.meter.phases)
 
 
 def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:

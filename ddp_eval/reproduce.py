@@ -88,7 +88,9 @@ def list_changes(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> list[
     return [
         *(("model", text) for text in _model_changes(manifest["model"], found["model"] or {})),
         *_changes("versions", "task {} has version {}, not {}", manifest["tasks"]["versions"], found["versions"], _show),
-        *_changes("prompts", "the prompts of task {} are other ones", manifest["prompts_by_task"], found["prompts_by_task"], _show),
+        *_changes(
+            "prompts", "the prompts of task {} are other ones", manifest["prompts_by_task"], found["prompts_by_task"], _show
+        ),
         *_changes("packages", "{} is {}, not {}", manifest["packages"], found["packages"], _show),
     ]
 
@@ -98,7 +100,9 @@ def _changes(
 ) -> list[tuple[str, str]]:
     """Keys of either side whose values differ. Task versions of groups, which only the results know, are left to their tasks."""
     keys = [key for key in dict.fromkeys((*before, *now)) if kind != "versions" or key in now]
-    return [(kind, sentence.format(key, show(now.get(key)), show(before.get(key)))) for key in keys if before.get(key) != now.get(key)]
+    return [
+        (kind, sentence.format(key, show(now.get(key)), show(before.get(key)))) for key in keys if before.get(key) != now.get(key)
+    ]
 
 
 def _model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """`torchrun … -m ddp_eval`: from the command line to an exit code.
 
-0: done. 3: two runs are not as --expect wants them. 2: something the user can mend, said in one sentence. 1: a defect or a lost rank, with its traceback.
+0: done. 2: something the user can mend, said in one sentence. 3: two runs are not alike as --expect demands.
+1: a defect or a lost rank, with its traceback.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def advise(telemetry: dict[str, Any]) -> list[str]:
     note(
         load,
         0.3,
-        f"waiting for the weights takes {load:.0%} of the time: keep them on a local disk, or give more tasks to one run",
+        f"loading the model takes {load:.0%} of the time: keep its files on a local disk, or give more tasks to one run",
     )
     score = share(leader, "score")
     note(score, 0.3, f"computing metrics takes {score:.0%} of the time: lower --bootstrap_iters")

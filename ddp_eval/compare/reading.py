@@ -132,7 +132,7 @@ def _read_ours(place: Path) -> Run:
     columns = [scores[name].to_numpy() for name in ("doc_id", "idx", "loglikelihood")]
     for task in dict.fromkeys(tasks.tolist()):
         chosen = np.flatnonzero(tasks == task)
-        run.requests[task] = _sort_requests(*(column[chosen] for column in columns), greedy[chosen])
+        run.requests[task] = _sort_requests(columns[0][chosen], columns[1][chosen], columns[2][chosen], greedy[chosen])
     rows: DocumentRows = {}
     if (place / "documents.parquet").is_file():
         for row in pyarrow.parquet.read_table(place / "documents.parquet").to_pylist():
@@ -194,9 +194,8 @@ def _add_samples(
             elif len(argument) == 1:  # rolling; a request with more arguments and one answer asks for text
                 rows.append((doc_id, idx, float(resps[0]), -1))
     if rows:
-        columns = list(zip(*rows, strict=True))
-        kinds = (np.int64, np.int64, np.float64, np.int8)
-        run.requests[task] = _sort_requests(*(np.array(column, dtype=kind) for column, kind in zip(columns, kinds, strict=True)))
+        doc_ids, ids, sums, greedy = (np.array(column) for column in zip(*rows, strict=True))
+        run.requests[task] = _sort_requests(doc_ids, ids, sums.astype(np.float64), greedy.astype(np.int8))
 
 
 def _note_document(run: Run, task: str, doc_id: int, prompt: str | None, context: str | None) -> None:

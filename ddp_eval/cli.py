@@ -542,5 +542,12 @@ _FLAGS = {
     ),
     "bootstrap_iters": _Flag("execution", _to_count, "resamplings for a bootstrapped standard error (default: 100000)", "N"),
     "max_pack_tokens": _Flag("execution", _to_count, "most tokens in one pack (default: chosen by the planner)", "N"),
+    "numerics": _Flag(
+        "execution",
+        _to_text,
+        "fast (packs, the checkpoint's precision), fp32 (packs in float32), alone (one forward for each input: no neighbour "
+        "changes a bit of it); each gives the same bits on any number of ranks (default: fast)",
+        "LEVEL",
+    ),
     "no_packing": _Flag("execution", _to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }

@@ -47,8 +47,8 @@ def parse(argv: Sequence[str]) -> Order:
     """Flags of `reproduce` -> what to do. Changes to the directory that the earlier run was started in. Raises UserError."""
     options = _build_parser().parse_args(argv)
     expectation = read_expectation(options.expect)
-    earlier = Path(options.run).absolute()
-    output = Path(options.output_path).absolute() if options.output_path else earlier.with_name(f"{earlier.name}.again")
+    earlier = Path(options.run).resolve()
+    output = Path(options.output_path).resolve() if options.output_path else earlier.with_name(f"{earlier.name}.again")
     manifest = _read_manifest(earlier)
     if output == earlier:
         raise UserError(f"--output_path must not be the run to reproduce, got {options.output_path}")

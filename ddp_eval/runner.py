@@ -150,12 +150,14 @@ def _lead(
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         with phases("load"):
             engine = get_engine()
+        if config.numerics == "fp32" and engine.model.dtype != torch.float32:
+            raise UserError(f"--numerics fp32 needs a model in float32, this one is in {engine.model.dtype}")
         with phases("plan"):
-            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens)
+            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, config.numerics == "alone")
         facts.update(engine=engine.describe(), **_describe_plan(decision, requests))
         step = hf.FLEX_STEP if engine.tree_attention == "flex_attention" else 1
         costs.update(fed_tokens=telemetry.fed_tokens(decision.plan, step), flops_per_token=engine.cost_model().token)
-        if decision.why_rows and config.packing:
+        if decision.why_rows and config.packing and config.numerics != "alone":
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         with followers.working_on(decision.plan) as work:
             rows = run_plan(world, engine, work, phases)

@@ -1,0 +1,62 @@
+"""Evaluates the demo twice, writes the report of both, and photographs it: light and dark, on a desk and on a phone, printed.
+
+    python scripts/screenshots.py            # into docs/; needs chromium (apt-get install chromium) and matplotlib
+
+With --report FILE an existing report is photographed instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+# name -> width and height of the window in pixels, more flags of Chromium
+SHOTS = {
+    "report_light": (1100, 1500, []),
+    "report_dark": (1100, 1500, ["--blink-settings=preferredColorScheme=0"]),
+    "report_phone": (500, 1000, []),  # headless Chromium makes no narrower window
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, help="a report.html (default: of a run of the demo on 2 ranks)")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="directory of the pictures")
+    options = parser.parse_args()
+    if CHROMIUM is None:
+        sys.exit("no chromium on the PATH: apt-get install chromium")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = options.report.resolve() if options.report else make_report(Path(scratch))
+        for name, (width, height, flags) in SHOTS.items():
+            chromium(f"--window-size={width},{height}", *flags, f"--screenshot={options.out / name}.png", report.as_uri())
+        chromium("--no-pdf-header-footer", f"--print-to-pdf={options.out / 'report_print.pdf'}", report.as_uri())
+
+
+def make_report(directory: Path) -> Path:
+    """Packs on two ranks against rows on one: the report of the first, with its differences from the second."""
+    packs, rows = directory / "packs", directory / "rows"
+    flags = ["--tasks", "demo", "--limit", "50", "--log_samples", "--model_args", "pretrained=demo", "--output_path"]
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddp_eval", *flags, packs)
+    run("-m", "ddp_eval", *flags, rows, "--no_packing")
+    run("-m", "ddp_eval", "report", packs, rows)
+    return packs / "report.html"
+
+
+def run(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=ROOT)
+
+
+def chromium(*arguments: str) -> None:
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000"]
+    subprocess.run([*command, *arguments], check=True, timeout=120, stderr=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()

@@ -40,6 +40,7 @@ def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: 
 def margins(right: npt.NDArray[np.float64], wrong: npt.NDArray[np.float64], near_tie_nats: float) -> str:
     """How far the chosen answer leads, in nats, on a logarithmic scale: right and wrong answers stacked."""
     figure, axes = _figure(2.6)
+    right, wrong = right[np.isfinite(right)], wrong[np.isfinite(wrong)]
     both = np.concatenate([right, wrong])
     least = max(float(both[both > 0].min(initial=1.0)), 1e-4)
     bins = np.geomspace(min(least, near_tie_nats / 2), max(float(both.max(initial=1.0)), 1.0) * 1.05, 41)
@@ -99,7 +100,7 @@ def utilisation(ranks: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
 
 def phase_colors() -> dict[str, str]:
     """Each phase its colour, the same in every plot; idle ones are grey."""
-    pale = {"wait": _GRID, "other": _MUTED}
+    pale = {"wait": _GRID, "join": _MUTED, "other": _MUTED}
     hues = iter([*_SERIES, *_SERIES])
     return {phase: pale.get(phase) or next(hues) for phase in PHASES}
 

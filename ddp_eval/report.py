@@ -17,6 +17,7 @@ import numpy as np
 from ddp_eval import plots, telemetry
 from ddp_eval.compare.command import jsonable
 from ddp_eval.compare.difference import NEAR_TIE_NATS, answers_of, compare_runs
+from ddp_eval.compare.paired import TRANSFORMS
 from ddp_eval.compare.reading import Run, read_run, read_samples
 from ddp_eval.errors import UserError
 
@@ -128,7 +129,7 @@ def _result_rows(run: Run) -> list[dict[str, Any]]:
 
 def _results_plot(run: Run) -> str | None:
     """The metrics that are shares of documents; a perplexity has no place on their axis."""
-    rows = [row for row in _result_rows(run) if 0 <= row["value"] <= 1 and row["stderr"] is not None and row["stderr"] < 1]
+    rows = [row for row in _result_rows(run) if 0 <= row["value"] <= 1 and row["metric"] not in TRANSFORMS]
     named = [(f"{row['task']} {row['metric']}", float(row["value"]), row["stderr"]) for row in rows]
     return plots.intervals(named, "share of documents, 95% interval") if named else None
 

@@ -188,16 +188,15 @@ def _lead(
 
     if config.log_samples or config.predict_only:
         outcome.results["samples"] = samples
-    if config.output_path:
-        with phases("write"):
+    with phases("write"):
+        if config.output_path:
             if not config.predict_only:
                 results.write_documents(config.output_path, harness.describe_documents(samples))
-            manifest = describe_run(
-                config, world, outcome.results, {**facts, "prompts_by_task": outcome.prompts["prompts_by_task"]}, get_digests()
-            )
+            prompts = {"prompts_by_task": outcome.prompts["prompts_by_task"]}
+            manifest = describe_run(config, world, outcome.results, {**facts, **prompts}, get_digests())
             measured = results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"), measure)
-    else:
-        measured = measure()
+        else:
+            measured = measure()
     outcome.results["ddp_eval"]["telemetry"] = measured
     return outcome.results
 

@@ -122,7 +122,7 @@ def format_record(record: dict[str, Any]) -> str:
         f"Model {record['model']}, tasks {record['tasks']}, {record['limit']} documents each; {hardware['cpu']}, one thread, "
         f"torch {packages['torch']}, transformers {packages['transformers']}, {record['date']}; `{record['command']}`",
         "",
-        "| setting | compared with | tokens computed | requests that differ | max nats | mean | p99 | answers flipped | near ties |",
+        "| setting | compared with | tokens computed | requests changed | max nats | mean | p99 | answers flipped | near ties |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

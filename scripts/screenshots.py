@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 # name -> width and height of the window in pixels, more flags of Chromium
 SHOTS = {
-    "report_light": (1100, 1500, []),
-    "report_dark": (1100, 1500, ["--blink-settings=preferredColorScheme=0"]),
-    "report_phone": (500, 1000, []),  # headless Chromium makes no narrower window
+    "report_light": (1100, 4400, []),
+    "report_dark": (1100, 2600, ["--blink-settings=preferredColorScheme=0"]),
+    "report_phone": (500, 1100, []),
 }
+# Headless Chromium makes no window narrower than 500 pixels: a phone is a frame in it.
+PHONE = '<body style="margin:0;background:#888"><iframe src="{}" style="border:0;margin:0 55px" width=390 height=1100></iframe>'
 
 
 def main() -> None:
@@ -35,7 +37,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         report = options.report.resolve() if options.report else make_report(Path(scratch))
         for name, (width, height, flags) in SHOTS.items():
-            chromium(f"--window-size={width},{height}", *flags, f"--screenshot={options.out / name}.png", report.as_uri())
+            page = report.as_uri()
+            if name == "report_phone":
+                frame = Path(scratch) / "phone.html"
+                frame.write_text(PHONE.format(page))
+                page = frame.as_uri()
+            chromium(f"--window-size={width},{height}", *flags, f"--screenshot={options.out / name}.png", page)
         chromium("--no-pdf-header-footer", f"--print-to-pdf={options.out / 'report_print.pdf'}", report.as_uri())
 
 

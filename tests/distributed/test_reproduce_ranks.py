@@ -35,7 +35,7 @@ def earlier(tmp_path_factory):
     rows = (Path(demo.TASKS_PATH).parent / "data" / "boolean_expressions_test.jsonl").read_text().splitlines(keepends=True)
     (tasks / "rows.jsonl").write_text("".join(rows[:10]))
     flags = ["--model_args", "pretrained=demo", "--include_path", "tasks", "--tasks", "expressions", "--output_path", "run"]
-    finished = launch(3, *flags, program=QUICK, cwd=home)
+    finished = launch(3, *flags, program=QUICK, cwd=home, timeout_s=250)
     assert finished.returncode == 0, str(finished)
     return home, finished
 
@@ -75,7 +75,16 @@ def test_the_summary_is_printed(earlier):
 def test_reproduced_elsewhere_on_another_number_of_ranks(earlier, tmp_path):
     """Catches a manifest that lacks something, paths that hold only where the run was started, and bits that depend on ranks."""
     finished = launch(
-        2, "reproduce", earlier[0] / "run", "--output_path", "again", "--expect", "identical", program=QUICK, cwd=tmp_path
+        2,
+        "reproduce",
+        earlier[0] / "run",
+        "--output_path",
+        "again",
+        "--expect",
+        "identical",
+        program=QUICK,
+        cwd=tmp_path,
+        timeout_s=250,
     )
     assert finished.returncode == 0, str(finished)
     assert "identical: every request has the same bits" in finished.stdout
@@ -92,7 +101,7 @@ def test_another_prompt_is_refused_by_name(earlier, tmp_path):
     (home / "run" / results.MANIFEST).write_text(json.dumps({**manifest, "working_directory": str(home)}))
     rows = (home / "tasks" / "rows.jsonl").read_text()
     (home / "tasks" / "rows.jsonl").write_text(rows.replace("not", "no", 1))
-    finished = launch(2, "reproduce", home / "run", "--expect", "identical", program=QUICK, cwd=tmp_path)
+    finished = launch(2, "reproduce", home / "run", "--expect", "identical", program=QUICK, cwd=tmp_path, timeout_s=250)
     assert finished.returncode != 0
     assert finished.sentences() == [
         f"ddp_eval: this is not the run of {home / 'run'}: the prompts of task expressions are other ones "

@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> Order:
     manifest = _read_manifest(earlier)
     if output == earlier:
         raise UserError(f"--output_path must not be the run to reproduce, got {options.output_path}")
-    if manifest.get("model") is None:
+    if "pretrained" not in (manifest.get("model") or {}):
         raise UserError(f"the run in {options.run} was given a loaded model by a program: only that program can run it again")
     values = dict(manifest["config"])
     values |= {"output_path": str(output), "overwrite": options.overwrite, "seed": tuple(values["seed"])}

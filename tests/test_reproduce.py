@@ -72,7 +72,7 @@ def test_the_config_comes_back(run):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model": None}, "was given a loaded model by a program"),
+        ({"model": {"class": "Llama"}}, "was given a loaded model by a program"),
         ({"config": {**MANIFEST["config"], "warp": 1}}, "has the setting warp, which this version of ddp_eval does not know"),
     ],
 )

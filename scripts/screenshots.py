@@ -8,6 +8,7 @@ With --report FILE an existing report is photographed instead.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -48,16 +49,16 @@ def main() -> None:
 
 def make_report(directory: Path) -> Path:
     """Packs on two ranks against rows on one: the report of the first, with its differences from the second."""
-    packs, rows = directory / "packs", directory / "rows"
-    flags = ["--tasks", "demo", "--limit", "50", "--log_samples", "--model_args", "pretrained=demo", "--output_path"]
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddp_eval", *flags, packs)
-    run("-m", "ddp_eval", *flags, rows, "--no_packing")
-    run("-m", "ddp_eval", "report", packs, rows)
-    return packs / "report.html"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
+    def run(*arguments: str) -> None:
+        subprocess.run([sys.executable, *arguments], check=True, cwd=directory, env=environment)
 
-def run(*arguments: str | Path) -> None:
-    subprocess.run([sys.executable, *map(str, arguments)], check=True, cwd=ROOT)
+    flags = ["--tasks", "demo", "--limit", "40", "--log_samples", "--model_args", "pretrained=demo", "--output_path"]
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddp_eval", *flags, "packs")
+    run("-m", "ddp_eval", *flags, "rows", "--no_packing")
+    run("-m", "ddp_eval", "report", "packs", "rows")
+    return directory / "packs" / "report.html"
 
 
 def chromium(*arguments: str) -> None:

@@ -123,7 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         usage=_USAGE,
         description=_ABOUT,
-        epilog=f"Accepted and ignored: {', '.join('--' + name for name in _IGNORED_FLAGS)}.",
+        epilog=f"Accepted and ignored: {', '.join('--' + name for name in _IGNORED_FLAGS)}.\n"
+        "Other commands, each with a --help of its own: reproduce, compare, report.",
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

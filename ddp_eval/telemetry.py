@@ -195,7 +195,8 @@ def advise(telemetry: dict[str, Any]) -> list[str]:
             if building > share(leader, "score", "write")
             else f"rank 0 computes metrics meanwhile ({share(leader, 'score'):.0%}): lower --bootstrap_iters"
         )
-        note(waits, 0.1, f"ranks 1 to {len(ranks) - 1} wait {waits:.0%} of the time: {cause}")
+        who = f"ranks 1 to {len(ranks) - 1} wait" if len(ranks) > 2 else "rank 1 waits"
+        note(waits, 0.1, f"{who} {waits:.0%} of the time: {cause}")
         slowest = max(range(len(ranks)), key=lambda rank: ranks[rank]["phases_s"].get("forward", 0.0))
         uneven = (telemetry["imbalance"] or 0.0) * share(leader, "forward")
         note(uneven, 0.05, f"rank {slowest} computes {telemetry['imbalance']:.0%} longer than the mean: lower --max_pack_tokens")

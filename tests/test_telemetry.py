@@ -95,7 +95,7 @@ def test_advice_names_the_cause():
     """Catches advice for a run that needs none, and a wait laid at the wrong door."""
     found = telemetry.summarize(reports(), FACTS)
     advice = telemetry.advise(found)
-    assert any("ranks 1 to 1 wait 20% of the time: rank 0 builds the prompts" in sentence for sentence in advice)
+    assert any("rank 1 waits 20% of the time: rank 0 builds the prompts" in sentence for sentence in advice)
     assert any("rank 1 computes 33% longer than the mean" in sentence for sentence in advice)
     assert any("33% of all tokens are padding" in sentence for sentence in advice)
     good = {**reports()[0], "phases_s": {"forward": 10.0}}

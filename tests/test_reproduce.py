@@ -14,7 +14,7 @@ from ddp_eval.reproduce import list_changes, parse
 
 MANIFEST = {
     "config": dataclasses.asdict(Config(model_args={"pretrained": "demo"}, tasks=["t"], output_path="run", limit=3.0)),
-    "model": {"model_files": {"files": {"a": "1", "b": "2"}}, "tokenizer_files": {"files": {"a": "1"}}},
+    "model": {"pretrained": "demo", "model_files": {"files": {"a": "1", "b": "2"}}, "tokenizer_files": {"files": {"a": "1"}}},
     "tasks": {"versions": {"t": 1, "group": 1}},
     "packages": {"torch": "2", "numpy": "1"},
     "prompts_by_task": {"t": "x"},

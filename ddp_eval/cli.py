@@ -563,5 +563,11 @@ _FLAGS = {
         "changes a bit of it); each gives the same bits on any number of ranks (default: fast)",
         "LEVEL",
     ),
+    "load": _Flag(
+        "execution",
+        _to_text,
+        "each rank reads the weights from disk, or rank 0 reads and sends them (default: disk)",
+        "{disk,broadcast}",
+    ),
     "no_packing": _Flag("execution", _to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }

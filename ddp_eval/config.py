@@ -52,6 +52,7 @@ class Config:
     packing: bool = True
     max_pack_tokens: int | None = None
     numerics: str = "fast"
+    load: str = "disk"
 
     @property
     def loader_args(self) -> dict[str, Any]:
@@ -69,6 +70,8 @@ class Config:
             raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
         _check_numerics(self.numerics, self.model_args.get("dtype", "auto"), self.max_pack_tokens)
         _check_at_least("--num_fewshot", self.num_fewshot, 0)
+        if self.load not in ("disk", "broadcast"):
+            raise UserError(f"--load must be disk or broadcast, got {self.load}")
         _check_at_least("--max_pack_tokens", self.max_pack_tokens, 1)
         _check_at_least("--bootstrap_iters", self.bootstrap_iters, 0)
         _check_whole("max_length", self.model_args.get("max_length"), 1)

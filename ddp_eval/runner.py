@@ -27,7 +27,7 @@ import torch
 from ddp_eval import demo, distributed, results, telemetry
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import broadcast, hf
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, run_plan
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run
@@ -52,7 +52,7 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
         if not world.is_leader:
             with world.meter.phases("load"):
                 model_config = hf.load_config(config.loader_args)
-                engine = hf.load_engine(config.loader_args, model_config, world.device)
+                engine = _load_engine(config, model_config, world)
             _follow(world, engine)
             return None
         with Followers(world) as followers:
@@ -101,7 +101,7 @@ def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspe
 
     def load() -> None:
         with world.meter.background("load"):
-            _fulfil(engine, lambda: hf.load_engine(config.loader_args, model_config, world.device))
+            _fulfil(engine, lambda: _load_engine(config, model_config, world))
         name = hf.resolve_pretrained(config.model_args)
         _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
@@ -111,6 +111,12 @@ def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspe
 
     threading.Thread(target=load, daemon=True).start()
     return _lead(config, followers, model_config, tokenizer, engine.result, digests.result, inspect)
+
+
+def _load_engine(config: Config, model_config: Any, world: World) -> hf.HFEngine:
+    if config.load == "broadcast":
+        return broadcast.load_engine(config.loader_args, model_config, world)
+    return hf.load_engine(config.loader_args, model_config, world.device)
 
 
 def _prepare_output(config: Config) -> None:

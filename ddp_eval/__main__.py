@@ -1,29 +1,44 @@
 """`torchrun … -m ddp_eval`: from the command line to an exit code.
 
-0: done. 2: something the user can mend, said in one sentence. 1: a defect or a lost rank, with its traceback.
-75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes. 130: the same by Ctrl-C. torchrun makes 1 of all but 0.
+0: done. 2: something the user can mend, said in one sentence. 3: two runs are not alike as --expect demands.
+1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes.
+130: the same by Ctrl-C. torchrun makes 1 of all but 0.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from ddp_eval import cli, status, watch
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 
 LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
+# Subcommands that run on one process: the first word -> the module whose main(argv) returns an exit code.
+_TOOLS = {
+    "compare": "ddp_eval.compare.command",
+    "report": "ddp_eval.report",
+}
+
+Inspect = Callable[[dict[str, Any]], None]
 
 
 def main() -> None:
     watching = watch.Watch()
     watching.start()
     _quiet_down()
+    command, rest = (sys.argv[1], sys.argv[2:]) if sys.argv[1:] else ("run", [])
     try:
+        if command in _TOOLS:
+            sys.exit(importlib.import_module(_TOOLS[command]).main(rest) if _is_speaker() else 0)
+        if command == "reproduce":
+            sys.exit(_reproduce(rest, watching))
         config, notes = cli.parse(sys.argv[1:])
         _run(config, notes, watching)
     except UserError as error:
@@ -32,7 +47,7 @@ def main() -> None:
 
 def _quiet_down() -> None:
     """One rank speaks, and other libraries only of errors; bars only where somebody watches. Before those libraries load."""
-    speaker = os.environ.get("RANK", "0") == "0"
+    speaker = _is_speaker()
     if not speaker:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     if not (speaker and sys.stderr.isatty()):
@@ -48,14 +63,26 @@ def _quiet_down() -> None:
         logging.getLogger("lm_eval").setLevel(level)
 
 
-def _run(config: Config, notes: list[str], watching: watch.Watch) -> None:
+def _is_speaker() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _reproduce(argv: list[str], watching: watch.Watch) -> int:
+    from ddp_eval import reproduce
+
+    order = reproduce.parse(argv)
+    _run(order.config, [], watching, order.inspect)
+    return reproduce.conclude(order) if _is_speaker() else 0
+
+
+def _run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None = None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     # @record hands an unexpected error to torchrun, which prints the one that came first.
-    record(_join_and_run)(config, notes, watching)
+    record(_join_and_run)(config, notes, watching, inspect)
 
 
-def _join_and_run(config: Config, notes: list[str], watching: watch.Watch) -> None:
+def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None) -> None:
     import numpy as np
 
     from ddp_eval import distributed
@@ -70,7 +97,7 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch) -> No
         if world.is_leader:
             for note in notes:
                 logging.getLogger("ddp_eval").warning(note)
-        results = run(config, world)
+        results = run(config, world, inspect)
     except UserError as error:  # not for @record: it would add a traceback
         _report_and_leave(error)
     except distributed.LostContact as error:
@@ -84,9 +111,12 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch) -> No
     distributed.leave_group(world)
     if results is not None:
         from ddp_eval.harness import format_tables
+        from ddp_eval.telemetry import format_summary
 
         if not config.predict_only:  # no metrics, no table
             print(format_tables(results))
+        if "telemetry" in results["ddp_eval"]:  # not where the run was found complete
+            print(format_summary(results["ddp_eval"]["telemetry"]))
         if config.output_path:
             print(f"ddp_eval: the run is in {config.output_path}")
 

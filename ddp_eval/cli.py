@@ -124,7 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         usage=_USAGE,
         description=_ABOUT,
-        epilog=f"Accepted and ignored: {', '.join('--' + name for name in _IGNORED_FLAGS)}.",
+        epilog=f"Accepted and ignored: {', '.join('--' + name for name in _IGNORED_FLAGS)}.\n"
+        "Other commands, each with a --help of its own: reproduce, compare, report.",
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -189,7 +190,7 @@ def _drop_command(argv: Sequence[str]) -> list[str]:
     if not argv or argv[0].startswith("-"):
         return list(argv)
     if argv[0] not in _COMMANDS:
-        raise UserError(f"unknown command {argv[0]}: the only one is run, which may also be left out")
+        raise UserError(f"unknown command {argv[0]}: there are run (may be left out), reproduce, compare and report")
     return list(argv[1:])
 
 
@@ -556,6 +557,13 @@ _FLAGS = {
     "bootstrap_iters": _Flag("execution", _to_count, "resamplings for a bootstrapped standard error (default: 100000)", "N"),
     "max_pack_tokens": _Flag(
         "execution", _to_count, "most tokens in one pack; a longer request gets one alone (default: chosen by the planner)", "N"
+    ),
+    "numerics": _Flag(
+        "execution",
+        _to_text,
+        "fast (packs, the checkpoint's precision), fp32 (packs in float32), alone (one forward for each input: no neighbour "
+        "changes a bit of it); each gives the same bits on any number of ranks (default: fast)",
+        "LEVEL",
     ),
     "load": _Flag(
         "execution",

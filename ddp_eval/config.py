@@ -16,6 +16,9 @@ from ddp_eval.errors import UserError
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
 DEFAULT_SEED = (0, 1234, 1234, 1234)
 
+# fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
+NUMERICS = ("fast", "fp32", "alone")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -49,13 +52,16 @@ class Config:
     bootstrap_iters: int = 100_000
     packing: bool = True
     max_pack_tokens: int | None = None
+    numerics: str = "fast"
     load: str = "disk"
     timeout: float = 1800.0  # seconds
 
     @property
     def loader_args(self) -> dict[str, Any]:
-        """model_args as the model's loader takes them: with the flag that allows a checkpoint's own code."""
-        return {**self.model_args, "trust_remote_code": True} if self.trust_remote_code else self.model_args
+        """model_args as the model's loader takes them: with the flag that allows a checkpoint's own code, and the precision."""
+        trusted = {"trust_remote_code": True} if self.trust_remote_code else {}
+        precise = {"dtype": "float32"} if self.numerics == "fp32" else {}
+        return {**self.model_args, **trusted, **precise}
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, int):
@@ -64,6 +70,7 @@ class Config:
             object.__setattr__(self, "fewshot_as_multiturn", True)
         if self.model != "hf":
             raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
+        _check_numerics(self.numerics, self.model_args.get("dtype", "auto"), self.max_pack_tokens)
         _check_at_least("--num_fewshot", self.num_fewshot, 0)
         if self.load not in ("disk", "broadcast"):
             raise UserError(f"--load must be disk or broadcast, got {self.load}")
@@ -86,6 +93,15 @@ class Config:
                 raise UserError("--samples and --limit exclude each other: give one of them")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
+
+
+def _check_numerics(level: str, dtype: Any, max_pack_tokens: int | None) -> None:
+    if level not in NUMERICS:
+        raise UserError(f"--numerics must be {', '.join(NUMERICS[:-1])} or {NUMERICS[-1]}, got {level}")
+    if level == "fp32" and str(dtype).removeprefix("torch.") not in ("auto", "float32"):
+        raise UserError(f"--numerics fp32 and dtype={dtype} exclude each other: give one of them")
+    if level == "alone" and max_pack_tokens is not None:
+        raise UserError("--numerics alone and --max_pack_tokens exclude each other: every input has a forward of its own")
 
 
 def config_from_options(**options: Any) -> Config:

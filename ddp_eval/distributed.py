@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import io
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
 from ddp_eval.errors import UserError
+from ddp_eval.meter import Meter, process_age_s
 
 JOIN_TIMEOUT_S = 1800.0
 # For a leader that builds prompts, and for ranks with dearer packs. A dead one is noticed at once, a stuck one by watch.py.
@@ -38,6 +41,7 @@ class World:
 
     messages: the group for words from the leader; None when there is one rank.
     borrowed: the process group belongs to the caller, and must be usable after a failure of ours.
+    meter: where this rank's time and bytes go.
     """
 
     rank: int
@@ -46,6 +50,7 @@ class World:
     device: torch.device
     messages: Any = None
     borrowed: bool = False
+    meter: Meter = dataclasses.field(default_factory=Meter, compare=False, repr=False)
 
     @property
     def is_leader(self) -> bool:
@@ -80,8 +85,11 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     if not 0 <= rank < world_size:
         raise UserError(f"RANK must lie between 0 and WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={world_size}")
     chosen = _choose_device(device, local_rank)
+    meter = Meter("start", process_age_s())
     if world_size == 1:
-        return World(rank, local_rank, world_size, chosen)
+        meter.phases.switch("other")
+        return World(rank, local_rank, world_size, chosen, meter=meter)
+    meter.phases.switch("join")
     needed = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if chosen.type == "cuda" else ("MASTER_ADDR", "MASTER_PORT")
     for name in needed:
         if name not in os.environ:
@@ -92,11 +100,13 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    with _naming_lost_ranks("joining the process group"):
+    with _naming_lost_ranks("joining the process group"), meter.collective("all_reduce", 4, 4):
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
         # A rank that died on the way here is noticed now; setting up the next group would wait for LEADER_TIMEOUT.
         dist.all_reduce(torch.zeros(1))
-    return World(rank, local_rank, world_size, chosen, _message_group())
+    world = World(rank, local_rank, world_size, chosen, _message_group(), meter=meter)
+    meter.phases.switch("other")
+    return world
 
 
 def adopt_group(device: torch.device) -> World:
@@ -123,16 +133,36 @@ def leave_group(world: World) -> None:
 def send_message(world: World, message: Any) -> None:
     """From the leader to all: any picklable object whose large parts are numpy arrays."""
     if world.world_size > 1:
-        with _naming_lost_ranks("sending to the other ranks"):
-            dist.broadcast_object_list([message], src=0, group=world.messages)
+        with _naming_lost_ranks("sending to the other ranks"), world.meter.phases("send"):
+            buffer = io.BytesIO()
+            pickle.dump(message, buffer)
+            data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+            with world.meter.collective("broadcast (size)", 8, 0):
+                dist.broadcast(torch.tensor([len(data)]), src=0, group=world.messages)
+            with world.meter.collective("broadcast (message)", len(data), 0):
+                dist.broadcast(data, src=0, group=world.messages)
 
 
 def receive_message(world: World) -> Any:
     """Wait, for hours if need be, for what the leader sends. Raises LostContact when the leader is gone."""
-    box = [None]
-    with _naming_lost_ranks("waiting for rank 0"):
-        dist.broadcast_object_list(box, src=0, group=world.messages)
-    return box[0]
+    with _naming_lost_ranks("waiting for rank 0"), world.meter.phases("wait"):
+        size = torch.zeros(1, dtype=torch.int64)
+        with world.meter.collective("broadcast (size)", 0, 8):
+            dist.broadcast(size, src=0, group=world.messages)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        with world.meter.collective("broadcast (message)", 0, len(data)):
+            dist.broadcast(data, src=0, group=world.messages)
+    return pickle.loads(data.numpy().data)  # from rank 0 of this very launch
+
+
+def gather_reports(world: World, report: Any) -> list[Any] | None:
+    """What every rank says of itself, in the order of ranks, on the leader; None on the others. Not measured itself."""
+    if world.world_size == 1:
+        return [report]
+    everyone: list[Any] | None = [None] * world.world_size if world.is_leader else None
+    with _naming_lost_ranks("gathering reports"):
+        dist.gather_object(report, everyone, dst=0, group=world.messages)
+    return everyone
 
 
 def broadcast_object(world: World, value: Any) -> Any:
@@ -147,7 +177,9 @@ def broadcast_tensors(world: World, tensors: list[torch.Tensor]) -> None:
     """Fill every rank's tensors, of equal shapes and types, with the leader's. Over NCCL for those on GPUs."""
     with _naming_lost_ranks("receiving the model from rank 0"):
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            payload = (tensor.nbytes, 0) if world.is_leader else (0, tensor.nbytes)
+            with world.meter.collective("broadcast (weights)", *payload):
+                dist.broadcast(tensor, src=0)
 
 
 def shard(world: World, count: int) -> list[int]:
@@ -170,20 +202,23 @@ def all_gather_rows(world: World, rows: npt.NDArray[np.int64], failed: bool = Fa
     if world.world_size == 1:
         return rows
     with _naming_lost_ranks("gathering results"):
-        sizes = _all_gather(world, torch.tensor([-1 if failed else len(rows)]))
+        with world.meter.phases("wait"):
+            sizes = _all_gather(world, torch.tensor([-1 if failed else len(rows)]), "size")
         if int(sizes.min()) < 0:
             raise LostContact(f"rank {int(sizes.argmin())} failed while it ran its packs")
         padded = torch.zeros((int(sizes.max()), rows.shape[1]), dtype=torch.int64)
         padded[: len(rows)] = torch.from_numpy(rows)
-        blocks = _all_gather(world, padded).numpy()
+        with world.meter.phases("gather"):
+            blocks = _all_gather(world, padded, "rows").numpy()
     return np.concatenate([block[:size] for block, size in zip(blocks, sizes.flatten().tolist(), strict=True)])
 
 
-def _all_gather(world: World, tensor: torch.Tensor) -> torch.Tensor:
+def _all_gather(world: World, tensor: torch.Tensor, what: str) -> torch.Tensor:
     """(ranks, *shape): every rank's CPU tensor of one common shape."""
     everyone = [torch.empty_like(tensor) for _ in range(world.world_size)]
-    # A borrowed group may have no backend for the CPU, and ranks may wait here for longer than in a computation.
-    dist.all_gather(everyone, tensor, group=world.messages)
+    with world.meter.collective(f"all_gather ({what})", tensor.nbytes, tensor.nbytes * (world.world_size - 1)):
+        # A borrowed group may have no backend for the CPU, and ranks may wait here for longer than in a computation.
+        dist.all_gather(everyone, tensor, group=world.messages)
     return torch.stack(everyone)
 
 

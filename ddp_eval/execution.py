@@ -14,9 +14,10 @@ from ddp_eval import distributed, journal, results, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
+from ddp_eval.meter import Phases
 from ddp_eval.packing import Pack, build_pack, halve
 from ddp_eval.protocol import Work
-from ddp_eval.telemetry import Phases, Progress
+from ddp_eval.telemetry import Progress
 
 
 class Gathered(NamedTuple):

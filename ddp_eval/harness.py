@@ -12,7 +12,6 @@ import difflib
 import glob
 import logging
 import os
-import time
 import unittest.mock
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -31,12 +30,13 @@ from lm_eval.utils import make_table, sanitize_model_name
 from ddp_eval import hub
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
+from ddp_eval.compare.reading import document_metrics, shared_context
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, digest_strings, git_commit
 from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
-from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoded, Encoder
 
 log = logging.getLogger("ddp_eval")
@@ -48,10 +48,10 @@ _SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """results: lm_eval's result dict (with "samples" where asked for); prompt_digest: one SHA-256 over all texts."""
+    """results: lm_eval's result dict, with "samples"; prompts: SHA-256 of the texts, see `describe_prompts`."""
 
     results: dict[str, Any]
-    prompt_digest: str
+    prompts: dict[str, Any]
 
 
 def max_length_of(model_args: dict[str, Any], model_config: Any, tokenizer: Any) -> int:
@@ -68,15 +68,18 @@ def evaluate_tasks(
     keep: Callable[[Scores], None],
     phases: Phases,
     include_paths: Sequence[str] = (),
+    inspect: Callable[[dict[str, Any]], None] | None = None,
 ) -> Outcome:
     """Build the tasks' requests, have them scored, and return lm_eval's results.
 
+    inspect: given `describe_prompts` before anything is scored; may raise UserError.
     score: given all requests at once, returns (N,) float64 summed log-probabilities and (N,) bool all-argmax.
     keep: given the scores before metrics are computed, which run the tasks' own code and may fail.
     Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
     """
+    phases.switch("tasks")
     _check_chat_template(config.apply_chat_template, encoder.tokenizer)
-    lm = _LeaderLM(encoder, model_config, score, keep, config, phases)
+    lm = _LeaderLM(encoder, model_config, score, keep, inspect, config, phases)
     manager = _task_manager(config, include_paths)
     specs = _resolve_tasks(manager, config.tasks)
     _check_before_loading(specs, manager.task_index)
@@ -105,7 +108,7 @@ def evaluate_tasks(
                 samples=samples,
                 bootstrap_iters=config.bootstrap_iters,
                 write_out=config.write_out,
-                log_samples=config.log_samples or config.predict_only,
+                log_samples=True,
                 evaluation_tracker=tracker,
                 system_instruction=config.system_instruction,
                 apply_chat_template=config.apply_chat_template,
@@ -133,14 +136,45 @@ def evaluate_tasks(
         raise UserError(f"lm_eval could not {lm.phase} of {_name_some(config.tasks)}: {_describe(error)}") from error
     finally:
         encoder.tokenizer.pad_token = pad_token
-    phases.seconds["score"] = time.perf_counter() - lm.scored_at
     results["config"]["model"] = config.model
     tracker.general_config_tracker.log_end_time()
     results.update(dataclasses.asdict(tracker.general_config_tracker))
     results["model_source"] = config.model
     results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
     results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
-    return Outcome(results, lm.prompt_digest)
+    phases.switch("other")
+    return Outcome(results, lm.prompts)
+
+
+def describe_documents(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of documents.parquet from lm_eval's samples: every metric of every document that is a number, or two."""
+    return [
+        {
+            "task": task,
+            "doc_id": sample["doc_id"],
+            "filter": sample["filter"],
+            "metric": metric,
+            "value": value,
+            "weight": weight,
+            "prompt_hash": sample["prompt_hash"],
+            "context_hash": shared_context(sample["doc"]),
+        }
+        for task, samples_of_task in samples.items()
+        for sample in samples_of_task
+        for metric, value, weight in document_metrics(sample)
+    ]
+
+
+def describe_prompts(instances: Sequence[Instance], tasks: dict[str, Any]) -> dict[str, Any]:
+    """One SHA-256 over all texts, one for each task, and the tasks' versions."""
+    by_task: dict[str, list[str]] = {}
+    for one in instances:
+        by_task.setdefault(one.task_name, []).extend(str(part) for part in one.args)
+    return {
+        "prompts_sha256": digest_strings(str(part) for one in instances for part in (one.task_name, *one.args)),
+        "prompts_by_task": {task: digest_strings(texts) for task, texts in sorted(by_task.items())},
+        "versions": {name: getattr(task, "VERSION", None) for name, task in sorted(tasks.items())},
+    }
 
 
 def format_tables(results: dict[str, Any]) -> str:
@@ -168,6 +202,7 @@ class _LeaderLM(TemplateLM):
         model_config: Any,
         score: Callable[[Requests], Answers],
         keep: Callable[[Scores], None],
+        inspect: Callable[[dict[str, Any]], None] | None,
         config: Config,
         phases: Phases,
     ) -> None:
@@ -175,12 +210,12 @@ class _LeaderLM(TemplateLM):
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
         self.config = model_config  # simple_evaluate reads the model's name from here
-        self.prompt_digest = ""
+        self.prompts: dict[str, Any] = {}
         self.phase = "load the documents"
         self.tasks: dict[str, Any] = {}
-        self.scored_at = time.perf_counter()
         self._score = score
         self._keep = keep
+        self._inspect = inspect
         self._phases = phases
         self.chosen = {task: sorted(set(indices)) for task, indices in (config.samples or {}).items()}
         self._chat_template_args = dict(config.model_args.get("chat_template_args") or {})
@@ -249,7 +284,7 @@ class _LeaderLM(TemplateLM):
             except BaseException as error:
                 raise _Scoring(error) from error
             self.phase = COMPUTING_METRICS
-            self.scored_at = time.perf_counter()
+            self._phases.switch("score")
         return self._answers
 
     def _score_instances(self, instances: list[Instance]) -> dict[int, Any]:
@@ -260,7 +295,9 @@ class _LeaderLM(TemplateLM):
             raise UserError(
                 f"the task {others[0].task_name} makes {others[0].request_type} requests, which are not supported yet"
             )
-        self.prompt_digest = digest_strings(str(part) for one in instances for part in (one.task_name, *one.args))
+        self.prompts = describe_prompts(instances, self.tasks)
+        if self._inspect is not None:
+            self._inspect(self.prompts)
         with self._phases("tokenize"):
             encoded_pairs = self.encoder.encode_pairs([instance.args for instance in pairs])
             encoded_texts = self.encoder.encode_rolling([instance.args[0] for instance in texts])

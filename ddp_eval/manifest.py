@@ -34,6 +34,7 @@ def describe_run(
     """The manifest. facts: of engine, prompts and plan; model: from `describe_model` or `describe_loaded_model`."""
     return {
         "config": dataclasses.asdict(config),
+        "working_directory": os.getcwd(),  # what relative paths in the config start from
         "model": model,
         "tasks": {"versions": results_dict["versions"], "n_samples": results_dict["n-samples"]},
         **facts,

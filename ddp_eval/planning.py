@@ -24,8 +24,10 @@ class Decision(NamedTuple):
     why_rows: str | None
 
 
-def make_plan(engine: HFEngine, requests: Requests, packing: bool, max_pack_tokens: int | None) -> Decision:
-    """Decide between packs and rows, and cut the requests."""
+def make_plan(engine: HFEngine, requests: Requests, packing: bool, max_pack_tokens: int | None, alone: bool = False) -> Decision:
+    """Decide between packs and rows, and cut the requests. alone: a forward for each distinct input, whatever else is asked."""
+    if alone:
+        return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
     max_tokens = max_pack_tokens or engine.max_tokens()
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
     if why_rows is None and len(requests):

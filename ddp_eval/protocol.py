@@ -53,6 +53,11 @@ class Abort:
     of_user: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """The leader asks how each rank's time went."""
+
+
 class Followers:
     """The other ranks, as the leader sees them: told what to do, and told to stop when the block ends, well or not."""
 
@@ -72,6 +77,13 @@ class Followers:
         self._listening = False
         yield work
         self._listening = True
+
+    def measure(self) -> list[dict[str, Any]]:
+        """Every rank's `Meter.report`, in the order of ranks."""
+        distributed.send_message(self.world, Measure())
+        reports = distributed.gather_reports(self.world, self.world.meter.report())
+        assert reports is not None, "the leader gets them"
+        return reports
 
     def __enter__(self) -> Followers:
         return self
@@ -97,7 +109,9 @@ def next_work(world: World) -> Work | None:
 
 
 def _hear(world: World) -> Any:
-    message = distributed.receive_message(world)
+    while isinstance(message := distributed.receive_message(world), Measure):
+        distributed.gather_reports(world, world.meter.report())
+        world.meter.reset()
     if isinstance(message, Abort):
         if message.of_user:
             raise UserError(message.reason)

@@ -2,7 +2,9 @@
 
     results.json           scores by task, in lm_eval's schema
     scores.parquet         one row per request, in lm_eval's order
+    documents.parquet      one row per document and metric: what `compare` pairs
     samples_<task>.jsonl   with --log_samples, lm_eval's fields
+    telemetry.json         where each rank's time and bytes went
     manifest.json          what was run, on what, with which versions; written last, so that it marks a complete run
 
 The leader calls `prepare_directory` before any work begins and `write_run` after the last score. Each file appears under its name
@@ -23,7 +25,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
 
 RESULTS = "results.json"
 SCORES = "scores.parquet"
+DOCUMENTS = "documents.parquet"
 MANIFEST = "manifest.json"
 TELEMETRY = "telemetry.json"
+REPORT = "report.html"
 TEMPORARY_SUFFIX = ".ddp_eval.tmp"
 
 PACKAGES = (
@@ -137,11 +141,13 @@ def write_run(
     results: Mapping[str, Any],
     manifest: Mapping[str, Any],
     samples: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-) -> None:
+    measure: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, Any] | None:
     """Write what is known at the end of a run, each file atomically, the manifest last. The scores are written before.
 
     results:  lm_eval's result dict, with our section under "ddp_eval"; a "samples" key in it is left out.
     samples:  {task: lm_eval's samples}, one jsonl file each; None or empty writes none. Not changed, unlike by lm_eval.
+    measure:  what goes into telemetry.json, asked for when all but that and the manifest is written; returned.
     Raises UserError when the disk refuses (full, say); files already complete stay, and no file is left half-written.
     """
     directory = Path(directory)
@@ -150,7 +156,11 @@ def write_run(
     for name, task in _sample_files(samples or {}).items():
         _replace_file(directory / name, _sample_lines((samples or {})[task]))
     _replace_file(directory / RESULTS, [results_json, b"\n"])
+    measured = measure() if measure is not None else None
+    if measured is not None:
+        _replace_file(directory / TELEMETRY, [_to_json(measured), b"\n"])
     _replace_file(directory / MANIFEST, [manifest_json, b"\n"])
+    return measured
 
 
 def find_not_finite(scores: Scores) -> dict[str, dict[str, Any]]:
@@ -168,6 +178,19 @@ def find_not_finite(scores: Scores) -> dict[str, dict[str, Any]]:
 def write_scores(directory: str | os.PathLike[str], scores: Scores) -> None:
     """Write scores.parquet, atomically. Raises UserError when the disk refuses."""
     _replace_file(Path(directory) / SCORES, [_encode_scores(scores)])
+
+
+def write_documents(directory: str | os.PathLike[str], documents: Sequence[Mapping[str, Any]]) -> None:
+    """Write documents.parquet, atomically. documents: rows with the columns of its schema, see `_documents_schema`.
+
+    Raises UserError when the disk refuses.
+    """
+    import pyarrow
+
+    schema = _documents_schema()
+    columns = [pyarrow.array([row[field.name] for row in documents], type=field.type, from_pandas=False) for field in schema]
+    names = ["task", "filter", "metric", "prompt_hash", "context_hash"]
+    _replace_file(Path(directory) / DOCUMENTS, [_encode_table(pyarrow.Table.from_arrays(columns, schema=schema), names)])
 
 
 def read_scores(path: str | os.PathLike[str]) -> Scores:
@@ -256,7 +279,7 @@ def _try_writing(directory: Path) -> None:
 
 def run_files(directory: Path) -> list[Path]:
     """The files in `directory` that belong to a run; the manifest, which marks it complete, first."""
-    files = [directory / name for name in (MANIFEST, RESULTS, SCORES, TELEMETRY)]
+    files = [directory / name for name in (MANIFEST, RESULTS, SCORES, DOCUMENTS, TELEMETRY, REPORT)]
     files += sorted(directory.glob("samples_*.jsonl"))
     return [file for file in files if file.is_file() or file.is_symlink()]
 
@@ -305,26 +328,54 @@ def _scores_schema() -> pyarrow.Schema:
     )
 
 
-def _encode_scores(scores: Scores) -> bytes:
-    """Parquet whose bytes depend on the content and pyarrow's version alone: layout settings are fixed here, not by default."""
+def _documents_schema() -> pyarrow.Schema:
+    """prompt_hash: of the first request's context, as in lm_eval's samples; context_hash: of the passage asked about, if any.
+
+    A metric of the documents is Σ value / Σ weight, or a function of that.
+    """
     import pyarrow
-    import pyarrow.parquet
+
+    return pyarrow.schema(
+        [
+            pyarrow.field("task", pyarrow.string(), nullable=False),
+            pyarrow.field("doc_id", pyarrow.int64(), nullable=False),
+            pyarrow.field("filter", pyarrow.string(), nullable=False),
+            pyarrow.field("metric", pyarrow.string(), nullable=False),
+            pyarrow.field("value", pyarrow.float64(), nullable=False),
+            pyarrow.field("weight", pyarrow.float64(), nullable=False),
+            pyarrow.field("prompt_hash", pyarrow.string(), nullable=False),
+            pyarrow.field("context_hash", pyarrow.string()),
+        ]
+    )
+
+
+def _encode_scores(scores: Scores) -> bytes:
+    import pyarrow
 
     schema = _scores_schema()
     # from_pandas=False keeps a NaN a NaN; it would become a null otherwise.
     columns = [pyarrow.array(getattr(scores, field.name), type=field.type, from_pandas=False) for field in schema]
+    return _encode_table(pyarrow.Table.from_arrays(columns, schema=schema), ["task"])
+
+
+def _encode_table(table: pyarrow.Table, dictionaries: list[str]) -> bytes:
+    """Parquet whose bytes depend on the content and pyarrow's version alone: layout settings are fixed here, not by default."""
+    import pyarrow
+    import pyarrow.parquet
+
     stream = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(
-        pyarrow.Table.from_arrays(columns, schema=schema),
+        table,
         stream,
         row_group_size=_ROWS_PER_GROUP,
         compression="zstd",
         compression_level=3,
-        use_dictionary=["task"],
+        use_dictionary=dictionaries,
         version="2.6",
         data_page_version="1.0",
     )
-    return stream.getvalue().to_pybytes()
+    data: bytes = stream.getvalue().to_pybytes()
+    return data
 
 
 def _to_json(value: Any, indent: int | None = None) -> bytes:

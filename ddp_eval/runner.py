@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import demo, distributed, results, run_directory, status, watch
+from ddp_eval import demo, distributed, results, run_directory, status, telemetry, watch
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
 from ddp_eval.engines import broadcast, hf
@@ -37,28 +37,34 @@ from ddp_eval.planning import Decision, make_plan
 from ddp_eval.protocol import Followers, Journals, await_begin, next_work
 from ddp_eval.resume import name_work, tell_found, warn_of_not_finite
 from ddp_eval.run_directory import RunDirectory
-from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoder
 
 log = logging.getLogger("ddp_eval")
 
 
-def run(config: Config, world: World) -> dict[str, Any] | None:
+Inspect = Callable[[dict[str, Any]], None]
+
+
+def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[str, Any] | None:
     """Evaluate as a command does: load the model, evaluate, write the run directory.
 
+    inspect: given, before anything is scored, what `_lead` knows of model and prompts; may raise UserError to stop the run.
     Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must mend.
     """
-    if not world.is_leader:
-        watch.step(watch.WAITING)
-        if (begin := await_begin(world)) is None:
+    with telemetry.Sampler(world):
+        if not world.is_leader:
+            watch.step(watch.WAITING)
+            if (begin := await_begin(world)) is None:
+                return None
+            watch.of_run(begin.directory)
+            watch.step("loading the model")
+            with world.meter.phases("load"):
+                model_config = hf.load_config(config.loader_args)
+                engine = _load_engine(config, model_config, world)
+            _follow(world, engine)
             return None
-        watch.of_run(begin.directory)
-        watch.step("loading the model")
-        model_config = hf.load_config(config.loader_args)
-        _follow(world, _load_engine(config, model_config, world))
-        return None
-    with Followers(world) as followers:
-        return _lead_run(config, world, followers)
+        with Followers(world) as followers:
+            return _lead_run(config, world, followers, inspect)
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:
@@ -80,7 +86,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
-        with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine:
+        with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine, telemetry.Sampler(world):
             bare.eval()
             if not world.is_leader:
                 _follow(world, engine)
@@ -93,7 +99,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
         gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
 
 
-def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, Any]:
+def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspect | None) -> dict[str, Any]:
     """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
     watch.step("looking into the run directory")
     finished = run_directory.find_finished(config, lambda: fingerprint_model(config.loader_args))
@@ -102,13 +108,13 @@ def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, A
         return finished
     if not config.output_path:
         followers.begin(None)
-        return _load_and_lead(config, None, world, followers)
+        return _load_and_lead(config, None, world, followers, inspect)
     directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)))
     watch.of_run(directory.path)
     watch.before_leaving(directory.close)
     with contextlib.closing(directory):
         followers.begin(directory.path)
-        return _load_and_lead(config, directory, world, followers)
+        return _load_and_lead(config, directory, world, followers, inspect)
 
 
 def _lose_directory(path: str) -> None:
@@ -118,24 +124,29 @@ def _lose_directory(path: str) -> None:
     watch.leave(2, status.FAILED, "")
 
 
-def _load_and_lead(config: Config, directory: RunDirectory | None, world: World, followers: Followers) -> dict[str, Any]:
+def _load_and_lead(
+    config: Config, directory: RunDirectory | None, world: World, followers: Followers, inspect: Inspect | None
+) -> dict[str, Any]:
     """Weights load in a thread of their own while lm_eval builds the prompts."""
     watch.step("building the prompts")
-    model_config = hf.load_config(config.loader_args)
-    tokenizer = hf.load_tokenizer(config.loader_args)
+    with world.meter.phases("load"):
+        model_config = hf.load_config(config.loader_args)
+        tokenizer = hf.load_tokenizer(config.loader_args)
     engine: Future[hf.HFEngine] = Future()
     digests: Future[dict[str, Any]] = Future()
 
     def load() -> None:
-        _fulfil(engine, lambda: _load_engine(config, model_config, world))
+        with world.meter.background("load"):
+            _fulfil(engine, lambda: _load_engine(config, model_config, world))
         name = hf.resolve_pretrained(config.model_args)
         _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
     # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
-    from ddp_eval import harness  # noqa: F401
+    with world.meter.phases("start"):
+        from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, directory, followers, model_config, tokenizer, engine.result, digests.result)
+    return _lead(config, directory, followers, model_config, tokenizer, engine.result, digests.result, inspect)
 
 
 def _load_engine(config: Config, model_config: Any, world: World) -> hf.HFEngine:
@@ -157,14 +168,16 @@ def _lead(
     tokenizer: Any,
     get_engine: Callable[[], hf.HFEngine],
     get_digests: Callable[[], dict[str, Any]],
+    inspect: Inspect | None = None,
 ) -> dict[str, Any]:
     """Build the requests, have all ranks score them, compute metrics and write the run directory.
 
     directory: where finished packs are kept and found; None keeps none.
+    inspect: given {"model": digests, "packages": versions, and `harness.describe_prompts`} before anything is scored.
     """
     from ddp_eval import harness
 
-    world, phases = followers.world, Phases()
+    world, phases = followers.world, followers.world.meter.phases
     model_args = config.model_args
     max_length = harness.max_length_of(model_args, model_config, tokenizer)
     try:
@@ -174,16 +187,25 @@ def _lead(
 
     facts: dict[str, Any] = {}
     resumed: list[int] = []
+    costs: dict[str, Any] = {}
+
+    def look(prompts: dict[str, Any]) -> None:
+        if inspect is not None:
+            inspect({"model": get_digests(), "packages": results.describe_packages(), **prompts})
 
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         watch.step("loading the model")
         with phases("load"):
             engine = get_engine()
+        if config.numerics == "fp32" and engine.model.dtype != torch.float32:
+            raise UserError(f"--numerics fp32 needs a model in float32, this one is in {engine.model.dtype}")
         watch.step("planning")
         with phases("plan"):
-            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens)
+            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, config.numerics == "alone")
         facts.update(engine=engine.describe(), **_describe_plan(decision, requests))
-        if decision.why_rows and config.packing:
+        step = hf.FLEX_STEP if engine.tree_attention == "flex_attention" else 1
+        costs.update(fed_tokens=telemetry.fed_tokens(decision.plan, step), flops_per_token=engine.cost_model().token)
+        if decision.why_rows and config.packing and config.numerics != "alone":
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         journals, found = None, None
         if directory is not None:
@@ -216,16 +238,34 @@ def _lead(
         if config.output_path:
             results.write_scores(config.output_path, scores)
 
-    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, include_paths=[demo.TASKS_PATH])
+    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look)
+    samples = outcome.results.pop("samples")
     outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
-    facts["prompts_sha256"] = outcome.prompt_digest
+    facts["prompts_sha256"] = outcome.prompts["prompts_sha256"]
     outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
-    if config.output_path:
-        watch.step("writing the results")
-        manifest = describe_run(config, world, outcome.results, {**facts, "resumed_packs": resumed[0]}, get_digests())
-        results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"))
-        if directory is not None:
-            directory.finish()
+
+    def measure() -> dict[str, Any]:
+        model = get_engine().model
+        peak = telemetry.peak_flops(model.device, model.dtype)
+        measured = telemetry.summarize(followers.measure(), {**facts, **costs, "peak": peak})
+        world.meter.reset()
+        return measured
+
+    if config.log_samples or config.predict_only:
+        outcome.results["samples"] = samples
+    with phases("write"):
+        if config.output_path:
+            watch.step("writing the results")
+            if not config.predict_only:
+                results.write_documents(config.output_path, harness.describe_documents(samples))
+            more = {"prompts_by_task": outcome.prompts["prompts_by_task"], "resumed_packs": resumed[0]}
+            manifest = describe_run(config, world, outcome.results, {**facts, **more}, get_digests())
+            measured = results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"), measure)
+            if directory is not None:
+                directory.finish()
+        else:
+            measured = measure()
+    outcome.results["ddp_eval"]["telemetry"] = measured
     return outcome.results
 
 
@@ -233,7 +273,7 @@ def _follow(world: World, engine: hf.HFEngine) -> None:
     """Every other rank's part: run what the leader sends until it says stop."""
     watch.step(watch.WAITING)
     while (work := next_work(world)) is not None:
-        run_plan(world, engine, work, Phases())
+        run_plan(world, engine, work, world.meter.phases)
 
 
 def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:

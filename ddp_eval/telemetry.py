@@ -1,32 +1,276 @@
-"""How a run is going and where its time went: phase timers, and one progress bar for the work of all ranks."""
+"""How a run is going and where its time went: one progress bar for all ranks, samples of utilisation, and telemetry.json."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 from ddp_eval.distributed import Tally, World
+from ddp_eval.packing import Plan
+
+# Of one sample: seconds since the rank's start; cores in use; resident bytes; and of the GPU: share busy, bytes used, watts.
+COLUMNS = ("at_s", "cpu_cores", "rss_bytes", "gpu_busy", "gpu_memory_bytes", "gpu_power_w")
+_MOST_SAMPLES = 600  # a longer run is sampled less often
+
+# Dense half-precision products, operations per second, from NVIDIA's data sheets; the first name that fits counts.
+_KNOWN_PEAKS = (
+    ("B200", 2.25e15),
+    ("H200", 9.89e14),
+    ("H100 PCIe", 7.56e14),
+    ("H100", 9.89e14),
+    ("A100", 3.12e14),
+    ("L40S", 3.62e14),
+    ("L4", 1.21e14),
+    ("V100", 1.25e14),
+)
 
 
-class Phases:
-    """Seconds spent in each named phase of this rank. Phases may not overlap; one that comes again adds up."""
+class Sampler:
+    """A thread that notes processor, memory and GPU of this rank in `world.meter` while its block runs.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    GPU figures come from NVML where nvidia-ml-py is installed; those that the device does not tell are None.
+    """
 
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __init__(self, world: World, interval_s: float = 0.5) -> None:
+        self._meter = world.meter
+        self._interval_s = interval_s
+        self._read_gpu = _gpu_reader(world)
+        self._finished = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._finished.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        then, used = time.perf_counter(), time.process_time()
+        while not self._finished.wait(self._interval_s):
+            started = time.thread_time()
+            now, using = time.perf_counter(), time.process_time()
+            cores = (using - used) / max(now - then, 1e-9)
+            then, used = now, using
+            samples = self._meter.samples
+            samples.append([now - self._meter.phases.began, cores, resident_bytes(), *self._read_gpu()])
+            if len(samples) > _MOST_SAMPLES:
+                del samples[::2]
+                self._interval_s *= 2
+            self._meter.sampling_s += time.thread_time() - started
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds; where the system does not tell, the most it ever held."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _gpu_reader(world: World) -> Callable[[], list[float | None]]:
+    """() -> [share busy, bytes used, watts] of this rank's GPU."""
+    nothing: list[float | None] = [None, None, None]
+    if world.device.type != "cuda":
+        return lambda: nothing
+    try:
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(world.device).uuid}")
+    except Exception:  # no nvidia-ml-py, no driver's library, or a device that NVML has no handle for
+        return lambda: nothing
+    readings = (
+        lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+        lambda: float(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+        lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+    )
+
+    def read() -> list[float | None]:
+        row: list[float | None] = []
+        for reading in readings:
+            try:
+                row.append(reading())
+            except pynvml.NVMLError:
+                row.append(None)
+        return row
+
+    return read
+
+
+def fed_tokens(plan: Plan, step: int = 1) -> int:
+    """Tokens that all forwards of a plan take, padding included. step: packs are padded to multiples of it."""
+    if not plan.num_packs:
+        return 0
+    if not plan.rows:
+        return int((-(-np.diff(plan.token_starts) // step) * step).sum())
+    roots = np.flatnonzero(plan.shared == 0)
+    row_lengths = np.maximum.reduceat(plan.lengths, roots).astype(np.int64)
+    first_rows = np.searchsorted(roots, plan.item_starts[:-1])
+    rows = np.diff([*first_rows, len(roots)])
+    return int((rows * np.maximum.reduceat(row_lengths, first_rows)).sum())
+
+
+def peak_flops(device: Any, dtype: Any) -> dict[str, Any] | None:
+    """Operations per second of a matrix product: known for some GPUs in half precision, measured on a CPU; else None."""
+    import torch
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((peak for part, peak in _KNOWN_PEAKS if part in name), None)
+        return {"per_s": known, "from": f"data sheet of {name}"} if known and dtype != torch.float32 else None
+    matrix = torch.ones(768, 768, dtype=dtype)
+    best_s = float("inf")
+    for _ in range(3):
         started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        torch.mm(matrix, matrix)
+        best_s = min(best_s, time.perf_counter() - started)
+    return {"per_s": 2 * 768**3 / best_s, "from": f"a 768 x 768 product in {dtype}, {torch.get_num_threads()} threads"}
+
+
+def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """telemetry.json: every rank's report and what follows from all of them.
+
+    facts: "request_tokens", "computed_tokens" and "fed_tokens" of the plan, "flops_per_token", "peak" (see `peak_flops`).
+    """
+    forward_s = [report["phases_s"].get("forward", 0.0) for report in reports]
+    busy_s, mean_s = max(forward_s), sum(forward_s) / len(forward_s)
+    done_tokens = [report["counts"].get("computed_tokens", 0) for report in reports]
+    wall_s = max(report["wall_s"] for report in reports)
+    computed, peak = facts["computed_tokens"], facts.get("peak")
+    per_rank = [
+        {
+            "rank": rank,
+            **report,
+            "tokens_per_s": _ratio(tokens, seconds),
+            "share_of_peak": _ratio(tokens * facts["flops_per_token"], seconds * peak["per_s"]) if peak else None,
+            "sampling_share": _ratio(report["sampling_s"], report["wall_s"]),
+        }
+        for rank, (report, tokens, seconds) in enumerate(zip(reports, done_tokens, forward_s, strict=True))
+    ]
+    return {
+        "wall_s": wall_s,
+        "tokens_per_s": _ratio(computed, busy_s),
+        "useful_tokens_per_s": _ratio(facts["request_tokens"], busy_s),
+        "sharing": _ratio(facts["request_tokens"], computed),
+        "padding": _ratio(facts["fed_tokens"], computed),
+        "imbalance": _ratio(busy_s - mean_s, mean_s),
+        "idle_share": sum(report["phases_s"].get("wait", 0.0) for report in reports) / sum(one["wall_s"] for one in reports),
+        "peak": peak,
+        "flops_per_token": facts["flops_per_token"],
+        "sample_columns": list(COLUMNS),
+        "ranks": per_rank,
+    }
+
+
+def advise(telemetry: dict[str, Any]) -> list[str]:
+    """What the figures ask for, dearest first: what takes which share of the time, and what to do."""
+    ranks, leader = telemetry["ranks"], telemetry["ranks"][0]
+    wall_s = telemetry["wall_s"]
+
+    def share(rank: dict[str, Any], *phases: str) -> float:
+        return float(sum(rank["phases_s"].get(phase, 0.0) for phase in phases) / rank["wall_s"])
+
+    found: list[tuple[float, str]] = []
+
+    def note(cost: float, least: float, sentence: str) -> None:
+        if cost >= least:
+            found.append((cost, sentence))
+
+    building = share(leader, "tasks", "tokenize", "plan")
+    if len(ranks) > 1:
+        waits = sum(share(rank, "wait") for rank in ranks[1:]) / (len(ranks) - 1)
+        cause = (
+            f"rank 0 builds the prompts meanwhile ({building:.0%}): give more tasks to one run, or start fewer ranks"
+            if building > share(leader, "score", "write")
+            else f"rank 0 computes metrics meanwhile ({share(leader, 'score'):.0%}): lower --bootstrap_iters"
+        )
+        who = f"ranks 1 to {len(ranks) - 1} wait" if len(ranks) > 2 else "rank 1 waits"
+        note(waits, 0.1, f"{who} {waits:.0%} of the time: {cause}")
+        slowest = max(range(len(ranks)), key=lambda rank: ranks[rank]["phases_s"].get("forward", 0.0))
+        uneven = (telemetry["imbalance"] or 0.0) * share(leader, "forward")
+        note(uneven, 0.05, f"rank {slowest} computes {telemetry['imbalance']:.0%} longer than the mean: lower --max_pack_tokens")
+    else:
+        note(building, 0.3, f"building prompts takes {building:.0%} of the time: give more tasks to one run")
+    start = share(leader, "start")
+    note(start, 0.3, f"starting Python and its imports takes {start:.0%} of the time: give more tasks to one run")
+    load = share(leader, "load")
+    note(
+        load,
+        0.3,
+        f"loading the model takes {load:.0%} of the time: keep its files on a local disk, or give more tasks to one run",
+    )
+    score = share(leader, "score")
+    note(score, 0.3, f"computing metrics takes {score:.0%} of the time: lower --bootstrap_iters")
+    padding = telemetry["padding"] or 1.0
+    note(
+        (1 - 1 / padding) * share(leader, "forward"),
+        0.1,
+        f"{1 - 1 / padding:.0%} of all tokens are padding: lower --max_pack_tokens",
+    )
+    least_s = 5.0  # of a run that is worth advice
+    return [sentence for _, sentence in sorted(found, reverse=True)] if wall_s >= least_s else []
+
+
+def format_summary(telemetry: dict[str, Any]) -> str:
+    """A few lines for the terminal: seconds by phase of each rank, rates, bytes, advice."""
+    ranks = telemetry["ranks"]
+    names = sorted({name for rank in ranks for name in rank["phases_s"]}, key=_phase_order)
+    rows = [["rank", "wall s", *names]]
+    rows += [
+        [str(rank["rank"]), *(f"{s:.2f}" for s in (rank["wall_s"], *(rank["phases_s"].get(n, 0.0) for n in names)))]
+        for rank in ranks
+    ]
+    shown = rows if len(rows) <= 9 else [*rows[:9], ["..."] + [""] * (len(names) + 1)]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in shown]
+    sent = sum(one["sent_bytes"] for rank in ranks for one in rank["collectives"].values())
+    peaks = [rank["share_of_peak"] for rank in ranks if rank["share_of_peak"] is not None]
+    parts = [
+        f"{telemetry['tokens_per_s'] or 0:,.0f} tokens/s ({telemetry['useful_tokens_per_s'] or 0:,.0f} useful)",
+        f"sharing {telemetry['sharing'] or 1:.2f}",
+        f"padding {telemetry['padding'] or 1:.2f}",
+        *([f"{sum(peaks) / len(peaks):.0%} of peak"] if peaks else []),
+        *_utilisation(telemetry),
+        f"imbalance {telemetry['imbalance'] or 0:.0%}",
+        f"idle {telemetry['idle_share']:.0%}",
+        f"sent {sent:,} bytes",
+        f"sampling {max(rank['sampling_share'] or 0.0 for rank in ranks):.2%}",
+    ]
+    return "\n".join([*lines, ", ".join(parts), *advise(telemetry)])
+
+
+PHASES = ("start", "join", "tasks", "tokenize", "load", "plan", "send", "wait", "forward", "gather", "score", "write", "other")
+
+
+def _phase_order(name: str) -> tuple[int, str]:
+    return (PHASES.index(name) if name in PHASES else len(PHASES), name)
+
+
+def _utilisation(telemetry: dict[str, Any]) -> list[str]:
+    """Means over all samples, GPU where there are any, else CPU and memory."""
+    samples = [sample for rank in telemetry["ranks"] for sample in rank["samples"]]
+    busy = [sample[3] for sample in samples if sample[3] is not None]
+    if busy:
+        return [f"GPU {sum(busy) / len(busy):.0%} busy"]
+    if not samples:
+        return []
+    cores, most = sum(sample[1] for sample in samples) / len(samples), max(sample[2] for sample in samples)
+    return [f"{cores:.2f} cores in use by a rank", f"{most / 2**20:,.0f} MiB resident"]
+
+
+def _ratio(amount: float, whole: float) -> float | None:
+    return amount / whole if whole else None
 
 
 class Progress:
@@ -39,6 +283,7 @@ class Progress:
 
     def __init__(self, world: World, name: str, requests: int, stream: TextIO | None = None, quiet_s: float = 30.0) -> None:
         self._requests, self._tokens = Tally(world, f"{name}/requests"), Tally(world, f"{name}/tokens")
+        self._meter = world.meter
         self._total = requests
         self._stream = stream or sys.stderr
         self._quiet_s = quiet_s
@@ -59,6 +304,9 @@ class Progress:
 
     def add(self, requests: int, tokens: int) -> None:
         """Some more are done on this rank."""
+        self._meter.count("requests", requests)
+        self._meter.count("computed_tokens", tokens)
+        self._meter.count("packs", 1)
         self._unsent[0] += requests
         self._unsent[1] += tokens
         if time.monotonic() - self._pushed_at >= self.PUSH_S:

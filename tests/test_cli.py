@@ -226,8 +226,7 @@ def test_model_args_that_are_switched_off_are_left_out() -> None:
 
 
 REFUSED = {
-    "ls tasks": "unknown command ls: the only one is run, which may also be left out",
-    "compare a b": "unknown command compare: the only one is run, which may also be left out",
+    "ls tasks": "unknown command ls: there are run (may be left out), reproduce, compare and report",
     "--fewshots 3": "unknown flag --fewshots: did you mean --num_fewshot or --fresh?",
     "--model-arg pretrained=m": "unknown flag --model_arg: did you mean --model_args or --model?",
     "-limit 5": "unknown flag -limit: did you mean --limit?",

@@ -29,8 +29,11 @@ def count(world):
     return [first.read(), second.read()]
 
 
+MESSAGE = {"text": "Ä", "numbers": np.arange(3_000_000, dtype=np.int32), "floats": FLOATS, "empty": np.zeros((0, 3))}
+
+
 def exchange(world):
-    message = {"text": "Ä", "numbers": np.arange(3_000_000, dtype=np.int32), "floats": FLOATS, "empty": np.zeros((0, 3))}
+    message = MESSAGE
     if world.is_leader:
         distributed.send_message(world, message)
         distributed.send_message(world, None)
@@ -50,6 +53,9 @@ def main():
         "shards": {number: distributed.shard(world, number) for number in (0, 1, 2, 3, 7, 9)},
         "counted": count(world),
         "message": exchange(world),
+    }
+    got["payloads"] = {
+        name: [used["calls"], used["sent_bytes"], used["received_bytes"]] for name, used in world.meter.collectives.items()
     }
     Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(got))
     distributed.report_once("all ranks say this")

@@ -1,8 +1,10 @@
 """The helpers of `distributed` on three gloo ranks, with rows that do not divide and rows that are not there."""
 
 import json
+import pickle
 from pathlib import Path
 
+import gather_main
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,21 @@ def test_shards_cover_all_evenly(ranks):
 def test_tallies_add_up(ranks):
     """Catches a count per rank taken for the count of all, and tallies that share a key."""
     assert ranks[0]["counted"] == [6, 30]
+
+
+def test_bytes_are_counted(ranks):
+    """Catches bytes of the wrong side, of the wrong type, or of fewer calls than were made."""
+    sent = len(pickle.dumps(gather_main.MESSAGE)) + len(pickle.dumps(None))
+    assert sent > 12_000_000
+    for rank, found in enumerate(ranks):
+        assert found["payloads"] == {
+            "all_reduce": [1, 4, 4],
+            "all_gather (size)": [4, 4 * 8, 4 * 8 * 2],
+            # rows of two int64, padded to the longest rank's 5, 0, 1 and 4; from each of the two others as many
+            "all_gather (rows)": [4, (5 + 0 + 1 + 4) * 16, (5 + 0 + 1 + 4) * 16 * 2],
+            "broadcast (size)": [2, 0, 16] if rank else [2, 16, 0],
+            "broadcast (message)": [2, 0, sent] if rank else [2, sent, 0],
+        }
 
 
 def test_messages_arrive_whole(ranks):

@@ -1,0 +1,7 @@
+"""`python -m ddp_eval compare A B [C …]`: runs side by side, request by request. Imports nothing of ours but the error.
+
+reading.py      a run directory of ours, or lm_eval's samples_*.jsonl -> Run
+paired.py       statistics of paired documents
+difference.py   two Runs -> one plain dict of all that differs
+command.py      flags, tables, exit codes
+"""

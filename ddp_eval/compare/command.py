@@ -1,0 +1,190 @@
+"""`python -m ddp_eval compare`: flags, tables, and an exit code for CI."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from ddp_eval.compare.difference import NEAR_TIE_NATS, compare_runs
+from ddp_eval.compare.reading import read_run
+from ddp_eval.errors import UserError
+
+NOT_AS_EXPECTED = 3  # the exit code, beside 2 for what the user must mend and 1 for a defect
+_ABOUT = """\
+Compares runs with the first one: metrics with paired errors and p-values, answers that flipped, differences of
+log-probability, and what differs in what was run. A run is a directory that --output_path named, or a directory
+or file of lm_eval's own samples_*.jsonl."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the comparison; returns the exit code: 0, or 3 when --expect is not met. Raises UserError."""
+    options = _build_parser().parse_args(argv)
+    expectation = read_expectation(options.expect)
+    runs = [read_run(path) for path in options.runs]
+    if len(runs) < 2:
+        raise UserError("compare needs two runs or more")
+    comparisons = [compare_runs(runs[0], run, options.near_tie) for run in runs[1:]]
+    failures = [failure for one in comparisons if (failure := why_not(one, expectation))]
+    if options.json:
+        print(json.dumps({"comparisons": [jsonable(one) for one in comparisons], "unmet": failures}, indent=2))
+    else:
+        print("\n\n".join(format_comparison(one) for one in comparisons))
+        print_verdict(expectation, failures)
+    return NOT_AS_EXPECTED if failures else 0
+
+
+def add_expect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expect",
+        nargs="+",
+        metavar="WHAT",
+        help="identical (every bit), or within NATS (largest difference of a log-probability); exit code 3 if it is not so",
+    )
+
+
+def read_expectation(words: Sequence[str] | None) -> float | None:
+    """None: nothing is expected. 0: the same bits. Else the largest difference allowed, in nats."""
+    if not words:
+        return None
+    if list(words) == ["identical"]:
+        return 0.0
+    if len(words) == 2 and words[0] == "within":
+        try:
+            nats = float(words[1])
+        except ValueError:
+            nats = math.nan
+        if nats > 0:
+            return nats
+    raise UserError(f"--expect must be identical, or within and a number of nats above 0, got {' '.join(words)}")
+
+
+def why_not(comparison: dict[str, Any], expectation: float | None) -> str | None:
+    """What falls short of the expectation, in one phrase; None when nothing does."""
+    if expectation is None:
+        return None
+    names = f"{comparison['a']['path']} and {comparison['b']['path']}"
+    if not comparison["tasks"]:
+        return f"{names} share no task"
+    if not comparison["same_requests"]:
+        return f"{names} do not hold the same requests"
+    overall = comparison["overall"]
+    if expectation == 0:
+        changed = overall["requests_differing"]
+        return f"{changed} of {overall['requests']} requests of {names} differ" if changed else None
+    summary = overall["delta_nats"]
+    if summary is None:
+        return f"{names} hold no log-probabilities"
+    return f"{names} differ by up to {summary['max']:.3g} nats" if not summary["max"] <= expectation else None
+
+
+def print_verdict(expectation: float | None, failures: Sequence[str]) -> None:
+    if expectation is not None:
+        wanted = "identical" if expectation == 0 else f"within {expectation:g} nats"
+        print(f"\nexpected {wanted}: " + ("; ".join(failures) if failures else "yes"))
+
+
+def format_comparison(comparison: dict[str, Any]) -> str:
+    """The comparison for a terminal."""
+    overall, lines = comparison["overall"], [f"A  {comparison['a']['path']}", f"B  {comparison['b']['path']}", ""]
+    rows = [
+        ["task", "metric", "documents", "A", "B", "B - A", "± s.e.", "p bootstrap", "p McNemar", "right>wrong", "wrong>right"]
+    ]
+    named = {**comparison["tasks"], "all of these": overall}
+    rows += [_metric_row(task, key, one) for task, part in named.items() for key, one in part["metrics"].items()]
+    lines += [_table(rows), ""] if len(rows) > 1 else []
+    rows = [["task", "requests", "differ", "max nats", "mean", "p50", "p99", "answers", "flipped", "near ties", "greedy flips"]]
+    lines += [_table(rows + [_request_row(task, part) for task, part in named.items()])]
+    lines += [f"near ties: flipped answers whose choices lie within {comparison['near_tie_nats']:g} nats in both runs"]
+    for side, tasks in comparison["tasks_only_in"].items():
+        if tasks:
+            lines.append(f"only in {side.upper()}: {', '.join(tasks)}")
+    for task, part in comparison["tasks"].items():
+        if any(part["requests_only_in"].values()):
+            counts = part["requests_only_in"]
+            lines.append(f"{task}: {counts['a']} requests only in A, {counts['b']} only in B")
+        if part["prompts_differing"]:
+            lines.append(f"{task}: {part['prompts_differing']} of {part['prompts_compared']} documents have another prompt")
+    lines += ["", "identical: every request has the same bits" if comparison["identical"] else "not identical"]
+    lines += _format_differences(comparison["differences"])
+    return "\n".join(lines)
+
+
+def jsonable(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they become text."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [jsonable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _format_differences(found: list[dict[str, Any]]) -> list[str]:
+    lines = ["", "what was run differs in:" if found else "what was run does not differ"]
+    group = None
+    for one in found:
+        if one["group"] != group:
+            group = one["group"]
+            lines.append(f"  {group}")
+        lines.append(f"    {one['key']}: {_short(one['a'])} | {_short(one['b'])}")
+    return lines
+
+
+def _metric_row(task: str, key: str, one: dict[str, Any]) -> list[str]:
+    def show(name: str, form: str) -> str:
+        return format(one[name], form) if one.get(name) is not None else ""
+
+    documents = show("documents", ",")
+    if "clusters" in one and one["clusters"] < one["documents"]:
+        documents += f" in {one['clusters']:,}"
+    name = key.removesuffix(",none")
+    numbers = [show("a", ".6g"), show("b", ".6g"), show("difference", "+.4g"), show("stderr", ".2g")]
+    tests = [show("p_bootstrap", ".3g"), show("p_mcnemar", ".3g")]
+    return [task, name, documents, *numbers, *tests, show("right_to_wrong", ","), show("wrong_to_right", ",")]
+
+
+def _request_row(task: str, part: dict[str, Any]) -> list[str]:
+    summary = part["delta_nats"] or {}
+    nats = [f"{summary[name]:.2g}" if name in summary else "" for name in ("max", "mean", "p50", "p99")]
+    counts = [f"{part[name]:,}" for name in ("answers", "answers_flipped", "near_ties", "greedy_flipped")]
+    return [task, f"{part['requests']:,}", f"{part['requests_differing']:,}", *nats, *counts]
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Columns that line up; one that is empty below its head is left out."""
+    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    text = [column[0] in ("task", "metric") for column in kept]
+    lines = []
+    for row in zip(*kept, strict=True):
+        cells = [cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, widths, text, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"compare: {message} (see compare --help)")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m ddp_eval compare",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the first is A, each other one is compared with it as B")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--near_tie", type=float, default=NEAR_TIE_NATS, metavar="NATS", help="what counts as a near tie (default: %(default)s)"
+    )
+    add_expect(parser)
+    return parser

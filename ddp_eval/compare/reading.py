@@ -1,0 +1,245 @@
+"""What one run left, as arrays: from our run directory, or from the files of lm_eval's --log_samples --output_path."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddp_eval.errors import UserError
+
+_LM_EVAL_SAMPLES = re.compile(r"samples_(?P<task>.+?)(?P<date>_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl")
+# Fields of a document that hold what several questions may be about.
+_CONTEXT_FIELDS = ("passage", "context", "article", "paragraph", "story")
+# lm_eval's results.json -> where our manifest keeps the same.
+_LM_EVAL_FACTS = {
+    "lm_eval_version": ("packages", "lm_eval"),
+    "transformers_version": ("packages", "transformers"),
+    "versions": ("tasks", "versions"),
+    "n-samples": ("tasks", "n_samples"),
+}
+
+
+# {task: {"metric,filter": [(doc_id, value, weight)]}}
+DocumentRows = dict[str, dict[str, list[tuple[int, float, float]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """The scored requests of one task, sorted by document and choice.
+
+    doc_id, idx: (N,) int64.  loglikelihood: (N,) float64, nats.  is_greedy: (N,) int8, -1 where there is no such thing.
+    """
+
+    doc_id: npt.NDArray[np.int64]
+    idx: npt.NDArray[np.int64]
+    loglikelihood: npt.NDArray[np.float64]
+    is_greedy: npt.NDArray[np.int8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """One metric of one task, document by document: (n,) doc_id, (n,) value, (n,) weight."""
+
+    doc_id: npt.NDArray[np.int64]
+    value: npt.NDArray[np.float64]
+    weight: npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass
+class Run:
+    """One run. metrics: {task: {"metric,filter": Documents}}; reported: {task: {"metric,filter": number}} as results.json has it.
+
+    prompts, contexts: {task: {doc_id: hash}}; a document that stands alone has no context.
+    """
+
+    path: Path
+    kind: str
+    requests: dict[str, Requests] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, dict[str, Documents]] = dataclasses.field(default_factory=dict)
+    reported: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    prompts: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
+    contexts: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
+    manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
+    samples: dict[str, Path] = dataclasses.field(default_factory=dict)
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run directory of ours, a directory of lm_eval's with samples, or one samples_*.jsonl.
+
+    Raises UserError, naming the path, for anything else.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"there is no run at {path}")
+    try:
+        if place.is_dir() and (place / "manifest.json").is_file():
+            return _read_ours(place)
+        if place.is_dir() and (place / "scores.parquet").is_file():
+            raise UserError(f"the run in {path} is not complete: it has no manifest.json")
+        return _read_lm_eval(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the run in {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def document_metrics(sample: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """(metric, value, weight) of one of lm_eval's samples: numbers, and pairs of numbers such as (log-likelihood, words)."""
+    for metric in sample["metrics"]:
+        value = sample[metric]
+        if isinstance(value, (bool, int, float, np.number)):
+            yield metric, float(value), 1.0
+        elif isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(part, (int, float)) for part in value):
+            yield metric, float(value[0]), float(value[1])
+
+
+def shared_context(doc: Any) -> str | None:
+    """A hash of the passage that a document asks about; other documents may ask about the same one."""
+    if isinstance(doc, Mapping):
+        for field in _CONTEXT_FIELDS:
+            if isinstance(doc.get(field), str) and doc[field].strip():
+                return hashlib.sha256(doc[field].encode("utf-8", "surrogatepass")).hexdigest()
+    return None
+
+
+def read_samples(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a samples_*.jsonl; lines end at a newline alone."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def _read_ours(place: Path) -> Run:
+    import pyarrow.parquet
+
+    run = Run(place, "ddp_eval", manifest=json.loads((place / "manifest.json").read_text(encoding="utf-8")))
+    run.results = json.loads((place / "results.json").read_text(encoding="utf-8"))
+    run.reported = _reported(run.results)
+    scores = pyarrow.parquet.read_table(place / "scores.parquet")
+    greedy = np.array([-1 if flag is None else int(flag) for flag in scores["is_greedy"].to_pylist()], dtype=np.int8)
+    tasks = np.array(scores["task"].to_pylist(), dtype=object)
+    columns = [scores[name].to_numpy() for name in ("doc_id", "idx", "loglikelihood")]
+    for task in dict.fromkeys(tasks.tolist()):
+        chosen = np.flatnonzero(tasks == task)
+        run.requests[task] = _sort_requests(columns[0][chosen], columns[1][chosen], columns[2][chosen], greedy[chosen])
+    rows: DocumentRows = {}
+    if (place / "documents.parquet").is_file():
+        for row in pyarrow.parquet.read_table(place / "documents.parquet").to_pylist():
+            _note_document(run, row["task"], row["doc_id"], row["prompt_hash"], row["context_hash"])
+            key = f"{row['metric']},{row['filter']}"
+            rows.setdefault(row["task"], {}).setdefault(key, []).append((row["doc_id"], row["value"], row["weight"]))
+    _settle_documents(run, rows)
+    run.samples = {match["task"]: file for file, match in _sample_files(place)}
+    return run
+
+
+def _read_lm_eval(place: Path) -> Run:
+    found = _sample_files(place)
+    if not found and place.is_dir():
+        folders = [folder for folder in sorted(place.iterdir()) if folder.is_dir() and _sample_files(folder)]
+        if len(folders) > 1:
+            names = ", ".join(folder.name for folder in folders[:5])
+            raise UserError(f"{place} holds lm_eval's samples of several models: name one of {names}")
+        found = _sample_files(folders[0]) if folders else []
+    if not found:
+        raise UserError(f"{place} holds neither a run of ddp_eval (manifest.json) nor lm_eval's samples_*.jsonl")
+    run = Run(place, "lm_eval")
+    for file, match in found:  # by date: the newest stands
+        run.samples[match["task"]] = file
+    rows: DocumentRows = {}
+    for task, file in run.samples.items():
+        _add_samples(run, task, read_samples(file), rows.setdefault(task, {}))
+    _settle_documents(run, rows)
+    summaries = sorted(found[0][0].parent.glob("results_*.json")) or sorted(found[0][0].parent.glob("results.json"))
+    if summaries:
+        run.results = json.loads(summaries[-1].read_text(encoding="utf-8"))
+        run.reported = _reported(run.results)
+        run.manifest = _manifest_of(run.results)
+    return run
+
+
+def _sample_files(place: Path) -> list[tuple[Path, re.Match[str]]]:
+    files = [place] if place.is_file() else [file for file in place.iterdir() if file.is_file()]
+    matches = [(file, match) for file in files if (match := _LM_EVAL_SAMPLES.fullmatch(file.name))]
+    return sorted(matches, key=lambda pair: (pair[1]["date"] or "", pair[0].name))
+
+
+def _add_samples(
+    run: Run, task: str, samples: Iterable[dict[str, Any]], metrics: dict[str, list[tuple[int, float, float]]]
+) -> None:
+    rows, first_filter = [], None
+    for sample in samples:
+        doc_id, kept = int(sample["doc_id"]), sample.get("filter", "none")
+        for metric, value, weight in document_metrics(sample):
+            metrics.setdefault(f"{metric},{kept}", []).append((doc_id, value, weight))
+        first_filter = first_filter or kept
+        if kept != first_filter:
+            continue
+        _note_document(run, task, doc_id, sample.get("prompt_hash"), shared_context(sample.get("doc")))
+        arguments = list(sample["arguments"].values()) if isinstance(sample["arguments"], dict) else sample["arguments"]
+        for idx, (resps, argument) in enumerate(zip(sample["resps"], arguments, strict=True)):
+            if isinstance(resps[0], list):
+                rows.append((doc_id, idx, float(resps[0][0]), int(str(resps[0][1]) == "True")))
+            elif len(argument) == 1:  # rolling; a request with more arguments and one answer asks for text
+                rows.append((doc_id, idx, float(resps[0]), -1))
+    if rows:
+        doc_ids, ids, sums, greedy = (np.array(column) for column in zip(*rows, strict=True))
+        run.requests[task] = _sort_requests(doc_ids, ids, sums.astype(np.float64), greedy.astype(np.int8))
+
+
+def _note_document(run: Run, task: str, doc_id: int, prompt: str | None, context: str | None) -> None:
+    if prompt is not None:
+        run.prompts.setdefault(task, {})[doc_id] = prompt
+    if context is not None:
+        run.contexts.setdefault(task, {})[doc_id] = context
+
+
+def _settle_documents(run: Run, collected: DocumentRows) -> None:
+    for task, metrics in collected.items():
+        run.metrics[task] = {}
+        for key, rows in metrics.items():
+            table = np.array(sorted(rows), dtype=np.float64)  # document numbers are exact up to 2^53
+            run.metrics[task][key] = Documents(table[:, 0].astype(np.int64), table[:, 1], table[:, 2])
+
+
+def _sort_requests(doc_id: Any, idx: Any, loglikelihood: Any, greedy: Any) -> Requests:
+    order = np.lexsort((idx, doc_id))
+    doc_id, idx = doc_id[order].astype(np.int64), idx[order].astype(np.int64)
+    twice = np.flatnonzero((np.diff(doc_id) == 0) & (np.diff(idx) == 0))
+    if len(twice):
+        raise UserError(f"request {idx[twice[0]]} of document {doc_id[twice[0]]} is there twice: is this more than one run?")
+    return Requests(doc_id, idx, loglikelihood[order], greedy[order])
+
+
+def _reported(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        task: {
+            key: float(value)
+            for key, value in values.items()
+            if "," in key and "_stderr," not in key and isinstance(value, (int, float)) and math.isfinite(value)
+        }
+        for task, values in results.get("results", {}).items()
+    }
+
+
+def _manifest_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What lm_eval's results.json says of the run, where our manifest has it."""
+    manifest: dict[str, Any] = {"config": {"model_args": results.get("config", {}).get("model_args")}}
+    dtype = results.get("config", {}).get("model_dtype")
+    if dtype:
+        manifest["engine"] = {"dtype": dtype}
+    for key, (section, name) in _LM_EVAL_FACTS.items():
+        if key in results:
+            manifest.setdefault(section, {})[name] = results[key]
+    return manifest

@@ -1,0 +1,252 @@
+"""`python -m ddp_eval report DIR [DIR2 …]`: one self-contained page of a run, and of its differences from others.
+
+Everything is in the file: styles, plots as SVG, samples as JSON. It asks nothing of any network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ddp_eval import plots, telemetry
+from ddp_eval.compare.command import jsonable
+from ddp_eval.compare.difference import NEAR_TIE_NATS, answers_of, compare_runs
+from ddp_eval.compare.paired import TRANSFORMS
+from ddp_eval.compare.reading import Run, read_run, read_samples
+from ddp_eval.errors import UserError
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_PROMPT_CHARACTERS = 6000  # of a longer prompt the end is shown
+_ABOUT = """\
+Writes report.html into the directory of the first run: results, margins, where time and bytes went, samples
+(of runs with --log_samples), and with more runs their differences from the first."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the report and say where it is. Raises UserError."""
+    options = _build_parser().parse_args(argv)
+    runs = [read_run(path) for path in options.runs]
+    if runs[0].kind != "ddp_eval" and not options.output:
+        raise UserError("the first run must be a directory of ddp_eval, or give --output FILE")
+    target = Path(options.output) if options.output else runs[0].path / "report.html"
+    page = render(runs, options.samples)
+    temporary = target.with_name(f".{target.name}.ddp_eval.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target} could not be written: {error.strerror or error}") from None
+    print(f"ddp_eval: the report is in {target}")
+    return 0
+
+
+def render(runs: Sequence[Run], most_samples: int) -> str:
+    """The page. most_samples: documents of each task to browse; flipped ones and near ties come on top of that."""
+    import jinja2
+
+    first = runs[0]
+    measured = _read_telemetry(first)
+    comparisons = [compare_runs(first, run) for run in runs[1:]]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    samples = _samples(first, runs[1:], most_samples)
+    right, wrong = _margins(first)
+    return template.render(
+        title=first.results.get("model_name") or first.path.name,
+        path=str(first.path),
+        facts=_facts(first, measured),
+        results=_result_rows(first),
+        results_plot=_results_plot(first),
+        margins_plot=plots.margins(right, wrong, NEAR_TIE_NATS) if len(right) + len(wrong) else None,
+        margins_count=len(right) + len(wrong),
+        near_ties=int((np.concatenate([right, wrong]) <= NEAR_TIE_NATS).sum()),
+        near_tie_nats=NEAR_TIE_NATS,
+        telemetry=measured,
+        phases=[name for name in telemetry.PHASES if measured and any(name in rank["phases_s"] for rank in measured["ranks"])],
+        advice=telemetry.advise(measured) if measured else [],
+        timeline_plot=plots.timeline(measured["ranks"]) if measured else None,
+        utilisation_plot=plots.utilisation(measured["ranks"], measured["sample_columns"]) if measured else None,
+        collectives=_collectives(measured) if measured else [],
+        comparisons=[{**one, "plot": _difference_plot(one)} for one in comparisons],
+        samples=samples,
+        samples_json=_script_json(samples),
+        manifest=json.dumps(jsonable(first.manifest), indent=1, ensure_ascii=False),
+    )
+
+
+def _read_telemetry(run: Run) -> dict[str, Any] | None:
+    file = run.path / "telemetry.json"
+    return json.loads(file.read_text(encoding="utf-8")) if run.path.is_dir() and file.is_file() else None
+
+
+def _facts(run: Run, measured: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The figures at the top of the page."""
+    manifest = run.manifest
+    gpus = manifest.get("hardware", {}).get("gpus") or []
+    engine = manifest.get("engine", {})
+    facts = [
+        ("requests", f"{manifest['requests']:,}" if "requests" in manifest else ""),
+        ("precision", engine.get("dtype", "").removeprefix("torch.")),
+        ("ranks", f"{manifest['ranks']['world_size']} on {manifest['ranks']['device']}" if "ranks" in manifest else ""),
+        ("hardware", gpus[0]["name"] if gpus else manifest.get("hardware", {}).get("cpu", "")),
+    ]
+    if measured:
+        facts += [
+            ("wall time", f"{measured['wall_s']:.1f} s"),
+            ("tokens/s", _number(measured["tokens_per_s"], ",.0f")),
+            ("useful tokens/s", _number(measured["useful_tokens_per_s"], ",.0f")),
+            ("sharing", _number(measured["sharing"], ".2f")),
+            ("padding", _number(measured["padding"], ".2f")),
+            ("imbalance", _number(measured["imbalance"], ".0%")),
+            ("idle", _number(measured["idle_share"], ".0%")),
+        ]
+        shares = [rank["share_of_peak"] for rank in measured["ranks"] if rank["share_of_peak"] is not None]
+        facts += [("share of peak", f"{sum(shares) / len(shares):.0%}")] if shares else []
+    return [(name, value) for name, value in facts if value]
+
+
+def _result_rows(run: Run) -> list[dict[str, Any]]:
+    """Every metric of every task and group, as results.json has it."""
+    rows = []
+    for task, values in run.results.get("results", {}).items():
+        for key, value in values.items():
+            name, comma, kept = key.partition(",")
+            if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
+                stderr = values.get(f"{name}_stderr,{kept}")
+                stderr = float(stderr) if isinstance(stderr, (int, float)) else None
+                documents = run.results.get("n-samples", {}).get(task, {}).get("effective")
+                row = {"task": task, "metric": name, "filter": kept, "value": value, "stderr": stderr, "documents": documents}
+                rows.append(row)
+    return rows
+
+
+def _results_plot(run: Run) -> str | None:
+    """The metrics that are shares of documents; a perplexity has no place on their axis."""
+    rows = [row for row in _result_rows(run) if 0 <= row["value"] <= 1 and row["metric"] not in TRANSFORMS]
+    named = [(f"{row['task']} {row['metric']}", float(row["value"]), row["stderr"]) for row in rows]
+    return plots.intervals(named, "share of documents, 95% interval") if named else None
+
+
+def _difference_plot(comparison: dict[str, Any]) -> str | None:
+    named = {**comparison["tasks"], "all of these": comparison["overall"]}
+    rows = [
+        (f"{task} {key.removesuffix(',none')}", one["difference"], one["stderr"])
+        for task, part in named.items()
+        for key, one in part["metrics"].items()
+        if one.get("stderr") is not None and "right_to_wrong" in one
+    ]
+    return plots.intervals(rows, "B - A, share of documents, paired 95% interval", zero=True) if rows else None
+
+
+def _margins(run: Run) -> tuple[Any, Any]:
+    """Leads, in nats, of answers that were right and of those that were wrong, over all tasks with choices."""
+    right, wrong = [np.zeros(0)], [np.zeros(0)]
+    for task, requests in run.requests.items():
+        doc_ids, _, leads = answers_of(requests)
+        accuracy = run.metrics.get(task, {}).get("acc,none")
+        if accuracy is not None and len(doc_ids):
+            known = dict(zip(accuracy.doc_id.tolist(), accuracy.value.tolist(), strict=True))
+            hit = np.array([known.get(doc_id, 0.0) > 0.5 for doc_id in doc_ids.tolist()])
+            right.append(leads[hit])
+            wrong.append(leads[~hit])
+    return np.concatenate(right), np.concatenate(wrong)
+
+
+def _collectives(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sums over all ranks by collective; seconds are the longest of any rank."""
+    names = dict.fromkeys(name for rank in measured["ranks"] for name in rank["collectives"])
+    rows = []
+    for name in names:
+        parts = [rank["collectives"][name] for rank in measured["ranks"] if name in rank["collectives"]]
+        total = {key: sum(part[key] for part in parts) for key in ("sent_bytes", "received_bytes")}
+        calls, seconds = (max(part[key] for part in parts) for key in ("calls", "seconds"))
+        rows.append({"name": name, **total, "calls": calls, "seconds": seconds})
+    return rows
+
+
+def _samples(run: Run, others: Iterable[Run], most: int) -> list[dict[str, Any]]:
+    """What the browser shows: documents with their requests, and whether those were wrong, near ties, or flipped."""
+    shown = []
+    for task, file in run.samples.items():
+        marks = _marks(run, others, task)
+        seen: set[int] = set()
+        for sample in read_samples(file):
+            doc_id = int(sample["doc_id"])
+            if doc_id in seen or (len(seen) >= most and not marks.get(doc_id)):
+                continue
+            seen.add(doc_id)
+            shown.append({"task": task, "doc": doc_id, "marks": marks.get(doc_id, []), **_show_sample(sample)})
+    return shown
+
+
+def _marks(run: Run, others: Iterable[Run], task: str) -> dict[int, list[str]]:
+    if task not in run.requests:
+        return {}
+    doc_ids, best, leads = answers_of(run.requests[task])
+    marks: dict[int, list[str]] = {}
+    for doc_id in doc_ids[leads <= NEAR_TIE_NATS].tolist():
+        marks.setdefault(doc_id, []).append("near tie")
+    for other in others:
+        if task in other.requests:
+            other_ids, other_best, _ = answers_of(other.requests[task])
+            answers = dict(zip(other_ids.tolist(), other_best.tolist(), strict=True))
+            for doc_id, choice in zip(doc_ids.tolist(), best.tolist(), strict=True):
+                if answers.get(doc_id, choice) != choice and "flipped" not in marks.get(doc_id, []):
+                    marks.setdefault(doc_id, []).append("flipped")
+    return marks
+
+
+def _show_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    arguments = [list(argument.values()) for argument in sample["arguments"].values()]
+    contexts = [str(argument[0]) for argument in arguments]
+    alike = len(set(contexts)) == 1
+    choices = []
+    for argument, resps in zip(arguments, sample["resps"], strict=True):
+        text = str(argument[-1]) if alike and len(argument) > 1 else "".join(map(str, argument))
+        nats, greedy = (resps[0][0], str(resps[0][1]) == "True") if isinstance(resps[0], list) else (resps[0], None)
+        choices.append({"text": text[-_PROMPT_CHARACTERS:], "nats": str(nats), "greedy": greedy})
+    metrics = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (bool, int, float))}
+    judged = next((metrics[name] for name in ("acc", "exact_match") if name in metrics), None)
+    return {
+        "prompt": contexts[0][-_PROMPT_CHARACTERS:] if alike and len(arguments[0]) > 1 else "",
+        "cut": len(contexts[0]) > _PROMPT_CHARACTERS,
+        "choices": choices,
+        "target": sample["target"],
+        "metrics": metrics,
+        "wrong": None if judged is None else not judged,
+    }
+
+
+def _script_json(value: Any) -> str:
+    """JSON that may stand inside <script>: nothing in it can end the element."""
+    text = json.dumps(jsonable(value), ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _number(value: Any, form: str = ".4g") -> str:
+    return "" if value is None else format(value, form)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"report: {message} (see report --help)")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m ddp_eval report",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="run directories; others than the first may be lm_eval's samples")
+    parser.add_argument("--output", "-o", metavar="FILE", help="where to write (default: report.html in the first directory)")
+    parser.add_argument("--samples", type=int, default=100, metavar="N", help="documents of each task to browse (default: 100)")
+    return parser

@@ -1,0 +1,154 @@
+"""`python -m ddp_eval reproduce RUN_DIR`: from a run's manifest alone, the same evaluation again, on the ranks at hand.
+
+Before anything is scored the leader holds what it finds against the manifest: the model's and the tokenizer's files, packages,
+task versions, and the prompts of each task. What differs is refused by name unless --allow names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ddp_eval.compare.command import NOT_AS_EXPECTED, add_expect, format_comparison, print_verdict, read_expectation, why_not
+from ddp_eval.config import Config
+from ddp_eval.errors import UserError
+
+KINDS = ("model", "versions", "prompts", "packages")
+_ABOUT = """\
+Runs the evaluation of RUN_DIR again, from its manifest.json, on the ranks that torchrun starts or on one, and
+compares. Refuses, with the list, when the model's files, task versions, prompts or packages are not the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """One reproduction. earlier: the run's directory; config: what to run; manifest: what must be found; allow: of KINDS."""
+
+    earlier: Path
+    config: Config
+    manifest: dict[str, Any]
+    allow: frozenset[str]
+    expectation: float | None
+
+    def inspect(self, found: Mapping[str, Any]) -> None:
+        """Hold what the leader found before scoring against the manifest. Raises UserError with the whole list."""
+        changes = list_changes(self.manifest, found)
+        refused = [text for kind, text in changes if kind not in self.allow]
+        if refused:
+            kinds = " ".join(dict.fromkeys(kind for kind, _ in changes if kind not in self.allow))
+            raise UserError(f"this is not the run of {self.earlier}: {'; '.join(refused)} (--allow {kinds} runs it all the same)")
+
+
+def parse(argv: Sequence[str]) -> Order:
+    """Flags of `reproduce` -> what to do. Changes to the directory that the earlier run was started in. Raises UserError."""
+    options = _build_parser().parse_args(argv)
+    expectation = read_expectation(options.expect)
+    earlier = Path(options.run).resolve()
+    output = Path(options.output_path).resolve() if options.output_path else earlier.with_name(f"{earlier.name}.again")
+    manifest = _read_manifest(earlier)
+    if output == earlier:
+        raise UserError(f"--output_path must not be the run to reproduce, got {options.output_path}")
+    if "pretrained" not in (manifest.get("model") or {}):
+        raise UserError(f"the run in {options.run} was given a loaded model by a program: only that program can run it again")
+    values = dict(manifest["config"])
+    values |= {"output_path": str(output), "overwrite": options.overwrite, "seed": tuple(values["seed"])}
+    if options.device:
+        values["device"] = options.device
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
+    if unknown:
+        raise UserError(f"the run in {options.run} has the setting {unknown[0]}, which this version of ddp_eval does not know")
+    config = Config(**values)
+    # Relative paths of the model, of task files and of their data start from there.
+    if os.path.isdir(manifest.get("working_directory") or ""):
+        os.chdir(manifest["working_directory"])
+    return Order(earlier, config, manifest, frozenset(options.allow or ()), expectation)
+
+
+def conclude(order: Order) -> int:
+    """Print the comparison of both runs; returns the exit code."""
+    from ddp_eval.compare.difference import compare_runs
+    from ddp_eval.compare.reading import read_run
+
+    comparison = compare_runs(read_run(order.earlier), read_run(str(order.config.output_path)))
+    failure = why_not(comparison, order.expectation)
+    print(format_comparison(comparison))
+    print_verdict(order.expectation, [failure] if failure else [])
+    return NOT_AS_EXPECTED if failure else 0
+
+
+def list_changes(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(kind, what changed in words) for everything in `found` that the manifest has otherwise.
+
+    found: {"model": as `describe_model` makes it, "packages", "versions", "prompts_by_task"}.
+    """
+    return [
+        *(("model", text) for text in _model_changes(manifest["model"], found["model"] or {})),
+        *_changes("versions", "task {} has version {}, not {}", manifest["tasks"]["versions"], found["versions"], _show),
+        *_changes(
+            "prompts", "the prompts of task {} are other ones", manifest["prompts_by_task"], found["prompts_by_task"], _show
+        ),
+        *_changes("packages", "{} is {}, not {}", manifest["packages"], found["packages"], _show),
+    ]
+
+
+def _changes(
+    kind: str, sentence: str, before: Mapping[str, Any], now: Mapping[str, Any], show: Callable[[Any], str]
+) -> list[tuple[str, str]]:
+    """Keys of either side whose values differ. Task versions of groups, which only the results know, are left to their tasks."""
+    keys = [key for key in dict.fromkeys((*before, *now)) if kind != "versions" or key in now]
+    return [
+        (kind, sentence.format(key, show(now.get(key)), show(before.get(key)))) for key in keys if before.get(key) != now.get(key)
+    ]
+
+
+def _model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    changes = []
+    for part, name in (("model_files", "model"), ("tokenizer_files", "tokenizer")):
+        old, new = (before.get(part) or {}).get("files", {}), (now.get(part) or {}).get("files", {})
+        if not old or not new:
+            changes.append(f"the files of the {name} could not be read {'now' if old else 'then'}")
+            continue
+        names = [file for file in dict.fromkeys((*old, *new)) if old.get(file) != new.get(file)]
+        if names:
+            changes.append(f"the {name} has other files: {', '.join(names)}")
+    return changes
+
+
+def _show(value: Any) -> str:
+    return "missing" if value is None else str(value)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} holds no complete run: its manifest.json cannot be read ({type(error).__name__})") from None
+    for key in ("config", "tasks", "packages", "prompts_by_task"):
+        if key not in manifest:
+            raise UserError(f"the manifest in {directory} has no {key}: it is of another version of ddp_eval")
+    return dict(manifest)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"reproduce: {message} (see reproduce --help)")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="torchrun -m ddp_eval reproduce",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN_DIR", help="the directory of a complete run")
+    parser.add_argument("--output_path", "-o", metavar="DIR", help="where the new run goes (default: RUN_DIR.again)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --output_path already holds")
+    parser.add_argument("--allow", nargs="+", choices=KINDS, help="run although these differ from the manifest")
+    parser.add_argument("--device", help="cuda or cpu (default: as the run was told)")
+    add_expect(parser)
+    return parser

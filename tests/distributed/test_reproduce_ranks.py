@@ -1,0 +1,111 @@
+"""`reproduce` and telemetry on real ranks: another directory, another rank count, and a prompt that is not the same any more."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from launch import QUICK, launch
+
+from ddp_eval import demo, results
+
+TASK = """\
+task: expressions
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+custom_dataset: !function utils.load_json
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{input}}"
+doc_to_target: "{{target}}"
+doc_to_choice: ["False", "True"]
+metadata: {version: 1.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """A run on three ranks, of a task named by a relative path; where it was started and how it ended."""
+    home = tmp_path_factory.mktemp("home")
+    tasks = home / "tasks"
+    tasks.mkdir()
+    (tasks / "expressions.yaml").write_text(TASK)
+    shutil.copy(Path(demo.TASKS_PATH) / "utils.py", tasks)
+    rows = (Path(demo.TASKS_PATH).parent / "data" / "boolean_expressions_test.jsonl").read_text().splitlines(keepends=True)
+    (tasks / "rows.jsonl").write_text("".join(rows[:10]))
+    flags = ["--model_args", "pretrained=demo", "--include_path", "tasks", "--tasks", "expressions", "--output_path", "run"]
+    finished = launch(3, *flags, program=QUICK, cwd=home, timeout_s=250)
+    assert finished.returncode == 0, str(finished)
+    return home, finished
+
+
+def test_phases_add_up_to_the_wall_time(earlier):
+    """Catches time of a rank that no phase has, and a clock that starts after the imports or stops before the end."""
+    telemetry_file = earlier[0] / "run" / results.TELEMETRY
+    telemetry = json.loads(telemetry_file.read_text())
+    assert [rank["rank"] for rank in telemetry["ranks"]] == [0, 1, 2]
+    for rank in telemetry["ranks"]:
+        named_s = sum(seconds for phase, seconds in rank["phases_s"].items() if phase != "other")
+        assert named_s == pytest.approx(rank["wall_s"], rel=0.02)
+        by_the_clock_s = os.stat(telemetry_file).st_mtime - rank["began_unix_s"]
+        assert rank["wall_s"] == pytest.approx(by_the_clock_s, rel=0.02, abs=0.25)
+        assert rank["wall_s"] < earlier[1].elapsed_s
+        assert rank["sampling_share"] < 0.005
+    assert {"start", "load", "tasks", "tokenize", "plan", "wait", "forward", "gather", "score", "write"} <= set(
+        telemetry["ranks"][0]["phases_s"]
+    )
+
+
+def test_bytes_of_a_run_by_hand(earlier):
+    """Catches a collective that is not counted: 20 requests, one item each, padded to the packs that each rank has."""
+    ranks = json.loads((earlier[0] / "run" / results.TELEMETRY).read_text())["ranks"]
+    sent = [rank["collectives"]["all_gather (rows)"] for rank in ranks]
+    assert len({one["sent_bytes"] for one in sent}) == 1
+    assert all(one["calls"] == 2 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
+    most = max(rank["counts"]["requests"] for rank in ranks)
+    assert sent[0]["sent_bytes"] == most * 3 * 8, "item, bits and flag, of the rank with the most; no pack was halved"
+
+
+def test_the_summary_is_printed(earlier):
+    """Catches telemetry that nobody sees."""
+    assert "tokens/s" in earlier[1].stdout and "rank  wall s" in earlier[1].stdout
+
+
+def test_reproduced_elsewhere_on_another_number_of_ranks(earlier, tmp_path):
+    """Catches a manifest that lacks something, paths that hold only where the run was started, and bits that depend on ranks."""
+    finished = launch(
+        2,
+        "reproduce",
+        earlier[0] / "run",
+        "--output_path",
+        "again",
+        "--expect",
+        "identical",
+        program=QUICK,
+        cwd=tmp_path,
+        timeout_s=250,
+    )
+    assert finished.returncode == 0, str(finished)
+    assert "identical: every request has the same bits" in finished.stdout
+    assert "ranks.world_size: 3 | 2" in finished.stdout
+    scores = [(place / results.SCORES).read_bytes() for place in (earlier[0] / "run", tmp_path / "again")]
+    assert scores[0] == scores[1]
+
+
+def test_another_prompt_is_refused_by_name(earlier, tmp_path):
+    """Catches a reproduction of something else that passes for one."""
+    home = tmp_path / "home"
+    shutil.copytree(earlier[0], home)
+    manifest = json.loads((home / "run" / results.MANIFEST).read_text())
+    (home / "run" / results.MANIFEST).write_text(json.dumps({**manifest, "working_directory": str(home)}))
+    rows = (home / "tasks" / "rows.jsonl").read_text()
+    (home / "tasks" / "rows.jsonl").write_text(rows.replace("not", "no", 1))
+    finished = launch(2, "reproduce", home / "run", "--expect", "identical", program=QUICK, cwd=tmp_path, timeout_s=250)
+    assert finished.returncode != 0
+    assert finished.sentences() == [
+        f"ddp_eval: this is not the run of {home / 'run'}: the prompts of task expressions are other ones "
+        "(--allow prompts runs it all the same)"
+    ]
+    assert not finished.foreign_frames()
+    assert not (home / "run.again" / results.MANIFEST).exists()

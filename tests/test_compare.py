@@ -1,0 +1,266 @@
+"""`compare`: statistics against scipy's on the same data, runs against hand-made ones, and exit codes for CI."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from ddp_eval import results
+from ddp_eval.compare import paired
+from ddp_eval.compare.command import main
+from ddp_eval.compare.difference import compare_runs
+from ddp_eval.compare.reading import read_run
+from ddp_eval.errors import UserError
+
+
+def draw(count=400, seed=1):
+    """Right or wrong of two models on the same documents, the second a bit better."""
+    random = np.random.default_rng(seed)
+    skill = random.normal(size=count)
+    return ((skill + random.normal(size=count) > 0.2).astype(float), (skill + random.normal(size=count) > 0.0).astype(float))
+
+
+def ones(values):
+    return values, np.ones(len(values))
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 3), (1, 9), (9, 1), (41, 60), (700, 790)])
+def test_mcnemar_is_scipys_binomial_test(lost, won):
+    """Catches a one-sided test, a tail that leaves out or doubles the middle, and an overflow of 2^n."""
+    wanted = scipy.stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    assert paired.mcnemar_p(lost, won) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_stderr_is_that_of_scipys_paired_t_test():
+    """Catches an unpaired error, and a wrong count of degrees of freedom."""
+    a, b = draw()
+    wanted = scipy.stats.ttest_rel(b, a)
+    assert (b - a).mean() / paired.clustered_stderr(b - a, np.arange(len(a))) == pytest.approx(wanted.statistic, rel=1e-12)
+
+
+def test_clustered_stderr_by_hand():
+    """Catches clusters taken for independent documents. Statsmodels' OLS on a constant, cov_type="cluster", gives the same."""
+    differences = np.array([1.0, 1.0, 0.0, -1.0, 0.0, 1.0])
+    clusters = np.array([7, 7, 7, 2, 2, 5])
+    residuals = differences - differences.mean()  # 2/3 2/3 -1/3 | -4/3 -1/3 | 2/3
+    sums = [residuals[:3].sum(), residuals[3:5].sum(), residuals[5]]
+    wanted = math.sqrt(sum(value**2 for value in sums) * 3 / 2) / 6
+    assert paired.clustered_stderr(differences, clusters) == pytest.approx(wanted, rel=1e-12)
+    assert wanted != pytest.approx(differences.std(ddof=1) / math.sqrt(6), rel=0.05)
+
+
+@pytest.mark.parametrize("continuous", [False, True], ids=["few kinds of cluster", "each cluster its own"])
+def test_bootstrap_agrees_with_scipys(continuous):
+    """Catches resamples that break pairs, of the wrong size, or an interval and p-value from the wrong distribution."""
+    a, b = draw(300)
+    if continuous:
+        b = b + np.random.default_rng(2).normal(size=len(b))
+    ours = paired.compare_metric("acc", ones(a), ones(b), np.arange(len(a)))
+    theirs = scipy.stats.bootstrap(
+        (b - a,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(3), batch=1000
+    )
+    assert ours["interval_95"] == pytest.approx(list(theirs.confidence_interval), abs=0.006)
+    distance = np.abs(theirs.bootstrap_distribution - (b - a).mean()) >= abs((b - a).mean()) * (1 - 1e-12)
+    assert ours["p_bootstrap"] == pytest.approx(distance.mean(), abs=0.02)
+    assert ours["p_bootstrap"] == pytest.approx(scipy.stats.ttest_rel(b, a).pvalue, abs=0.06)
+    assert ours["stderr"] == pytest.approx(theirs.standard_error, rel=0.05)
+
+
+def test_clusters_widen_the_bootstrap():
+    """Catches documents of one passage drawn one by one: five copies of each must not look like five times the evidence."""
+    a, b = draw(80)
+    alone = paired.compare_metric("acc", ones(a), ones(b), np.arange(80))
+    copied = paired.compare_metric("acc", ones(np.repeat(a, 5)), ones(np.repeat(b, 5)), np.repeat(np.arange(80), 5))
+    assert copied["interval_95"] == pytest.approx(alone["interval_95"], abs=0.01)
+    assert copied["stderr"] == pytest.approx(alone["stderr"], rel=0.02)
+    assert copied["p_mcnemar"] is None and alone["p_mcnemar"] is not None
+
+
+def test_perplexity_is_of_sums():
+    """Catches an average of perplexities, and words counted as documents."""
+    values, weights = np.array([-10.0, -30.0]), np.array([5.0, 10.0])
+    assert paired.aggregate("word_perplexity", values, weights) == pytest.approx(math.exp(40 / 15))
+    assert paired.aggregate("bits_per_byte", values, weights) == pytest.approx(40 / 15 / math.log(2))
+    assert paired.aggregate("acc", *ones(np.array([1.0, 0.0]))) == 0.5
+
+
+# (document, choice) -> nats; document 0 is a near tie, 1 clear, 2 a single request
+NATS = {(0, 0): -1.000, (0, 1): -1.002, (1, 0): -5.0, (1, 1): -2.0, (2, 0): -7.0}
+RIGHT = {0: 1.0, 1: 0.0, 2: 1.0}
+
+
+def write_run(place: Path, nats=NATS, right=RIGHT, manifest=None, context=None, prompt="p") -> Path:
+    """A run directory by the functions that write real ones."""
+    place.mkdir()
+    keys = sorted(nats)
+    scores = results.Scores(
+        task=["t"] * len(keys),
+        doc_id=[doc for doc, _ in keys],
+        idx=[idx for _, idx in keys],
+        loglikelihood=[nats[key] for key in keys],
+        is_greedy=[nats[key] > -1.5 for key in keys],
+        num_tokens=[1] * len(keys),
+    )
+    results.write_scores(place, scores)
+    rows = [
+        {"task": "t", "doc_id": doc, "filter": "none", "metric": "acc", "value": value, "weight": 1.0}
+        | {"prompt_hash": f"{prompt}{doc}", "context_hash": context}
+        for doc, value in right.items()
+    ]
+    results.write_documents(place, rows)
+    mean = sum(right.values()) / len(right)
+    results.write_run(place, {"results": {"t": {"alias": "t", "acc,none": mean}}}, manifest or {"engine": {"dtype": "float32"}})
+    return place
+
+
+@pytest.fixture
+def first(tmp_path):
+    return write_run(tmp_path / "first")
+
+
+def test_a_run_is_identical_to_itself(first, capsys):
+    """Catches a comparison that finds differences where there are none."""
+    assert main([str(first), str(first), "--expect", "identical"]) == 0
+    out = capsys.readouterr().out
+    assert "identical: every request has the same bits" in out and "what was run does not differ" in out
+
+
+def test_flips_and_near_ties(first, tmp_path):
+    """Catches a flip that is missed, a near tie judged by one run only, and differences not taken request by request."""
+    turned = write_run(tmp_path / "b", {**NATS, (0, 1): -0.999}, {**RIGHT, 0: 0.0})
+    found = compare_runs(read_run(first), read_run(turned))
+    assert not found["identical"]
+    overall = found["overall"]
+    assert (overall["requests"], overall["requests_differing"]) == (5, 1)
+    assert (overall["answers"], overall["answers_flipped"], overall["near_ties"]) == (2, 1, 1)
+    assert overall["delta_nats"]["max"] == pytest.approx(0.003) and overall["delta_nats"]["p50"] == 0
+    acc = found["tasks"]["t"]["metrics"]["acc,none"]
+    assert (acc["right_to_wrong"], acc["wrong_to_right"], acc["p_mcnemar"]) == (1, 0, 1.0)
+    far = write_run(tmp_path / "c", {**NATS, (0, 1): -0.5}, RIGHT)
+    overall = compare_runs(read_run(first), read_run(far))["overall"]
+    assert (overall["answers_flipped"], overall["near_ties"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "expect", "code"),
+    [
+        ({}, ["identical"], 0),
+        ({(2, 0): np.nextafter(-7.0, 0)}, ["identical"], 3),
+        ({(2, 0): np.nextafter(-7.0, 0)}, ["within", "1e-9"], 0),
+        ({(2, 0): -7.1}, ["within", "1e-2"], 3),
+        ({(2, 0): math.nan}, ["within", "1e9"], 3),
+        ({(3, 0): -1.0}, ["within", "1e9"], 3),  # a request that only one run has
+    ],
+)
+def test_exit_codes(first, tmp_path, change, expect, code, capsys):
+    """Catches a CI check that passes on the last bit, on a NaN, or on requests that were never run."""
+    other = write_run(tmp_path / "b", NATS | change)
+    assert main([str(first), str(other), "--expect", *expect]) == code
+    assert "expected" in capsys.readouterr().out
+
+
+def test_json_is_json(first, tmp_path, capsys):
+    """Catches numpy numbers, NaN and infinity in what other programs are to read."""
+    other = write_run(tmp_path / "b", {**NATS, (2, 0): math.nan})
+    main([str(first), str(other), str(first), "--json"])
+    printed = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert [one["identical"] for one in printed["comparisons"]] == [False, True]
+    assert printed["comparisons"][0]["overall"]["delta_nats"]["max"] == "inf"
+
+
+def test_manifests_are_told_apart(first, tmp_path):
+    """Catches a difference that goes unsaid or lands under the wrong head."""
+    manifest = {"engine": {"dtype": "bfloat16"}, "packages": {"torch": "9"}, "hardware": {"cpu": "x"}, "ranks": {"world_size": 2}}
+    other = write_run(tmp_path / "b", manifest={**manifest, "config": {"output_path": "elsewhere"}}, prompt="q")
+    found = compare_runs(read_run(first), read_run(other))
+    assert [(one["group"], one["key"]) for one in found["differences"]] == [
+        ("dtype and kernels", "engine.dtype"),
+        ("versions", "packages.torch"),
+        ("hardware", "hardware.cpu"),
+        ("layout", "ranks.world_size"),
+    ]
+    assert found["tasks"]["t"]["prompts_differing"] == 3
+
+
+def test_documents_with_one_context_are_a_cluster(first, tmp_path):
+    """Catches a passage that is written down and then not used."""
+    together = write_run(tmp_path / "b", context="same")
+    assert compare_runs(read_run(together), read_run(first))["tasks"]["t"]["metrics"]["acc,none"]["clusters"] == 1
+    assert compare_runs(read_run(first), read_run(first))["tasks"]["t"]["metrics"]["acc,none"]["clusters"] == 3
+
+
+def test_lm_evals_samples_are_read(first, tmp_path):
+    """Catches lm_eval's strings misread: flags, rolling sums, documents of the newest of several files."""
+    folder = tmp_path / "theirs" / "model"
+    folder.mkdir(parents=True)
+    samples = []
+    for doc in (0, 1, 2):
+        choices = [idx for document, idx in NATS if document == doc]
+        samples.append(
+            {
+                "doc_id": doc,
+                "doc": {"passage": "the same"},
+                "target": "0",
+                "arguments": {f"gen_args_{idx}": {"arg_0": "ask", "arg_1": "answer"} for idx in choices},
+                "resps": [[[str(NATS[doc, idx]), str(NATS[doc, idx] > -1.5)]] for idx in choices],
+                "filter": "none",
+                "metrics": ["acc"],
+                "acc": RIGHT[doc],
+                "prompt_hash": f"p{doc}",
+            }
+        )
+    rolling = {
+        **samples[0],
+        "arguments": {"gen_args_0": {"arg_0": "text\u2028"}},
+        "resps": [["-12.5"]],
+        "metrics": ["word_perplexity"],
+    }
+    rolling["word_perplexity"] = [-12.5, 4]
+    write_lines(folder / "samples_t_2026-01-01T00-00-00.000001.jsonl", samples[:1])
+    write_lines(folder / "samples_t_2026-01-02T00-00-00.000001.jsonl", samples)
+    write_lines(folder / "samples_roll_2026-01-02T00-00-00.000001.jsonl", [rolling])
+    theirs = read_run(tmp_path / "theirs")
+    assert compare_runs(read_run(first), theirs)["overall"]["requests_differing"] == 0
+    assert theirs.requests["roll"].loglikelihood.tolist() == [-12.5] and theirs.requests["roll"].is_greedy.tolist() == [-1]
+    assert theirs.metrics["roll"]["word_perplexity,none"].weight.tolist() == [4.0]
+    assert len(set(theirs.contexts["t"].values())) == 1
+    assert main([str(first), str(folder / "samples_t_2026-01-02T00-00-00.000001.jsonl"), "--expect", "identical"]) == 0
+
+
+def write_lines(path, samples):
+    path.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["{first}"], "compare needs two runs or more"),
+        (["{first}", "nowhere"], "there is no run at nowhere"),
+        (
+            ["{first}", "{first}", "--expect", "alike"],
+            "--expect must be identical, or within and a number of nats above 0, got alike",
+        ),
+        (["{first}", "{first}", "--expect", "within", "-1"], "--expect must be identical"),
+        (["{first}", "{first}", "--bits"], "compare: unrecognized arguments: --bits"),
+        (["{first}", "{empty}"], "holds neither a run of ddp_eval"),
+    ],
+)
+def test_mistakes_have_a_sentence(first, tmp_path, arguments, sentence):
+    """Catches a traceback, or a comparison of nothing, where the command line cannot be meant."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=sentence):
+        main([word.format(first=first, empty=tmp_path / "empty") for word in arguments])
+
+
+def test_it_needs_no_torch(first):
+    """Catches an import that makes a comparison of two small files wait for seconds."""
+    import subprocess
+
+    code = f"import sys; from ddp_eval.compare.command import main; main([{str(first)!r}] * 2); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,156 @@
+"""report.html, read in headless Chromium where there is one: no errors, tables filled, nothing clipped, nothing fetched."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddp_eval import plots, report
+from ddp_eval.compare.reading import read_run
+from ddp_eval.errors import UserError
+
+pytest.importorskip("matplotlib")
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+
+# Written into the page to look at it from inside: what is wider than its box, or outside of its plot.
+PROBE = """
+<script>
+document.documentElement.style.width = "%dpx";
+const clipped = [], width = document.documentElement.clientWidth;
+for (const details of document.querySelectorAll("details")) details.open = true;
+setTimeout(() => {
+  for (const one of document.querySelectorAll("main, main *:not(svg *)")) {
+    const style = getComputedStyle(one);
+    if (style.display !== "inline" && one.scrollWidth > one.clientWidth + 1 && style.overflowX !== "auto")
+      clipped.push(one.tagName + " " + one.className + " " + one.textContent.slice(0, 40));
+  }
+  for (const text of document.querySelectorAll("svg.plot text")) {
+    const inner = text.getBoundingClientRect(), outer = text.closest("svg").getBoundingClientRect();
+    const beyond = [outer.left - inner.left, inner.right - outer.right, outer.top - inner.top, inner.bottom - outer.bottom];
+    if (Math.max(...beyond) > 1)
+      clipped.push("plot: " + text.textContent);
+  }
+  const count = name => document.querySelectorAll(name).length;
+  const result = document.createElement("pre");
+  result.id = "probe";
+  result.textContent = JSON.stringify({clipped, plots: count("svg.plot"), texts: count("svg.plot text"),
+    rows: Object.fromEntries([...document.querySelectorAll("table[id], table[class]")].map(table =>
+      [table.id || table.className, table.querySelectorAll("tbody tr").length])),
+    samples: count("#list > details"), choices: count("#list td.choice"), picked: document.getElementById("count")?.textContent});
+  document.body.append(result);
+}, 300);
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory):
+    """The demo in packs and in rows, a few documents."""
+    from ddp_eval import runner
+    from ddp_eval.config import Config
+    from ddp_eval.distributed import join_group
+
+    place = tmp_path_factory.mktemp("runs")
+    tasks = ["demo_boolean_expressions", "demo_wikitext"]
+    for name, packing in (("packs", True), ("rows", False)):
+        config = Config(
+            model_args={"pretrained": "demo"},
+            tasks=tasks,
+            limit=6,
+            output_path=str(place / name),
+            log_samples=True,
+            packing=packing,
+            bootstrap_iters=0,
+        )
+        runner.run(config, join_group("cpu"))
+    return place / "packs", place / "rows"
+
+
+@pytest.fixture(scope="module")
+def page(run_dirs):
+    assert report.main([str(run_dirs[0]), str(run_dirs[1])]) == 0
+    return (run_dirs[0] / "report.html").read_text(encoding="utf-8")
+
+
+def look(page: str, place: Path, width: int = 1100) -> tuple[dict, list[str]]:
+    """What the probe saw, and what Chromium's console says."""
+    file = place / "probed.html"
+    file.write_text(page.replace("</body>", PROBE % width + "</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"]
+    command = [str(CHROMIUM), *flags, f"--user-data-dir={place / 'profile'}", "--window-size=1200,900", file.as_uri()]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'<pre id="probe">(.*?)</pre>', finished.stdout, re.DOTALL)
+    assert found, finished.stderr[-2000:]
+    return json.loads(html.unescape(found[1])), [line for line in finished.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1100, 360])
+def test_in_a_browser(page, tmp_path, width):
+    """Catches a script that fails, an empty table or plot, samples that do not show, and text cut off on a desk or a phone."""
+    seen, console = look(page, tmp_path, width)
+    assert console == []
+    assert seen["clipped"] == []
+    assert seen["plots"] == 5 and seen["texts"] > 40
+    assert seen["rows"] == {"results-table": 4, "phases-table": 1, "comparison-table": 4, "drift-table": 2}
+    assert seen["picked"] == "6 documents" and seen["samples"] == 6 and seen["choices"] == 12
+
+
+@needs_chromium
+def test_the_browser_would_tell(tmp_path):
+    """Catches a probe that sees nothing: a broken script and a clipped text must show."""
+    broken = '<body><main><p style="width:3em;white-space:nowrap">much too long</p></main><script>nothing.here()</script></body>'
+    seen, console = look(broken, tmp_path)
+    assert [text.split()[0] for text in seen["clipped"]] == ["P"]
+    assert len(console) == 1 and "nothing is not defined" in console[0]
+
+
+def test_it_asks_nothing_of_the_network(page):
+    """Catches a font, script or picture that is not in the file."""
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
+    assert "@import" not in page and not re.findall(r"url\((?!#)", page)
+    assert set(re.findall(r"https?://[^\s\"'<]+", re.sub(r"<(script|pre)[^>]*>.*?</\1>", "", page, flags=re.DOTALL))) <= {
+        "http://www.w3.org/1999/xlink"
+    }
+
+
+def test_plots_follow_the_page(page):
+    """Catches a colour that stays dark on dark, and an absolute size that a phone cannot shrink."""
+    plot = plots.intervals([("a task", 0.5, 0.1), ("<b>", 0.7, None)], "share")
+    assert plot.startswith("<svg viewBox=") and "var(--ink)" in plot and "var(--c0)" in plot
+    assert not re.findall(r"#0102\w\w|#0{6}\b|#000\b", plot)
+    assert "&lt;b&gt;" in plot and "<b>" not in plot
+
+
+def test_hostile_text_stays_text(run_dirs, tmp_path):
+    """Catches a prompt or a task's name that becomes markup or ends the script."""
+    place = shutil.copytree(run_dirs[0], tmp_path / "run")
+    file = place / "samples_demo_boolean_expressions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line["arguments"]["gen_args_0"]["arg_0"] = line["arguments"]["gen_args_1"]["arg_0"] = "</script><script>alert(1)//\u2028"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = json.loads((place / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps({**manifest, "layout_of_requests": "<script>alert(2)</script>"}))
+    page = report.render([read_run(place)], 100)
+    assert "alert(1)" in page and "alert(2)" in page
+    assert "<script>alert" not in page and page.count("</script>") == 2
+
+
+def test_margins_of_equal_choices_have_a_place():
+    """Catches a lead of zero on a logarithmic axis."""
+    assert plots.margins(np.array([0.0, 1.0]), np.array([np.inf]), 0.01).startswith("<svg")
+
+
+def test_mistakes_have_a_sentence(tmp_path):
+    """Catches a traceback for a directory that is no run, and a report written where it cannot be."""
+    with pytest.raises(UserError, match="there is no run at"):
+        report.main([str(tmp_path / "nothing")])

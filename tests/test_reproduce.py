@@ -1,0 +1,88 @@
+"""What `reproduce` refuses, and what it takes from a manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from ddp_eval.config import Config
+from ddp_eval.errors import UserError
+from ddp_eval.reproduce import list_changes, parse
+
+MANIFEST = {
+    "config": dataclasses.asdict(Config(model_args={"pretrained": "demo"}, tasks=["t"], output_path="run", limit=3.0)),
+    "model": {"pretrained": "demo", "model_files": {"files": {"a": "1", "b": "2"}}, "tokenizer_files": {"files": {"a": "1"}}},
+    "tasks": {"versions": {"t": 1, "group": 1}},
+    "packages": {"torch": "2", "numpy": "1"},
+    "prompts_by_task": {"t": "x"},
+    "working_directory": "/nowhere",
+}
+SAME = {"model": MANIFEST["model"], "packages": MANIFEST["packages"], "versions": {"t": 1}, "prompts_by_task": {"t": "x"}}
+
+
+def test_the_same_is_let_through():
+    """Catches a reproduction refused for nothing: groups have versions, and no prompts."""
+    assert list_changes(MANIFEST, SAME) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"model": {**SAME["model"], "model_files": {"files": {"a": "1", "b": "3"}}}}, ("model", "the model has other files: b")),
+        (
+            {"model": {**SAME["model"], "tokenizer_files": {"files": {}}}},
+            ("model", "the files of the tokenizer could not be read now"),
+        ),
+        ({"versions": {"t": 2}}, ("versions", "task t has version 2, not 1")),
+        ({"prompts_by_task": {"t": "y"}}, ("prompts", "the prompts of task t are other ones")),
+        ({"prompts_by_task": {"t": "x", "u": "z"}}, ("prompts", "the prompts of task u are other ones")),
+        ({"packages": {"torch": "3", "numpy": "1"}}, ("packages", "torch is 3, not 2")),
+        ({"packages": {"torch": "2"}}, ("packages", "numpy is missing, not 1")),
+    ],
+)
+def test_every_change_has_a_name(change, wanted):
+    """Catches a change that goes through, or is refused without saying what it is."""
+    assert list_changes(MANIFEST, {**SAME, **change}) == [wanted]
+
+
+@pytest.fixture
+def run(tmp_path):
+    def write(**change) -> Path:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps({**MANIFEST, **change}))
+        return tmp_path / "run"
+
+    return write
+
+
+def test_the_config_comes_back(run):
+    """Catches tuples that JSON made lists, and a run written over its own original."""
+    order = parse([str(run()), "--allow", "packages"])
+    assert order.config == dataclasses.replace(
+        Config(**{**MANIFEST["config"], "seed": tuple(MANIFEST["config"]["seed"])}), output_path=f"{run()}.again"
+    )
+    order.inspect({**SAME, "packages": {}})
+    with pytest.raises(UserError, match=r"the prompts of task t are other ones \(--allow prompts runs it all the same\)"):
+        order.inspect({**SAME, "packages": {}, "prompts_by_task": {"t": "y"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": {"class": "Llama"}}, "was given a loaded model by a program"),
+        ({"config": {**MANIFEST["config"], "warp": 1}}, "has the setting warp, which this version of ddp_eval does not know"),
+    ],
+)
+def test_what_cannot_be_run_again(run, change, sentence):
+    """Catches a traceback for a manifest that is whole and yet of no use here."""
+    with pytest.raises(UserError, match=sentence):
+        parse([str(run(**change))])
+
+
+def test_no_run_no_reproduction(tmp_path):
+    """Catches a traceback for a directory without a manifest, and for a run that would be replaced by its copy."""
+    with pytest.raises(UserError, match="holds no complete run"):
+        parse([str(tmp_path)])

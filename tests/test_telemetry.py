@@ -1,0 +1,145 @@
+"""Telemetry: clocks that add up, padding and shares by hand, samples, and what is said about them."""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from ddp_eval import telemetry
+from ddp_eval.distributed import World
+from ddp_eval.meter import Meter, Phases, process_age_s
+from ddp_eval.packing import CostModel, plan_packs, plan_rows, requests_from_lists
+
+
+def test_phases_add_up_to_the_wall_time():
+    """Catches time counted in two phases, or in none."""
+    before = time.perf_counter()
+    phases = Phases("start", age_s=1.0)
+    with phases("tasks"):
+        time.sleep(0.02)
+        with phases("forward"):
+            time.sleep(0.03)
+        phases.switch("score")
+        time.sleep(0.02)
+    seconds, wall_s = phases.seconds, time.perf_counter() - before + 1.0
+    assert sum(seconds.values()) == pytest.approx(wall_s, rel=0.01)
+    assert seconds["start"] == pytest.approx(1.0, abs=0.01)
+    assert seconds["forward"] >= 0.03 and seconds["tasks"] >= 0.02 and seconds["score"] >= 0.02
+    assert seconds["tasks"] < 0.045, "an inner phase stops the outer one's clock"
+    assert [name for _, name in phases.timeline] == ["start", "tasks", "forward", "tasks", "score", "start"]
+
+
+def test_a_phase_that_fails_ends():
+    """Catches a clock that runs on in a phase that an error has left."""
+    phases = Phases()
+    with pytest.raises(KeyError), phases("load"):
+        raise KeyError
+    time.sleep(0.01)
+    assert phases.seconds["other"] >= 0.01
+
+
+def test_the_process_is_as_old_as_it_is():
+    """Catches ticks taken for seconds: imports happen before any clock of ours starts."""
+    age_s = process_age_s()
+    time.sleep(0.05)
+    assert 0 < age_s < 3600
+    assert process_age_s() - age_s == pytest.approx(0.05, abs=0.04)
+
+
+REQUESTS = requests_from_lists([[1, 2, 3, 4], [1, 2, 5], [7, 8, 9, 10, 11, 12]], [1, 1, 2])
+
+
+def test_padding_by_hand():
+    """Catches a request that is read inside another's row counted as a row, and tiles that are not filled up."""
+    rows, _ = plan_rows(REQUESTS, max_tokens=1000)
+    assert telemetry.fed_tokens(rows) == 2 * 5  # inputs 1 2 3 (1 2 is read inside) and 7 8 9 10 11
+    alone, _ = plan_rows(REQUESTS, max_tokens=1, isolate=True)
+    assert telemetry.fed_tokens(alone) == 3 + 2 + 5
+    packs, _ = plan_packs(REQUESTS, CostModel(forward=1e9), 1000)
+    assert telemetry.fed_tokens(packs) == 3 + 5 and telemetry.fed_tokens(packs, 128) == 128
+    nothing, _ = plan_rows(requests_from_lists([], []), max_tokens=10)
+    assert telemetry.fed_tokens(nothing) == 0
+
+
+def reports():
+    """Two ranks: the second computes twice as long and the first builds the prompts meanwhile."""
+    made = []
+    for rank in (0, 1):
+        meter = Meter()
+        meter.count("computed_tokens", 1000 * (rank + 1))
+        meter.sampling_s = 0.01
+        phases = [{"tasks": 5.0, "wait": 1.0, "forward": 4.0}, {"wait": 2.0, "forward": 8.0}][rank]
+        made.append({**meter.report(), "wall_s": 10.0, "phases_s": phases})
+    return made
+
+
+FACTS = {"request_tokens": 9000, "computed_tokens": 3000, "fed_tokens": 4500, "flops_per_token": 2.0, "peak": {"per_s": 1000.0}}
+
+
+def test_shares_by_hand():
+    """Catches a rate over the wrong seconds, and an average of averages."""
+    found = telemetry.summarize(reports(), FACTS)
+    assert (found["sharing"], found["padding"]) == (3.0, 1.5)
+    assert (found["tokens_per_s"], found["useful_tokens_per_s"]) == (3000 / 8, 9000 / 8)
+    assert found["imbalance"] == pytest.approx(8 / 6 - 1) and found["idle_share"] == pytest.approx(3 / 20)
+    assert [rank["share_of_peak"] for rank in found["ranks"]] == [1000 * 2 / 4000, 2000 * 2 / 8000]
+    assert found["ranks"][0]["sampling_share"] == pytest.approx(0.001)
+
+
+def test_advice_names_the_cause():
+    """Catches advice for a run that needs none, and a wait laid at the wrong door."""
+    found = telemetry.summarize(reports(), FACTS)
+    advice = telemetry.advise(found)
+    assert any("rank 1 waits 20% of the time: rank 0 builds the prompts" in sentence for sentence in advice)
+    assert any("rank 1 computes 33% longer than the mean" in sentence for sentence in advice)
+    assert any("33% of all tokens are padding" in sentence for sentence in advice)
+    good = {**reports()[0], "phases_s": {"forward": 10.0}}
+    assert telemetry.advise(telemetry.summarize([good], {**FACTS, "fed_tokens": 3000})) == []
+    assert "advice" not in telemetry.format_summary(found) and "wall s" in telemetry.format_summary(found)
+
+
+def test_the_sampler_samples_this_process():
+    """Catches cores and bytes that are not this process's, and a sampler that costs more than it may."""
+    world = World(0, 0, 1, torch.device("cpu"))
+    block = np.ones(2**23)  # 64 MiB, held while sampled
+    with telemetry.Sampler(world, interval_s=0.05):
+        until = time.perf_counter() + 0.5
+        while time.perf_counter() < until:
+            block[:1000].sum()
+    samples = np.array([row[:3] for row in world.meter.samples], dtype=float)
+    assert 4 <= len(samples) <= 11
+    assert 0.05 < samples[:, 1].max() < 3 and samples[:, 2].min() > block.nbytes
+    # Twice a second, as a run is sampled, this much for each sample must stay below 0.5%.
+    assert world.meter.sampling_s / len(samples) * 2 < 0.005
+
+
+def test_gpu_figures_come_from_nvml(monkeypatch):
+    """Catches wrong units, and one figure that the device does not tell taking the others with it."""
+
+    class NVMLError(Exception):
+        pass
+
+    def power(handle):
+        raise NVMLError
+
+    fake = types.SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetUtilizationRates=lambda handle: types.SimpleNamespace(gpu=83),
+        nvmlDeviceGetMemoryInfo=lambda handle: types.SimpleNamespace(used=2**31),
+        nvmlDeviceGetPowerUsage=lambda handle: 350_000,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="ab"))
+    world = World(0, 0, 1, torch.device("cuda", 0))
+    assert telemetry._gpu_reader(world)() == [0.83, 2.0**31, 350.0]
+    fake.nvmlDeviceGetPowerUsage = power
+    assert telemetry._gpu_reader(world)() == [0.83, 2.0**31, None]
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert telemetry._gpu_reader(world)() == [None, None, None]

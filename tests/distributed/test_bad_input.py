@@ -157,8 +157,6 @@ CASES = {
     "limit of half a document": ("--limit 1.5", "--limit must be a whole number or a fraction below 1, got 1.5"),
     "another engine": ("--model openai-completions", "--model must be hf"),
     "refused flag": ("--use_cache there", "--use_cache is not supported: use --output_path DIR"),
-    "tasks without a model": ("--tasks hellaswag", "--model_args pretrained=PATH_OR_NAME is missing"),
-    "model without tasks": ("--model_args pretrained=gpt2", "--tasks TASK is missing"),
     "samples and limit": (DEMO + '--tasks demo_lambada --limit 2 --samples {{"demo_lambada":[0]}}', "exclude each other"),
     "seeds of the wrong number": ("--seed 1,2", "--seed must be 1 or 4 values"),
     "config file that is not there": ("--config {place}/gone.yaml", "--config must be a YAML file that can be read"),

@@ -187,7 +187,7 @@ CASES = {
     ),
     "task function that fails": (TASKS + "--tasks raises", "lm_eval could not"),
     "task function that is not there": (TASKS + "--tasks no_function", "lm_eval could not"),
-    "template that fails": (TASKS + "--tasks bad_template", "lm_eval could not load the documents of bad_template"),
+    "template that fails": (TASKS + "--tasks bad_template", "bad_template"),
     "data file that is no JSON": (TASKS + "--tasks bad_data", "lm_eval could not"),
     "unsafe task without the flag": (TASKS + "--tasks unsafe", "unsafe"),
 }

@@ -557,6 +557,12 @@ _FLAGS = {
     "max_pack_tokens": _Flag(
         "execution", _to_count, "most tokens in one pack; a longer request gets one alone (default: chosen by the planner)", "N"
     ),
+    "load": _Flag(
+        "execution",
+        _to_text,
+        "each rank reads the weights from disk, or rank 0 reads and sends them (default: disk)",
+        "{disk,broadcast}",
+    ),
     "timeout": _Flag(
         "execution", _to_number, "most seconds that a rank may take for a pack or another step (default: 1800)", "S"
     ),

@@ -100,7 +100,7 @@ def test_torchrun_stopped(stuck, tmp_path, undisturbed):
     assert "stopped by SIGTERM" in said, str(finished)
     assert not finished.foreign_frames(), str(finished)
     assert status.read_status(tmp_path / "run")["state"] == status.PREEMPTED
-    check_resumes(tmp_path / "run", undisturbed, packs=4)
+    check_resumes(tmp_path / "run", undisturbed)
 
 
 def test_torchrun_killed(stuck):
@@ -134,11 +134,11 @@ def test_elastic_restart(stuck, tmp_path, undisturbed):
 
 def test_stuck_rank_is_named(stuck, tmp_path):
     """Catches a hang that is reported late, by another rank's time-out, or without where it is."""
-    running, _ = stuck(2, 1, "--timeout", "15")
-    finished = finish_in_time(running, 15 + STOP_S)
+    running, _ = stuck(2, 1, "--timeout", "40")
+    finished = finish_in_time(running, 40 + STOP_S)
     assert finished.returncode == 1, str(finished)
     (said,) = finished.sentences()
-    assert f"rank 1 on {socket.gethostname()} has shown no progress for 15 s while running packs, in pack 3" in said, str(
+    assert f"rank 1 on {socket.gethostname()} has shown no progress for 40 s while running packs, in pack 3" in said, str(
         finished
     )
     assert "longer --timeout" in said, str(finished)
@@ -149,9 +149,9 @@ def test_stuck_rank_is_named(stuck, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_frozen_rank_is_named(rank, stuck, tmp_path):
     """Catches a rank none of whose threads runs any more: only another rank can tell."""
-    running, pid = stuck(2, rank, "--timeout", "15")
+    running, pid = stuck(2, rank, "--timeout", "40")
     os.kill(pid, signal.SIGSTOP)
-    finished = running.finish(timeout_s=90)
+    finished = running.finish(timeout_s=150)
     said = [line for line in finished.sentences() if "has shown no progress" in line]
     assert len(said) == 1, str(finished)
     assert f"rank {rank} on {socket.gethostname()} has shown no progress for " in said[0], str(finished)

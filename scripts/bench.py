@@ -53,7 +53,9 @@ def main() -> None:
     args = read_arguments()
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
     sizes = [int(size) for size in args.batch_sizes.split(",")]
-    with Side("lm_eval", args) as lm_eval_side, Side("ours", args) as our_side:
+    with contextlib.ExitStack() as sides:
+        lm_eval_side = sides.enter_context(Side("lm_eval", args)) if args.peer == "lm_eval" else None
+        our_side = sides.enter_context(Side("ours", args))
         rows = []
         for task in args.tasks.split(","):
             rows.append(measure_task(lm_eval_side, our_side, task, sizes, args.repeats))
@@ -132,7 +134,7 @@ def serve(name: str, args: argparse.Namespace, connection: Any) -> None:
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", choices=["lm_eval"], default="lm_eval", help="what to compare with")
+    parser.add_argument("--peer", choices=["lm_eval", "none"], default="lm_eval", help="what to compare with (default lm_eval)")
     parser.add_argument("--model", required=True, help="model directory or hub name")
     parser.add_argument(
         "--random_weights", action="store_true", help="the model directory has a config and a tokenizer, no weights"
@@ -165,11 +167,11 @@ def load_model(args: argparse.Namespace, device: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def measure_task(lm_eval_side: Side, our_side: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
+def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
     """Medians of alternating runs, and how far apart the two sides' answers are."""
     task, _, limit_text = task.partition(":")
     limit = float(limit_text) if limit_text else None
-    times: dict[str, list[float]] = {str(size): [] for size in sizes}
+    times: dict[str, list[float]] = {str(size): [] for size in sizes} if lm_eval_side else {}
     ours: list[dict[str, Any]] = []
     theirs: Any = None
     for _ in range(repeats):
@@ -177,7 +179,7 @@ def measure_task(lm_eval_side: Side, our_side: Side, task: str, sizes: list[int]
         for name, seen in times.items():
             if seen and statistics.median(seen) > 1.3 * best:
                 continue
-            elapsed_s, answers = lm_eval_side.ask("score", task, limit, int(name))
+            elapsed_s, answers = lm_eval_side.ask("score", task, limit, int(name))  # type: ignore[union-attr]
             seen.append(elapsed_s)
             theirs = answers or theirs
         elapsed_s, answers = our_side.ask("score", task, limit, None)
@@ -186,21 +188,25 @@ def measure_task(lm_eval_side: Side, our_side: Side, task: str, sizes: list[int]
     def median(get: Any) -> float:
         return statistics.median(get(run) for run in ours)
 
-    medians = {name: statistics.median(seen) for name, seen in times.items()}
-    best_size = min(medians, key=medians.__getitem__)
-    return {
+    row = {
         "task": task,
         "limit": limit,
         **{key: ours[0][key] for key in ("requests", "request_tokens", "computed_tokens", "packs", "layout_of_requests")},
         **ours[0]["useful"],
-        "phases_s": {name: median(lambda run, name=name: run["phases_s"][name]) for name in ours[0]["phases_s"]},
+        "phases_s": {name: median(lambda run, name=name: run["phases_s"].get(name, 0.0)) for name in ours[0]["phases_s"]},
         "peak_flops": median(lambda run: run["peak_flops"]),
         "share_of_peak": median(lambda run: run["useful"]["flops"] / run["phases_s"]["forward"] / run["peak_flops"]),
         "ours_s": median(lambda run: run["elapsed_s"]),
+        "all_times_s": {**times, "ours": [run["elapsed_s"] for run in ours]},
+    }
+    if not lm_eval_side:
+        return row
+    medians = {name: statistics.median(seen) for name, seen in times.items()}
+    best_size = min(medians, key=medians.__getitem__)
+    return row | {
         "lm_eval_s": medians[best_size],
         "lm_eval_batch_size": int(best_size),
-        "ratio": medians[best_size] / median(lambda run: run["elapsed_s"]),
-        "all_times_s": {**times, "ours": [run["elapsed_s"] for run in ours]},
+        "ratio": medians[best_size] / row["ours_s"],
         **compare(theirs, ours[-1]),
     }
 
@@ -373,8 +379,10 @@ COLUMNS: dict[str, Any] = {
     "gather s": lambda row: f"{row['phases_s']['gather']:.3f}",
     "score s": lambda row: f"{row['phases_s']['score']:.2f}",
     "ours s": lambda row: f"{row['ours_s']:.2f}",
-    "lm_eval s (batch)": lambda row: f"{row['lm_eval_s']:.2f} ({row['lm_eval_batch_size']})",
     "share of peak": lambda row: f"{row['share_of_peak']:.0%}",
+}
+AGAINST_LM_EVAL: dict[str, Any] = {
+    "lm_eval s (batch)": lambda row: f"{row['lm_eval_s']:.2f} ({row['lm_eval_batch_size']})",
     "ratio": lambda row: f"**{row['ratio']:.2f}**",
     "max difference, nats": lambda row: f"{row['max_difference_nats']:.1e}",
     "greedy flags differing": lambda row: str(row["greedy_flags_differing"]),
@@ -383,12 +391,17 @@ COLUMNS: dict[str, Any] = {
 
 
 def format_row(row: dict[str, Any]) -> str:
-    return f"| {' | '.join(show(row) for show in COLUMNS.values())} |"
+    return f"| {' | '.join(show(row) for show in columns_of(row).values())} |"
+
+
+def columns_of(row: dict[str, Any]) -> dict[str, Any]:
+    return COLUMNS | AGAINST_LM_EVAL if "ratio" in row else COLUMNS
 
 
 def format_report(report: dict[str, Any]) -> str:
     conditions, rows = report["conditions"], report["rows"]
-    mean = math.exp(statistics.fmean(math.log(row["ratio"]) for row in rows))
+    compared = [math.log(row["ratio"]) for row in rows if "ratio" in row]
+    mean = f"Geometric mean of the ratios: **{math.exp(statistics.fmean(compared)):.2f}**. " if compared else ""
     share = sum(row["flops"] for row in rows) / sum(row["phases_s"]["forward"] * row["peak_flops"] for row in rows)
     packages = ", ".join(f"{name} {version}" for name, version in conditions["packages"].items())
     lines = [
@@ -397,11 +410,11 @@ def format_report(report: dict[str, Any]) -> str:
         f"Hardware: {json.dumps(conditions['hardware'])}. Packages: {packages}.",
         f"Command: `{conditions['command']}`",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
+        f"| {' | '.join(columns_of(rows[0]))} |",
+        f"|{'---|' * len(columns_of(rows[0]))}",
         *map(format_row, rows),
         "",
-        f"Geometric mean of the ratios: **{mean:.2f}**. Useful work over the forward phases of all tasks: **{share:.0%}** of the "
+        f"{mean}Useful work over the forward phases of all tasks: **{share:.0%}** of the "
         f"rate of a large matrix product ({statistics.median(row['peak_flops'] for row in rows) / 1e9:,.0f} GFLOP/s).",
     ]
     return "\n".join(lines)

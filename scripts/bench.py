@@ -7,7 +7,7 @@ Each side has a process of its own with the loaded model, as its users have; one
 repeat, lm_eval scores the requests at each of its batch sizes, then ddp_eval does. What is timed is the scoring alone, from
 request texts to log-probabilities (tokenise, plan with its self-check, forward, gather, and all else between the question and the
 answer); building prompts and computing metrics is lm_eval's own code on both sides and is left out. lm_eval counts at the batch
-size that is best for the task; one that took over 1.3 times the best at the first repeat is not tried again.
+size that is best for the task: all are tried on a quarter of the documents, and those within 1.15 times the best on all of them.
 
 The share of peak is ddp_eval's useful work over the seconds of its forward phase, over the rate of a large matrix product
 measured beside it in the same process, dtype and threads:
@@ -171,14 +171,15 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
     """Medians of alternating runs, and how far apart the two sides' answers are."""
     task, _, limit_text = task.partition(":")
     limit = float(limit_text) if limit_text else None
-    times: dict[str, list[float]] = {str(size): [] for size in sizes} if lm_eval_side else {}
     ours: list[dict[str, Any]] = []
     theirs: Any = None
+    tried: dict[str, float] = {}
+    if lm_eval_side:
+        lm_eval_side.ask("score", task, 1, 1)  # warms up
+        tried = {str(size): lm_eval_side.ask("score", task, limit and max(1, limit // 4), size)[0] for size in sizes}
+    times: dict[str, list[float]] = {name: [] for name in tried if tried[name] <= 1.15 * min(tried.values())}
     for _ in range(repeats):
-        best = min((statistics.median(seen) for seen in times.values() if seen), default=math.inf)
         for name, seen in times.items():
-            if seen and statistics.median(seen) > 1.3 * best:
-                continue
             elapsed_s, answers = lm_eval_side.ask("score", task, limit, int(name))  # type: ignore[union-attr]
             seen.append(elapsed_s)
             theirs = answers or theirs
@@ -198,6 +199,7 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
         "share_of_peak": median(lambda run: run["useful"]["flops"] / run["phases_s"]["forward"] / run["peak_flops"]),
         "ours_s": median(lambda run: run["elapsed_s"]),
         "all_times_s": {**times, "ours": [run["elapsed_s"] for run in ours]},
+        "quarter_times_s": tried,
     }
     if not lm_eval_side:
         return row

@@ -70,7 +70,7 @@ def test_errors_come_to_all_ranks(ranks, alone):
 
 def test_progress_starts_anew(ranks):
     """Catches counts of an earlier evaluation, with the same plan in the same group, that are still in the store."""
-    assert 0 < ranks[0]["counted"] < 2 * ranks[0]["computed"]
+    assert 0 < ranks[0]["counted"] <= 2 * ranks[0]["computed"]  # twice, where the sampler gives both ranks the only pack
 
 
 def test_run_directory_is_written_once(launched):

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
+from ddp_eval import layout
 from ddp_eval.errors import UserError
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
@@ -47,6 +48,7 @@ class Config:
     bootstrap_iters: int = 100_000
     packing: bool = True
     max_pack_tokens: int | None = None
+    layout: str = "auto"
 
     @property
     def loader_args(self) -> dict[str, Any]:
@@ -64,6 +66,7 @@ class Config:
         _check_whole("max_length", self.model_args.get("max_length"), 1)
         _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
         _check_seed(self.seed)
+        layout.check_words(self.layout)
         if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
             raise UserError(f"--limit must be more than 0 (documents per task, or a fraction below 1), got {self.limit:g}")
         if self.limit is not None and self.limit >= 1 and self.limit != int(self.limit):

@@ -20,10 +20,12 @@ from ddp_eval.telemetry import Phases, Progress
 def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> np.ndarray:
     """Run this rank's packs and gather everyone's `_result_rows`."""
     plan = work.plan
-    with Progress(world, work.name, int(plan.num_requests.sum())) as progress:
+    engine.on_trial = work.trial
+    with Progress(world, work.name, int(plan.num_requests.sum()), silent=work.trial) as progress:
         try:
             with phases("forward"):
-                blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
+                done = _run_packs(world, engine, plan, progress)
+                blocks = [_result_rows(*result) for result in done if engine.bears_results]
                 progress.push()
         except BaseException:
             if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
@@ -41,8 +43,10 @@ def _run_packs(
     """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected."""
 
     def collect(index: int, launched: hf.Launched) -> tuple[Pack, np.ndarray, np.ndarray]:
-        sums, greedy = engine.collect(launched)
-        progress.add(int(plan.num_requests[index]), len(launched.pack))
+        with _naming_pack(world, launched.pack):
+            sums, greedy = engine.collect(launched)
+        if engine.bears_results:
+            progress.add(int(plan.num_requests[index]), len(launched.pack))
         return launched.pack, sums, greedy
 
     under_way = None
@@ -56,8 +60,14 @@ def _run_packs(
 
 
 def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> hf.Launched:
-    try:
+    with _naming_pack(world, pack):
         return engine.launch(pack)
+
+
+@contextlib.contextmanager
+def _naming_pack(world: World, pack: Pack) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise UserError(
             f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "

@@ -1,4 +1,4 @@
-"""What the leader says to the other ranks: run this plan, stop, or I have failed."""
+"""What the leader says to the other ranks: load the model like this, run this plan, stop, or I have failed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,27 @@ from typing import Any
 from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
+from ddp_eval.layout import Layout
 from ddp_eval.packing import Plan
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """The leader's word to load the model in this layout, in place of what is loaded."""
+
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
-    """The leader's word to run a plan. name: unlike that of any other work of these ranks."""
+    """The leader's word to run a plan. name: unlike that of any other work of these ranks.
+
+    trial: the plan is a question to the model, not part of the run: no progress is shown, and what fails comes back as NaN.
+    """
 
     plan: Plan
     name: str
+    trial: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +49,14 @@ class Followers:
         self.world = world
         self._listening = True
 
+    def load(self, layout: Layout) -> None:
+        """Have all ranks begin to load the model; the leader loads its own part."""
+        distributed.send_message(self.world, Load(layout))
+
     @contextlib.contextmanager
-    def working_on(self, plan: Plan) -> Iterator[Work]:
+    def working_on(self, plan: Plan, trial: bool = False) -> Iterator[Work]:
         """Have all ranks run `plan` while the leader runs it too."""
-        work = Work(plan, uuid.uuid4().hex)
+        work = Work(plan, uuid.uuid4().hex, trial)
         distributed.send_message(self.world, work)
         self._listening = False
         yield work
@@ -57,12 +73,12 @@ class Followers:
         distributed.send_message(self.world, message)
 
 
-def next_work(world: World) -> Work | None:
-    """On the other ranks: wait for the leader's next plan; None when it says stop. Raises what the leader failed of."""
+def next_word(world: World) -> Load | Work | None:
+    """On the other ranks: wait for what the leader says next; None is stop. Raises what the leader failed of."""
     message = distributed.receive_message(world)
     if isinstance(message, Abort):
         if message.of_user:
             raise UserError(message.reason)
         raise distributed.LostContact("rank 0 has failed: its own error says why")
-    work: Work | None = message
-    return work
+    word: Load | Work | None = message
+    return word

@@ -1,7 +1,8 @@
 """A run from start to end: who does what, in order. Read this first.
 
 rank 0                                             ranks 1 … N-1
-  load the replica (tasks and prompts meanwhile)     load the replica
+  choose the layout (layout.py) ────────────────────► hear it
+  load the replica (tasks and prompts meanwhile)     load the replica, or this rank's part of one
   lm_eval builds every request once                  wait
   tokenise, check packs, plan                        wait
   send the plan ────────────────────────────────────► receive it
@@ -19,25 +20,37 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ddp_eval import demo, distributed, results
+from ddp_eval import layout as layouts
+from ddp_eval.choice import choose_layout
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
+from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, run_plan
+from ddp_eval.layout import Layout
 from ddp_eval.manifest import describe_model, describe_run
-from ddp_eval.packing import Requests
-from ddp_eval.planning import Decision, make_plan
-from ddp_eval.protocol import Followers, next_work
+from ddp_eval.packing import Plan, Requests
+from ddp_eval.planning import Decision, ScorePlan, make_plan
+from ddp_eval.protocol import Followers, Load, next_word
 from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoder
 
 log = logging.getLogger("ddp_eval")
+
+
+class Seated(NamedTuple):
+    """A rank with its part of the model. world: grouped into the replicas of `layout`."""
+
+    world: World
+    layout: Layout
+    engine: hf.HFEngine
 
 
 def run(config: Config, world: World) -> dict[str, Any] | None:
@@ -47,7 +60,7 @@ def run(config: Config, world: World) -> dict[str, Any] | None:
     """
     if not world.is_leader:
         model_config = hf.load_config(config.loader_args)
-        _follow(world, hf.load_engine(config.loader_args, model_config, world.device))
+        _follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
         return None
     with Followers(world) as followers:
         return _lead_run(config, world, followers)
@@ -74,11 +87,15 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
         with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine:
             bare.eval()
             if not world.is_leader:
-                _follow(world, engine)
+                _follow(world, lambda world, layout: engine)
                 return None
             with Followers(world) as followers:
                 _prepare_output(config)
-                return _lead(config, followers, bare.config, tokenizer, lambda: engine, lambda: None)
+                if config.layout not in (layouts.AUTO, layouts.REPLICAS):
+                    raise UserError(f"evaluate needs a whole copy of the model on every rank, got the layout {config.layout}")
+                followers.load(layouts.WHOLE_COPIES)
+                seated = Seated(world, layouts.WHOLE_COPIES, engine)
+                return _lead(config, followers, bare.config, tokenizer, lambda: seated, lambda: None)
     finally:
         distributed.release_group(world)
 
@@ -87,12 +104,17 @@ def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, A
     """The leader's part of `run`: weights load in a thread of their own while lm_eval builds the prompts."""
     _prepare_output(config)
     model_config = hf.load_config(config.loader_args)
+    layout, why = choose_layout(config, model_config, world)
     tokenizer = hf.load_tokenizer(config.loader_args)
-    engine: Future[hf.HFEngine] = Future()
+    if world.world_size > 1:
+        log.warning("layout %s: %s (%s)", layout, layout.sentence(world.world_size), why)
+    followers.load(layout)
+    seated: Future[Seated] = Future()
     digests: Future[dict[str, Any]] = Future()
 
     def load() -> None:
-        _fulfil(engine, lambda: hf.load_engine(config.loader_args, model_config, world.device))
+        laid_out = lay_out(world, layout)
+        _fulfil(seated, lambda: Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout)))
         name = hf.resolve_pretrained(config.model_args)
         _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
@@ -100,7 +122,7 @@ def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, A
     from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, followers, model_config, tokenizer, engine.result, digests.result)
+    return _lead(config, followers, model_config, tokenizer, seated.result, digests.result)
 
 
 def _prepare_output(config: Config) -> None:
@@ -113,13 +135,13 @@ def _lead(
     followers: Followers,
     model_config: Any,
     tokenizer: Any,
-    get_engine: Callable[[], hf.HFEngine],
+    get_seated: Callable[[], Seated],
     get_digests: Callable[[], dict[str, Any] | None],
 ) -> dict[str, Any]:
     """Build the requests, have all ranks score them, compute metrics and write the run directory."""
     from ddp_eval import harness
 
-    world, phases = followers.world, Phases()
+    phases = Phases()
     model_args = config.model_args
     max_length = harness.max_length_of(model_args, model_config, tokenizer)
     try:
@@ -131,10 +153,10 @@ def _lead(
 
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         with phases("load"):
-            engine = get_engine()
+            world, layout, engine = get_seated()
         with phases("plan"):
-            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens)
-        facts.update(engine=engine.describe(), **_describe_plan(decision, requests))
+            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, _trial_of(followers, world, engine))
+        facts.update(engine=engine.describe(), layout=str(layout), **_describe_plan(decision, requests))
         if decision.why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         with followers.working_on(decision.plan) as work:
@@ -156,15 +178,35 @@ def _lead(
     facts["prompts_sha256"] = outcome.prompt_digest
     outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
     if config.output_path:
-        manifest = describe_run(config, world, outcome.results, facts, get_digests())
+        manifest = describe_run(config, followers.world, outcome.results, facts, get_digests())
         results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"))
     return outcome.results
 
 
-def _follow(world: World, engine: hf.HFEngine) -> None:
-    """Every other rank's part: run what the leader sends until it says stop."""
-    while (work := next_work(world)) is not None:
-        run_plan(world, engine, work, Phases())
+def _follow(world: World, load: Callable[[World, Layout], hf.HFEngine]) -> None:
+    """Every other rank's part: load and run what the leader sends until it says stop."""
+    engine = None
+    while (word := next_word(world)) is not None:
+        if isinstance(word, Load):
+            engine = None  # its memory goes before the next takes some
+            laid_out = lay_out(world, word.layout)
+            engine = load(laid_out, word.layout)
+        else:
+            assert engine is not None, "the leader says how to load before it says what to run"
+            run_plan(laid_out, engine, word, Phases())
+
+
+def _trial_of(followers: Followers, world: World, engine: hf.HFEngine) -> ScorePlan | None:
+    """How trial plans are scored where a copy of the model lies on several ranks: by all of them, like the run itself."""
+    if world.ranks_per_replica == 1:
+        return None
+
+    def score(plan: Plan) -> np.ndarray:
+        with followers.working_on(plan, trial=True) as work:
+            rows = run_plan(world, engine, work, Phases())
+        return fill_slots(rows, plan.num_items)[0]
+
+    return score
 
 
 def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:

@@ -32,12 +32,14 @@ class Phases:
 class Progress:
     """Counts finished requests and tokens of all ranks; on the leader, shows them until the block ends.
 
-    On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end.
+    On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end. With `silent`, nothing.
     """
 
     PUSH_S = 0.5  # a rank tells its counts at most this often
 
-    def __init__(self, world: World, name: str, requests: int, stream: TextIO | None = None, quiet_s: float = 30.0) -> None:
+    def __init__(
+        self, world: World, name: str, requests: int, stream: TextIO | None = None, quiet_s: float = 30.0, silent: bool = False
+    ) -> None:
         self._requests, self._tokens = Tally(world, f"{name}/requests"), Tally(world, f"{name}/tokens")
         self._total = requests
         self._stream = stream or sys.stderr
@@ -45,7 +47,7 @@ class Progress:
         self._unsent = [0, 0]
         self._pushed_at = self._started = time.monotonic()
         self._finished = threading.Event()
-        self._shower = threading.Thread(target=self._show, daemon=True) if world.is_leader else None
+        self._shower = threading.Thread(target=self._show, daemon=True) if world.is_leader and not silent else None
 
     def __enter__(self) -> Progress:
         if self._shower:

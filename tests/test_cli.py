@@ -211,7 +211,7 @@ def test_what_no_longer_matters_is_accepted_and_said_to_be_ignored() -> None:
         "model_args logits_cache is ignored: requests with the same prefix always share it",
         "model_args truncation is ignored: a request that is too long always keeps its last tokens",
         "model_args softmax_dtype is ignored: log-probabilities are always computed in float32",
-        "model_args offload_folder is ignored: it matters only with parallelize",
+        "model_args offload_folder is ignored: --layout goes by the memory that the GPUs have",
     ]
 
 
@@ -221,7 +221,23 @@ def test_model_args_that_are_switched_off_are_left_out() -> None:
     assert config.model_args == {"pretrained": "m", "dtype": "auto"}
 
 
+def test_layouts_have_lm_evals_spellings_too() -> None:
+    """Catches parallelize=True or tp_plan=auto that loses its meaning, or reaches the model's loader."""
+    assert read().layout == "auto"
+    assert read("--layout", "layers:4").layout == "layers:4"
+    for setting, layout in {"parallelize=True": "layers", "tp_plan=auto": "tensor"}.items():
+        config = read("-a", setting)
+        assert (config.layout, config.model_args) == (layout, {"pretrained": "m"})
+    assert read("-a", "parallelize=True", "--layout", "layers").layout == "layers"
+    assert read("-a", "parallelize=False", "--layout", "tensor:2").layout == "tensor:2"
+
+
 REFUSED = {
+    "--layout rows": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got rows",
+    "--layout layers:1": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got layers:1",
+    "--layout replicas:2": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got replicas:2",
+    "-a tp_plan=mine": "model_args tp_plan must be auto, got mine: the model brings its own plan",
+    "-a parallelize=True --layout tensor:2": "--layout and parallelize=True ask for different layouts: give one of them",
     "ls tasks": "unknown command ls: the only one is run, which may also be left out",
     "compare a b": "unknown command compare: the only one is run, which may also be left out",
     "--fewshots 3": "unknown flag --fewshots: did you mean --num_fewshot?",
@@ -285,9 +301,7 @@ REFUSED = {
 REFUSED |= {
     f"-a {setting}": f"model_args {setting.partition('=')[0]} is not supported yet: {why}"
     for setting, why in {
-        "parallelize=True": "every rank holds a whole copy of the model",
-        "tp_plan=auto": "every rank holds a whole copy of the model",
-        "device_map=auto": "every rank holds a whole copy of the model, on the device that --device names",
+        "device_map=auto": "--layout says how the model lies over the ranks",
         "peft=lora": "merge the adapter into the model, save it, and evaluate what you saved",
         "delta=d": "add the delta to the base model, save it, and evaluate what you saved",
         "autogptq=True": "evaluate GPTQ weights with lm_eval's own hf model",

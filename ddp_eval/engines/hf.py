@@ -55,11 +55,16 @@ class HFEngine:
     `tree_attention`, which may be a faster one; `close` puts the first back.
 
     keep_attention: use the model's own for trees too.
+    whole: where `model` is a part of a replica, the replica on the meta device: sizes and costs are reckoned from it.
     Raises nothing for models that packs cannot serve: `why_not_packs` then says why, and only rows must be run.
     """
 
-    def __init__(self, model: Any, device: torch.device, keep_attention: bool = False) -> None:
+    bears_results = True  # False on the ranks of a replica that only help: what they collect does not count
+    on_trial = False  # in a trial, parts of a replica turn an error into NaN: their fellows wait for them
+
+    def __init__(self, model: Any, device: torch.device, keep_attention: bool = False, whole: Any = None) -> None:
         self.model = model
+        self.whole = model if whole is None else whole
         self.device = device
         self.config = model.config.get_text_config()
         self.plain_attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
@@ -123,7 +128,7 @@ class HFEngine:
         return {
             "name": "hf",
             "class": type(self.model).__name__,
-            "parameters": int(self.model.num_parameters()),
+            "parameters": int(self.whole.num_parameters()),
             "dtype": str(self.model.dtype),
             "attention": self.tree_attention,
         }
@@ -134,7 +139,7 @@ class HFEngine:
 
     def max_tokens(self) -> int:
         """The largest pack worth planning; a longer request still gets a pack of its own."""
-        return 8192 if self.device.type == "cuda" else 4096
+        return largest_pack(self.device)
 
     def cost_model(self) -> CostModel:
         """Floating-point operations of a forward, from the model's shape alone."""
@@ -148,11 +153,18 @@ class HFEngine:
         slowdown = 2.0
         return CostModel(
             forward=fixed_per_layer * layers,
-            token=2.0 * _active_parameters(self.model, self.config),
+            token=2.0 * active_parameters(self.whole, self.config),
             pair=slowdown * 4.0 * heads * head_dim * layers,
             read=2.0 * hidden * self.vocab_size,
             dense=self.tree_attention in ("sdpa", "eager"),
         )
+
+    def input_shape(self, pack: Pack) -> tuple[int, int]:
+        """(B, L) of the token ids that a pack's forward is given."""
+        if pack.rows:
+            return int((pack.depth == 0).sum()), int(pack.depth.max()) + 1
+        attention = self.plain_attention if pack.is_chain else self.tree_attention
+        return 1, len(pack) + (-len(pack) % FLEX_STEP if attention == "flex_attention" else 0)
 
     def launch(self, pack: Pack) -> Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
@@ -227,6 +239,11 @@ class HFEngine:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
 
 
+def largest_pack(device: torch.device) -> int:
+    """Tokens of the largest pack worth planning on `device`."""
+    return 8192 if device.type == "cuda" else 4096
+
+
 def _choose_attention(model: Any, plain: str, device: torch.device) -> str:
     """The attention implementation that is fastest for trees, where the model came with sdpa; else what it came with.
 
@@ -299,6 +316,26 @@ def load_tokenizer(model_args: dict[str, Any]) -> Any:
 
 def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -> HFEngine:
     """Load a replica's weights onto `device`. Raises UserError for unusable files, arguments or too little memory."""
+    return HFEngine(load_weights(model_args, config, device), device, keep_attention="attn_implementation" in model_args)
+
+
+def whole_model(model_args: dict[str, Any], config: Any) -> Any:
+    """The model with shapes and no weights: on the meta device, in the dtype that it would be loaded in."""
+    import transformers
+
+    dtype = _dtype(model_args.get("dtype", "auto"))
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    trust = {"trust_remote_code": True} if model_args.get("trust_remote_code") else {}
+    with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
+
+
+def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, **options: Any) -> Any:
+    """A model in evaluation mode on `device`.
+
+    source: the class whose `from_pretrained` loads it; AutoModelForCausalLM if not given. options: for `from_pretrained`.
+    """
     import transformers
 
     name = resolve_pretrained(model_args)
@@ -308,13 +345,14 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
         key: value for key, value in model_args.items() if key not in own and (key in _LOADER_ARGS or not hasattr(config, key))
     }
     with _as_user_error(f"cannot load the model {name}"):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (source or transformers.AutoModelForCausalLM).from_pretrained(
             name,
             config=config,
             dtype=_dtype(model_args.get("dtype", "auto")),
             output_loading_info=True,
             **_shared(model_args),
             **extra,
+            **options,
         )
     model, loading = loaded
     missing = sorted(loading["missing_keys"])
@@ -323,10 +361,9 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
             f"the checkpoint {name} lacks {len(missing)} of the model's weights, such as {missing[0]}: they would be random"
         )
     try:
-        model = model.to(device).eval()
+        return model.to(device).eval()
     except torch.OutOfMemoryError:
         raise UserError(f"the model {name} does not fit into the memory of {device}") from None
-    return HFEngine(model, device, keep_attention="attn_implementation" in model_args)
 
 
 def _shared(model_args: dict[str, Any]) -> dict[str, Any]:
@@ -354,12 +391,16 @@ def _as_user_error(what: str) -> Any:
         raise UserError(f"{what}: {first[:300]}") from error
 
 
-def _active_parameters(model: Any, config: Any) -> float:
-    """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to."""
+def active_parameters(model: Any, config: Any) -> float:
+    """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to.
+
+    model: the whole of it, or one of its layers.
+    """
     experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), None)
     routed = getattr(config, "num_experts_per_tok", None)
     share = routed / experts if experts and routed else 1.0
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    has_ends = hasattr(model, "get_input_embeddings")
+    ends = (model.get_input_embeddings(), model.get_output_embeddings()) if has_ends else ()
     skipped = {id(weight) for end in ends if end is not None for weight in end.parameters()}
     counted = [(name, weight.numel()) for name, weight in model.named_parameters() if id(weight) not in skipped]
     return float(sum(size * (share if "expert" in name else 1.0) for name, size in counted))

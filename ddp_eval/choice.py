@@ -8,7 +8,7 @@ from typing import Any
 from ddp_eval import layout as layouts
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import hf, vllm
 from ddp_eval.errors import UserError
 from ddp_eval.layout import LAYERS, REPLICAS, Layout
 from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
@@ -102,6 +102,8 @@ def choose_layout(config: Config, model_config: Any, world: World) -> tuple[Layo
 
     Raises UserError when the ranks do not divide into replicas, or the model cannot be laid out as asked.
     """
+    if config.model == "vllm":
+        return _choose_for_vllm(config, world), "tensor_parallel_size"
     fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)
     if fixed == layouts.WHOLE_COPIES or (fixed is None and world.world_size == 1):
         return layouts.WHOLE_COPIES, "as asked" if fixed else "one rank"
@@ -115,6 +117,17 @@ def choose_layout(config: Config, model_config: Any, world: World) -> tuple[Layo
         return chosen.layout, f"the fewest ranks that hold the model: {say_memory(chosen)}"
     chosen = recommend(candidates)
     return chosen.layout, f"{'the quickest that fits' if chosen.fits else 'nothing fits, this lacks least'}: {say_memory(chosen)}"
+
+
+def _choose_for_vllm(config: Config, world: World) -> Layout:
+    """vLLM splits its engines itself, as tensor_parallel_size says."""
+    vllm.check_installed()
+    if config.layout not in (layouts.AUTO, layouts.REPLICAS):
+        raise UserError(f"--layout {config.layout} is not for --model vllm: give tensor_parallel_size=K in --model_args")
+    ranks = vllm.ranks_per_engine(config.model_args)
+    layout = Layout(layouts.TENSOR, ranks) if ranks > 1 else layouts.WHOLE_COPIES
+    layouts.check_division(layout, world.world_size)
+    return layout
 
 
 def ranks_of(config: Config, world: World) -> Ranks:

@@ -58,8 +58,8 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.seed, int):
             object.__setattr__(self, "seed", (self.seed,) * len(DEFAULT_SEED))
-        if self.model != "hf":
-            raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
+        if self.model not in ("hf", "vllm"):
+            raise UserError(f"--model must be hf or vllm, got {self.model}")
         _check_at_least("--num_fewshot", self.num_fewshot, 0)
         _check_at_least("--max_pack_tokens", self.max_pack_tokens, 1)
         _check_at_least("--bootstrap_iters", self.bootstrap_iters, 0)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from ddp_eval import distributed
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError
 from ddp_eval.packing import Pack, Plan, build_pack
 from ddp_eval.protocol import Work
 from ddp_eval.telemetry import Phases, Progress
 
 
-def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> np.ndarray:
+def run_plan(world: World, engine: Engine, work: Work, phases: Phases) -> np.ndarray:
     """Run this rank's packs and gather everyone's `_result_rows`."""
     plan = work.plan
     engine.on_trial = work.trial
@@ -37,31 +38,26 @@ def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> n
             return distributed.all_gather_rows(world, mine)
 
 
-def _run_packs(
-    world: World, engine: hf.HFEngine, plan: Plan, progress: Progress
-) -> Iterator[tuple[Pack, np.ndarray, np.ndarray]]:
+def _run_packs(world: World, engine: Engine, plan: Plan, progress: Progress) -> Iterator[tuple[Pack, np.ndarray, np.ndarray]]:
     """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected."""
 
-    def collect(index: int, launched: hf.Launched) -> tuple[Pack, np.ndarray, np.ndarray]:
-        with _naming_pack(world, launched.pack):
+    def collect(index: int, pack: Pack, launched: Any) -> tuple[Pack, np.ndarray, np.ndarray]:
+        with _naming_pack(world, pack):
             sums, greedy = engine.collect(launched)
         if engine.bears_results:
-            progress.add(int(plan.num_requests[index]), len(launched.pack))
-        return launched.pack, sums, greedy
+            progress.add(int(plan.num_requests[index]), len(pack))
+        return pack, sums, greedy
 
     under_way = None
     for index in reversed(distributed.shard(world, plan.num_packs)):
-        launched = index, _launch(world, engine, build_pack(plan, index))
+        pack = build_pack(plan, index)
+        with _naming_pack(world, pack):
+            launched = index, pack, engine.launch(pack)
         if under_way is not None:
             yield collect(*under_way)
         under_way = launched
     if under_way is not None:
         yield collect(*under_way)
-
-
-def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> hf.Launched:
-    with _naming_pack(world, pack):
-        return engine.launch(pack)
 
 
 @contextlib.contextmanager

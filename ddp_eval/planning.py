@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines.hf import HFEngine
+from ddp_eval.engines import Engine
 from ddp_eval.packing import CostModel, IntArray, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
@@ -29,7 +29,7 @@ ScorePlan = Callable[[Plan], npt.NDArray[np.float64]]
 
 
 def make_plan(
-    engine: HFEngine, requests: Requests, packing: bool, max_pack_tokens: int | None, score_plan: ScorePlan | None = None
+    engine: Engine, requests: Requests, packing: bool, max_pack_tokens: int | None, score_plan: ScorePlan | None = None
 ) -> Decision:
     """Decide between packs and rows, and cut the requests.
 
@@ -68,7 +68,7 @@ def trial_requests(requests: Requests, vocab_size: int, reach: int | None) -> Re
     return requests_from_lists(sequences, [3, 5, 4, 6, 12])
 
 
-def check_packs(engine: HFEngine, requests: Requests, score_plan: ScorePlan | None = None) -> str | None:
+def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None = None) -> str | None:
     """Try `requests` packed against plain, one at a time. Returns None when they agree, else one phrase that says how far off.
 
     A model that takes a tree mask and yet ignores part of it (positions by index, a running state) gives wrong numbers without
@@ -88,14 +88,14 @@ def check_packs(engine: HFEngine, requests: Requests, score_plan: ScorePlan | No
     padded = score(*plan_rows(requests, max_tokens=2**30))
     drift = np.abs(packed - alone) / requests.num_targets
     rounding = np.abs(padded - alone) / requests.num_targets
-    allowed = max(_ROUNDING.get(engine.model.dtype, 1e-4), 5 * float(rounding.mean()))
+    allowed = max(_ROUNDING.get(engine.dtype, 1e-4), 5 * float(rounding.mean()))
     # A NaN is not "at most" anything either.
     if float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed:
         return None
     return f"packed and plain runs differ by {float(drift.max()):.2g} nats per token, where {allowed:.2g} on average is allowed"
 
 
-def _score_alone(engine: HFEngine, plan: Plan) -> npt.NDArray[np.float64]:
+def _score_alone(engine: Engine, plan: Plan) -> npt.NDArray[np.float64]:
     sums = [engine.collect(engine.launch(build_pack(plan, index)))[0] for index in range(plan.num_packs)]
     scores: npt.NDArray[np.float64] = np.concatenate(sums)
     return scores

@@ -30,7 +30,7 @@ from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import Engine, hf, vllm
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, run_plan
@@ -50,7 +50,7 @@ class Seated(NamedTuple):
 
     world: World
     layout: Layout
-    engine: hf.HFEngine
+    engine: Engine
 
 
 def run(config: Config, world: World) -> dict[str, Any] | None:
@@ -144,6 +144,8 @@ def _lead(
     phases = Phases()
     model_args = config.model_args
     max_length = harness.max_length_of(model_args, model_config, tokenizer)
+    if config.model == "vllm":
+        max_length = vllm.longest_input(model_args, max_length)
     try:
         encoder = Encoder(tokenizer, max_length, model_args.get("add_bos_token"), model_args.get("prefix_token_id"))
     except ValueError as error:
@@ -183,7 +185,7 @@ def _lead(
     return outcome.results
 
 
-def _follow(world: World, load: Callable[[World, Layout], hf.HFEngine]) -> None:
+def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
     """Every other rank's part: load and run what the leader sends until it says stop."""
     engine = None
     while (word := next_word(world)) is not None:
@@ -196,7 +198,7 @@ def _follow(world: World, load: Callable[[World, Layout], hf.HFEngine]) -> None:
             run_plan(laid_out, engine, word, Phases())
 
 
-def _trial_of(followers: Followers, world: World, engine: hf.HFEngine) -> ScorePlan | None:
+def _trial_of(followers: Followers, world: World, engine: Engine) -> ScorePlan | None:
     """How trial plans are scored where a copy of the model lies on several ranks: by all of them, like the run itself."""
     if world.ranks_per_replica == 1:
         return None

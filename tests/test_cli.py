@@ -257,7 +257,7 @@ REFUSED = {
     "--num_fewshot 2.0": "--num_fewshot must be a whole number, got 2.0",
     "--max_pack_tokens 0": "--max_pack_tokens must be 1 or more, got 0",
     "--bootstrap_iters few": "--bootstrap_iters must be a whole number, got few",
-    "--model vllm": "--model must be hf, got vllm: other engines are not available yet",
+    "--model gguf": "--model must be hf or vllm, got gguf",
     "--seed x": "--seed must be whole numbers or None, got x",
     "--seed 1,2": "--seed must be 1 or 4 values (random, numpy, torch, few-shot), got 2",
     "--seed 1,2,3,4,5": "--seed must be 1 or 4 values (random, numpy, torch, few-shot), got 5",

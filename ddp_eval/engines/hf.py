@@ -120,6 +120,11 @@ class HFEngine:
             module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
 
     @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
 

@@ -8,7 +8,7 @@ from typing import Any
 from ddp_eval import layout
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import Engine, hf
 from ddp_eval.layout import Layout
 
 
@@ -17,9 +17,13 @@ def lay_out(world: World, chosen: Layout) -> World:
     return dataclasses.replace(world, ranks_per_replica=chosen.ranks_per_replica)
 
 
-def load_replica(config: Config, model_config: Any, world: World, chosen: Layout) -> hf.HFEngine:
+def load_replica(config: Config, model_config: Any, world: World, chosen: Layout) -> Engine:
     """This rank's engine. world: as `lay_out` returns it. Collective where several ranks hold a replica."""
     model_args = config.loader_args
+    if config.model == "vllm":
+        from ddp_eval.engines.vllm import load_vllm_engine
+
+        return load_vllm_engine(model_args, model_config, world)
     if chosen.kind == layout.LAYERS:
         from ddp_eval.engines.layers import load_layers_engine
 

@@ -30,6 +30,10 @@ _CHATTER = (
 def main() -> None:
     _quiet_down()
     try:
+        if sys.argv[1:2] == ["plan"]:
+            from ddp_eval import plan
+
+            return plan.main(sys.argv[2:])
         config, notes = cli.parse(sys.argv[1:])
         _run(config, notes)
     except UserError as error:

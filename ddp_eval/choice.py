@@ -15,7 +15,7 @@ from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Spe
 from ddp_eval.sizing import GIB, ModelSizes, check_possible, measure_model, memory_of_rank, rank_bytes, stage_spans
 
 # What is reckoned with while the work is not known yet.
-TYPICAL = Amount(tokens=2_000_000, reads=250_000, packs=400)
+TYPICAL = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,17 @@ def _consider_one(whole: Any, sizes: ModelSizes, layout: Layout, ranks: Ranks, a
     return Candidate(layout, None, weights, room, ranks.memory - weights - room, prediction)
 
 
+# Predictions closer than this are taken for equal; the copies on the fewest ranks, which wait for the fewest, then win.
+_TOLERANCE = 1.1
+
+
 def recommend(candidates: list[Candidate]) -> Candidate:
     """The quickest of those that fit; where none does, the one that lacks least."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if fitting:
-        return min(fitting, key=lambda candidate: candidate.expected_s)
+        limit = _TOLERANCE * min(candidate.expected_s for candidate in fitting)
+        near = [candidate for candidate in fitting if candidate.expected_s <= limit]
+        return min(near, key=lambda candidate: (candidate.layout.ranks_per_replica, candidate.expected_s))
     return max((candidate for candidate in candidates if candidate.impossible is None), key=lambda candidate: candidate.spare)
 
 

@@ -22,7 +22,7 @@ def run_plan(world: World, engine: Engine, work: Work, phases: Phases) -> np.nda
     """Run this rank's packs and gather everyone's `_result_rows`."""
     plan = work.plan
     engine.on_trial = work.trial
-    with Progress(world, work.name, int(plan.num_requests.sum()), silent=work.trial) as progress:
+    with Progress(world, work.name, int(plan.num_requests.sum()), silent=work.silent) as progress:
         try:
             with phases("forward"):
                 done = _run_packs(world, engine, plan, progress)

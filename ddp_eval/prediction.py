@@ -16,18 +16,20 @@ from ddp_eval.sizing import ModelSizes
 class Speeds:
     """What the hardware does. flops: floating-point operations per second of a rank in matrix products, as reached in runs;
     link, node_link: bytes per second between ranks of a node, and between nodes; latency_s: of one collective;
-    load: bytes of weights per second that a node reads."""
+    load: bytes of weights per second that a node reads from its disk, once for all of its ranks; copy: that a rank then takes
+    to its device."""
 
     flops: float
     link: float
     node_link: float
     latency_s: float
     load: float
+    copy: float
 
 
 # Reached, not peak: H100 in bfloat16 (LOG.md), NVLink and 200 Gbit/s networks at about two thirds; a CPU core and gloo.
-CUDA_SPEEDS = Speeds(flops=4e14, link=2e11, node_link=2e10, latency_s=2e-5, load=2e9)
-CPU_SPEEDS = Speeds(flops=1e11, link=1e9, node_link=1e9, latency_s=2e-4, load=1e9)
+CUDA_SPEEDS = Speeds(flops=4e14, link=2e11, node_link=2e10, latency_s=2e-5, load=2e9, copy=1e10)
+CPU_SPEEDS = Speeds(flops=1e11, link=1e9, node_link=1e9, latency_s=2e-4, load=1e9, copy=4e9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,8 @@ def predict(
     head = 2.0 * sizes.hidden * sizes.vocab * reads
     layers = [2.0 * active * tokens for active in sizes.active]
     one_pack_s = (sum(layers) + head) / speeds.flops
-    copies_per_node = max(1, ranks_per_node // ranks)
-    load_s = sizes.weights * min(copies_per_node, replicas) / min(-(-ranks // max(1, ranks_per_node)), ranks) / speeds.load
+    part = sizes.weights / ranks
+    load_s = part * min(ranks, ranks_per_node) / speeds.load + part / speeds.copy
     link = speeds.link if ranks <= ranks_per_node else speeds.node_link
     perfect_s = amount.packs * one_pack_s / world_size
 

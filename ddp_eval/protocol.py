@@ -26,12 +26,13 @@ class Load:
 class Work:
     """The leader's word to run a plan. name: unlike that of any other work of these ranks.
 
-    trial: the plan is a question to the model, not part of the run: no progress is shown, and what fails comes back as NaN.
+    trial: the plan is a question to the model, and what fails comes back as NaN. silent: no progress is shown.
     """
 
     plan: Plan
     name: str
     trial: bool = False
+    silent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Followers:
         distributed.send_message(self.world, Load(layout))
 
     @contextlib.contextmanager
-    def working_on(self, plan: Plan, trial: bool = False) -> Iterator[Work]:
+    def working_on(self, plan: Plan, trial: bool = False, silent: bool = False) -> Iterator[Work]:
         """Have all ranks run `plan` while the leader runs it too."""
-        work = Work(plan, uuid.uuid4().hex, trial)
+        work = Work(plan, uuid.uuid4().hex, trial, silent or trial)
         distributed.send_message(self.world, work)
         self._listening = False
         yield work

@@ -20,14 +20,14 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ddp_eval import demo, distributed, results
 from ddp_eval import layout as layouts
-from ddp_eval.choice import choose_layout
+from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine, hf, vllm
@@ -36,21 +36,16 @@ from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, run_plan
 from ddp_eval.layout import Layout
 from ddp_eval.manifest import describe_model, describe_run
+from ddp_eval.measuring import Seated, measure_layouts
 from ddp_eval.packing import Plan, Requests
 from ddp_eval.planning import Decision, ScorePlan, make_plan
+from ddp_eval.prediction import Amount
 from ddp_eval.protocol import Followers, Load, next_word
+from ddp_eval.sizing import measure_model
 from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoder
 
 log = logging.getLogger("ddp_eval")
-
-
-class Seated(NamedTuple):
-    """A rank with its part of the model. world: grouped into the replicas of `layout`."""
-
-    world: World
-    layout: Layout
-    engine: Engine
 
 
 def run(config: Config, world: World) -> dict[str, Any] | None:
@@ -155,14 +150,18 @@ def _lead(
 
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         with phases("load"):
-            world, layout, engine = get_seated()
+            seated = get_seated()
         with phases("plan"):
-            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, _trial_of(followers, world, engine))
-        facts.update(engine=engine.describe(), layout=str(layout), **_describe_plan(decision, requests))
+            trial = _trial_of(followers, seated)
+            decision = make_plan(seated.engine, requests, config.packing, config.max_pack_tokens, trial)
+        if config.layout == layouts.MEASURE and followers.world.world_size > 1:
+            with phases("measure"):
+                facts["measured_layouts"] = _measure(config, model_config, followers, seated, decision.plan)
+        facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
         if decision.why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         with followers.working_on(decision.plan) as work:
-            rows = run_plan(world, engine, work, phases)
+            rows = run_plan(seated.world, seated.engine, work, phases)
         sums, greedy, differing = fill_slots(rows, decision.plan.num_items)
         if differing:
             log.warning(
@@ -198,17 +197,29 @@ def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
             run_plan(laid_out, engine, word, Phases())
 
 
-def _trial_of(followers: Followers, world: World, engine: Engine) -> ScorePlan | None:
+def _trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
     """How trial plans are scored where a copy of the model lies on several ranks: by all of them, like the run itself."""
-    if world.ranks_per_replica == 1:
+    if seated.world.ranks_per_replica == 1:
         return None
 
     def score(plan: Plan) -> np.ndarray:
         with followers.working_on(plan, trial=True) as work:
-            rows = run_plan(world, engine, work, Phases())
+            rows = run_plan(seated.world, seated.engine, work, Phases())
         return fill_slots(rows, plan.num_items)[0]
 
     return score
+
+
+def _measure(config: Config, model_config: Any, followers: Followers, seated: Seated, plan: Plan) -> list[dict[str, Any]]:
+    """`--layout measure`: leave `seated` in the layout that is quickest on some of the work. Returns what was measured."""
+    whole = hf.whole_model(config.loader_args, model_config)
+    amount = Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
+    candidates = consider(whole, ranks_of(config, followers.world), amount)
+    found = measure_layouts(
+        followers, seated, plan, candidates, measure_model(whole),
+        lambda world, layout: load_replica(config, model_config, world, layout),
+    )  # fmt: skip
+    return [{**one._asdict(), "layout": str(one.layout)} for one in found]
 
 
 def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:

@@ -140,6 +140,20 @@ def test_a_stage_holds_its_weights_alone(kind, tmp_path):
         assert all(not parameter.is_meta for parameter in engine.model.parameters())
 
 
+def test_a_stage_opens_its_files_alone(tmp_path, monkeypatch):
+    """Catches a stage that maps the whole checkpoint into its memory."""
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["qwen3_moe"](), dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="60kB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    opened = []
+    real_open = transformers.modeling_utils.safe_open
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", lambda file, **kw: opened.append(file) or real_open(file, **kw))
+    engines = load_stages({"pretrained": str(tmp_path)}, 3)
+    assert len(files) > 5
+    assert len(opened) <= len(files) + 4, "at each end of a stage one file may be shared"
+    assert all(not parameter.is_meta for engine in engines for parameter in engine.model.parameters())
+
+
 def test_models_that_cannot_be_split(tmp_path):
     """Catches a model of unknown inner order that is cut all the same, and stages with nothing in them."""
     mpt = tiny_models.make_model("mpt").to("meta")

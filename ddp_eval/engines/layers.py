@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
+import re
 from typing import Any
 
 import numpy as np
@@ -141,7 +143,32 @@ def stage_class(base: type, stage: Stage) -> type:
         # The other stages' weights, of which it would warn.
         "_keys_to_ignore_on_load_unexpected": [".*"],
     }
+    if hasattr(base, "_load_pretrained_model"):
+        own["_load_pretrained_model"] = staticmethod(_load_from_own_files(base, stage))
     return type(base.__name__, (base,), own)
+
+
+def _load_from_own_files(base: Any, stage: Stage) -> Any:
+    """transformers' step that opens the checkpoint's files, given only those that hold a weight of `stage`.
+
+    It maps each file that it opens into memory as a whole, which counts against a process's limit on data.
+    """
+
+    def load(model: Any, state_dict: Any, checkpoint_files: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+        own = [file for file in checkpoint_files or [] if _holds_weights_of(stage, file)]
+        return base._load_pretrained_model(model, state_dict, own or checkpoint_files, *args, **kwargs)
+
+    return load
+
+
+def _holds_weights_of(stage: Stage, file: str) -> bool:
+    """By the names in a safetensors file's header; True for other files."""
+    if not file.endswith(".safetensors"):
+        return True
+    with open(file, "rb") as stream:
+        names = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    numbers = [re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name) for name in names if name != "__metadata__"]
+    return any(int(number[1]) in stage.layers if number else stage.is_first or stage.is_last for number in numbers)
 
 
 def load_layers_engine(model_args: dict[str, Any], config: Any, world: World) -> LayersEngine:

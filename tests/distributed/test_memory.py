@@ -47,7 +47,7 @@ def test_a_model_larger_than_a_rank(tmp_path):
             finished,
             peaks,
             {rank: int((peaks / str(rank)).read_text()) for rank in range(max(ranks, 1)) if (peaks / str(rank)).exists()},
-        )  # noqa: E501
+        )
 
     cap = int(0.95 * whole)
     alone, _, _ = run(1, "replicas", cap)

@@ -14,6 +14,7 @@ from ddp_eval.layout import LAYERS, REPLICAS, Layout
 from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
 from ddp_eval.sizing import GIB, ModelSizes, check_possible, measure_model, memory_of_rank, rank_bytes, stage_spans
 
+LARGEST_PACK = 8192  # tokens that the engines plan for, unless told
 # What is reckoned with while the work is not known yet.
 TYPICAL = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)
 
@@ -43,7 +44,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The machine as far as a choice needs it. memory: bytes that one rank can use. max_tokens, max_reads: budget of a pack."""
+    """The machine as far as a choice needs it. memory: bytes that one rank can use. max_tokens: budget of a pack."""
 
     world_size: int
     ranks_per_node: int
@@ -64,8 +65,7 @@ def _consider_one(whole: Any, sizes: ModelSizes, layout: Layout, ranks: Ranks, a
     except UserError as error:
         return Candidate(layout, impossible=str(error).partition(" ")[2].partition(" ")[2])
     spans = stage_spans(whole, layout)
-    max_reads = max(1, GIB // (4 * sizes.vocab))
-    needs = rank_bytes(sizes, layout, spans, ranks.max_tokens, max_reads)
+    needs = rank_bytes(sizes, layout, spans, ranks.max_tokens)
     weights, room = max(needs, key=sum)
     prediction = predict(sizes, layout, spans, ranks.world_size, ranks.ranks_per_node, amount, ranks.speeds)
     return Candidate(layout, None, weights, room, ranks.memory - weights - room, prediction)
@@ -143,6 +143,6 @@ def ranks_of(config: Config, world: World) -> Ranks:
         world_size=world.world_size,
         ranks_per_node=world.ranks_per_node,
         memory=memory_of_rank(world.device, world.ranks_per_node),
-        max_tokens=config.max_pack_tokens or hf.largest_pack(world.device),
+        max_tokens=config.max_pack_tokens or LARGEST_PACK,
         speeds=CUDA_SPEEDS if on_cuda else CPU_SPEEDS,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,46 +13,64 @@ from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError
-from ddp_eval.packing import Pack, Plan, build_pack
+from ddp_eval.packing import Pack, Plan, build_pack, halve
 from ddp_eval.protocol import Work
 from ddp_eval.telemetry import Phases, Progress
 
 
-def run_plan(world: World, engine: Engine, work: Work, phases: Phases) -> np.ndarray:
-    """Run this rank's packs and gather everyone's `_result_rows`."""
+class Gathered(NamedTuple):
+    """What all ranks have brought.
+
+    rows:    (n, 3) int64, see `_result_rows`; items that ran on two ranks are in it twice.
+    halved:  (k, 2) int64, packs that did not fit the memory of their rank and the number of pieces they ran in.
+    """
+
+    rows: np.ndarray
+    halved: np.ndarray
+
+
+def run_plan(world: World, engine: Engine, work: Work, phases: Phases) -> Gathered:
+    """Run this rank's packs and gather everyone's results."""
     plan = work.plan
     engine.on_trial = work.trial
+    rows, halved = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 2), dtype=np.int64)]
     with Progress(world, work.name, int(plan.num_requests.sum()), silent=work.silent) as progress:
         try:
             with phases("forward"):
-                done = _run_packs(world, engine, plan, progress)
-                blocks = [_result_rows(*result) for result in done if engine.bears_results]
+                for index, pieces in _run_packs(world, engine, plan, progress):
+                    if not engine.bears_results:
+                        continue
+                    rows += [_result_rows(*piece) for piece in pieces]
+                    if len(pieces) > 1:
+                        halved.append(np.array([[index, len(pieces)]]))
                 progress.push()
         except BaseException:
             if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
                 with contextlib.suppress(distributed.LostContact):
-                    distributed.all_gather_rows(world, np.zeros((0, 3), dtype=np.int64), failed=True)
+                    distributed.all_gather_rows(world, rows[0], failed=True)
             raise
         with phases("gather"):
-            mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
-            return distributed.all_gather_rows(world, mine)
+            return Gathered(*(distributed.all_gather_rows(world, np.concatenate(mine)) for mine in (rows, halved)))
 
 
-def _run_packs(world: World, engine: Engine, plan: Plan, progress: Progress) -> Iterator[tuple[Pack, np.ndarray, np.ndarray]]:
-    """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected."""
+Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats and flags
 
-    def collect(index: int, pack: Pack, launched: Any) -> tuple[Pack, np.ndarray, np.ndarray]:
-        with _naming_pack(world, pack):
-            sums, greedy = engine.collect(launched)
+
+def _run_packs(world: World, engine: Engine, plan: Plan, progress: Progress) -> Iterator[tuple[int, list[Result]]]:
+    """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected.
+
+    Yields the pack's number and its results: one, or one for each piece that it had to run in.
+    """
+
+    def collect(index: int, pieces: list[Any]) -> tuple[int, list[Result]]:
+        results = [(piece.pack, *engine.collect(piece)) for piece in pieces]
         if engine.bears_results:
-            progress.add(int(plan.num_requests[index]), len(pack))
-        return pack, sums, greedy
+            progress.add(int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces))
+        return index, results
 
     under_way = None
     for index in reversed(distributed.shard(world, plan.num_packs)):
-        pack = build_pack(plan, index)
-        with _naming_pack(world, pack):
-            launched = index, pack, engine.launch(pack)
+        launched = index, _launch(world, engine, build_pack(plan, index))
         if under_way is not None:
             yield collect(*under_way)
         under_way = launched
@@ -60,15 +78,20 @@ def _run_packs(world: World, engine: Engine, plan: Plan, progress: Progress) -> 
         yield collect(*under_way)
 
 
-@contextlib.contextmanager
-def _naming_pack(world: World, pack: Pack) -> Iterator[None]:
+def _launch(world: World, engine: Engine, pack: Pack) -> list[Any]:
+    """Start a pack. One that does not fit the memory is halved, and halved again, always at the same items."""
     try:
-        yield
+        return [engine.launch(pack)]
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "
-            f"{len(pack.reads)} of them scored: give --max_pack_tokens {max(1, len(pack) // 2)}"
-        ) from None
+        if len(pack.items) == 1:
+            raise UserError(
+                f"rank {world.rank} ran out of memory on {world.device} with a single request of {len(pack)} tokens, "
+                f"{len(pack.reads)} of them scored: give a smaller max_length in --model_args, or a device with more memory"
+            ) from None
+    # Only here, outside of the handler, are the failed forward's tensors free.
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [piece for half in halve(pack) for piece in _launch(world, engine, half)]
 
 
 def _result_rows(pack: Pack, sums: np.ndarray, greedy: np.ndarray) -> np.ndarray:

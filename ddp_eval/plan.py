@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ddp_eval import cli
-from ddp_eval.choice import TYPICAL, Candidate, Ranks, consider, recommend
+from ddp_eval.choice import LARGEST_PACK, TYPICAL, Candidate, Ranks, consider, recommend
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.prediction import CUDA_SPEEDS, Amount
@@ -61,8 +61,7 @@ def make_report(config: Config, gpus: int, nodes: int, gpu_memory: int, count_wo
     model_config = hf.load_config(config.loader_args)
     whole = hf.whole_model(config.loader_args, model_config)
     sizes = measure_model(whole)
-    device = torch.device("cuda")
-    max_tokens = config.max_pack_tokens or hf.largest_pack(device)
+    max_tokens = config.max_pack_tokens or LARGEST_PACK
     amount = _count_work(config, model_config, whole) if count_work else TYPICAL
     ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS)
     candidates = consider(whole, ranks, amount)
@@ -107,7 +106,11 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
         harness.evaluate_tasks(config, encoder, model_config, stop, lambda scores: None, Phases(), [demo.TASKS_PATH])
     except Counted as counted:
         requests = counted.args[0]
-    engine = hf.HFEngine(whole, torch.device("cuda"))
+
+    class Unloaded(hf.HFEngine):
+        splits_head = True  # not to be asked of a model without weights
+
+    engine = Unloaded(whole, torch.device("cuda"))
     max_tokens = config.max_pack_tokens or engine.max_tokens()
     if engine.why_not_packs or not config.packing:
         plan, _ = plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests)

@@ -28,14 +28,14 @@ import torch
 from ddp_eval import demo, distributed, results
 from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
-from ddp_eval.config import Config
+from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine, hf, vllm
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, run_plan
 from ddp_eval.layout import Layout
-from ddp_eval.manifest import describe_model, describe_run
+from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run
 from ddp_eval.measuring import Seated, measure_layouts
 from ddp_eval.packing import Plan, Requests
 from ddp_eval.planning import Decision, ScorePlan, make_plan
@@ -71,11 +71,12 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     tokenizer:  its tokenizer; only rank 0 uses it.
     tasks:      lm_eval task names or task configs.
     options:    fields of `Config`: num_fewshot, limit, output_path, include_path, model_args={"max_length": …}, …
+                They are the command's flags, and errors call them so. log_samples=True puts the samples into the result, too.
 
     Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
     """
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    config = Config(tasks=names, **options)
+    config = config_from_options(tasks=names, **options)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
@@ -90,7 +91,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
                     raise UserError(f"evaluate needs a whole copy of the model on every rank, got the layout {config.layout}")
                 followers.load(layouts.WHOLE_COPIES)
                 seated = Seated(world, layouts.WHOLE_COPIES, engine)
-                return _lead(config, followers, bare.config, tokenizer, lambda: seated, lambda: None)
+                return _lead(config, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))
     finally:
         distributed.release_group(world)
 
@@ -131,7 +132,7 @@ def _lead(
     model_config: Any,
     tokenizer: Any,
     get_seated: Callable[[], Seated],
-    get_digests: Callable[[], dict[str, Any] | None],
+    get_digests: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """Build the requests, have all ranks score them, compute metrics and write the run directory."""
     from ddp_eval import harness
@@ -161,13 +162,16 @@ def _lead(
         if decision.why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         with followers.working_on(decision.plan) as work:
-            rows = run_plan(seated.world, seated.engine, work, phases)
-        sums, greedy, differing = fill_slots(rows, decision.plan.num_items)
+            gathered = run_plan(seated.world, seated.engine, work, phases)
+        sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
+        if len(gathered.halved):
+            log.warning("%d packs did not fit the memory and ran in pieces: scores may round otherwise", len(gathered.halved))
         if differing:
             log.warning(
                 "packs that ran on two ranks differ by up to %.2g nats: are the ranks' GPUs or threads not alike?", differing
             )
         facts["repeated_packs_differ_nats"] = differing
+        facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
         return sums[decision.item_of_request], greedy[decision.item_of_request]
 
     def keep(scores: results.Scores) -> None:
@@ -204,7 +208,7 @@ def _trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
 
     def score(plan: Plan) -> np.ndarray:
         with followers.working_on(plan, trial=True) as work:
-            rows = run_plan(seated.world, seated.engine, work, Phases())
+            rows = run_plan(seated.world, seated.engine, work, Phases()).rows
         return fill_slots(rows, plan.num_items)[0]
 
     return score

@@ -99,12 +99,10 @@ def _inner_width(config: Any, hidden: int) -> int:
     return max(dense, routed * one + int(getattr(config, "shared_expert_intermediate_size", None) or 0)) if routed else dense
 
 
-def rank_bytes(
-    sizes: ModelSizes, layout: Layout, spans: list[range] | None, max_tokens: int, max_reads: int
-) -> list[tuple[int, int]]:
+def rank_bytes(sizes: ModelSizes, layout: Layout, spans: list[range] | None, max_tokens: int) -> list[tuple[int, int]]:
     """(bytes of weights, bytes of room for a pack) of each place in a replica.
 
-    spans: for LAYERS, which layers each stage holds. max_tokens, max_reads: the budget of a pack.
+    spans: for LAYERS, which layers each stage holds. max_tokens: the budget of a pack.
     """
     if layout.kind == LAYERS:
         assert spans is not None
@@ -115,21 +113,21 @@ def rank_bytes(
                 + sizes.rest
                 + (sizes.embedding if place == 0 else 0)
                 + ((sizes.embedding if sizes.tied else sizes.head) if place == last else 0),
-                pack_bytes(sizes, max_tokens, max_reads if place == last else 0, 1, in_flight=6),
+                pack_bytes(sizes, max_tokens, 1, has_head=place == last, in_flight=6),
             )
             for place, span in enumerate(spans)
         ]
     ranks = layout.ranks_per_replica
     share = -(-(sizes.weights - sizes.vectors) // ranks) + sizes.vectors
-    return [(share, pack_bytes(sizes, max_tokens, max_reads, ranks))] * ranks
+    return [(share, pack_bytes(sizes, max_tokens, ranks))] * ranks
 
 
-def pack_bytes(sizes: ModelSizes, max_tokens: int, max_reads: int, ranks: int, in_flight: int = 0) -> int:
+def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = True, in_flight: int = 0) -> int:
     """Room that the forward of one pack takes. ranks: over how many its matrices are split; in_flight: hidden states kept."""
     per_token = 6 * sizes.hidden + (3 * sizes.inner + 2 * sizes.attended) // ranks + in_flight * sizes.hidden
-    reads = min(max_tokens, max_reads)
-    # Logits, and blocks of them in float32 with their exponentials.
-    logits = reads * sizes.vocab * sizes.value_bytes + 2 * 4 * min(reads * sizes.vocab, 2**26)
+    # Logits of some reads at a time, with their log-softmax in float32 and its input.
+    reads = min(max_tokens, max(64, min(512, 2**26 // max(1, sizes.vocab))))  # as in engines/hf.py
+    logits = reads * sizes.vocab * (sizes.value_bytes + 2 * 4) if has_head else 0
     return max_tokens * per_token * sizes.value_bytes + logits
 
 

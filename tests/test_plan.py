@@ -109,9 +109,9 @@ ON_ONE_GPU = {  # usable GiB       21.85      37.05      75.05      133.0
 }
 # The smallest split over 8 GPUs that fits, by hand: weights / K, ends of the model and the pack.
 SMALLEST = {
-    ("llama-3.1-70b", 24): {TENSOR: 8},  # 131.4 / 8 = 16.4 + 1.9; layers:8 would be 15.9 + 2.0 (head) + 4.1 = 22.0
-    ("llama-3.1-70b", 40): {TENSOR: 4, LAYERS: 8},  # 32.9 + 2.1; layers:4 would be 31.9 + 2.0 + 4.1 = 38.0
-    ("llama-3.1-70b", 80): {TENSOR: 2, LAYERS: 2},  # 65.7 + 2.6; 63.8 + 2.0 + 4.1
+    ("llama-3.1-70b", 24): {TENSOR: 8, LAYERS: 8},  # 131.4 / 8 = 16.4 + 1.6; 15.9 + 2.0 (head) + 3.7 = 21.6
+    ("llama-3.1-70b", 40): {TENSOR: 4, LAYERS: 8},  # 32.9 + 1.8; layers:4 would be 31.9 + 2.0 + 3.7 = 37.6
+    ("llama-3.1-70b", 80): {TENSOR: 2, LAYERS: 2},  # 65.7 + 2.2; 63.8 + 2.0 + 3.7
     ("llama-3.1-70b", 141): {TENSOR: 2, LAYERS: 2},
     ("qwen3-30b-a3b", 24): {TENSOR: 4, LAYERS: 4},
     ("qwen3-30b-a3b", 40): {TENSOR: 2, LAYERS: 2},

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import re
 from typing import Any
@@ -201,24 +202,33 @@ class LayersEngine(hf.HFEngine):
         self._incoming: distributed.Incoming | None = None
         self._sent: collections.deque[distributed.Outgoing] = collections.deque()
 
+    @functools.cached_property
+    def splits_head(self) -> bool:
+        """As of the whole model: each stage finds it out with stand-ins for what it does not have."""
+        self._enter(torch.linspace(-1, 1, 4 * self.config.hidden_size, device=self.device, dtype=self.dtype).view(1, 4, -1))
+        return super().splits_head
+
+    def _enter(self, hidden: torch.Tensor) -> None:
+        for entrance in self.model.entrances:
+            entrance.received = hidden
+
     def launch(self, pack: Pack) -> Any:
         """Say that `pack` is next but one: its hidden states may come in while the pack ahead is computed."""
         if self.stage.is_first:
             return Expected(pack, None)
-        hidden = torch.empty((*self.input_shape(pack), self.config.hidden_size), dtype=self.model.dtype, device=self.device)
+        hidden = torch.empty((*self.input_shape(pack), self.config.hidden_size), dtype=self.dtype, device=self.device)
         return Expected(pack, distributed.Incoming(hidden, self.world.rank - 1))
 
     def collect(self, launched: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         self._incoming = launched.incoming
-        result = super().launch(launched.pack)
-        return super().collect(result) if self.stage.is_last else (np.zeros(0), np.zeros(0, dtype=bool))
+        with hf.without_halves(self.world, launched.pack):
+            result = super().launch(launched.pack)
+            return super().collect(result) if self.stage.is_last else (np.zeros(0), np.zeros(0, dtype=bool))
 
     def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """(B, len(columns), V) logits on the last stage. On the others the hidden states go on, and zeros stand for logits."""
+        """On the last stage as of the whole model. On the others the hidden states go on, and one zero each stands for them."""
         if self._incoming is not None:
-            hidden = self._incoming.wait()
-            for entrance in self.model.entrances:
-                entrance.received = hidden
+            self._enter(self._incoming.wait())
         try:
             if self.stage.is_last:
                 return super()._call(tokens, columns, **kwargs)
@@ -226,10 +236,10 @@ class LayersEngine(hf.HFEngine):
         except Exception:
             if not self.on_trial:
                 raise
-            # The others wait for this stage: in a trial it answers that it cannot.
-            if self.stage.is_last:
-                return torch.full((len(tokens), len(columns), self.vocab_size), torch.nan, device=self.device)
-            hidden = torch.full((*tokens.shape, self.config.hidden_size), torch.nan, dtype=self.model.dtype, device=self.device)
+            # The next stage waits for this one: in a trial it answers that it cannot.
+            hidden = torch.full((*tokens.shape, self.config.hidden_size), torch.nan, dtype=self.dtype, device=self.device)
+        if self.stage.is_last:
+            return hidden[:, columns] if self.splits_head else hidden[:, columns, :1].expand(-1, -1, self.vocab_size)
         self._send(hidden)
         return torch.zeros((len(tokens), len(columns), 1), device=self.device)
 
@@ -238,7 +248,7 @@ class LayersEngine(hf.HFEngine):
         while len(self._sent) > MOST_IN_FLIGHT:
             self._sent.popleft().wait()
 
-    def _read_off(self, logits: torch.Tensor, pack: Pack) -> hf.Launched:
+    def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> hf.Launched:
         if self.stage.is_last:
-            return super()._read_off(logits, pack)
+            return super()._read_off(values, hidden, pack)
         return hf.Launched(pack, torch.zeros(0), torch.zeros(0, dtype=torch.bool))

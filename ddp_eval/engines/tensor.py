@@ -82,12 +82,15 @@ class TensorEngine(hf.HFEngine):
 
     def __init__(self, model: Any, world: World, whole: Any, keep_attention: bool = False) -> None:
         super().__init__(model, world.device, keep_attention, whole)
+        self.world = world
         self.bears_results = world.place == 0
+        _ = self.splits_head  # asks the model, which takes all ranks of a replica: now, while they are all here
 
     def launch(self, pack: Pack) -> hf.Launched:
         """As of a model on one rank; in a trial, NaN where the forward fails (it does on all ranks alike)."""
         try:
-            return super().launch(pack)
+            with hf.without_halves(self.world, pack):
+                return super().launch(pack)
         except Exception:
             if not self.on_trial:
                 raise

@@ -145,6 +145,13 @@ def load_vllm_engine(model_args: dict[str, Any], config: Any, world: World) -> V
     return VllmEngine(llm, world, config, hf.whole_model(model_args, config))
 
 
+@dataclasses.dataclass(frozen=True)
+class Queued:
+    """A pack that vLLM is to be given."""
+
+    pack: Pack
+
+
 class VllmEngine:
     """One vLLM engine, or one rank's part of it; see `engines.Engine` for what each member means."""
 
@@ -181,21 +188,21 @@ class VllmEngine:
     def max_tokens(self) -> int:
         return 16384
 
-    def max_reads(self) -> int:
-        return 2**30
+    def max_reads(self) -> int | None:
+        return None
 
     def cost_model(self) -> CostModel:
         """In tokens. A pack is as many prompts as vLLM can have under way at once; large ones keep it full."""
         return CostModel(forward=1024.0, token=1.0, pair=0.0, read=0.0, dense=False)
 
-    def launch(self, pack: Pack) -> Pack:
-        return pack
+    def launch(self, pack: Pack) -> Queued:
+        return Queued(pack)
 
-    def collect(self, launched: Pack) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def collect(self, launched: Queued) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
         from vllm import SamplingParams
 
-        pack = launched
+        pack = launched.pack
         prompts = make_prompts(pack, self._caches)
         common = {"temperature": 0.0, "max_tokens": 1, "detokenize": False, "ignore_eos": True, "flat_logprobs": True}
         settings = [

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from ddp_eval import cli, plan
+from ddp_eval import choice, cli, distributed, plan, sizing
 from ddp_eval.choice import Ranks, consider, fewest_local_layers, recommend
+from ddp_eval.config import Config
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
 from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout
@@ -213,3 +214,34 @@ def test_the_work_can_be_counted(capsys, tiny_model_path):
     tokens = int(text.partition("work: ")[2].split()[0].replace(",", ""))
     assert 100 < tokens < 5000
     assert torch.get_default_device().type == "cpu"
+
+
+def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
+    """Catches a run that loads copies where only a part fits, and a choice that costs a run on one rank anything."""
+    model_args = {"pretrained": str(tiny_model_path("gpt2"))}
+    model_config = hf.load_config(model_args)
+    weights = measure_model(hf.whole_model(model_args, model_config)).weights
+    world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
+
+    def chosen(memory, layout="auto", world=world):
+        monkeypatch.setattr(choice, "memory_of_rank", lambda device, ranks_per_node: memory)
+        config = Config(model_args=model_args, layout=layout, max_pack_tokens=16)
+        return choice.choose_layout(config, model_config, world)
+
+    assert chosen(8 * weights)[0] == WHOLE_COPIES
+    whole, half = (max(map(sum, rank_bytes_of(model_args, model_config, layout))) for layout in (WHOLE_COPIES, Layout(LAYERS, 2)))
+    assert half < whole
+    between = (whole + half) // 2
+    layout, why = chosen(between)
+    assert layout == Layout(LAYERS, 2), "GPT-2 has no tensor plan"
+    assert why.startswith("the quickest that fits: 0.0 GiB a rank")
+    assert chosen(between, "layers")[0] == Layout(LAYERS, 2)
+    assert chosen(8 * weights, "layers")[0] == WHOLE_COPIES, "as few ranks as will do"
+    assert chosen(0)[1].startswith("nothing fits, this lacks least")
+    monkeypatch.setattr(hf, "whole_model", None)
+    assert chosen(0, world=distributed.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
+
+
+def rank_bytes_of(model_args, model_config, layout):
+    whole = hf.whole_model(model_args, model_config)
+    return sizing.rank_bytes(measure_model(whole), layout, sizing.stage_spans(whole, layout), 16)

@@ -100,3 +100,20 @@ def test_what_cannot_be_laid_out_is_refused(ranks, layout, kind, sentence, run):
     (line,) = finished.sentences()
     assert sentence in line
     assert not finished.foreign_frames(), str(finished)
+
+
+@pytest.mark.slow
+def test_measure_tries_what_fits_and_goes_on_with_the_quickest(run):
+    """Catches a layout that is measured with the weights of another, and a run that goes on in what it has just left."""
+    path, finished = run(2, "measure", extra="--max_pack_tokens 256")
+    assert finished.returncode == 0, str(finished)
+    lines = [line for line in finished.sentences() if " s for the slice, " in line]
+    assert [line.split()[2] for line in lines] == ["replicas:", "tensor:2:", "layers:2:"], str(finished)
+    assert all("GFLOP/s a rank" in line and "predicted" in line for line in lines)
+    (taken,) = [line.split()[2].rstrip(":") for line in lines if line.endswith(": taken")]
+    manifest = json.loads((path / results.MANIFEST).read_text())
+    assert manifest["layout"] == taken
+    assert [one["layout"] for one in manifest["measured_layouts"]] == ["replicas", "tensor:2", "layers:2"]
+    one = scores(run(0, "replicas", extra="--max_pack_tokens 256"))
+    drift = np.abs(np.array(one.loglikelihood) - np.array(scores((path, finished)).loglikelihood))
+    assert drift.max() < 2e-3

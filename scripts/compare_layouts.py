@@ -73,6 +73,7 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--more", default="", help="more flags for every run, in one string")
     parser.add_argument("--only", nargs="+", help="rows to run, by name")
     parser.add_argument("--vllm_python", help="the Python of an environment with vLLM")
+    parser.add_argument("--vllm_args", help="more model_args for vLLM, such as enforce_eager=True")
     parser.add_argument("--program", nargs="+", default=["-m", "ddp_eval"], help="what torchrun starts")
     parser.add_argument("--speed", action="store_true", help="time layers:2 against one rank")
     parser.add_argument("--out", type=Path, required=True, help="path of the record, without .json or .md")
@@ -106,7 +107,8 @@ def compare_numbers(options: argparse.Namespace, scratch: Path) -> list[dict[str
                 for name, (ranks, flags, exact) in HF_RUNS.items()}  # fmt: skip
     if options.vllm_python:
         for name, (ranks, size) in VLLM_RUNS.items():
-            model_args = f"{options.model_args},tensor_parallel_size={size}"
+            more = f",{options.vllm_args}" if options.vllm_args else ""
+            model_args = f"{options.model_args},tensor_parallel_size={size}{more}"
             launches[name] = (options.vllm_python, ranks, ["--model", "vllm", "--model_args", model_args], False)
     reference, rows = None, []
     for number, (name, (python, ranks, flags, exact)) in enumerate(launches.items()):

@@ -30,11 +30,15 @@ PACKS_PER_RANK = 4  # of the slice
 
 @dataclasses.dataclass
 class Seated:
-    """A rank with its part of the model, which changes when the layout does. world: grouped into the replicas of `layout`."""
+    """A rank with its part of the model, which changes when the layout does.
+
+    world: grouped into the replicas of `layout`. why: of that layout, to be said; empty where there was no choice.
+    """
 
     world: World
     layout: Layout
     engine: Engine
+    why: str = ""
 
     def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> None:
         """Load the model anew, in another layout. The memory of what was loaded goes first."""

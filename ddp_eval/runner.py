@@ -102,15 +102,13 @@ def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, A
     model_config = hf.load_config(config.loader_args)
     layout, why = choose_layout(config, model_config, world)
     tokenizer = hf.load_tokenizer(config.loader_args)
-    if world.world_size > 1:
-        log.warning("layout %s: %s (%s)", layout, layout.sentence(world.world_size), why)
     followers.load(layout)
     seated: Future[Seated] = Future()
     digests: Future[dict[str, Any]] = Future()
 
     def load() -> None:
         laid_out = lay_out(world, layout)
-        _fulfil(seated, lambda: Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout)))
+        _fulfil(seated, lambda: Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why))
         name = hf.resolve_pretrained(config.model_args)
         _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
@@ -152,6 +150,8 @@ def _lead(
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         with phases("load"):
             seated = get_seated()
+        if seated.why and seated.world.world_size > 1:
+            log.warning("layout %s: %s (%s)", seated.layout, seated.layout.sentence(seated.world.world_size), seated.why)
         with phases("plan"):
             trial = _trial_of(followers, seated)
             decision = make_plan(seated.engine, requests, config.packing, config.max_pack_tokens, trial)

@@ -111,7 +111,7 @@ def test_measure_tries_what_fits_and_goes_on_with_the_quickest(run):
     """Catches a layout that is measured with the weights of another, and a run that goes on in what it has just left."""
     path, finished = run(2, "measure", extra="--max_pack_tokens 256")
     assert finished.returncode == 0, str(finished)
-    lines = [line for line in finished.sentences() if " s for the slice, " in line]
+    lines = [line for line in finished.stderr.split("\n") if " s for the slice, " in line]
     assert [line.split()[2] for line in lines] == ["replicas:", "tensor:2:", "layers:2:"], str(finished)
     assert all("GFLOP/s a rank" in line and "predicted" in line for line in lines)
     (taken,) = [line.split()[2].rstrip(":") for line in lines if line.endswith(": taken")]

@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+import transformers.initialization
 from launch import launch
 
 from ddp_eval import results

@@ -80,7 +80,7 @@ def make_report(config: Config, gpus: int, nodes: int, gpu_memory: int, count_wo
         "",
         *_table(candidates, ranks.world_size),
         "",
-        *_advice(config, best, gpus, nodes),
+        *_advice(config, best, gpus, nodes, ",".join(map(str, config.tasks)) if count_work else "TASKS"),
     ]
     return "\n".join(lines)
 
@@ -139,11 +139,11 @@ def _table(candidates: list[Candidate], world_size: int) -> list[str]:
     return ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
 
 
-def _advice(config: Config, best: Candidate, gpus: int, nodes: int) -> list[str]:
+def _advice(config: Config, best: Candidate, gpus: int, nodes: int, tasks: str) -> list[str]:
     if not best.fits:
         return [f"nothing fits: {best.layout} lacks least, {-best.spare / GIB:.1f} GiB a GPU; take more GPUs, or larger ones"]
     given = ",".join(f"{key}={value}" for key, value in config.model_args.items())
-    run = f"-m ddp_eval --model hf --model_args {given} --tasks {','.join(map(str, config.tasks))} --layout {best.layout}"
+    run = f"-m ddp_eval --model hf --model_args {given} --tasks {tasks} --layout {best.layout}"
     if nodes == 1:
         return [f"recommended: {best.layout}", f"torchrun --standalone --nproc_per_node={gpus} {run}"]
     head = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"

@@ -124,11 +124,11 @@ def compare_numbers(options: argparse.Namespace, scratch: Path) -> list[dict[str
 def compare(one: dict[str, Any], other: dict[str, Any], exact: bool) -> dict[str, Any]:
     """How far `other` is from `one`, request by request."""
     a, b = one["scores"], other["scores"]
-    assert (a.task, a.doc_id, a.idx) == (b.task, b.doc_id, b.idx), "the same requests in the same order"
+    assert all(list(getattr(a, name)) == list(getattr(b, name)) for name in ("task", "doc_id", "idx")), "the same requests"
     first, second = np.array(a.loglikelihood), np.array(b.loglikelihood)
     drift = np.abs(first - second)
     flipped = sum(chosen(a, first)[key] != answer for key, answer in chosen(b, second).items())
-    greedy = sum(x != y for x, y in zip(a.is_greedy, b.is_greedy, strict=True))
+    greedy = sum(x != y for x, y in zip(list(a.is_greedy), list(b.is_greedy), strict=True))
     worst = worst_metric(one["metrics"], other["metrics"])
     agrees = bool(drift.max() == 0) if exact else bool((drift <= MOST_NATS * np.maximum(1, np.array(a.num_tokens) / 100)).all())
     return {
@@ -148,7 +148,7 @@ def chosen(scores: Any, sums: Any) -> dict[tuple[str, int], int]:
     """For each document with several choices, the one of the greatest log-probability."""
     best: dict[tuple[str, int], tuple[float, int]] = {}
     counts: dict[tuple[str, int], int] = {}
-    for task, doc_id, idx, value in zip(scores.task, scores.doc_id, scores.idx, sums.tolist(), strict=True):
+    for task, doc_id, idx, value in zip(scores.task, list(scores.doc_id), list(scores.idx), sums.tolist(), strict=True):
         key = (task, doc_id)
         counts[key] = counts.get(key, 0) + 1
         best[key] = max(best.get(key, (-np.inf, -1)), (value, idx))

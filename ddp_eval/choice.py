@@ -108,6 +108,13 @@ def choose_layout(config: Config, model_config: Any, world: World) -> tuple[Layo
 
     Raises UserError when the ranks do not divide into replicas, or the model cannot be laid out as asked.
     """
+    layout, why = _choose(config, model_config, world)
+    if config.load == "broadcast" and (layout.kind != REPLICAS or config.layout == layouts.MEASURE or config.model != "hf"):
+        raise UserError(f"--load broadcast sends whole copies of a hf model, and this is {layout}: give --load disk")
+    return layout, why
+
+
+def _choose(config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
     if config.model == "vllm":
         return _choose_for_vllm(config, world), "tensor_parallel_size"
     fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)

@@ -578,5 +578,11 @@ _FLAGS = {
     "max_pack_tokens": _Flag(
         "execution", _to_count, "most tokens in one pack; a longer request gets one alone (default: chosen by the planner)", "N"
     ),
+    "load": _Flag(
+        "execution",
+        _to_text,
+        "each rank reads the weights from disk, or rank 0 reads and sends them (default: disk)",
+        "{disk,broadcast}",
+    ),
     "no_packing": _Flag("execution", _to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }

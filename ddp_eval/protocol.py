@@ -74,7 +74,7 @@ class Followers:
         distributed.send_message(self.world, message)
 
 
-def next_word(world: World) -> Load | Work | None:
+def next_work(world: World) -> Load | Work | None:
     """On the other ranks: wait for what the leader says next; None is stop. Raises what the leader failed of."""
     message = distributed.receive_message(world)
     if isinstance(message, Abort):

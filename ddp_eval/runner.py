@@ -40,7 +40,7 @@ from ddp_eval.measuring import Seated, measure_layouts
 from ddp_eval.packing import Plan, Requests
 from ddp_eval.planning import Decision, ScorePlan, make_plan
 from ddp_eval.prediction import Amount
-from ddp_eval.protocol import Followers, Load, next_word
+from ddp_eval.protocol import Followers, Load, next_work
 from ddp_eval.sizing import measure_model
 from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoder
@@ -191,7 +191,7 @@ def _lead(
 def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
     """Every other rank's part: load and run what the leader sends until it says stop."""
     engine = None
-    while (word := next_word(world)) is not None:
+    while (word := next_work(world)) is not None:
         if isinstance(word, Load):
             engine = None  # its memory goes before the next takes some
             laid_out = lay_out(world, word.layout)

@@ -32,4 +32,8 @@ def load_replica(config: Config, model_config: Any, world: World, chosen: Layout
         from ddp_eval.engines.tensor import load_tensor_engine
 
         return load_tensor_engine(model_args, model_config, world)
+    if config.load == "broadcast":
+        from ddp_eval.engines import broadcast
+
+        return broadcast.load_engine(model_args, model_config, world)
     return hf.load_engine(model_args, model_config, world.device)

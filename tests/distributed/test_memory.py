@@ -12,7 +12,7 @@ from launch import launch
 from ddp_eval import results
 
 CAPPED = (str(Path(__file__).with_name("capped_main.py")),)
-WIDTH, INNER, LAYERS = 2048, 8192, 12  # 67 M weights a layer: 3.2 GB in float32
+WIDTH, INNER, LAYERS = 2048, 8192, 18  # 67 M weights a layer: 4.8 GB in float32
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_a_model_larger_than_a_rank(tmp_path):
     model.save_pretrained(tmp_path / "model", max_shard_size="300MB")
     tiny_models.make_tokenizer(model_max_length=512).save_pretrained(tmp_path / "model")
     del model
-    assert whole > 3e9
+    assert whole > 4.5e9
 
     def run(ranks, layout, cap):
         peaks = tmp_path / f"peaks_{layout}_{cap}"
@@ -50,9 +50,9 @@ def test_a_model_larger_than_a_rank(tmp_path):
             {rank: int((peaks / str(rank)).read_text()) for rank in range(max(ranks, 1)) if (peaks / str(rank)).exists()},
         )
 
-    cap = int(0.95 * whole)
+    cap = int(0.93 * whole)  # the leader's imports alone map 1.6 GB, most of it never touched
     alone, _, _ = run(1, "replicas", cap)
-    assert alone.returncode != 0, "the cap is below what one rank needs"
+    assert alone.returncode != 0 and "memory" in alone.stderr, "the cap is below the weights"
     uncapped, one, peak = run(1, "replicas", 0)
     assert uncapped.returncode == 0, str(uncapped)
     finished, two, peaks = run(2, "layers:2", cap)

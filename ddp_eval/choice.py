@@ -9,7 +9,7 @@ from ddp_eval import layout as layouts
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf, vllm
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import LAYERS, REPLICAS, Layout
 from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
 from ddp_eval.sizing import GIB, ModelSizes, check_possible, measure_model, memory_of_rank, rank_bytes, stage_spans
@@ -120,11 +120,18 @@ def _choose(config: Config, model_config: Any, world: World) -> tuple[Layout, st
     fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)
     if fixed == layouts.WHOLE_COPIES or (fixed is None and world.world_size == 1):
         return layouts.WHOLE_COPIES, "as asked" if fixed else "one rank"
-    whole = hf.whole_model(config.loader_args, model_config)
+    quantised = bool(getattr(model_config, "quantization_config", None))
     if fixed is not None:
-        check_possible(whole, fixed)
+        if quantised:
+            raise UserError(f"--layout {fixed} cannot split quantised weights: give --layout replicas")
+        check_possible(hf.whole_model(config.loader_args, model_config), fixed)
         return fixed, "as asked"
-    candidates = consider(whole, ranks_of(config, world))
+    if quantised:
+        return layouts.WHOLE_COPIES, "quantised weights are not reckoned with"
+    try:
+        candidates = consider(hf.whole_model(config.loader_args, model_config), ranks_of(config, world))
+    except (UserError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        return layouts.WHOLE_COPIES, f"what it takes cannot be worked out: {one_line(error)}"
     if config.layout == layouts.LAYERS:
         chosen = fewest_local_layers(candidates, world.ranks_per_node)
         return chosen.layout, f"the fewest ranks that hold the model: {say_memory(chosen)}"

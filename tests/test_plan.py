@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import tiny_models
 import torch
+import transformers
 
 from ddp_eval import choice, cli, distributed, plan, sizing
 from ddp_eval.choice import Ranks, consider, fewest_local_layers, recommend
@@ -240,6 +242,30 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     assert chosen(0)[1].startswith("nothing fits, this lacks least")
     monkeypatch.setattr(hf, "whole_model", None)
     assert chosen(0, world=distributed.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
+
+
+@pytest.mark.parametrize("kind", tiny_models.CONFIGS)
+def test_every_kind_of_model_can_be_sized(kind, tiny_model):
+    """Catches a config that names its widths otherwise, which would end a run that needs no choice at all."""
+    with torch.device("meta"):
+        whole = transformers.AutoModelForCausalLM.from_config(tiny_models.CONFIGS[kind]())
+    candidates = consider(whole, Ranks(2, 2, GIB, 1024, CUDA_SPEEDS))
+    assert recommend(candidates).fits
+    assert measure_model(whole).weights == sum(weight.nbytes for weight in tiny_model(kind).parameters())
+
+
+def test_quantised_weights_are_left_alone(tiny_model_path):
+    """Catches a 4-bit model reckoned with at full width, or cut into stages that nobody has tried."""
+    model_args = {"pretrained": str(tiny_model_path("llama"))}
+    model_config = hf.load_config(model_args)
+    model_config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
+    assert choice.choose_layout(Config(model_args=model_args), model_config, world)[0] == WHOLE_COPIES
+    with pytest.raises(UserError, match="--layout layers:2 cannot split quantised weights: give --layout replicas"):
+        choice.choose_layout(Config(model_args=model_args, layout="layers:2"), model_config, world)
+    with pytest.raises(UserError, match="--load broadcast sends whole copies of a hf model, and this is layers:2"):
+        del model_config.quantization_config
+        choice.choose_layout(Config(model_args=model_args, layout="layers:2", load="broadcast"), model_config, world)
 
 
 def rank_bytes_of(model_args, model_config, layout):

@@ -70,6 +70,7 @@ _IGNORED_MODEL_ARGS = {
 }
 _REFUSED_MODEL_ARGS = {
     "device_map": "--layout says how the model lies over the ranks",
+    "token": "log in with hf auth login or set HF_TOKEN, so that it is written nowhere",
     "peft": "merge the adapter into the model, save it, and evaluate what you saved",
     "delta": "add the delta to the base model, save it, and evaluate what you saved",
     "autogptq": "evaluate GPTQ weights with lm_eval's own hf model",
@@ -557,6 +558,7 @@ _FLAGS = {
     "gen_kwargs": _Flag("prompts", _to_args, "generation settings over the task's own, such as top_p=0.9", "KEY=VALUE", "", "+"),
     "output_path": _Flag("output", _to_directory, "run directory for results and scores (default: only the table)", "DIR", "-o"),
     "overwrite": _Flag("output", _to_switch, "replace the run that --output_path already holds (default: refuse)"),
+    "fresh": _Flag("output", _to_switch, "start over, whatever --output_path holds of this package (default: resume)"),
     "log_samples": _Flag("output", _to_switch, "also write every document with prompt and answer (default: off)", "", "-s"),
     "predict_only": _Flag("output", _to_switch, "write the answers and skip the metrics; implies --log_samples", "", "-x"),
     "write_out": _Flag("output", _to_switch, "print the prompts of the first documents (default: off)", "", "-w"),
@@ -583,6 +585,9 @@ _FLAGS = {
         _to_text,
         "each rank reads the weights from disk, or rank 0 reads and sends them (default: disk)",
         "{disk,broadcast}",
+    ),
+    "timeout": _Flag(
+        "execution", _to_number, "most seconds that a rank may take for a pack or another step (default: 1800)", "S"
     ),
     "no_packing": _Flag("execution", _to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ddp_eval import distributed
+from ddp_eval import distributed, journal, results, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError
-from ddp_eval.packing import Pack, Plan, build_pack, halve
-from ddp_eval.protocol import Work
+from ddp_eval.packing import Pack, build_pack, halve
+from ddp_eval.protocol import Journals, Work
 from ddp_eval.telemetry import Phases, Progress
 
 
@@ -34,10 +35,14 @@ def run_plan(world: World, engine: Engine, work: Work, phases: Phases) -> Gather
     plan = work.plan
     engine.on_trial = work.trial
     rows, halved = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 2), dtype=np.int64)]
-    with Progress(world, work.name, int(plan.num_requests.sum()), silent=work.silent) as progress:
+    journals = work.journals if engine.bears_results else None
+    with (
+        _own_journal(world, work, journals) as own,
+        Progress(world, work.name, int(plan.num_requests[work.left].sum()), silent=work.silent) as progress,
+    ):
         try:
             with phases("forward"):
-                for index, pieces in _run_packs(world, engine, plan, progress):
+                for index, pieces in _run_packs(world, engine, work, progress, own):
                     if not engine.bears_results:
                         continue
                     rows += [_result_rows(*piece) for piece in pieces]
@@ -49,6 +54,7 @@ def run_plan(world: World, engine: Engine, work: Work, phases: Phases) -> Gather
                 with contextlib.suppress(distributed.LostContact):
                     distributed.all_gather_rows(world, rows[0], failed=True)
             raise
+        watch.step(watch.WAITING)
         with phases("gather"):
             return Gathered(*(distributed.all_gather_rows(world, np.concatenate(mine)) for mine in (rows, halved)))
 
@@ -56,26 +62,67 @@ def run_plan(world: World, engine: Engine, work: Work, phases: Phases) -> Gather
 Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats and flags
 
 
-def _run_packs(world: World, engine: Engine, plan: Plan, progress: Progress) -> Iterator[tuple[int, list[Result]]]:
-    """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected.
+def _run_packs(
+    world: World, engine: Engine, work: Work, progress: Progress, own: journal.Journal | None
+) -> Iterator[tuple[int, list[Result]]]:
+    """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
 
+    Where a launch returns at once, the next is launched before one is collected. On the CPU, where it computes, that would keep a
+    finished pack out of the journal for the length of another.
     Yields the pack's number and its results: one, or one for each piece that it had to run in.
     """
+    plan, ahead = work.plan, engine.launches_ahead
 
     def collect(index: int, pieces: list[Any]) -> tuple[int, list[Result]]:
         results = [(piece.pack, *engine.collect(piece)) for piece in pieces]
+        if own is not None:
+            sums, greedy = (np.concatenate(parts) for parts in list(zip(*results, strict=True))[1:])
+            own.append(index, sums, greedy, len(results))
         if engine.bears_results:
             progress.add(int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces))
         return index, results
 
     under_way = None
-    for index in reversed(distributed.shard(world, plan.num_packs)):
+    for index in reversed(work.left[distributed.shard(world, len(work.left))].tolist()):
+        watch.step(watch.PACKS, index)
         launched = index, _launch(world, engine, build_pack(plan, index))
+        if not ahead:
+            yield collect(*launched)
+            continue
         if under_way is not None:
             yield collect(*under_way)
         under_way = launched
     if under_way is not None:
         yield collect(*under_way)
+
+
+@contextlib.contextmanager
+def _own_journal(world: World, work: Work, journals: Journals | None) -> Iterator[journal.Journal | None]:
+    """This rank's file among the journals; None where none are kept, or where this machine does not see the run directory."""
+    if journals is None or not journals.directory.is_dir():
+        if journals is not None:
+            print(
+                f"ddp_eval: rank {world.rank} does not see {journals.directory}: its packs are not kept for a resume",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield None
+        return
+    path = journals.directory / f"{work.name}-{world.rank:05d}{journal.SUFFIX}"
+    own = journal.Journal(path, journals.key, describe_origin(world))
+    watch.use_journal(own)
+    try:
+        yield own
+        own.close()
+    finally:
+        watch.use_journal(None)
+
+
+def describe_origin(world: World) -> str:
+    """The hardware that decides the last bits of this rank's numbers."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"{results.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _launch(world: World, engine: Engine, pack: Pack) -> list[Any]:

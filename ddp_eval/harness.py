@@ -35,7 +35,7 @@ from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, digest_strings, git_commit
-from ddp_eval.task_index import check_once, drop_members, find_leaves
+from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
 from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoded, Encoder
 
@@ -296,11 +296,13 @@ def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
     for path in paths:
         if not os.path.isdir(path):
             raise UserError(f"--include_path must be a directory of task files, got {path}")
-    # Reading lm_eval's own 14,000 task files takes seconds: the embedded tasks need none of them.
-    embedded = not config.include_path and all(isinstance(task, str) and task.startswith("demo") for task in config.tasks)
     metadata = {**config.model_args, **config.metadata}
     try:
-        return TaskManager(include_path=paths, include_defaults=not embedded, metadata=metadata)
+        manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+        # Reading lm_eval's own 14,000 task files takes seconds: only for those who ask for one of them.
+        if is_complete(config.tasks, manager.task_index):
+            return manager
+        return TaskManager(include_path=paths, metadata=metadata)
     except Exception as error:
         raise UserError(f"lm_eval could not read the task files: {_describe(error)}") from error
 
@@ -428,4 +430,6 @@ def _name_some(tasks: Sequence[Any]) -> str:
 
 def _describe(error: BaseException) -> str:
     """An error of lm_eval or of a task's own code in one line."""
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__  # the other says no more than that there was an error
     return f"{type(error).__name__}: {one_line(error) or 'no message'}{hub.advice(error)}"

@@ -1,4 +1,4 @@
-"""What the leader says to the other ranks: load the model like this, run this plan, stop, or I have failed."""
+"""What the leader says to the other ranks: begin, load the model like this, run this plan, stop, or I have failed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ import contextlib
 import dataclasses
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
-from ddp_eval.packing import Plan
+from ddp_eval.packing import IntArray, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """The leader's word that there is something to do. directory: of the run, or None."""
+
+    directory: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Journals:
+    """Where finished packs are kept: each rank adds a file of its own. key: see journal.py."""
+
+    directory: Path
+    key: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +42,16 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The leader's word to run a plan. name: unlike that of any other work of these ranks.
+    """The leader's word to run a plan.
 
+    left: ascending indices of the packs to run; the others are done. name: unlike that of any other work, of these ranks or any.
     trial: the plan is a question to the model, and what fails comes back as NaN. silent: no progress is shown.
     """
 
     plan: Plan
+    left: IntArray
     name: str
+    journals: Journals | None = None
     trial: bool = False
     silent: bool = False
 
@@ -54,10 +75,21 @@ class Followers:
         """Have all ranks begin to load the model; the leader loads its own part."""
         distributed.send_message(self.world, Load(layout))
 
+    def begin(self, directory: Path | None) -> None:
+        """Have them load the model, and report to the run directory from now on."""
+        distributed.send_message(self.world, Begin(directory))
+
     @contextlib.contextmanager
-    def working_on(self, plan: Plan, trial: bool = False, silent: bool = False) -> Iterator[Work]:
-        """Have all ranks run `plan` while the leader runs it too."""
-        work = Work(plan, uuid.uuid4().hex, trial, silent or trial)
+    def working_on(
+        self,
+        plan: Plan,
+        left: IntArray | None = None,
+        journals: Journals | None = None,
+        trial: bool = False,
+        silent: bool = False,
+    ) -> Iterator[Work]:
+        """Have all ranks run `plan`, or the packs of it that are `left`, while the leader runs it too."""
+        work = Work(plan, np.arange(plan.num_packs) if left is None else left, uuid.uuid4().hex, journals, trial, silent or trial)
         distributed.send_message(self.world, work)
         self._listening = False
         yield work
@@ -74,12 +106,22 @@ class Followers:
         distributed.send_message(self.world, message)
 
 
+def await_begin(world: World) -> Begin | None:
+    """On the other ranks: wait until the leader knows that there is something to do; None when there is not."""
+    begin: Begin | None = _hear(world)
+    return begin
+
+
 def next_work(world: World) -> Load | Work | None:
     """On the other ranks: wait for what the leader says next; None is stop. Raises what the leader failed of."""
+    word: Load | Work | None = _hear(world)
+    return word
+
+
+def _hear(world: World) -> Any:
     message = distributed.receive_message(world)
     if isinstance(message, Abort):
         if message.of_user:
             raise UserError(message.reason)
         raise distributed.LostContact("rank 0 has failed: its own error says why")
-    word: Load | Work | None = message
-    return word
+    return message

@@ -15,6 +15,7 @@ rank 0                                             ranks 1 … N-1
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import random
 import threading
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import demo, distributed, results
+from ddp_eval import demo, distributed, results, run_directory, status, watch
 from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
@@ -33,14 +34,16 @@ from ddp_eval.distributed import World
 from ddp_eval.engines import Engine, hf, vllm
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
-from ddp_eval.execution import fill_slots, run_plan
+from ddp_eval.execution import Gathered, fill_slots, run_plan
 from ddp_eval.layout import Layout
-from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run
+from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, fingerprint_model
 from ddp_eval.measuring import Seated, measure_layouts
 from ddp_eval.packing import Plan, Requests
 from ddp_eval.planning import Decision, ScorePlan, make_plan
 from ddp_eval.prediction import Amount
-from ddp_eval.protocol import Followers, Load, next_work
+from ddp_eval.protocol import Followers, Journals, Load, await_begin, next_work
+from ddp_eval.resume import name_work, tell_found, warn_of_not_finite
+from ddp_eval.run_directory import RunDirectory
 from ddp_eval.sizing import measure_model
 from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoder
@@ -54,6 +57,11 @@ def run(config: Config, world: World) -> dict[str, Any] | None:
     Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must mend.
     """
     if not world.is_leader:
+        watch.step(watch.WAITING)
+        if (begin := await_begin(world)) is None:
+            return None
+        watch.of_run(begin.directory)
+        watch.step("loading the model")
         model_config = hf.load_config(config.loader_args)
         _follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
         return None
@@ -91,14 +99,40 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
                     raise UserError(f"evaluate needs a whole copy of the model on every rank, got the layout {config.layout}")
                 followers.load(layouts.WHOLE_COPIES)
                 seated = Seated(world, layouts.WHOLE_COPIES, engine)
-                return _lead(config, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))
+                return _lead(config, None, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))
     finally:
         distributed.release_group(world)
+        gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
 
 
 def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, Any]:
-    """The leader's part of `run`: weights load in a thread of their own while lm_eval builds the prompts."""
-    _prepare_output(config)
+    """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
+    watch.step("looking into the run directory")
+    finished = run_directory.find_finished(config, lambda: fingerprint_model(config.loader_args))
+    if finished is not None:
+        log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
+        return finished
+    if not config.output_path:
+        followers.begin(None)
+        return _load_and_lead(config, None, world, followers)
+    directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)))
+    watch.of_run(directory.path)
+    watch.before_leaving(directory.close)
+    with contextlib.closing(directory):
+        followers.begin(directory.path)
+        return _load_and_lead(config, directory, world, followers)
+
+
+def _lose_directory(path: str) -> None:
+    """From the thread that keeps the lock: the run directory is no longer ours to write to."""
+    watch.of_run(None)
+    distributed.report_once(f"--output_path {path} was deleted or taken over by another run: this one ends; start it again")
+    watch.leave(2, status.FAILED, "")
+
+
+def _load_and_lead(config: Config, directory: RunDirectory | None, world: World, followers: Followers) -> dict[str, Any]:
+    """Weights load in a thread of their own while lm_eval builds the prompts."""
+    watch.step("building the prompts")
     model_config = hf.load_config(config.loader_args)
     layout, why = choose_layout(config, model_config, world)
     tokenizer = hf.load_tokenizer(config.loader_args)
@@ -116,7 +150,7 @@ def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, A
     from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, followers, model_config, tokenizer, seated.result, digests.result)
+    return _lead(config, directory, followers, model_config, tokenizer, seated.result, digests.result)
 
 
 def _prepare_output(config: Config) -> None:
@@ -126,13 +160,17 @@ def _prepare_output(config: Config) -> None:
 
 def _lead(
     config: Config,
+    directory: RunDirectory | None,
     followers: Followers,
     model_config: Any,
     tokenizer: Any,
     get_seated: Callable[[], Seated],
     get_digests: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Build the requests, have all ranks score them, compute metrics and write the run directory."""
+    """Build the requests, have all ranks score them, compute metrics and write the run directory.
+
+    directory: where finished packs are kept and found; None keeps none.
+    """
     from ddp_eval import harness
 
     phases = Phases()
@@ -146,12 +184,15 @@ def _lead(
         raise UserError(str(error)) from None
 
     facts: dict[str, Any] = {}
+    resumed: list[int] = []
 
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
+        watch.step("loading the model")
         with phases("load"):
             seated = get_seated()
         if seated.why and seated.world.world_size > 1:
             log.warning("layout %s: %s (%s)", seated.layout, seated.layout.sentence(seated.world.world_size), seated.why)
+        watch.step("planning")
         with phases("plan"):
             trial = _trial_of(followers, seated)
             decision = make_plan(seated.engine, requests, config.packing, config.max_pack_tokens, trial)
@@ -161,9 +202,21 @@ def _lead(
         facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
         if decision.why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
-        with followers.working_on(decision.plan) as work:
+        journals, found = None, None
+        if directory is not None:
+            facts["model_fingerprint"] = fingerprint_model(config.loader_args)
+            key = name_work(decision.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"])
+            journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
+            tell_found(found, decision.plan, seated.world)
+        done = found.packs if found else np.zeros(0, dtype=np.int64)
+        watch.step(watch.WAITING)  # a rank may still load the model
+        with followers.working_on(decision.plan, np.delete(np.arange(decision.plan.num_packs), done), journals) as work:
             gathered = run_plan(seated.world, seated.engine, work, phases)
+        if found:
+            gathered = Gathered(*(np.concatenate(parts) for parts in zip((found.rows, found.halved), gathered, strict=True)))
         sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
+        resumed.append(len(done))
+        watch.step("computing the metrics")
         if len(gathered.halved):
             log.warning("%d packs did not fit the memory and ran in pieces: scores may round otherwise", len(gathered.halved))
         if differing:
@@ -175,6 +228,8 @@ def _lead(
         return sums[decision.item_of_request], greedy[decision.item_of_request]
 
     def keep(scores: results.Scores) -> None:
+        facts["not_finite"] = results.find_not_finite(scores)
+        warn_of_not_finite(facts["not_finite"])
         if config.output_path:
             results.write_scores(config.output_path, scores)
 
@@ -183,19 +238,25 @@ def _lead(
     facts["prompts_sha256"] = outcome.prompt_digest
     outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
     if config.output_path:
-        manifest = describe_run(config, followers.world, outcome.results, facts, get_digests())
+        watch.step("writing the results")
+        manifest = describe_run(config, followers.world, outcome.results, {**facts, "resumed_packs": resumed[0]}, get_digests())
         results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"))
+        if directory is not None:
+            directory.finish()
     return outcome.results
 
 
 def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
     """Every other rank's part: load and run what the leader sends until it says stop."""
     engine = None
+    watch.step(watch.WAITING)
     while (word := next_work(world)) is not None:
         if isinstance(word, Load):
+            watch.step("loading the model")
             engine = None  # its memory goes before the next takes some
             laid_out = lay_out(world, word.layout)
             engine = load(laid_out, word.layout)
+            watch.step(watch.WAITING)
         else:
             assert engine is not None, "the leader says how to load before it says what to run"
             run_plan(laid_out, engine, word, Phases())

@@ -55,6 +55,20 @@ def _walk(
         yield Leaf(trail, {**settings, **above})
 
 
+def is_complete(names: Sequence[Any], index: Mapping[str, Any]) -> bool:
+    """Whether `index` holds all of `names` and what their groups lead to. No for tags and patterns, which others may add to."""
+    return all(isinstance(name, str) and name in index and _is_whole(index[name], index) for name in names)
+
+
+def _is_whole(entry: Any, index: Mapping[str, Any]) -> bool:
+    if entry.kind.name == "TAG":
+        return False
+    members = (entry.cfg or {}).get("task")
+    if not isinstance(members, list):
+        return True
+    return is_complete([member.get("task") if isinstance(member, dict) else member for member in members], index)
+
+
 def drop_members(names: Sequence[str], index: Mapping[str, Any]) -> list[str]:
     """Those of `names` that no group or tag among them brings along: a pattern matches a group and its members alike."""
     brought = {inner for name in names for leaf in find_leaves(name, index) for inner in leaf.trail[1:]}

@@ -589,3 +589,31 @@ def test_the_demo_is_at_hand() -> None:
     code = "import sys, ddp_eval; print(ddp_eval.demo.MODEL_PATH); assert 'torch' not in sys.modules"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert Path(finished.stdout.strip()).is_dir()
+
+
+def test_numbers_that_are_none_are_reported(demo_parts, run, caplog):
+    """Catches a NaN that drowns in a mean or in an argmax without a word."""
+    model, tokenizer = demo_parts
+    with torch.no_grad():
+        kept = model.lm_head.weight[0].clone()
+        model.lm_head.weight[0] = math.nan
+        results = run(model, tokenizer, ["demo_lambada"], limit=2)
+        model.lm_head.weight[0] = kept
+    assert results["ddp_eval"]["not_finite"] == {"demo_lambada": {"requests": 2, "first": [[0, 0], [1, 0]]}}
+    said = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert said == [
+        "2 requests of the task demo_lambada have a log-probability that is NaN or infinite "
+        "(document 0 choice 0, document 1 choice 0): do not trust its metrics"
+    ]
+    assert run(model, tokenizer, ["demo_lambada"], limit=2)["ddp_eval"]["not_finite"] == {}
+
+
+@pytest.fixture
+def demo_parts() -> tuple[Any, Any]:
+    """The embedded model and its tokenizer."""
+    import transformers
+
+    from ddp_eval import demo
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
+    return model, transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ddp_eval.errors import UserError
-from ddp_eval.task_index import check_once, drop_members, find_leaves
+from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
 
 
 def entry(kind: str, cfg: Any = None, tags: Any = ()) -> Any:
@@ -91,3 +91,20 @@ def test_the_walk_agrees_with_lm_eval(tmp_path: Any) -> None:
     for name, task in built.items():
         assert leaves[name].output_type == task.OUTPUT_TYPE, name
         assert leaves[name].settings["num_fewshot"] == task.config.num_fewshot, name
+
+
+@pytest.mark.parametrize(
+    ("names", "complete"),
+    [
+        (["a", "pair", "all"], True),
+        (["letters"], False),  # others may carry the tag too
+        (["other"], False),
+        (["own"], False),  # `new` is nowhere
+        (["elsewhere"], False),
+        (["a*"], False),
+        ([{"task": "a"}], False),
+    ],
+)
+def test_whether_lm_evals_own_tasks_are_needed(names: list[Any], complete: bool) -> None:
+    """Catches an index that lacks a member, and tags or patterns that lm_eval's own tasks would add to."""
+    assert is_complete(names, INDEX) is complete

@@ -15,6 +15,7 @@ class Engine(Protocol):
     """One replica of a model, or this rank's part of one.
 
     bears_results: False on the ranks of a replica that only help: what they collect does not count.
+    launches_ahead: `launch` returns before the work is done, so that the next can be launched before this is collected.
     on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN.
     why_not_packs: why only rows must be run, or None.
     isolates_requests: a request's numbers depend on how long the others in its forward are.
@@ -22,6 +23,7 @@ class Engine(Protocol):
     """
 
     bears_results: bool
+    launches_ahead: bool
     on_trial: bool
     why_not_packs: str | None
 

@@ -199,6 +199,7 @@ class LayersEngine(hf.HFEngine):
         self.world = world
         self.stage = stage
         self.bears_results = stage.is_last
+        self.launches_ahead = True  # a launch posts a receive
         self._incoming: distributed.Incoming | None = None
         self._sent: collections.deque[distributed.Outgoing] = collections.deque()
 

@@ -86,6 +86,10 @@ class TensorEngine(hf.HFEngine):
         self.bears_results = world.place == 0
         _ = self.splits_head  # asks the model, which takes all ranks of a replica: now, while they are all here
 
+    def describe(self) -> dict[str, Any]:
+        """As of one rank, and over how many the sums are spread: that decides their last bits."""
+        return {**super().describe(), "tensor_ranks": self.world.ranks_per_replica}
+
     def launch(self, pack: Pack) -> hf.Launched:
         """As of a model on one rank; in a trial, NaN where the forward fails (it does on all ranks alike)."""
         try:

@@ -168,6 +168,7 @@ class VllmEngine:
         self._caches = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
         self.bears_results = world.place == 0
         self.on_trial = False
+        self.launches_ahead = False
 
     @property
     def vocab_size(self) -> int:

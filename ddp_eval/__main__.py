@@ -23,6 +23,7 @@ LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their st
 # Subcommands that run on one process: the first word -> the module whose main(argv) returns an exit code.
 _TOOLS = {
     "compare": "ddp_eval.compare.command",
+    "plan": "ddp_eval.plan",
     "report": "ddp_eval.report",
 }
 

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ddp_eval import layout
 from ddp_eval.config import DEFAULT_SEED, Config
 from ddp_eval.errors import UserError, one_line
 
@@ -56,22 +57,19 @@ _REFUSED_FLAGS = {
     "hf_hub_log_args": ("", "use --output_path DIR and upload it with hf upload"),
 }
 
-_ONLY_PARALLELIZE = "it matters only with parallelize"
+_BY_MEMORY = "--layout goes by the memory that the GPUs have"
 _IGNORED_MODEL_ARGS = {
     "batch_size": _BY_COST,
     "max_batch_size": _BY_COST,
     "logits_cache": "requests with the same prefix always share it",
     "truncation": "a request that is too long always keeps its last tokens",
     "softmax_dtype": "log-probabilities are always computed in float32",
-    "max_memory_per_gpu": _ONLY_PARALLELIZE,
-    "max_cpu_memory": _ONLY_PARALLELIZE,
-    "offload_folder": _ONLY_PARALLELIZE,
+    "max_memory_per_gpu": _BY_MEMORY,
+    "max_cpu_memory": _BY_MEMORY,
+    "offload_folder": _BY_MEMORY,
 }
-_WHOLE_COPY = "every rank holds a whole copy of the model"
 _REFUSED_MODEL_ARGS = {
-    "parallelize": _WHOLE_COPY,
-    "tp_plan": _WHOLE_COPY,
-    "device_map": f"{_WHOLE_COPY}, on the device that --device names",
+    "device_map": "--layout says how the model lies over the ranks",
     "token": "log in with hf auth login or set HF_TOKEN, so that it is written nowhere",
     "peft": "merge the adapter into the model, save it, and evaluate what you saved",
     "delta": "add the delta to the base model, save it, and evaluate what you saved",
@@ -108,6 +106,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
         raw = _read_config_file(_to_text("--config", raw.pop("config"))) | raw
     notes = [f"--{name} is ignored: {why}" for name, (_, why) in _IGNORED_FLAGS.items() if raw.pop(name, None) is not None]
     values = {name: _FLAGS[name].convert(f"--{name}", value) for name, value in raw.items()}
+    _settle_layout(values)
     _settle_model_args(values, notes)
     _settle_what_to_evaluate(values, notes)
     if values.get("predict_only"):
@@ -125,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage=_USAGE,
         description=_ABOUT,
         epilog=f"Accepted and ignored: {', '.join('--' + name for name in _IGNORED_FLAGS)}.\n"
-        "Other commands, each with a --help of its own: reproduce, compare, report.",
+        "Other commands, each with a --help of its own: plan, compare, report, reproduce.",
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -190,7 +189,7 @@ def _drop_command(argv: Sequence[str]) -> list[str]:
     if not argv or argv[0].startswith("-"):
         return list(argv)
     if argv[0] not in _COMMANDS:
-        raise UserError(f"unknown command {argv[0]}: there are run (may be left out), reproduce, compare and report")
+        raise UserError(f"unknown command {argv[0]}: there are run (may be left out), plan, compare, report and reproduce")
     return list(argv[1:])
 
 
@@ -277,6 +276,23 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
         if key in model_args:
             notes.append(f"model_args {key} is ignored: {why}")
             del model_args[key]
+
+
+def _settle_layout(values: dict[str, Any]) -> None:
+    """lm_eval's parallelize=True and tp_plan=auto are layouts: layers over as few GPUs as will do, matrices over a node's."""
+    model_args = values.get("model_args", {})
+    wishes = {"--layout": values.get("layout")}
+    if _to_switch("model_args parallelize", model_args.pop("parallelize", None) or False):
+        wishes["parallelize=True"] = layout.LAYERS
+    if plan := model_args.pop("tp_plan", None):
+        if plan != "auto":
+            raise UserError(f"model_args tp_plan must be auto, got {plan}: the model brings its own plan")
+        wishes["tp_plan=auto"] = layout.TENSOR
+    given = {name: wish for name, wish in wishes.items() if wish is not None}
+    if len(set(given.values())) > 1:
+        raise UserError(f"{' and '.join(given)} ask for different layouts: give one of them")
+    if given:
+        values["layout"] = next(iter(given.values()))
 
 
 def _settle_what_to_evaluate(values: dict[str, Any], notes: list[str]) -> None:
@@ -555,6 +571,13 @@ _FLAGS = {
         "INT[,INT...]",
     ),
     "bootstrap_iters": _Flag("execution", _to_count, "resamplings for a bootstrapped standard error (default: 100000)", "N"),
+    "layout": _Flag(
+        "execution",
+        _to_text,
+        "how the model lies over the ranks: replicas (a copy on each), tensor:K or layers:K (a copy on each K ranks), "
+        "auto (by what fits) or measure (try what fits on some of the work) (default: auto)",
+        "LAYOUT",
+    ),
     "max_pack_tokens": _Flag(
         "execution", _to_count, "most tokens in one pack; a longer request gets one alone (default: chosen by the planner)", "N"
     ),

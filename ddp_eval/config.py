@@ -11,6 +11,7 @@ import difflib
 import math
 from typing import Any
 
+from ddp_eval import layout
 from ddp_eval.errors import UserError
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
@@ -53,6 +54,7 @@ class Config:
     packing: bool = True
     max_pack_tokens: int | None = None
     numerics: str = "fast"
+    layout: str = "auto"
     load: str = "disk"
     timeout: float = 1800.0  # seconds
 
@@ -68,8 +70,10 @@ class Config:
             object.__setattr__(self, "seed", (self.seed,) * len(DEFAULT_SEED))
         if self.fewshot_as_multiturn is None and self.apply_chat_template:
             object.__setattr__(self, "fewshot_as_multiturn", True)
-        if self.model != "hf":
-            raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
+        if self.model not in ("hf", "vllm"):
+            raise UserError(f"--model must be hf or vllm, got {self.model}")
+        if self.model == "vllm" and self.numerics == "alone":
+            raise UserError("--numerics alone is not for --model vllm, which batches requests as they come: give --model hf")
         _check_numerics(self.numerics, self.model_args.get("dtype", "auto"), self.max_pack_tokens)
         _check_at_least("--num_fewshot", self.num_fewshot, 0)
         if self.load not in ("disk", "broadcast"):
@@ -79,6 +83,7 @@ class Config:
         _check_whole("max_length", self.model_args.get("max_length"), 1)
         _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
         _check_seed(self.seed)
+        layout.check_words(self.layout)
         if not (math.isfinite(self.timeout) and self.timeout >= 1):
             raise UserError(f"--timeout must be 1 or more seconds, got {self.timeout:g}")
         if self.fresh and not self.output_path:

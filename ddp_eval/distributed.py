@@ -41,6 +41,8 @@ class World:
 
     messages: the group for words from the leader; None when there is one rank.
     borrowed: the process group belongs to the caller, and must be usable after a failure of ours.
+    ranks_per_node: how many ranks share this machine.
+    ranks_per_replica: how many neighbouring ranks hold one copy of the model (layout.py).
     meter: where this rank's time and bytes go.
     """
 
@@ -50,11 +52,27 @@ class World:
     device: torch.device
     messages: Any = None
     borrowed: bool = False
+    ranks_per_node: int = 1
+    ranks_per_replica: int = 1
     meter: Meter = dataclasses.field(default_factory=Meter, compare=False, repr=False)
 
     @property
     def is_leader(self) -> bool:
         return self.rank == 0
+
+    @property
+    def replicas(self) -> int:
+        return self.world_size // self.ranks_per_replica
+
+    @property
+    def replica(self) -> int:
+        """Which copy of the model this rank holds, or a part of it."""
+        return self.rank // self.ranks_per_replica
+
+    @property
+    def place(self) -> int:
+        """Which part of its copy."""
+        return self.rank % self.ranks_per_replica
 
 
 class LostContact(RuntimeError):
@@ -104,7 +122,8 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
         # A rank that died on the way here is noticed now; setting up the next group would wait for LEADER_TIMEOUT.
         dist.all_reduce(torch.zeros(1))
-    world = World(rank, local_rank, world_size, chosen, _message_group(), meter=meter)
+    ranks_per_node = _environment_int("LOCAL_WORLD_SIZE", world_size)
+    world = World(rank, local_rank, world_size, chosen, _message_group(), ranks_per_node=ranks_per_node, meter=meter)
     meter.phases.switch("other")
     return world
 
@@ -183,7 +202,8 @@ def broadcast_tensors(world: World, tensors: list[torch.Tensor]) -> None:
 
 
 def shard(world: World, count: int) -> list[int]:
-    """Which of `count` packs this rank runs, as DistributedSampler deals them; some repeat when they do not divide evenly.
+    """Which of `count` packs this rank's replica runs, as DistributedSampler deals them; some repeat when they do not divide
+    evenly.
 
     >>> [list(DistributedSampler(range(5), 2, rank, shuffle=False)) for rank in (0, 1)]
     [[0, 2, 4], [1, 3, 0]]
@@ -191,7 +211,44 @@ def shard(world: World, count: int) -> list[int]:
     if count == 0:
         return []
     packs: Any = range(count)
-    return list(DistributedSampler(packs, world.world_size, world.rank, shuffle=False, drop_last=False))
+    return list(DistributedSampler(packs, world.replicas, world.replica, shuffle=False, drop_last=False))
+
+
+class Incoming:
+    """A tensor under way from another rank; several come in the order in which they are sent. `wait` returns it."""
+
+    def __init__(self, tensor: torch.Tensor, source: int) -> None:
+        self._tensor, self._source = tensor, source
+        with _naming_lost_ranks(f"receiving from rank {source}"):
+            self._work: Any = dist.irecv(tensor, src=source)
+
+    @property
+    def nbytes(self) -> int:
+        return self._tensor.nbytes
+
+    def wait(self) -> torch.Tensor:
+        with _naming_lost_ranks(f"receiving from rank {self._source}"):
+            self._work.wait()
+        return self._tensor
+
+
+class Outgoing:
+    """A tensor under way to another rank: it must not be written to before `wait` has returned."""
+
+    def __init__(self, tensor: torch.Tensor, target: int) -> None:
+        self._tensor, self._target = tensor, target
+        with _naming_lost_ranks(f"sending to rank {target}"):
+            self._work: Any = dist.isend(tensor, dst=target)
+        self._done = torch.cuda.Event() if tensor.is_cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def wait(self) -> None:
+        """Until the tensor is on its way; on CUDA also until it has been computed, which bounds how far the host runs ahead."""
+        with _naming_lost_ranks(f"sending to rank {self._target}"):
+            self._work.wait()
+        if self._done is not None:
+            self._done.synchronize()
 
 
 def all_gather_rows(world: World, rows: npt.NDArray[np.int64], failed: bool = False) -> npt.NDArray[np.int64]:

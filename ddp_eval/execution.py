@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ddp_eval import distributed, journal, results, watch
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError
-from ddp_eval.meter import Phases
 from ddp_eval.packing import Pack, build_pack, halve
-from ddp_eval.protocol import Work
+from ddp_eval.protocol import Journals, Work
 from ddp_eval.telemetry import Progress
 
 
@@ -31,14 +30,21 @@ class Gathered(NamedTuple):
     halved: np.ndarray
 
 
-def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> Gathered:
+def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     """Run this rank's packs and gather everyone's results."""
-    plan = work.plan
+    plan, phases = work.plan, world.meter.phases
+    engine.on_trial = work.trial
     rows, halved = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 2), dtype=np.int64)]
-    with _own_journal(world, work) as own, Progress(world, work.name, int(plan.num_requests[work.left].sum())) as progress:
+    journals = work.journals if engine.bears_results else None
+    with (
+        _own_journal(world, work, journals) as own,
+        Progress(world, work.name, int(plan.num_requests[work.left].sum()), silent=work.silent) as progress,
+    ):
         try:
-            with phases("forward"):
+            with phases("trial" if work.silent else "forward"):
                 for index, pieces in _run_packs(world, engine, work, progress, own):
+                    if not engine.bears_results:
+                        continue
                     rows += [_result_rows(*piece) for piece in pieces]
                     if len(pieces) > 1:
                         halved.append(np.array([[index, len(pieces)]]))
@@ -57,22 +63,27 @@ Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats 
 
 
 def _run_packs(
-    world: World, engine: hf.HFEngine, work: Work, progress: Progress, own: journal.Journal | None
+    world: World, engine: Engine, work: Work, progress: Progress, own: journal.Journal | None
 ) -> Iterator[tuple[int, list[Result]]]:
     """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
 
-    On an accelerator the next is launched before one is collected. On the CPU, where a launch computes, that would keep a
+    Where a launch returns at once, the next is launched before one is collected. On the CPU, where it computes, that would keep a
     finished pack out of the journal for the length of another.
     Yields the pack's number and its results: one, or one for each piece that it had to run in.
     """
-    plan, ahead = work.plan, world.device.type != "cpu"
+    plan, ahead = work.plan, engine.launches_ahead
 
-    def collect(index: int, pieces: list[hf.Launched]) -> tuple[int, list[Result]]:
+    def collect(index: int, pieces: list[Any]) -> tuple[int, list[Result]]:
         results = [(piece.pack, *engine.collect(piece)) for piece in pieces]
         if own is not None:
             sums, greedy = (np.concatenate(parts) for parts in list(zip(*results, strict=True))[1:])
             own.append(index, sums, greedy, len(results))
-        progress.add(int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces))
+        requests, tokens = int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces)
+        if not work.silent:
+            for what, amount in {"requests": requests, "computed_tokens": tokens, "packs": 1}.items():
+                world.meter.count(what, amount)
+        if engine.bears_results:
+            progress.add(requests, tokens)
         return index, results
 
     under_way = None
@@ -90,19 +101,19 @@ def _run_packs(
 
 
 @contextlib.contextmanager
-def _own_journal(world: World, work: Work) -> Iterator[journal.Journal | None]:
+def _own_journal(world: World, work: Work, journals: Journals | None) -> Iterator[journal.Journal | None]:
     """This rank's file among the journals; None where none are kept, or where this machine does not see the run directory."""
-    if work.journals is None or not work.journals.directory.is_dir():
-        if work.journals is not None:
+    if journals is None or not journals.directory.is_dir():
+        if journals is not None:
             print(
-                f"ddp_eval: rank {world.rank} does not see {work.journals.directory}: its packs are not kept for a resume",
+                f"ddp_eval: rank {world.rank} does not see {journals.directory}: its packs are not kept for a resume",
                 file=sys.stderr,
                 flush=True,
             )
         yield None
         return
-    path = work.journals.directory / f"{work.name}-{world.rank:05d}{journal.SUFFIX}"
-    own = journal.Journal(path, work.journals.key, describe_origin(world))
+    path = journals.directory / f"{work.name}-{world.rank:05d}{journal.SUFFIX}"
+    own = journal.Journal(path, journals.key, describe_origin(world))
     watch.use_journal(own)
     try:
         yield own
@@ -118,7 +129,7 @@ def describe_origin(world: World) -> str:
     return f"{results.cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> list[hf.Launched]:
+def _launch(world: World, engine: Engine, pack: Pack) -> list[Any]:
     """Start a pack. One that does not fit the memory is halved, and halved again, always at the same items."""
     try:
         return [engine.launch(pack)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines.hf import HFEngine
+from ddp_eval.engines import Engine
 from ddp_eval.errors import one_line
 from ddp_eval.packing import CostModel, IntArray, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
 
@@ -24,14 +25,29 @@ class Decision(NamedTuple):
     why_rows: str | None
 
 
-def make_plan(engine: HFEngine, requests: Requests, packing: bool, max_pack_tokens: int | None, alone: bool = False) -> Decision:
-    """Decide between packs and rows, and cut the requests. alone: a forward for each distinct input, whatever else is asked."""
+# Runs a plan, on whatever ranks that takes, and returns the (items,) sums in nats.
+ScorePlan = Callable[[Plan], npt.NDArray[np.float64]]
+
+
+def make_plan(
+    engine: Engine,
+    requests: Requests,
+    packing: bool,
+    max_pack_tokens: int | None,
+    alone: bool = False,
+    score_plan: ScorePlan | None = None,
+) -> Decision:
+    """Decide between packs and rows, and cut the requests.
+
+    alone: a forward for each distinct input, whatever else is asked.
+    score_plan: how to put a trial plan to the model where a copy of it lies on several ranks; `engine` alone if not given.
+    """
     if alone:
         return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
     max_tokens = max_pack_tokens or engine.max_tokens()
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
     if why_rows is None and len(requests):
-        why_rows = check_packs(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach))
+        why_rows = check_packs(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
     if why_rows is None:
         return Decision(*plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads()), None)
     return Decision(*plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests), why_rows)
@@ -61,29 +77,34 @@ def trial_requests(requests: Requests, vocab_size: int, reach: int | None) -> Re
     return requests_from_lists(sequences, [3, 5, 4, 6, 12])
 
 
-def check_packs(engine: HFEngine, requests: Requests) -> str | None:
+def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None = None) -> str | None:
     """Try `requests` packed against plain, one at a time. Returns None when they agree, else one phrase that says how far off.
 
     A model that takes a tree mask and yet ignores part of it (positions by index, a running state) gives wrong numbers without
     an error: only its own answers show it. What rounding may do is known from the dtype and from two plain runs of other shapes.
     """
     one_pack = CostModel(forward=1e30, dense=False)
+
+    def score(plan: Plan, item_of_request: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+        sums = score_plan(plan) if score_plan is not None else _score_alone(engine, plan)
+        return sums[item_of_request]
+
     try:
-        packed = _score_alone(engine, *plan_packs(requests, one_pack, max_tokens=2**30))
+        packed = score(*plan_packs(requests, one_pack, max_tokens=2**30))
     except Exception as error:
         return f"it fails on packs ({type(error).__name__}: {one_line(error, 200)})"
-    alone = _score_alone(engine, *plan_rows(requests, max_tokens=1))
-    padded = _score_alone(engine, *plan_rows(requests, max_tokens=2**30))
+    alone = score(*plan_rows(requests, max_tokens=1))
+    padded = score(*plan_rows(requests, max_tokens=2**30))
     drift = np.abs(packed - alone) / requests.num_targets
     rounding = np.abs(padded - alone) / requests.num_targets
-    allowed = max(_ROUNDING.get(engine.model.dtype, 1e-4), 5 * float(rounding.mean()))
+    allowed = max(_ROUNDING.get(engine.dtype, 1e-4), 5 * float(rounding.mean()))
     # A NaN is not "at most" anything either.
     if float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed:
         return None
     return f"packed and plain runs differ by {float(drift.max()):.2g} nats per token, where {allowed:.2g} on average is allowed"
 
 
-def _score_alone(engine: HFEngine, plan: Plan, item_of_request: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+def _score_alone(engine: Engine, plan: Plan) -> npt.NDArray[np.float64]:
     sums = [engine.collect(engine.launch(build_pack(plan, index)))[0] for index in range(plan.num_packs)]
-    scores: npt.NDArray[np.float64] = np.concatenate(sums)[item_of_request]
+    scores: npt.NDArray[np.float64] = np.concatenate(sums)
     return scores

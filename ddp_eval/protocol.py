@@ -1,4 +1,4 @@
-"""What the leader says to the other ranks: begin, run this plan, stop, or I have failed."""
+"""What the leader says to the other ranks: begin, load the model like this, run this plan, stop, or I have failed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
+from ddp_eval.layout import Layout
 from ddp_eval.packing import IntArray, Plan
 
 
@@ -33,16 +34,26 @@ class Journals:
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """The leader's word to load the model in this layout, in place of what is loaded."""
+
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """The leader's word to run a plan.
 
     left: ascending indices of the packs to run; the others are done. name: unlike that of any other work, of these ranks or any.
+    trial: the plan is a question to the model, and what fails comes back as NaN. silent: no progress is shown.
     """
 
     plan: Plan
     left: IntArray
     name: str
     journals: Journals | None = None
+    trial: bool = False
+    silent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +76,25 @@ class Followers:
         self.world = world
         self._listening = True
 
+    def load(self, layout: Layout) -> None:
+        """Have all ranks begin to load the model; the leader loads its own part."""
+        distributed.send_message(self.world, Load(layout))
+
     def begin(self, directory: Path | None) -> None:
         """Have them load the model, and report to the run directory from now on."""
         distributed.send_message(self.world, Begin(directory))
 
     @contextlib.contextmanager
-    def working_on(self, plan: Plan, left: IntArray | None = None, journals: Journals | None = None) -> Iterator[Work]:
+    def working_on(
+        self,
+        plan: Plan,
+        left: IntArray | None = None,
+        journals: Journals | None = None,
+        trial: bool = False,
+        silent: bool = False,
+    ) -> Iterator[Work]:
         """Have all ranks run `plan`, or the packs of it that are `left`, while the leader runs it too."""
-        work = Work(plan, np.arange(plan.num_packs) if left is None else left, uuid.uuid4().hex, journals)
+        work = Work(plan, np.arange(plan.num_packs) if left is None else left, uuid.uuid4().hex, journals, trial, silent or trial)
         distributed.send_message(self.world, work)
         self._listening = False
         yield work
@@ -102,10 +124,10 @@ def await_begin(world: World) -> Begin | None:
     return begin
 
 
-def next_work(world: World) -> Work | None:
-    """On the other ranks: wait for the leader's next plan; None when it says stop. Raises what the leader failed of."""
-    work: Work | None = _hear(world)
-    return work
+def next_work(world: World) -> Load | Work | None:
+    """On the other ranks: wait for what the leader says next; None is stop. Raises what the leader failed of."""
+    word: Load | Work | None = _hear(world)
+    return word
 
 
 def _hear(world: World) -> Any:

@@ -56,8 +56,7 @@ def parse(argv: Sequence[str]) -> Order:
         raise UserError(f"the run in {options.run} was given a loaded model by a program: only that program can run it again")
     values = dict(manifest["config"])
     values |= {"output_path": str(output), "overwrite": options.overwrite, "seed": tuple(values["seed"])}
-    if options.device:
-        values["device"] = options.device
+    values |= {name: value for name in ("device", "layout") if (value := getattr(options, name))}
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
     if unknown:
         raise UserError(f"the run in {options.run} has the setting {unknown[0]}, which this version of ddp_eval does not know")
@@ -150,5 +149,6 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --output_path already holds")
     parser.add_argument("--allow", nargs="+", choices=KINDS, help="run although these differ from the manifest")
     parser.add_argument("--device", help="cuda or cpu (default: as the run was told)")
+    parser.add_argument("--layout", help="how the model lies over the ranks (default: as the run was told)")
     add_expect(parser)
     return parser

@@ -1,7 +1,8 @@
 """A run from start to end: who does what, in order. Read this first.
 
 rank 0                                             ranks 1 … N-1
-  load the replica (tasks and prompts meanwhile)     load the replica
+  choose the layout (layout.py) ────────────────────► hear it
+  load the replica (tasks and prompts meanwhile)     load the replica, or this rank's part of one
   lm_eval builds every request once                  wait
   tokenise, check packs, plan                        wait
   send the plan ────────────────────────────────────► receive it
@@ -26,17 +27,24 @@ import numpy as np
 import torch
 
 from ddp_eval import demo, distributed, results, run_directory, status, telemetry, watch
+from ddp_eval import layout as layouts
+from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
-from ddp_eval.engines import broadcast, hf
+from ddp_eval.engines import Engine, hf, vllm
+from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, run_plan
+from ddp_eval.layout import Layout
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, fingerprint_model
-from ddp_eval.packing import Requests
-from ddp_eval.planning import Decision, make_plan
-from ddp_eval.protocol import Followers, Journals, await_begin, next_work
+from ddp_eval.measuring import Seated, measure_layouts
+from ddp_eval.packing import Plan, Requests
+from ddp_eval.planning import Decision, ScorePlan, make_plan
+from ddp_eval.prediction import Amount
+from ddp_eval.protocol import Followers, Journals, Load, await_begin, next_work
 from ddp_eval.resume import name_work, tell_found, warn_of_not_finite
 from ddp_eval.run_directory import RunDirectory
+from ddp_eval.sizing import measure_model
 from ddp_eval.tokenization import Encoder
 
 log = logging.getLogger("ddp_eval")
@@ -60,8 +68,7 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
             watch.step("loading the model")
             with world.meter.phases("load"):
                 model_config = hf.load_config(config.loader_args)
-                engine = _load_engine(config, model_config, world)
-            _follow(world, engine)
+            _follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
             return None
         with Followers(world) as followers:
             return _lead_run(config, world, followers, inspect)
@@ -89,11 +96,15 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
         with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine, telemetry.Sampler(world):
             bare.eval()
             if not world.is_leader:
-                _follow(world, engine)
+                _follow(world, lambda world, layout: engine)
                 return None
             with Followers(world) as followers:
                 _prepare_output(config)
-                return _lead(config, None, followers, bare.config, tokenizer, lambda: engine, lambda: describe_loaded_model(bare))
+                if config.layout not in (layouts.AUTO, layouts.REPLICAS):
+                    raise UserError(f"evaluate needs a whole copy of the model on every rank, got the layout {config.layout}")
+                followers.load(layouts.WHOLE_COPIES)
+                seated = Seated(world, layouts.WHOLE_COPIES, engine)
+                return _lead(config, None, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))
     finally:
         distributed.release_group(world)
         gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
@@ -131,13 +142,16 @@ def _load_and_lead(
     watch.step("building the prompts")
     with world.meter.phases("load"):
         model_config = hf.load_config(config.loader_args)
+        layout, why = choose_layout(config, model_config, world)
         tokenizer = hf.load_tokenizer(config.loader_args)
-    engine: Future[hf.HFEngine] = Future()
+    followers.load(layout)
+    seated: Future[Seated] = Future()
     digests: Future[dict[str, Any]] = Future()
 
     def load() -> None:
+        laid_out = lay_out(world, layout)
         with world.meter.background("load"):
-            _fulfil(engine, lambda: _load_engine(config, model_config, world))
+            _fulfil(seated, lambda: Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why))
         name = hf.resolve_pretrained(config.model_args)
         _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
@@ -146,13 +160,7 @@ def _load_and_lead(
         from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, directory, followers, model_config, tokenizer, engine.result, digests.result, inspect)
-
-
-def _load_engine(config: Config, model_config: Any, world: World) -> hf.HFEngine:
-    if config.load == "broadcast":
-        return broadcast.load_engine(config.loader_args, model_config, world)
-    return hf.load_engine(config.loader_args, model_config, world.device)
+    return _lead(config, directory, followers, model_config, tokenizer, seated.result, digests.result, inspect)
 
 
 def _prepare_output(config: Config) -> None:
@@ -166,7 +174,7 @@ def _lead(
     followers: Followers,
     model_config: Any,
     tokenizer: Any,
-    get_engine: Callable[[], hf.HFEngine],
+    get_seated: Callable[[], Seated],
     get_digests: Callable[[], dict[str, Any]],
     inspect: Inspect | None = None,
 ) -> dict[str, Any]:
@@ -180,6 +188,8 @@ def _lead(
     world, phases = followers.world, followers.world.meter.phases
     model_args = config.model_args
     max_length = harness.max_length_of(model_args, model_config, tokenizer)
+    if config.model == "vllm":
+        max_length = vllm.longest_input(model_args, max_length)
     try:
         encoder = Encoder(tokenizer, max_length, model_args.get("add_bos_token"), model_args.get("prefix_token_id"))
     except ValueError as error:
@@ -196,27 +206,34 @@ def _lead(
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
         watch.step("loading the model")
         with phases("load"):
-            engine = get_engine()
-        if config.numerics == "fp32" and engine.model.dtype != torch.float32:
-            raise UserError(f"--numerics fp32 needs a model in float32, this one is in {engine.model.dtype}")
+            seated = get_seated()
+        engine = seated.engine
+        if config.numerics == "fp32" and engine.dtype != torch.float32:
+            raise UserError(f"--numerics fp32 needs a model in float32, this one is in {engine.dtype}")
+        if seated.why and world.world_size > 1:
+            log.warning("layout %s: %s (%s)", seated.layout, seated.layout.sentence(world.world_size), seated.why)
         watch.step("planning")
         with phases("plan"):
-            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, config.numerics == "alone")
-        facts.update(engine=engine.describe(), **_describe_plan(decision, requests))
-        step = hf.FLEX_STEP if engine.tree_attention == "flex_attention" else 1
-        costs.update(fed_tokens=telemetry.fed_tokens(decision.plan, step), flops_per_token=engine.cost_model().token)
-        if decision.why_rows and config.packing and config.numerics != "alone":
+            alone, trial = config.numerics == "alone", _trial_of(followers, seated)
+            decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, alone, trial)
+        del engine  # `_measure` may put another in its place
+        if config.layout == layouts.MEASURE and world.world_size > 1:
+            with phases("measure"):
+                facts["measured_layouts"] = _measure(config, model_config, followers, seated, decision.plan)
+        facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
+        costs.update(_describe_costs(decision.plan, seated))
+        if decision.why_rows and config.packing and not alone:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         journals, found = None, None
         if directory is not None:
             facts["model_fingerprint"] = fingerprint_model(config.loader_args)
-            key = name_work(decision.plan, engine.describe(), world, facts["model_fingerprint"])
+            key = name_work(decision.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"])
             journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
-            tell_found(found, decision.plan, world)
+            tell_found(found, decision.plan, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
         watch.step(watch.WAITING)  # a rank may still load the model
         with followers.working_on(decision.plan, np.delete(np.arange(decision.plan.num_packs), done), journals) as work:
-            gathered = run_plan(world, engine, work, phases)
+            gathered = run_plan(seated.world, seated.engine, work)
         if found:
             gathered = Gathered(*(np.concatenate(parts) for parts in zip((found.rows, found.halved), gathered, strict=True)))
         sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
@@ -245,8 +262,7 @@ def _lead(
     outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
 
     def measure() -> dict[str, Any]:
-        model = get_engine().model
-        peak = telemetry.peak_flops(model.device, model.dtype)
+        peak = telemetry.peak_flops(world.device, get_seated().engine.dtype)
         measured = telemetry.summarize(followers.measure(), {**facts, **costs, "peak": peak})
         world.meter.reset()
         return measured
@@ -269,11 +285,46 @@ def _lead(
     return outcome.results
 
 
-def _follow(world: World, engine: hf.HFEngine) -> None:
-    """Every other rank's part: run what the leader sends until it says stop."""
+def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
+    """Every other rank's part: load and run what the leader sends until it says stop."""
+    engine = None
     watch.step(watch.WAITING)
-    while (work := next_work(world)) is not None:
-        run_plan(world, engine, work, world.meter.phases)
+    while (word := next_work(world)) is not None:
+        if isinstance(word, Load):
+            watch.step("loading the model")
+            engine = None  # its memory goes before the next takes some
+            laid_out = lay_out(world, word.layout)
+            with world.meter.phases("load"):
+                engine = load(laid_out, word.layout)
+            watch.step(watch.WAITING)
+        else:
+            assert engine is not None, "the leader says how to load before it says what to run"
+            run_plan(laid_out, engine, word)
+
+
+def _trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
+    """How trial plans are scored where a copy of the model lies on several ranks: by all of them, like the run itself."""
+    if seated.world.ranks_per_replica == 1:
+        return None
+
+    def score(plan: Plan) -> np.ndarray:
+        with followers.working_on(plan, trial=True) as work:
+            rows = run_plan(seated.world, seated.engine, work).rows
+        return fill_slots(rows, plan.num_items)[0]
+
+    return score
+
+
+def _measure(config: Config, model_config: Any, followers: Followers, seated: Seated, plan: Plan) -> list[dict[str, Any]]:
+    """`--layout measure`: leave `seated` in the layout that is quickest on some of the work. Returns what was measured."""
+    whole = hf.whole_model(config.loader_args, model_config)
+    amount = Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
+    candidates = consider(whole, ranks_of(config, followers.world), amount)
+    found = measure_layouts(
+        followers, seated, plan, candidates, measure_model(whole),
+        lambda world, layout: load_replica(config, model_config, world, layout),
+    )  # fmt: skip
+    return [{**one._asdict(), "layout": str(one.layout)} for one in found]
 
 
 def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
@@ -287,6 +338,15 @@ def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
         "packs": plan.num_packs,
         "request_tokens": int((np.diff(requests.starts) - 1).sum()),
         "computed_tokens": len(plan.tokens),
+    }
+
+
+def _describe_costs(plan: Plan, seated: Seated) -> dict[str, Any]:
+    """What telemetry reckons shares with. flops_per_token: of one rank, which has its part in every token of its replica."""
+    step = hf.FLEX_STEP if seated.engine.describe().get("attention") == "flex_attention" else 1
+    return {
+        "fed_tokens": telemetry.fed_tokens(plan, step),
+        "flops_per_token": seated.engine.flops_per_token() / seated.world.ranks_per_replica,
     }
 
 

@@ -250,7 +250,10 @@ def format_summary(telemetry: dict[str, Any]) -> str:
     return "\n".join([*lines, ", ".join(parts), *advise(telemetry)])
 
 
-PHASES = ("start", "join", "tasks", "tokenize", "load", "plan", "send", "wait", "forward", "gather", "score", "write", "other")
+PHASES = (
+    "start", "join", "tasks", "tokenize", "load", "plan", "trial", "measure",
+    "send", "wait", "forward", "gather", "score", "write", "other",
+)  # fmt: skip
 
 
 def _phase_order(name: str) -> tuple[int, str]:
@@ -276,21 +279,22 @@ def _ratio(amount: float, whole: float) -> float | None:
 class Progress:
     """Counts finished requests and tokens of all ranks; on the leader, shows them until the block ends.
 
-    On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end.
+    On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end. With `silent`, nothing.
     """
 
     PUSH_S = 0.5  # a rank tells its counts at most this often
 
-    def __init__(self, world: World, name: str, requests: int, stream: TextIO | None = None, quiet_s: float = 30.0) -> None:
+    def __init__(
+        self, world: World, name: str, requests: int, stream: TextIO | None = None, quiet_s: float = 30.0, silent: bool = False
+    ) -> None:
         self._requests, self._tokens = Tally(world, f"{name}/requests"), Tally(world, f"{name}/tokens")
-        self._meter = world.meter
         self._total = requests
         self._stream = stream or sys.stderr
         self._quiet_s = quiet_s
         self._unsent = [0, 0]
         self._pushed_at = self._started = time.monotonic()
         self._finished = threading.Event()
-        self._shower = threading.Thread(target=self._show, daemon=True) if world.is_leader else None
+        self._shower = threading.Thread(target=self._show, daemon=True) if world.is_leader and not silent else None
 
     def __enter__(self) -> Progress:
         if self._shower:
@@ -304,9 +308,6 @@ class Progress:
 
     def add(self, requests: int, tokens: int) -> None:
         """Some more are done on this rank."""
-        self._meter.count("requests", requests)
-        self._meter.count("computed_tokens", tokens)
-        self._meter.count("packs", 1)
         self._unsent[0] += requests
         self._unsent[1] += tokens
         if time.monotonic() - self._pushed_at >= self.PUSH_S:

@@ -215,7 +215,7 @@ def test_what_no_longer_matters_is_accepted_and_said_to_be_ignored() -> None:
         "model_args logits_cache is ignored: requests with the same prefix always share it",
         "model_args truncation is ignored: a request that is too long always keeps its last tokens",
         "model_args softmax_dtype is ignored: log-probabilities are always computed in float32",
-        "model_args offload_folder is ignored: it matters only with parallelize",
+        "model_args offload_folder is ignored: --layout goes by the memory that the GPUs have",
     ]
 
 
@@ -225,8 +225,27 @@ def test_model_args_that_are_switched_off_are_left_out() -> None:
     assert config.model_args == {"pretrained": "m", "dtype": "auto"}
 
 
+def test_layouts_have_lm_evals_spellings_too() -> None:
+    """Catches parallelize=True or tp_plan=auto that loses its meaning, or reaches the model's loader."""
+    assert read().layout == "auto"
+    assert read("--layout", "layers:4").layout == "layers:4"
+    for setting, layout in {"parallelize=True": "layers", "tp_plan=auto": "tensor"}.items():
+        config = read("-a", setting)
+        assert (config.layout, config.model_args) == (layout, {"pretrained": "m"})
+    assert read("-a", "parallelize=True", "--layout", "layers").layout == "layers"
+    assert read("-a", "parallelize=False", "--layout", "tensor:2").layout == "tensor:2"
+
+
 REFUSED = {
-    "ls tasks": "unknown command ls: there are run (may be left out), reproduce, compare and report",
+    "--layout rows": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got rows",
+    "--layout layers:1": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got layers:1",
+    "--layout replicas:2": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got replicas:2",
+    "-a tp_plan=mine": "model_args tp_plan must be auto, got mine: the model brings its own plan",
+    "-a parallelize=True --layout tensor:2": "--layout and parallelize=True ask for different layouts: give one of them",
+    "--model vllm --numerics alone": (
+        "--numerics alone is not for --model vllm, which batches requests as they come: give --model hf"
+    ),
+    "ls tasks": "unknown command ls: there are run (may be left out), plan, compare, report and reproduce",
     "--fewshots 3": "unknown flag --fewshots: did you mean --num_fewshot or --fresh?",
     "--model-arg pretrained=m": "unknown flag --model_arg: did you mean --model_args or --model?",
     "-limit 5": "unknown flag -limit: did you mean --limit?",
@@ -244,7 +263,7 @@ REFUSED = {
     "--num_fewshot 2.0": "--num_fewshot must be a whole number, got 2.0",
     "--max_pack_tokens 0": "--max_pack_tokens must be 1 or more, got 0",
     "--bootstrap_iters few": "--bootstrap_iters must be a whole number, got few",
-    "--model vllm": "--model must be hf, got vllm: other engines are not available yet",
+    "--model gguf": "--model must be hf or vllm, got gguf",
     "--seed x": "--seed must be whole numbers or None, got x",
     "--seed 1,2": "--seed must be 1 or 4 values (random, numpy, torch, few-shot), got 2",
     "--seed 1,2,3,4,5": "--seed must be 1 or 4 values (random, numpy, torch, few-shot), got 5",
@@ -290,9 +309,7 @@ REFUSED = {
 REFUSED |= {
     f"-a {setting}": f"model_args {setting.partition('=')[0]} is not supported yet: {why}"
     for setting, why in {
-        "parallelize=True": "every rank holds a whole copy of the model",
-        "tp_plan=auto": "every rank holds a whole copy of the model",
-        "device_map=auto": "every rank holds a whole copy of the model, on the device that --device names",
+        "device_map=auto": "--layout says how the model lies over the ranks",
         "peft=lora": "merge the adapter into the model, save it, and evaluate what you saved",
         "delta=d": "add the delta to the base model, save it, and evaluate what you saved",
         "autogptq=True": "evaluate GPTQ weights with lm_eval's own hf model",

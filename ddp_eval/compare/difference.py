@@ -24,6 +24,7 @@ _GROUPS = (
     ("versions", ("packages.", "git.")),
     ("hardware", ("hardware.",)),
     ("layout", ("ranks.", "plan_sha256", "layout", "packs", "why_rows", "computed_tokens", "config.packing", "config.max_pack")),
+    ("layout", ("config.layout", "measured_layouts")),
 )
 _SAYS_NOTHING = ("config.output_path", "config.overwrite", "working_directory")
 

@@ -1,1 +1,45 @@
-"""What runs a pack: one module per engine. `hf` runs transformers models."""
+"""What runs packs: transformers (hf, tensor, layers) or vLLM."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddp_eval.packing import CostModel, Pack
+
+
+class Engine(Protocol):
+    """One replica of a model, or this rank's part of one.
+
+    bears_results: False on the ranks of a replica that only help: what they collect does not count.
+    launches_ahead: `launch` returns before the work is done, so that the next can be launched before this is collected.
+    on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN.
+    why_not_packs: why only rows must be run, or None.
+    isolates_requests: a request's numbers depend on how long the others in its forward are.
+    longest_reach: the widest window or chunk of its layers, in tokens.
+    flops_per_token: floating-point operations of the whole replica's layers, without attention and head.
+    """
+
+    bears_results: bool
+    launches_ahead: bool
+    on_trial: bool
+    why_not_packs: str | None
+
+    @property
+    def isolates_requests(self) -> bool: ...
+    @property
+    def longest_reach(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def describe(self) -> dict[str, Any]: ...
+    def max_tokens(self) -> int: ...
+    def max_reads(self) -> int | None: ...
+    def cost_model(self) -> CostModel: ...
+    def flops_per_token(self) -> float: ...
+    def launch(self, pack: Pack) -> Any: ...
+    def collect(self, launched: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]: ...

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval import attention, blocks, hub
+from ddp_eval.distributed import World
 from ddp_eval.engines import slices
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import CostModel, Pack, pad_tail
@@ -63,12 +64,18 @@ class HFEngine:
     `tree_attention`, which may be a faster one; `close` puts the first back.
 
     keep_attention: use the model's own for trees too.
+    whole: where `model` is a part of a replica, the replica on the meta device: sizes and costs are reckoned from it.
     Raises nothing for models that packs cannot serve: `why_not_packs` then says why, and only rows must be run.
     """
 
-    def __init__(self, model: Any, device: torch.device, keep_attention: bool = False) -> None:
+    bears_results = True  # False on the ranks of a replica that only help: what they collect does not count
+    on_trial = False  # in a trial, parts of a replica turn an error into NaN: their fellows wait for them
+
+    def __init__(self, model: Any, device: torch.device, keep_attention: bool = False, whole: Any = None) -> None:
         self.model = model
+        self.whole = model if whole is None else whole
         self.device = device
+        self.launches_ahead = device.type != "cpu"
         self.config = model.config.get_text_config()
         self.plain_attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
         self.tree_attention = self.plain_attention if keep_attention else _choose_attention(model, self.plain_attention, device)
@@ -125,6 +132,11 @@ class HFEngine:
             module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
 
     @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)
 
@@ -133,7 +145,7 @@ class HFEngine:
         return {
             "name": "hf",
             "class": type(self.model).__name__,
-            "parameters": int(self.model.num_parameters()),
+            "parameters": int(self.whole.num_parameters()),
             "dtype": str(self.model.dtype),
             "attention": self.tree_attention,
         }
@@ -182,12 +194,22 @@ class HFEngine:
         return CostModel(
             enough=few_seconds,
             forward=fixed_per_layer * layers,
-            token=2.0 * _active_parameters(self.model, self.config),
+            token=self.flops_per_token(),
             pair=4.0 * heads * head_dim * layers,
             read=2.0 * hidden * self.vocab_size,
             slowdown=2.0,
             dense=self.tree_attention in ("sdpa", "eager"),
         )
+
+    def flops_per_token(self) -> float:
+        return 2.0 * active_parameters(self.whole, self.config)
+
+    def input_shape(self, pack: Pack) -> tuple[int, int]:
+        """(B, L) of the token ids that a pack's forward is given."""
+        if pack.rows:
+            return int((pack.depth == 0).sum()), int(pack.depth.max()) + 1
+        attention = self.plain_attention if pack.is_chain else self.tree_attention
+        return 1, len(pack) + (-len(pack) % FLEX_STEP if attention == "flex_attention" else 0)
 
     def launch(self, pack: Pack) -> Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
@@ -289,6 +311,18 @@ class HFEngine:
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def without_halves(world: World, pack: Pack) -> Iterator[None]:
+    """For ranks that share a replica: one alone cannot run a pack in halves when memory is short. Raises UserError then."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "
+            f"{len(pack.reads)} of them scored: give --max_pack_tokens {max(1, len(pack) // 2)}"
+        ) from None
 
 
 def _log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -393,6 +427,26 @@ def load_tokenizer(model_args: dict[str, Any]) -> Any:
 
 def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -> HFEngine:
     """Load a replica's weights onto `device`. Raises UserError for unusable files, arguments or too little memory."""
+    return HFEngine(load_weights(model_args, config, device), device, keep_attention="attn_implementation" in model_args)
+
+
+def whole_model(model_args: dict[str, Any], config: Any) -> Any:
+    """The model with shapes and no weights: on the meta device, in the dtype that it would be loaded in."""
+    import transformers
+
+    dtype = _dtype(model_args.get("dtype", "auto"))
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    trust = {"trust_remote_code": True} if model_args.get("trust_remote_code") else {}
+    with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
+
+
+def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, **options: Any) -> Any:
+    """A model in evaluation mode on `device`.
+
+    source: the class whose `from_pretrained` loads it; AutoModelForCausalLM if not given. options: for `from_pretrained`.
+    """
     import transformers
 
     if device.type == "cpu":
@@ -404,13 +458,14 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
         key: value for key, value in model_args.items() if key not in own and (key in _LOADER_ARGS or not hasattr(config, key))
     }
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (source or transformers.AutoModelForCausalLM).from_pretrained(
             name,
             config=config,
             dtype=_dtype(model_args.get("dtype", "auto")),
             output_loading_info=True,
             **_shared(model_args),
             **extra,
+            **options,
         )
     model, loading = loaded
     missing = sorted(loading["missing_keys"])
@@ -419,10 +474,9 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
             f"the checkpoint {name} lacks {len(missing)} of the model's weights, such as {missing[0]}: they would be random"
         )
     try:
-        model = model.to(device).eval()
+        return model.to(device).eval()
     except torch.OutOfMemoryError:
         raise UserError(f"the model {name} does not fit into the memory of {device}") from None
-    return HFEngine(model, device, keep_attention="attn_implementation" in model_args)
 
 
 def keep_freed_memory() -> None:
@@ -463,12 +517,16 @@ def _as_user_error(what: str) -> Any:
         raise UserError(f"{what}: {one_line(first)}{hub.advice(error)}") from error
 
 
-def _active_parameters(model: Any, config: Any) -> float:
-    """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to."""
+def active_parameters(model: Any, config: Any) -> float:
+    """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to.
+
+    model: the whole of it, or one of its layers.
+    """
     experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), None)
     routed = getattr(config, "num_experts_per_tok", None)
     share = routed / experts if experts and routed else 1.0
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    has_ends = hasattr(model, "get_input_embeddings")
+    ends = (model.get_input_embeddings(), model.get_output_embeddings()) if has_ends else ()
     skipped = {id(weight) for end in ends if end is not None for weight in end.parameters()}
     counted = [(name, weight.numel()) for name, weight in model.named_parameters() if id(weight) not in skipped]
     return float(sum(size * (share if "expert" in name else 1.0) for name, size in counted))

@@ -1,0 +1,162 @@
+"""Which layouts a run could have on these ranks, what fits, and which is expected to be the quickest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ddp_eval import layout as layouts
+from ddp_eval.config import Config
+from ddp_eval.distributed import World
+from ddp_eval.engines import hf, vllm
+from ddp_eval.errors import UserError, one_line
+from ddp_eval.layout import LAYERS, REPLICAS, Layout
+from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
+from ddp_eval.sizing import GIB, ModelSizes, check_possible, measure_model, memory_of_rank, rank_bytes, stage_spans
+
+LARGEST_PACK = 8192  # tokens that the engines plan for, unless told
+# What is reckoned with while the work is not known yet.
+TYPICAL = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A layout with what it takes. impossible: why the model cannot be laid out so, else None and the rest is given.
+
+    weights, room: bytes on the fullest rank. spare: bytes left of its memory, negative where it does not fit.
+    """
+
+    layout: Layout
+    impossible: str | None = None
+    weights: int = 0
+    room: int = 0
+    spare: int = 0
+    prediction: Prediction | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.impossible is None and self.spare >= 0
+
+    @property
+    def expected_s(self) -> float:
+        return self.prediction.total_s if self.prediction else float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The machine as far as a choice needs it. memory: bytes that one rank can use. max_tokens: budget of a pack."""
+
+    world_size: int
+    ranks_per_node: int
+    memory: int
+    max_tokens: int
+    speeds: Speeds
+
+
+def consider(whole: Any, ranks: Ranks, amount: Amount = TYPICAL) -> list[Candidate]:
+    """Every layout of these ranks. whole: the model on the meta device."""
+    sizes = measure_model(whole)
+    return [_consider_one(whole, sizes, layout, ranks, amount) for layout in layouts.possible_layouts(ranks.world_size)]
+
+
+def _consider_one(whole: Any, sizes: ModelSizes, layout: Layout, ranks: Ranks, amount: Amount) -> Candidate:
+    try:
+        check_possible(whole, layout)
+    except UserError as error:
+        return Candidate(layout, impossible=str(error).partition(" ")[2].partition(" ")[2])
+    spans = stage_spans(whole, layout)
+    needs = rank_bytes(sizes, layout, spans, ranks.max_tokens)
+    weights, room = max(needs, key=sum)
+    prediction = predict(sizes, layout, spans, ranks.world_size, ranks.ranks_per_node, amount, ranks.speeds)
+    return Candidate(layout, None, weights, room, ranks.memory - weights - room, prediction)
+
+
+# Predictions closer than this are taken for equal; the copies on the fewest ranks, which wait for the fewest, then win.
+_TOLERANCE = 1.1
+
+
+def recommend(candidates: list[Candidate]) -> Candidate:
+    """The quickest of those that fit; where none does, the one that lacks least."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if fitting:
+        limit = _TOLERANCE * min(candidate.expected_s for candidate in fitting)
+        near = [candidate for candidate in fitting if candidate.expected_s <= limit]
+        return min(near, key=lambda candidate: (candidate.layout.ranks_per_replica, candidate.expected_s))
+    return max((candidate for candidate in candidates if candidate.impossible is None), key=lambda candidate: candidate.spare)
+
+
+def fewest_local_layers(candidates: list[Candidate], ranks_per_node: int) -> Candidate:
+    """lm_eval's parallelize=True: the layers over as few ranks of a node as will hold them; a whole copy where one will do."""
+    local = [
+        candidate
+        for candidate in candidates
+        if candidate.impossible is None
+        and candidate.layout.kind in (REPLICAS, LAYERS)
+        and candidate.layout.ranks_per_replica <= ranks_per_node
+    ]
+    return next((candidate for candidate in local if candidate.fits), local[-1])
+
+
+def say_memory(candidate: Candidate) -> str:
+    """For the line that a run says of its layout."""
+    need = f"{(candidate.weights + candidate.room) / GIB:.1f} GiB a rank"
+    return f"{need}, {candidate.spare / GIB:.1f} to spare" if candidate.fits else f"{need}, {-candidate.spare / GIB:.1f} too many"
+
+
+def choose_layout(config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
+    """The layout of a run, and why, before any weight is read.
+
+    Raises UserError when the ranks do not divide into replicas, or the model cannot be laid out as asked.
+    """
+    layout, why = _choose(config, model_config, world)
+    if config.load == "broadcast" and (layout.kind != REPLICAS or config.layout == layouts.MEASURE or config.model != "hf"):
+        raise UserError(f"--load broadcast sends whole copies of a hf model, and this is {layout}: give --load disk")
+    return layout, why
+
+
+def _choose(config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
+    if config.model == "vllm":
+        return _choose_for_vllm(config, world), "tensor_parallel_size"
+    fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)
+    if fixed == layouts.WHOLE_COPIES or (fixed is None and world.world_size == 1):
+        return layouts.WHOLE_COPIES, "as asked" if fixed else "one rank"
+    quantised = bool(getattr(model_config, "quantization_config", None))
+    if fixed is not None:
+        if quantised:
+            raise UserError(f"--layout {fixed} cannot split quantised weights: give --layout replicas")
+        check_possible(hf.whole_model(config.loader_args, model_config), fixed)
+        return fixed, "as asked"
+    if quantised:
+        return layouts.WHOLE_COPIES, "quantised weights are not reckoned with"
+    try:
+        candidates = consider(hf.whole_model(config.loader_args, model_config), ranks_of(config, world))
+    except (UserError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        return layouts.WHOLE_COPIES, f"what it takes cannot be worked out: {one_line(error)}"
+    if config.layout == layouts.LAYERS:
+        chosen = fewest_local_layers(candidates, world.ranks_per_node)
+        return chosen.layout, f"the fewest ranks that hold the model: {say_memory(chosen)}"
+    chosen = recommend(candidates)
+    return chosen.layout, f"{'the quickest that fits' if chosen.fits else 'nothing fits, this lacks least'}: {say_memory(chosen)}"
+
+
+def _choose_for_vllm(config: Config, world: World) -> Layout:
+    """vLLM splits its engines itself, as tensor_parallel_size says."""
+    vllm.check_installed()
+    if config.layout not in (layouts.AUTO, layouts.REPLICAS):
+        raise UserError(f"--layout {config.layout} is not for --model vllm: give tensor_parallel_size=K in --model_args")
+    ranks = vllm.ranks_per_engine(config.model_args)
+    layout = Layout(layouts.TENSOR, ranks) if ranks > 1 else layouts.WHOLE_COPIES
+    layouts.check_division(layout, world.world_size)
+    return layout
+
+
+def ranks_of(config: Config, world: World) -> Ranks:
+    """What this run's ranks have."""
+    on_cuda = world.device.type == "cuda"
+    return Ranks(
+        world_size=world.world_size,
+        ranks_per_node=world.ranks_per_node,
+        memory=memory_of_rank(world.device, world.ranks_per_node),
+        max_tokens=config.max_pack_tokens or LARGEST_PACK,
+        speeds=CUDA_SPEEDS if on_cuda else CPU_SPEEDS,
+    )

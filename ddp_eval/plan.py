@@ -1,0 +1,156 @@
+"""`python -m ddp_eval plan`: before a machine is asked for, what a model needs and which layout would be the quickest.
+
+Reads the model's config alone; with --tasks also builds the prompts and cuts them into packs, to count the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+import torch
+
+from ddp_eval import cli
+from ddp_eval.choice import LARGEST_PACK, TYPICAL, Candidate, Ranks, consider, recommend
+from ddp_eval.config import Config
+from ddp_eval.errors import UserError
+from ddp_eval.prediction import CUDA_SPEEDS, Amount
+from ddp_eval.sizing import GIB, measure_model, usable_bytes
+
+_USAGE = (
+    "python -m ddp_eval plan --model_args pretrained=NAME[,dtype=...] --gpus N [--gpu_memory 80GiB] [--nodes N] [--tasks ...]"
+)
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan. Returns the exit code. Raises UserError for what cannot be meant."""
+    options, rest = _read(argv)
+    has_tasks = any(word.split("=")[0] in ("--tasks", "-t") for word in rest)
+    config, _ = cli.parse(rest if has_tasks else [*rest, "--tasks", "demo"])
+    print(make_report(config, options.gpus, options.nodes, parse_memory(options.gpu_memory), has_tasks))
+    return 0
+
+
+def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        usage=_USAGE, description="What a model needs of memory, what fits, and what would be the quickest.", allow_abbrev=False
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+    parser.add_argument("--gpu_memory", "--gpu-memory", default="80GiB", help="memory of a GPU (default: 80GiB)")
+    options, rest = parser.parse_known_args(argv)
+    for name in ("gpus", "nodes"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be 1 or more, got {getattr(options, name)}")
+    return options, rest
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "80GiB", "24GB" or "80G" (which is GiB). Raises UserError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB)", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UserError(f"--gpu_memory must be a number with GiB, GB or MiB, such as 80GiB, got {text}")
+    units = {"gib": GIB, "gb": 10**9, "g": GIB, "mib": 2**20, "mb": 10**6}
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def make_report(config: Config, gpus: int, nodes: int, gpu_memory: int, count_work: bool) -> str:
+    """The whole text. count_work: build the prompts of config.tasks and cut them, else reckon with a typical amount."""
+    from ddp_eval.engines import hf
+
+    model_config = hf.load_config(config.loader_args)
+    whole = hf.whole_model(config.loader_args, model_config)
+    sizes = measure_model(whole)
+    max_tokens = config.max_pack_tokens or LARGEST_PACK
+    amount = _count_work(config, model_config, whole) if count_work else TYPICAL
+    ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS)
+    candidates = consider(whole, ranks, amount)
+    best = recommend(candidates)
+    dtype = str(next(whole.parameters()).dtype).removeprefix("torch.")
+    work = "counted" if count_work else "assumed: give --tasks to count yours"
+    speeds = CUDA_SPEEDS
+    lines = [
+        f"{type(whole).__name__}: {whole.num_parameters():,} parameters in {dtype}, {sizes.weights:,} bytes of weights "
+        f"({sizes.weights / GIB:.2f} GiB)",
+        f"{nodes} x {gpus} GPUs of {gpu_memory / GIB:.1f} GiB, {usable_bytes(gpu_memory) / GIB:.1f} of them usable; "
+        f"packs of up to {max_tokens:,} tokens",
+        f"work: {amount.tokens:,} tokens in {amount.packs:,} packs ({work})",
+        f"seconds at {speeds.flops / 1e12:.0f} TFLOP/s a GPU, {speeds.link / 1e9:.0f} GB/s within a node, "
+        f"{speeds.node_link / 1e9:.0f} between nodes, {speeds.load / 1e9:.0f} to load: for comparison, not a promise",
+        "",
+        *_table(candidates, ranks.world_size),
+        "",
+        *_advice(config, best, gpus, nodes, ",".join(map(str, config.tasks)) if count_work else "TASKS"),
+    ]
+    return "\n".join(lines)
+
+
+def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
+    """Build and cut the requests of config.tasks, as a run would; no weight is needed for it."""
+    from ddp_eval import demo, harness
+    from ddp_eval.engines import hf
+    from ddp_eval.meter import Phases
+    from ddp_eval.packing import Requests, plan_packs, plan_rows
+    from ddp_eval.tokenization import Encoder
+
+    class Counted(Exception):
+        """Carries the requests out of lm_eval, which would go on to score."""
+
+    def stop(requests: Requests) -> Any:
+        raise Counted(requests)
+
+    tokenizer = hf.load_tokenizer(config.loader_args)
+    max_length = harness.max_length_of(config.model_args, model_config, tokenizer)
+    encoder = Encoder(tokenizer, max_length, config.model_args.get("add_bos_token"), config.model_args.get("prefix_token_id"))
+    try:
+        harness.evaluate_tasks(config, encoder, model_config, stop, lambda scores: None, Phases(), [demo.TASKS_PATH])
+    except Counted as counted:
+        requests = counted.args[0]
+
+    class Unloaded(hf.HFEngine):
+        splits_head = True  # not to be asked of a model without weights
+
+    engine = Unloaded(whole, torch.device("cuda"))
+    max_tokens = config.max_pack_tokens or engine.max_tokens()
+    if engine.why_not_packs or not config.packing:
+        plan, _ = plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests)
+    else:
+        plan, _ = plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads())
+    return Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
+
+
+def _table(candidates: list[Candidate], world_size: int) -> list[str]:
+    rows = [("layout", "copies", "weights", "pack", "a GPU has", "load", "run", "idle", "why")]
+    for one in candidates:
+        copies = str(one.layout.replicas(world_size))
+        if one.impossible is not None:
+            rows.append((str(one.layout), copies, "", "", "impossible", "", "", "", one.impossible))
+            continue
+        assert one.prediction is not None
+        spare = f"{one.spare / GIB:.1f} GiB left" if one.fits else f"{-one.spare / GIB:.1f} GiB too few"
+        rows.append(
+            (
+                str(one.layout), copies, f"{one.weights / GIB:.1f} GiB", f"{one.room / GIB:.1f} GiB", spare,
+                f"{one.prediction.load_s:.0f} s", f"{one.prediction.run_s:.1f} s", f"{one.prediction.idle_share:.0%}",
+                one.prediction.why,
+            )
+        )  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+
+
+def _advice(config: Config, best: Candidate, gpus: int, nodes: int, tasks: str) -> list[str]:
+    if not best.fits:
+        return [f"nothing fits: {best.layout} lacks least, {-best.spare / GIB:.1f} GiB a GPU; take more GPUs, or larger ones"]
+    given = ",".join(f"{key}={value}" for key, value in config.model_args.items())
+    run = f"-m ddp_eval --model hf --model_args {given} --tasks {tasks} --layout {best.layout}"
+    if nodes == 1:
+        return [f"recommended: {best.layout}", f"torchrun --standalone --nproc_per_node={gpus} {run}"]
+    head = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"
+    launcher = f"torchrun --nnodes={nodes} --nproc_per_node={gpus} --rdzv_backend=c10d --rdzv_endpoint={head}"
+    return [
+        f"recommended: {best.layout}",
+        f"on each node, with HEAD the name of one: {launcher.replace(head, 'HEAD:29500')} {run}",
+        f"sbatch --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={gpus} --wrap='srun {launcher} {run}'",
+    ]

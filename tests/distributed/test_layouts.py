@@ -1,0 +1,123 @@
+"""Layouts on real ranks: the same scores, however the model lies over them."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+import tiny_models
+from launch import QUICK, launch
+
+from ddp_eval import results
+
+TASKS = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy --limit 4 --max_pack_tokens 512"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(ranks, layout, kind) -> the run directory and the launch; each once."""
+    models, done = {}, {}
+
+    def make(ranks, layout, kind="llama", extra=""):
+        if kind not in models:
+            models[kind] = tiny_models.save_model(kind, tmp_path_factory.mktemp(kind))
+        key = ranks, layout, kind, extra
+        if key not in done:
+            path = tmp_path_factory.mktemp("run")
+            arguments = f"--model_args pretrained={models[kind]} {TASKS} --layout {layout} --output_path {path} {extra}"
+            done[key] = path, launch(ranks, *shlex.split(arguments), program=QUICK, timeout_s=280)
+        return done[key]
+
+    return make
+
+
+def scores(outcome):
+    path, finished = outcome
+    assert finished.returncode == 0, str(finished)
+    return results.read_scores(path / results.SCORES)
+
+
+def score_bytes(outcome):
+    scores(outcome)
+    return (outcome[0] / results.SCORES).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "kind"),
+    [
+        (2, "layers:2", "llama"),
+        (4, "layers:2", "gemma2"),
+        pytest.param(3, "layers:3", "gemma3", marks=pytest.mark.slow),
+        pytest.param(4, "layers:4", "gemma3", marks=pytest.mark.slow),
+        pytest.param(2, "layers:2", "gpt2", marks=pytest.mark.slow),
+        pytest.param(2, "layers:2", "qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
+def test_layers_give_the_bits_of_one_rank(ranks, layout, kind, run):
+    """Catches hidden states that meet the wrong pack, and results of a stage that has none."""
+    one, many = run(0, "replicas", kind), run(ranks, layout, kind)
+    assert score_bytes(many) == score_bytes(one)
+    manifest = json.loads((many[0] / results.MANIFEST).read_text())
+    assert manifest["layout"] == layout
+    assert manifest["packs"] > 4, "packs that follow one another"
+    copies = f"{ranks // int(layout[-1])} cop"
+    assert f"ddp_eval: layout {layout}: {copies}" in many[1].stderr, str(many[1])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind"),
+    [
+        (2, "gemma2"),
+        pytest.param(4, "llama", marks=pytest.mark.slow),
+        pytest.param(2, "qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
+def test_tensor_gives_the_numbers_of_one_rank(ranks, kind, run):
+    """Catches transformers mixing the data of two replicas (off by a nat, no error), and a rank's part taken for the whole."""
+    one, many = scores(run(0, "replicas", kind)), scores(run(ranks, "tensor:2", kind))
+    assert one.task == many.task and one.is_greedy == many.is_greedy
+    drift = np.abs(np.array(one.loglikelihood) - np.array(many.loglikelihood))
+    assert drift.max() < 1e-4 * np.abs(one.loglikelihood).max()
+    assert drift.max() < 2e-3
+
+
+def test_rows_over_layers(run):
+    """Catches hidden states of padded rows that are taken for those of a tree."""
+    one = run(0, "replicas", extra="--no_packing")
+    assert score_bytes(run(2, "layers:2", extra="--no_packing")) == score_bytes(one)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "kind", "sentence"),
+    [
+        (3, "layers:2", "llama", "3 = 1 x 2 + 1: start 2 or 4 ranks"),
+        (2, "tensor:2", "gpt2", "cannot split gpt2 models: transformers has no plan for them"),
+        (4, "tensor:4", "llama", "must divide the model's 2 key-value heads: 2 = 4 x 0 + 2"),
+        (3, "layers:3", "llama", "splits a model of 2 layers into more parts than it has layers"),
+        (2, "layers:2", "mpt", "cannot split mpt models"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused(ranks, layout, kind, sentence, run):
+    """Catches a layout that fails after the weights have loaded, with a traceback, or once for every rank."""
+    _, finished = run(ranks, layout, kind)
+    assert finished.returncode == 1, "torchrun's own, for workers that end with 2"
+    (line,) = finished.sentences()
+    assert sentence in line
+    assert not finished.foreign_frames(), str(finished)
+
+
+@pytest.mark.slow
+def test_measure_tries_what_fits_and_goes_on_with_the_quickest(run):
+    """Catches a layout that is measured with the weights of another, and a run that goes on in what it has just left."""
+    path, finished = run(2, "measure", extra="--max_pack_tokens 256")
+    assert finished.returncode == 0, str(finished)
+    lines = [line for line in finished.stderr.split("\n") if " s for the slice, " in line]
+    assert [line.split()[2] for line in lines] == ["replicas:", "tensor:2:", "layers:2:"], str(finished)
+    assert all("GFLOP/s a rank" in line and "predicted" in line for line in lines)
+    (taken,) = [line.split()[2].rstrip(":") for line in lines if line.endswith(": taken")]
+    manifest = json.loads((path / results.MANIFEST).read_text())
+    assert manifest["layout"] == taken
+    assert [one["layout"] for one in manifest["measured_layouts"]] == ["replicas", "tensor:2", "layers:2"]
+    one = scores(run(0, "replicas", extra="--max_pack_tokens 256"))
+    drift = np.abs(np.array(one.loglikelihood) - np.array(scores((path, finished)).loglikelihood))
+    assert drift.max() < 2e-3

@@ -1,0 +1,273 @@
+"""What fits and what it costs, for real public configurations, against figures worked by hand."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+import transformers
+
+from ddp_eval import choice, cli, distributed, plan, sizing
+from ddp_eval.choice import Ranks, consider, fewest_local_layers, recommend
+from ddp_eval.config import Config
+from ddp_eval.engines import hf
+from ddp_eval.errors import UserError
+from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout
+from ddp_eval.prediction import CUDA_SPEEDS, Amount, Speeds, predict
+from ddp_eval.sizing import GIB, ModelSizes, measure_model, usable_bytes
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "num_key_value_heads": 8}
+# As their config.json have them.
+CONFIGS = {
+    "gpt2": {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 768, "n_layer": 12, "n_head": 12,
+        "n_positions": 1024, "vocab_size": 50257, "dtype": "float32",
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936,
+        "tie_word_embeddings": True, "dtype": "bfloat16",
+    },
+    "llama-3.1-8b": {
+        **LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336,
+        "tie_word_embeddings": False, "dtype": "bfloat16",
+    },
+    "llama-3.1-70b": {
+        **LLAMA, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672,
+        "tie_word_embeddings": False, "dtype": "bfloat16",
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1,
+        "vocab_size": 151936, "tie_word_embeddings": False, "dtype": "bfloat16",
+    },
+    "gemma-2-27b": {
+        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 4608, "num_hidden_layers": 46,
+        "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "intermediate_size": 36864,
+        "vocab_size": 256000, "query_pre_attn_scalar": 144, "sliding_window": 4096, "dtype": "bfloat16",
+    },
+}  # fmt: skip
+# As their model cards count them.
+PARAMETERS = {
+    "gpt2": 124_439_808,
+    "qwen2.5-0.5b": 494_032_768,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "gemma-2-27b": 27_227_128_320,
+}
+
+
+@pytest.fixture(scope="module")
+def whole_of(tmp_path_factory):
+    """whole_of(name) -> the model on the meta device, as `plan` builds it from a directory with a config.json alone."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp("config")
+            (directory / "config.json").write_text(json.dumps(CONFIGS[name]))
+            model_args = {"pretrained": str(directory)}
+            made[name] = hf.whole_model(model_args, hf.load_config(model_args))
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bytes_are_exact(name, whole_of):
+    """Catches tied weights counted twice, a dtype that is not the checkpoint's, and weights that belong to no part."""
+    whole, sizes = whole_of(name), measure_model(whole_of(name))
+    width = 4 if name == "gpt2" else 2
+    assert sizes.weights == width * PARAMETERS[name]
+    assert sizes.weights == sum(weight.nbytes for weight in whole.parameters())
+    assert len(sizes.layers) == whole.config.num_hidden_layers
+    assert sizes.tied == (name in ("gpt2", "qwen2.5-0.5b", "gemma-2-27b"))
+    assert all(weight.is_meta for weight in whole.parameters()), "nothing was allocated"
+
+
+def test_a_layer_by_hand(whole_of):
+    """Catches widths read from the wrong field: Llama 8 B's layer, written out."""
+    sizes = measure_model(whole_of("llama-3.1-8b"))
+    attention = 2 * 4096 * 4096 + 2 * 4096 * 1024
+    feed_forward = 3 * 4096 * 14336
+    assert sizes.layers == [2 * (attention + feed_forward + 2 * 4096)] * 32
+    assert sizes.embedding == sizes.head == 2 * 128256 * 4096
+    assert (sizes.hidden, sizes.inner, sizes.attended, sizes.vocab) == (4096, 14336, 4096 + 2 * 1024, 128256)
+    moe = measure_model(whole_of("qwen3-30b-a3b"))
+    assert moe.inner == 8 * 768
+    # A token meets attention, the router and 8 of 128 experts.
+    assert moe.active[0] == pytest.approx(2 * 2048 * 4096 + 2 * 2048 * 512 + 2048 * 128 + 8 * 3 * 2048 * 768, rel=0.02)
+
+
+# GiB of weights, and of an 8,192-token pack at most 3.5 beside them; usable are (card - 1) * 0.95.
+ON_ONE_GPU = {  # usable GiB       21.85      37.05      75.05      133.0
+    "gpt2": (True, True, True, True),  #            0.46
+    "qwen2.5-0.5b": (True, True, True, True),  #    0.92
+    "llama-3.1-8b": (True, True, True, True),  #    14.96 + 2.2
+    "llama-3.1-70b": (False,) * 4,  #               131.42 + 3.4 = 134.8
+    "qwen3-30b-a3b": (False, False, True, True),  # 56.87
+    "gemma-2-27b": (False, False, True, True),  #   50.71
+}
+# The smallest split over 8 GPUs that fits, by hand: weights / K, ends of the model and the pack.
+SMALLEST = {
+    ("llama-3.1-70b", 24): {TENSOR: 8, LAYERS: 8},  # 131.4 / 8 = 16.4 + 1.6; 15.9 + 2.0 (head) + 3.7 = 21.6
+    ("llama-3.1-70b", 40): {TENSOR: 4, LAYERS: 8},  # 32.9 + 1.8; layers:4 would be 31.9 + 2.0 + 3.7 = 37.6
+    ("llama-3.1-70b", 80): {TENSOR: 2, LAYERS: 2},  # 65.7 + 2.2; 63.8 + 2.0 + 3.7
+    ("llama-3.1-70b", 141): {TENSOR: 2, LAYERS: 2},
+    ("qwen3-30b-a3b", 24): {TENSOR: 4, LAYERS: 4},
+    ("qwen3-30b-a3b", 40): {TENSOR: 2, LAYERS: 2},
+    ("gemma-2-27b", 24): {TENSOR: 4, LAYERS: 4},  # 12 layers of 1.06 + 2.2 (embedding) + 2.8
+    ("gemma-2-27b", 40): {TENSOR: 2, LAYERS: 2},
+}
+
+
+def layouts_on(whole, card_gib, gpus=8):
+    return consider(whole, Ranks(gpus, gpus, usable_bytes(card_gib * GIB), 8192, CUDA_SPEEDS))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_verdicts(name, whole_of):
+    """Catches a model said to fit that does not, and one turned away that does."""
+    for card, fits in zip((24, 40, 80, 141), ON_ONE_GPU[name], strict=True):
+        candidates = layouts_on(whole_of(name), card)
+        assert candidates[0].layout == WHOLE_COPIES and candidates[0].fits == fits, (card, candidates[0])
+        for kind in (TENSOR, LAYERS):
+            fitting = [one.layout.ranks_per_replica for one in candidates if one.fits and one.layout.kind == kind]
+            if not fits:
+                assert min(fitting, default=None) == SMALLEST[name, card].get(kind), (card, kind)
+        chosen = recommend(candidates)
+        assert chosen.fits
+        if fits:
+            assert chosen.layout == WHOLE_COPIES, "copies need no link and leave nobody idle"
+            assert fewest_local_layers(candidates, 8).layout == WHOLE_COPIES
+    impossible = {str(one.layout): one.impossible for one in layouts_on(whole_of(name), 80) if one.impossible}
+    if name == "gpt2":
+        assert set(impossible) == {"tensor:2", "tensor:4", "tensor:8"}
+    elif name == "qwen2.5-0.5b":
+        assert set(impossible) == {"tensor:4", "tensor:8"}, "14 heads, 2 key-value heads"
+    elif name == "qwen3-30b-a3b":
+        assert set(impossible) == {"tensor:8"}, "4 key-value heads"
+    else:
+        assert not impossible
+
+
+def test_nothing_fits(whole_of):
+    """Catches a recommendation of what cannot run."""
+    chosen = recommend(layouts_on(whole_of("llama-3.1-70b"), 12))
+    assert not chosen.fits and chosen.layout.ranks_per_replica == 8
+
+
+# Four layers of 100 weights, a head that counts as nothing, tokens of 10 values of 2 bytes.
+TINY = ModelSizes([200] * 4, 0, 0, 0, 0, False, 2, [100.0] * 4, 10, 40, 30, 0)
+SLOW = Speeds(flops=800.0, link=100.0, node_link=10.0, latency_s=0.0, load=80.0, copy=400.0)
+
+
+def test_seconds_by_hand():
+    """Catches fill and drain forgotten, bytes counted once for two directions, and copies that all load at once."""
+    amount = Amount(tokens=80, reads=0, packs=8)  # 10 tokens a pack: 8,000 operations, 10 s on one rank
+    one = predict(TINY, WHOLE_COPIES, None, 4, 4, amount, SLOW)
+    assert one.run_s == pytest.approx(2 * 10.0) and one.idle_share == pytest.approx(0.0)
+    assert one.load_s == pytest.approx(800 / 80.0 + 800 / 400.0), "read once for the node, taken by each"
+    stages = predict(TINY, Layout(LAYERS, 2), [range(0, 2), range(2, 4)], 4, 4, amount, SLOW)
+    assert stages.link_bytes_per_token == 20
+    assert stages.run_s == pytest.approx(10.0 + 3 * 5.0), "4 packs for each of 2 copies, through 2 stages of 5 s"
+    assert stages.load_s == pytest.approx(800 / 80.0 + 400 / 400.0)
+    split = predict(TINY, Layout(TENSOR, 2), None, 4, 4, amount, SLOW)
+    # two all-reduces in each of 4 layers, each sends and receives half of 20 bytes
+    assert split.link_bytes_per_token == pytest.approx(2 * 4 * 2 * 0.5 * 20)
+    assert split.run_s == pytest.approx(4 * (5.0 + 160 * 10 / 100.0))
+    across = predict(TINY, Layout(TENSOR, 4), None, 4, 2, amount, SLOW)
+    assert across.load_s == pytest.approx(400 / 80.0 + 200 / 400.0), "each of the two nodes needs half"
+    assert across.run_s > 8 * 160 * 10 / SLOW.node_link, "the links between nodes are the slow ones"
+
+
+def test_memory_is_read():
+    """Catches GB taken for GiB."""
+    assert plan.parse_memory("80GiB") == 80 * 2**30
+    assert plan.parse_memory("24GB") == 24 * 10**9
+    assert plan.parse_memory("40g") == 40 * 2**30
+    with pytest.raises(UserError, match="--gpu_memory must be a number with GiB, GB or MiB, such as 80GiB, got lots"):
+        plan.parse_memory("lots")
+
+
+def test_the_text(capsys, tmp_path):
+    """Catches a table without the reasons, or a line to copy that this program does not take."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-3.1-70b"]))
+    plan.main(["--model_args", f"pretrained={tmp_path}", "--gpus", "8", "--nodes", "2", "--gpu_memory", "80GiB"])
+    text = capsys.readouterr().out
+    assert "70,553,706,496 parameters in bfloat16, 141,107,412,992 bytes of weights (131.42 GiB)" in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert "GiB too few" in lines["replicas"] and "GiB left" in lines["layers:2"] and "all-reduces" in lines["tensor:2"]
+    chosen = lines["recommended:"].split()[1]
+    (batch,) = [line for line in text.splitlines() if line.startswith("sbatch --nodes=2")]
+    flags = batch.partition("-m ddp_eval ")[2].rstrip("'").split()
+    assert cli.parse(flags)[0].layout == chosen
+
+
+def test_the_work_can_be_counted(capsys, tiny_model_path):
+    """Catches --tasks that is taken and not counted."""
+    plan.main(
+        ["--model_args", f"pretrained={tiny_model_path('llama')}", "--gpus", "2", "--tasks", "demo_hellaswag", "--limit", "3"]
+    )
+    text = capsys.readouterr().out
+    assert "(counted)" in text and "assumed" not in text
+    tokens = int(text.partition("work: ")[2].split()[0].replace(",", ""))
+    assert 100 < tokens < 5000
+    assert torch.get_default_device().type == "cpu"
+
+
+def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
+    """Catches a run that loads copies where only a part fits, and a choice that costs a run on one rank anything."""
+    model_args = {"pretrained": str(tiny_model_path("gpt2"))}
+    model_config = hf.load_config(model_args)
+    weights = measure_model(hf.whole_model(model_args, model_config)).weights
+    world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
+
+    def chosen(memory, layout="auto", world=world):
+        monkeypatch.setattr(choice, "memory_of_rank", lambda device, ranks_per_node: memory)
+        config = Config(model_args=model_args, layout=layout, max_pack_tokens=16)
+        return choice.choose_layout(config, model_config, world)
+
+    assert chosen(8 * weights)[0] == WHOLE_COPIES
+    whole, half = (max(map(sum, rank_bytes_of(model_args, model_config, layout))) for layout in (WHOLE_COPIES, Layout(LAYERS, 2)))
+    assert half < whole
+    between = (whole + half) // 2
+    layout, why = chosen(between)
+    assert layout == Layout(LAYERS, 2), "GPT-2 has no tensor plan"
+    assert why.startswith("the quickest that fits: 0.0 GiB a rank")
+    assert chosen(between, "layers")[0] == Layout(LAYERS, 2)
+    assert chosen(8 * weights, "layers")[0] == WHOLE_COPIES, "as few ranks as will do"
+    assert chosen(0)[1].startswith("nothing fits, this lacks least")
+    monkeypatch.setattr(hf, "whole_model", None)
+    assert chosen(0, world=distributed.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
+
+
+@pytest.mark.parametrize("kind", tiny_models.CONFIGS)
+def test_every_kind_of_model_can_be_sized(kind, tiny_model):
+    """Catches a config that names its widths otherwise, which would end a run that needs no choice at all."""
+    with torch.device("meta"):
+        whole = transformers.AutoModelForCausalLM.from_config(tiny_models.CONFIGS[kind]())
+    candidates = consider(whole, Ranks(2, 2, GIB, 1024, CUDA_SPEEDS))
+    assert recommend(candidates).fits
+    assert measure_model(whole).weights == sum(weight.nbytes for weight in tiny_model(kind).parameters())
+
+
+def test_quantised_weights_are_left_alone(tiny_model_path):
+    """Catches a 4-bit model reckoned with at full width, or cut into stages that nobody has tried."""
+    model_args = {"pretrained": str(tiny_model_path("llama"))}
+    model_config = hf.load_config(model_args)
+    model_config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
+    assert choice.choose_layout(Config(model_args=model_args), model_config, world)[0] == WHOLE_COPIES
+    with pytest.raises(UserError, match="--layout layers:2 cannot split quantised weights: give --layout replicas"):
+        choice.choose_layout(Config(model_args=model_args, layout="layers:2"), model_config, world)
+    with pytest.raises(UserError, match="--load broadcast sends whole copies of a hf model, and this is layers:2"):
+        del model_config.quantization_config
+        choice.choose_layout(Config(model_args=model_args, layout="layers:2", load="broadcast"), model_config, world)
+
+
+def rank_bytes_of(model_args, model_config, layout):
+    whole = hf.whole_model(model_args, model_config)
+    return sizing.rank_bytes(measure_model(whole), layout, sizing.stage_spans(whole, layout), 16)

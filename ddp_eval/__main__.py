@@ -9,11 +9,15 @@ import logging
 import os
 import sys
 import time
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ddp_eval import cli
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from ddp_eval.distributed import World
+    from ddp_eval.preflight import Passed
 
 # Ends of warnings of lm_eval's that come with every run and ask for nothing.
 _CHATTER = (
@@ -59,11 +63,18 @@ def _run(config: Config, notes: list[str]) -> None:
 
 
 def _join_and_run(config: Config, notes: list[str]) -> None:
-    from ddp_eval import distributed
+    from ddp_eval import distributed, preflight
     from ddp_eval.runner import run
 
     try:
+        wanted, early = config.preflight or distributed.spans_nodes(), distributed.can_exchange()
+        checks = preflight.check_nodes(config) if wanted and early else None
         world = distributed.join_group(config.device)
+        if wanted and not early:
+            checks = preflight.check_nodes(config)
+        if checks is not None and config.preflight:
+            _report_checks(checks, world)
+            return
         if world.is_leader:
             for note in notes:
                 logging.getLogger("ddp_eval").warning(note)
@@ -81,6 +92,17 @@ def _join_and_run(config: Config, notes: list[str]) -> None:
         print(format_tables(results))
         if config.output_path:
             print(f"ddp_eval: the run is in {config.output_path}")
+
+
+def _report_checks(checks: Passed, world: World) -> None:
+    """The end of --preflight: a line for each node, printed by rank 0 once the group works too."""
+    from ddp_eval import distributed, preflight
+
+    speed = preflight.check_group(world)
+    distributed.leave_group(world)
+    for line in checks.lines:
+        print(line)
+    print(f"ddp_eval: the node checks passed; {speed}")
 
 
 def _report_and_leave(error: UserError) -> NoReturn:

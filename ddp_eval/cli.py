@@ -542,5 +542,6 @@ _FLAGS = {
     ),
     "bootstrap_iters": _Flag("execution", _to_count, "resamplings for a bootstrapped standard error (default: 100000)", "N"),
     "max_pack_tokens": _Flag("execution", _to_count, "most tokens in one pack (default: chosen by the planner)", "N"),
+    "preflight": _Flag("execution", _to_switch, "only check the nodes, and say which is bad (several nodes: always checked)"),
     "no_packing": _Flag("execution", _to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }

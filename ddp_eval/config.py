@@ -47,6 +47,7 @@ class Config:
     bootstrap_iters: int = 100_000
     packing: bool = True
     max_pack_tokens: int | None = None
+    preflight: bool = False
 
     @property
     def loader_args(self) -> dict[str, Any]:

@@ -47,11 +47,17 @@ find_output() {
 run_state() {
     local status
     status="$(cat "$output/status.json" 2>/dev/null)"
-    [[ "$status" == "$status_before" ]] || status_field state "$status"
+    [[ "$status" == "$status_before" ]] || sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p' <<<"$status"
 }
 
-status_field() {
-    tr '\n' ' ' <<<"$2" | sed -n 's/.*"'"$1"'": *"\(\(\\.\|[^"\\]\)*\)".*/\1/p'
+# Whether a rank left over something that the user must mend (exit code 2, which torchrun reports and itself returns as 1).
+is_for_the_user() {
+    grep -qs '^ *exitcode *: 2 ' "$LOGS".*.log
+}
+
+# What a rank last said, its progress left out.
+last_words() {
+    grep -hs '^ddp_eval: ' "$LOGS".*.log | grep -v ' requests, .* tokens/s' | tail -n 1 | sed 's/^ddp_eval: //'
 }
 
 # What SLURM thinks of this job: RUNNING, or how it has ended it.
@@ -163,18 +169,18 @@ for ((attempt = 0; ; attempt++)); do
     code=$?
     state="$(run_state)"
     if ((code == 0)); then
-        say "done: the run is in $output"
+        say "done: $output"
         exit 0
-    elif [[ "$state" == "failed" ]]; then
-        say "failed, not requeued: $(status_field reason "$(cat "$output/status.json")")"
-        exit 1
     elif [[ "$state" == "preempted" || -n "$stopping" ]]; then
         requeue_and_leave "stopped${stopping:+ ($stopping)}"
     elif [[ "$(job_state)" != RUNNING ]]; then
         say "ended with code $code; SLURM has made the job $(job_state): the same command resumes"
         exit 75
+    elif is_for_the_user; then
+        say "failed, not requeued: $(last_words)"
+        exit 1
     elif ((attempt >= RESTARTS)); then
-        say "failed with code $code, after $attempt restarts: see $output/logs"
+        say "failed with code $code, after $attempt restarts: $(last_words); see $LOGS.*.log"
         exit 1
     fi
     say "a rank or a launcher has died (code $code): starts again, restart $((attempt + 1)) of $RESTARTS"

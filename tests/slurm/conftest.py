@@ -25,17 +25,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def evaluate(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """evaluate(sbatch options, *flags, program=…, name=value) -> the job of eval.sh, submitted in tmp_path.
+    """evaluate(sbatch options, *flags, program=…, python_path=…, name=value) -> the job of eval.sh, submitted in tmp_path.
 
-    The script's EDIT lines name this interpreter and `program`; further names are variables of the job. A job that a test leaves
+    The script's EDIT lines name this interpreter and `program`; python_path comes first on its path, further names are
+    variables of the job. A job that a test leaves
     behind is cancelled.
     """
-    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
-    def submit(options: str, *flags: object, program: Path = QUICK, **more: str) -> Job:
+    def submit(options: str, *flags: object, program: Path = QUICK, python_path: Path = ROOT, **more: str) -> Job:
         script = edit(ROOT / "slurm" / "eval.sh", tmp_path / "eval.sh", PYTHON=sys.executable, PROGRAM=program)
-        return cluster.submit(script, *flags, options=options.split(), variables={**variables, **more}, cwd=tmp_path)
+        path = os.pathsep.join([str(python_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        variables = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **more}
+        return cluster.submit(script, *flags, options=options.split(), variables=variables, cwd=tmp_path)
 
     yield submit
     cluster.clear()

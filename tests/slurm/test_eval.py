@@ -33,7 +33,7 @@ def test_same_bits_as_torchrun(options, ranks, plain_scores, cluster, evaluate, 
     assert f'"world_size": {ranks}' in (tmp_path / "run" / results.MANIFEST).read_text()
     first, *_, last = [line for line in job.words().splitlines() if f"ddp_eval: job {job.number}: " in line]
     assert "start on n" in first, job.words()
-    assert last.endswith(f"done: the run is in {tmp_path}/run"), job.words()
+    assert last.endswith(f"done: {tmp_path}/run"), job.words()
     nodes = {path.name.split(".")[-2] for path in (tmp_path / "run" / "logs").glob("*.log")}
     assert nodes == ({"n1", "n2"} if "--nodes=2" in options else {"n1"})
 

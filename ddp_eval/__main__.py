@@ -1,6 +1,7 @@
 """`torchrun … -m ddp_eval`: from the command line to an exit code.
 
 0: done. 2: something the user can mend, said in one sentence. 1: a defect or a lost rank, with its traceback.
+75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes. 130: the same by Ctrl-C. torchrun makes 1 of all but 0.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from ddp_eval import cli
+from ddp_eval import cli, status, watch
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 
@@ -32,14 +33,14 @@ _CHATTER = (
 
 
 def main() -> None:
+    watching = watch.Watch()
+    watching.start()
     _quiet_down()
     try:
         config, notes = cli.parse(sys.argv[1:])
-        _run(config, notes)
+        _run(config, notes, watching)
     except UserError as error:
         _report_and_leave(error)
-    except KeyboardInterrupt:
-        _leave_at_once(130)
 
 
 def _quiet_down() -> None:
@@ -55,24 +56,29 @@ def _quiet_down() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _run(config: Config, notes: list[str]) -> None:
+def _run(config: Config, notes: list[str], watching: watch.Watch) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     # @record hands an unexpected error to torchrun, which prints the one that came first.
-    record(_join_and_run)(config, notes)
+    record(_join_and_run)(config, notes, watching)
 
 
-def _join_and_run(config: Config, notes: list[str]) -> None:
+def _join_and_run(config: Config, notes: list[str], watching: watch.Watch) -> None:
+    import numpy as np
+
     from ddp_eval import distributed, preflight
     from ddp_eval.runner import run
 
     try:
-        wanted, early = config.preflight or distributed.spans_nodes(), distributed.can_exchange()
-        checks = preflight.check_nodes(config) if wanted and early else None
-        world = distributed.join_group(config.device)
-        if wanted and not early:
-            checks = preflight.check_nodes(config)
+        watch.step(watch.WAITING)
+        checks = preflight.check_if_due(config)
+        world = distributed.join_group(config.device, config.timeout)
+        checks = checks or preflight.check_if_due(config)
+        pids = distributed.all_gather_rows(world, np.array([[os.getpid()]]))[:, 0].tolist()
+        store, local_ranks = distributed.common_store(world), distributed.local_ranks(world)
+        watching.join_ranks(world.rank, store, pids, local_ranks, config.timeout, distributed.report_once)
         if checks is not None and config.preflight:
+            watching.stop()
             _report_checks(checks, world)
             return
         if world.is_leader:
@@ -84,7 +90,11 @@ def _join_and_run(config: Config, notes: list[str]) -> None:
     except distributed.LostContact as error:
         distributed.report_once(str(error))
         time.sleep(2)  # let the launcher see the rank that failed first go first
-        _leave_at_once(1)
+        watch.leave(1, status.FAILED, str(error), first_hand=False)
+    except Exception as error:
+        watch.note_failure(f"{type(error).__name__}: {error}")
+        raise
+    watching.stop()
     distributed.leave_group(world)
     if results is not None:
         from ddp_eval.harness import format_tables
@@ -109,14 +119,7 @@ def _report_and_leave(error: UserError) -> NoReturn:
     from ddp_eval.distributed import report_once
 
     report_once(str(error))
-    _leave_at_once(2)
-
-
-def _leave_at_once(code: int) -> NoReturn:
-    """Exit without waiting for loader threads, or for peers in a collective that will never come."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    watch.leave(2, status.FAILED, str(error))
 
 
 if __name__ == "__main__":

@@ -530,6 +530,7 @@ _FLAGS = {
     "gen_kwargs": _Flag("prompts", _to_args, "generation settings over the task's own, such as top_p=0.9", "KEY=VALUE", "", "+"),
     "output_path": _Flag("output", _to_directory, "run directory for results and scores (default: only the table)", "DIR", "-o"),
     "overwrite": _Flag("output", _to_switch, "replace the run that --output_path already holds (default: refuse)"),
+    "fresh": _Flag("output", _to_switch, "start over, whatever --output_path holds of this package (default: resume)"),
     "log_samples": _Flag("output", _to_switch, "also write every document with prompt and answer (default: off)", "", "-s"),
     "predict_only": _Flag("output", _to_switch, "write the answers and skip the metrics; implies --log_samples", "", "-x"),
     "write_out": _Flag("output", _to_switch, "print the prompts of the first documents (default: off)", "", "-w"),
@@ -543,5 +544,8 @@ _FLAGS = {
     "bootstrap_iters": _Flag("execution", _to_count, "resamplings for a bootstrapped standard error (default: 100000)", "N"),
     "max_pack_tokens": _Flag("execution", _to_count, "most tokens in one pack (default: chosen by the planner)", "N"),
     "preflight": _Flag("execution", _to_switch, "only check the nodes, and say which is bad (several nodes: always checked)"),
+    "timeout": _Flag(
+        "execution", _to_number, "most seconds that a rank may take for a pack or another step (default: 1800)", "S"
+    ),
     "no_packing": _Flag("execution", _to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }

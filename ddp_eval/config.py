@@ -33,6 +33,7 @@ class Config:
     include_path: str | None = None
     output_path: str | None = None
     overwrite: bool = False
+    fresh: bool = False
     log_samples: bool = False
     predict_only: bool = False
     write_out: bool = False
@@ -48,6 +49,7 @@ class Config:
     packing: bool = True
     max_pack_tokens: int | None = None
     preflight: bool = False
+    timeout: float = 1800.0  # seconds
 
     @property
     def loader_args(self) -> dict[str, Any]:
@@ -65,6 +67,10 @@ class Config:
         _check_whole("max_length", self.model_args.get("max_length"), 1)
         _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
         _check_seed(self.seed)
+        if not (math.isfinite(self.timeout) and self.timeout >= 1):
+            raise UserError(f"--timeout must be 1 or more seconds, got {self.timeout:g}")
+        if self.fresh and not self.output_path:
+            raise UserError("--fresh needs --output_path DIR, where the work to be forgotten is")
         if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
             raise UserError(f"--limit must be more than 0 (documents per task, or a fraction below 1), got {self.limit:g}")
         if self.limit is not None and self.limit >= 1 and self.limit != int(self.limit):

@@ -27,8 +27,9 @@ from torch.utils.data import DistributedSampler
 
 from ddp_eval.errors import UserError
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)  # between ranks that all compute
-LEADER_TIMEOUT = datetime.timedelta(hours=24)  # for a leader that builds prompts; a dead one is noticed at once
+JOIN_TIMEOUT_S = 1800.0
+# For a leader that builds prompts, and for ranks with dearer packs. A dead one is noticed at once, a stuck one by watch.py.
+LEADER_TIMEOUT = datetime.timedelta(hours=24)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +98,11 @@ def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
     return texts
 
 
-def join_group(device: str | None = None) -> World:
+def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> World:
     """Join the process group that the launcher describes, or none for a plain `python -m ddp_eval`.
 
     device: "cpu", "cuda" or None for CUDA where there is any. Each local rank takes the CUDA device of its number.
+    timeout_s: how long to wait for the other ranks.
     Raises UserError when the launcher's environment makes no sense or there are more local ranks than GPUs.
     """
     rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
@@ -121,9 +123,9 @@ def join_group(device: str | None = None) -> World:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    # A rank that died on the way here is noticed now; setting up the next group would wait for LEADER_TIMEOUT.
     with _naming_lost_ranks("joining the process group"):
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        # A rank that died on the way here is noticed now; setting up the next group would wait for LEADER_TIMEOUT.
         dist.all_reduce(torch.zeros(1))
     return World(rank, local_rank, world_size, chosen, _message_group())
 
@@ -196,8 +198,8 @@ def all_gather_rows(world: World, rows: npt.NDArray[np.int64], failed: bool = Fa
 def _all_gather(world: World, tensor: torch.Tensor) -> torch.Tensor:
     """(ranks, *shape): every rank's CPU tensor of one common shape."""
     everyone = [torch.empty_like(tensor) for _ in range(world.world_size)]
-    # A borrowed group may have no backend for the CPU.
-    dist.all_gather(everyone, tensor, group=world.messages if world.borrowed else None)
+    # A borrowed group may have no backend for the CPU, and ranks may wait here for longer than in a computation.
+    dist.all_gather(everyone, tensor, group=world.messages)
     return torch.stack(everyone)
 
 
@@ -216,12 +218,23 @@ def time_all_reduce(world: World) -> float:
     return time.monotonic() - started
 
 
+def common_store(world: World) -> Any:
+    """A key-value store that all ranks reach, for threads that must wait for nobody; None with one rank."""
+    return dist.distributed_c10d._get_default_store() if world.world_size > 1 else None
+
+
+def local_ranks(world: World) -> range:
+    """The ranks on this node, this one included."""
+    first = world.rank - world.local_rank
+    return range(first, min(first + _environment_int("LOCAL_WORLD_SIZE", 1), world.world_size))
+
+
 class Tally:
     """A count that all ranks add to and the leader reads, without any rank waiting for another."""
 
     def __init__(self, world: World, name: str) -> None:
         self._key = f"ddp_eval/tally/{name}"
-        self._store = dist.distributed_c10d._get_default_store() if world.world_size > 1 else None
+        self._store = common_store(world)
         self._total = 0
 
     def add(self, amount: int) -> None:

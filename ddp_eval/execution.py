@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from ddp_eval import distributed
+from ddp_eval import distributed, journal, results, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
-from ddp_eval.packing import Pack, Plan, build_pack
+from ddp_eval.packing import Pack, build_pack
 from ddp_eval.protocol import Work
 from ddp_eval.telemetry import Phases, Progress
 
@@ -20,39 +21,80 @@ from ddp_eval.telemetry import Phases, Progress
 def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> np.ndarray:
     """Run this rank's packs and gather everyone's `_result_rows`."""
     plan = work.plan
-    with Progress(world, work.name, int(plan.num_requests.sum())) as progress:
+    with _own_journal(world, work) as own, Progress(world, work.name, int(plan.num_requests[work.left].sum())) as progress:
         try:
             with phases("forward"):
-                blocks = [_result_rows(*done) for done in _run_packs(world, engine, plan, progress)]
+                blocks = [_result_rows(*done) for done in _run_packs(world, engine, work, progress, own)]
                 progress.push()
         except BaseException:
             if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
                 with contextlib.suppress(distributed.LostContact):
                     distributed.all_gather_rows(world, np.zeros((0, 3), dtype=np.int64), failed=True)
             raise
+        watch.step(watch.WAITING)
         with phases("gather"):
             mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
             return distributed.all_gather_rows(world, mine)
 
 
 def _run_packs(
-    world: World, engine: hf.HFEngine, plan: Plan, progress: Progress
+    world: World, engine: hf.HFEngine, work: Work, progress: Progress, own: journal.Journal | None
 ) -> Iterator[tuple[Pack, np.ndarray, np.ndarray]]:
-    """This rank's packs, dearest first, so that what does not fit shows at once; the next is launched before one is collected."""
+    """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
+
+    On an accelerator the next is launched before one is collected. On the CPU, where a launch computes, that would keep a
+    finished pack out of the journal for the length of another.
+    """
+    plan, ahead = work.plan, world.device.type != "cpu"
 
     def collect(index: int, launched: hf.Launched) -> tuple[Pack, np.ndarray, np.ndarray]:
         sums, greedy = engine.collect(launched)
+        if own is not None:
+            own.append(index, sums, greedy)
         progress.add(int(plan.num_requests[index]), len(launched.pack))
         return launched.pack, sums, greedy
 
     under_way = None
-    for index in reversed(distributed.shard(world, plan.num_packs)):
+    for index in reversed(work.left[distributed.shard(world, len(work.left))].tolist()):
+        watch.step(watch.PACKS, index)
         launched = index, _launch(world, engine, build_pack(plan, index))
+        if not ahead:
+            yield collect(*launched)
+            continue
         if under_way is not None:
             yield collect(*under_way)
         under_way = launched
     if under_way is not None:
         yield collect(*under_way)
+
+
+@contextlib.contextmanager
+def _own_journal(world: World, work: Work) -> Iterator[journal.Journal | None]:
+    """This rank's file among the journals; None where none are kept, or where this machine does not see the run directory."""
+    if work.journals is None or not work.journals.directory.is_dir():
+        if work.journals is not None:
+            print(
+                f"ddp_eval: rank {world.rank} does not see {work.journals.directory}: its packs are not kept for a resume",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield None
+        return
+    path = work.journals.directory / f"{work.name}-{world.rank:05d}{journal.SUFFIX}"
+    own = journal.Journal(path, work.journals.key, describe_origin(world))
+    watch.use_journal(own)
+    try:
+        yield own
+        own.close()
+    finally:
+        watch.use_journal(None)
+
+
+def describe_origin(world: World) -> str:
+    """The hardware that decides the last bits of this rank's numbers."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"{results.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> hf.Launched:

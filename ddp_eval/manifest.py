@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from ddp_eval import results
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
+from ddp_eval.engines import hf
 
 log = logging.getLogger("ddp_eval")
 
@@ -49,6 +52,36 @@ def describe_model(name: str, model_args: dict[str, Any], revision: str | None) 
         "model_files": _digest(name, model_args, None),
         "tokenizer_files": _digest(tokenizer, model_args, _TOKENIZER_FILES),
     }
+
+
+def fingerprint_model(model_args: dict[str, Any]) -> str | None:
+    """A quick digest of the model's and tokenizer's files: names, sizes, samples of the content. None if they cannot be read.
+
+    Weights that were trained on change everywhere, so that a few blocks of each file tell, where a whole digest takes minutes.
+    """
+    name = hf.resolve_pretrained(model_args)
+    digest = hashlib.sha256()
+    try:
+        for folder in dict.fromkeys(_folder(each, model_args) for each in (name, str(model_args.get("tokenizer") or name))):
+            for path in sorted(Path(folder).iterdir()):
+                if path.is_file() and not path.name.startswith("."):
+                    digest.update(f"{path.name} {path.stat().st_size} ".encode())
+                    _sample(path, digest)
+    except Exception:
+        return None
+    return digest.hexdigest()
+
+
+def _sample(path: Path, digest: Any, blocks: int = 16, block_bytes: int = 4096) -> None:
+    """All of a small file; of a large one evenly spread blocks, the first and the last among them."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= blocks * block_bytes:
+            digest.update(file.read())
+            return
+        for block in range(blocks):
+            file.seek((size - block_bytes) * block // (blocks - 1))
+            digest.update(file.read(block_bytes))
 
 
 def _digest(name: str, model_args: dict[str, Any], files: tuple[str, ...] | None) -> dict[str, Any] | None:

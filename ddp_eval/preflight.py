@@ -43,8 +43,14 @@ class Passed:
     lines: list[str]
 
 
+def check_if_due(config: Config) -> Passed | None:
+    """Check the nodes if there are several or --preflight asks for it; None if not, or if ranks have no common store yet."""
+    wanted = config.preflight or distributed.spans_nodes()
+    return check_nodes(config) if wanted and distributed.can_exchange() else None
+
+
 def check_nodes(config: Config) -> Passed:
-    """Check every node, before the group is joined where ranks have a common store by then. Collective.
+    """Check every node. Collective; needs `distributed.can_exchange`.
 
     Raises UserError, the same sentence on every rank, naming the nodes and what is wrong with them.
     """

@@ -1,4 +1,4 @@
-"""What the leader says to the other ranks: run this plan, stop, or I have failed."""
+"""What the leader says to the other ranks: begin, run this plan, stop, or I have failed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,43 @@ import contextlib
 import dataclasses
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
-from ddp_eval.packing import Plan
+from ddp_eval.packing import IntArray, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """The leader's word that there is something to do. directory: of the run, or None."""
+
+    directory: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Journals:
+    """Where finished packs are kept: each rank adds a file of its own. key: see journal.py."""
+
+    directory: Path
+    key: bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The leader's word to run a plan. name: unlike that of any other work of these ranks."""
+    """The leader's word to run a plan.
+
+    left: ascending indices of the packs to run; the others are done. name: unlike that of any other work, of these ranks or any.
+    """
 
     plan: Plan
+    left: IntArray
     name: str
+    journals: Journals | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +60,14 @@ class Followers:
         self.world = world
         self._listening = True
 
+    def begin(self, directory: Path | None) -> None:
+        """Have them load the model, and report to the run directory from now on."""
+        distributed.send_message(self.world, Begin(directory))
+
     @contextlib.contextmanager
-    def working_on(self, plan: Plan) -> Iterator[Work]:
-        """Have all ranks run `plan` while the leader runs it too."""
-        work = Work(plan, uuid.uuid4().hex)
+    def working_on(self, plan: Plan, left: IntArray | None = None, journals: Journals | None = None) -> Iterator[Work]:
+        """Have all ranks run `plan`, or the packs of it that are `left`, while the leader runs it too."""
+        work = Work(plan, np.arange(plan.num_packs) if left is None else left, uuid.uuid4().hex, journals)
         distributed.send_message(self.world, work)
         self._listening = False
         yield work
@@ -57,12 +84,22 @@ class Followers:
         distributed.send_message(self.world, message)
 
 
+def await_begin(world: World) -> Begin | None:
+    """On the other ranks: wait until the leader knows that there is something to do; None when there is not."""
+    begin: Begin | None = _hear(world)
+    return begin
+
+
 def next_work(world: World) -> Work | None:
     """On the other ranks: wait for the leader's next plan; None when it says stop. Raises what the leader failed of."""
+    work: Work | None = _hear(world)
+    return work
+
+
+def _hear(world: World) -> Any:
     message = distributed.receive_message(world)
     if isinstance(message, Abort):
         if message.of_user:
             raise UserError(message.reason)
         raise distributed.LostContact("rank 0 has failed: its own error says why")
-    work: Work | None = message
-    return work
+    return message

@@ -94,23 +94,42 @@ def prepare_directory(path: str | os.PathLike[str], overwrite: bool) -> Path:
     Raises UserError if `path` can't be a directory or written to, or holds a run (or part of one) and `overwrite` is False.
     """
     try:
+        directory = make_directory(path)
+        earlier = run_files(directory)
+        if earlier and not overwrite:
+            raise UserError(
+                f"--output_path {path} already holds a run of {date_of(earlier)}; "
+                "give another --output_path, or --overwrite to replace it"
+            )
+        for file in [*earlier, *directory.glob(f".*{TEMPORARY_SUFFIX}")]:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return directory
+
+
+def make_directory(path: str | os.PathLike[str]) -> Path:
+    """Create directory `path` and its parents, try to write there, and return it as an absolute path. Raises UserError."""
+    try:
         directory = Path(path).absolute()
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--output_path must be a directory, got the file {path}: give another path")
         directory.mkdir(parents=True, exist_ok=True)
         _try_writing(directory)
-        earlier = _run_files(directory)
-        if earlier and not overwrite:
-            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(earlier[0].stat().st_mtime))
-            raise UserError(
-                f"--output_path {path} already holds a run of {date}; give another --output_path, or --overwrite to replace it"
-            )
-        for file in [*earlier, *directory.glob(f".*{TEMPORARY_SUFFIX}")]:
-            file.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--output_path {path} cannot be written to ({reason}): give a directory that can be") from error
+        raise unwritable(path, error) from error
     return directory
+
+
+def unwritable(path: str | os.PathLike[str], error: Exception) -> UserError:
+    """What to raise over an --output_path that the disk refuses."""
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"--output_path {path} cannot be written to ({reason}): give a directory that can be")
+
+
+def date_of(files: Sequence[Path]) -> str:
+    """When a run was written, for a sentence."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(files[0].stat().st_mtime))
 
 
 def write_run(
@@ -132,6 +151,18 @@ def write_run(
         _replace_file(directory / name, _sample_lines((samples or {})[task]))
     _replace_file(directory / RESULTS, [results_json, b"\n"])
     _replace_file(directory / MANIFEST, [manifest_json, b"\n"])
+
+
+def find_not_finite(scores: Scores) -> dict[str, dict[str, Any]]:
+    """Requests whose log-probability is NaN or infinite, by task: {"requests": how many, "first": up to 5 [doc_id, idx]}."""
+    values = np.asarray(scores.loglikelihood, dtype=np.float64)
+    found: dict[str, dict[str, Any]] = {}
+    for row in np.flatnonzero(~np.isfinite(values)).tolist():
+        entry = found.setdefault(scores.task[row], {"requests": 0, "first": []})
+        entry["requests"] += 1
+        if len(entry["first"]) < 5:
+            entry["first"].append([int(scores.doc_id[row]), int(scores.idx[row])])
+    return found
 
 
 def write_scores(directory: str | os.PathLike[str], scores: Scores) -> None:
@@ -164,7 +195,7 @@ def describe_hardware() -> dict[str, Any]:
     hardware: dict[str, Any] = {
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
         "usable_cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory_bytes(),
@@ -223,7 +254,7 @@ def _try_writing(directory: Path) -> None:
         file.flush()
 
 
-def _run_files(directory: Path) -> list[Path]:
+def run_files(directory: Path) -> list[Path]:
     """The files in `directory` that belong to a run; the manifest, which marks it complete, first."""
     files = [directory / name for name in (MANIFEST, RESULTS, SCORES, TELEMETRY)]
     files += sorted(directory.glob("samples_*.jsonl"))
@@ -371,7 +402,8 @@ def _git(path: str | os.PathLike[str], *arguments: str) -> str | None:
     return finished.stdout.decode("utf-8", "replace").strip()
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's model name."""
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         if found:

@@ -24,16 +24,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import demo, distributed, results
+from ddp_eval import demo, distributed, results, run_directory, status, watch
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, run_plan
-from ddp_eval.manifest import describe_model, describe_run
+from ddp_eval.manifest import describe_model, describe_run, fingerprint_model
 from ddp_eval.packing import Requests
 from ddp_eval.planning import Decision, make_plan
-from ddp_eval.protocol import Followers, next_work
+from ddp_eval.protocol import Followers, Journals, await_begin, next_work
+from ddp_eval.resume import name_work, tell_found, warn_of_not_finite
+from ddp_eval.run_directory import RunDirectory
 from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoder
 
@@ -46,6 +48,11 @@ def run(config: Config, world: World) -> dict[str, Any] | None:
     Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must mend.
     """
     if not world.is_leader:
+        watch.step(watch.WAITING)
+        if (begin := await_begin(world)) is None:
+            return None
+        watch.of_run(begin.directory)
+        watch.step("loading the model")
         model_config = hf.load_config(config.loader_args)
         _follow(world, hf.load_engine(config.loader_args, model_config, world.device))
         return None
@@ -78,14 +85,39 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
                 return None
             with Followers(world) as followers:
                 _prepare_output(config)
-                return _lead(config, followers, bare.config, tokenizer, lambda: engine, lambda: None)
+                return _lead(config, None, followers, bare.config, tokenizer, lambda: engine, lambda: None)
     finally:
         distributed.release_group(world)
 
 
 def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, Any]:
-    """The leader's part of `run`: weights load in a thread of their own while lm_eval builds the prompts."""
-    _prepare_output(config)
+    """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
+    watch.step("looking into the run directory")
+    finished = run_directory.find_finished(config, lambda: fingerprint_model(config.loader_args))
+    if finished is not None:
+        log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
+        return finished
+    if not config.output_path:
+        followers.begin(None)
+        return _load_and_lead(config, None, world, followers)
+    directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)))
+    watch.of_run(directory.path)
+    watch.before_leaving(directory.close)
+    with contextlib.closing(directory):
+        followers.begin(directory.path)
+        return _load_and_lead(config, directory, world, followers)
+
+
+def _lose_directory(path: str) -> None:
+    """From the thread that keeps the lock: the run directory is no longer ours to write to."""
+    watch.of_run(None)
+    distributed.report_once(f"--output_path {path} was deleted or taken over by another run: this one ends; start it again")
+    watch.leave(2, status.FAILED, "")
+
+
+def _load_and_lead(config: Config, directory: RunDirectory | None, world: World, followers: Followers) -> dict[str, Any]:
+    """Weights load in a thread of their own while lm_eval builds the prompts."""
+    watch.step("building the prompts")
     model_config = hf.load_config(config.loader_args)
     tokenizer = hf.load_tokenizer(config.loader_args)
     engine: Future[hf.HFEngine] = Future()
@@ -100,7 +132,7 @@ def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, A
     from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, followers, model_config, tokenizer, engine.result, digests.result)
+    return _lead(config, directory, followers, model_config, tokenizer, engine.result, digests.result)
 
 
 def _prepare_output(config: Config) -> None:
@@ -110,13 +142,17 @@ def _prepare_output(config: Config) -> None:
 
 def _lead(
     config: Config,
+    directory: RunDirectory | None,
     followers: Followers,
     model_config: Any,
     tokenizer: Any,
     get_engine: Callable[[], hf.HFEngine],
     get_digests: Callable[[], dict[str, Any] | None],
 ) -> dict[str, Any]:
-    """Build the requests, have all ranks score them, compute metrics and write the run directory."""
+    """Build the requests, have all ranks score them, compute metrics and write the run directory.
+
+    directory: where finished packs are kept and found; None keeps none.
+    """
     from ddp_eval import harness
 
     world, phases = followers.world, Phases()
@@ -128,18 +164,31 @@ def _lead(
         raise UserError(str(error)) from None
 
     facts: dict[str, Any] = {}
+    resumed: list[int] = []
 
     def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
+        watch.step("loading the model")
         with phases("load"):
             engine = get_engine()
+        watch.step("planning")
         with phases("plan"):
             decision = make_plan(engine, requests, config.packing, config.max_pack_tokens)
         facts.update(engine=engine.describe(), **_describe_plan(decision, requests))
         if decision.why_rows and config.packing:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
-        with followers.working_on(decision.plan) as work:
+        journals, found = None, None
+        if directory is not None:
+            facts["model_fingerprint"] = fingerprint_model(config.loader_args)
+            key = name_work(decision.plan, engine.describe(), world, facts["model_fingerprint"])
+            journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
+            tell_found(found, decision.plan, world)
+        done = found.packs if found else np.zeros(0, dtype=np.int64)
+        watch.step(watch.WAITING)  # a rank may still load the model
+        with followers.working_on(decision.plan, np.delete(np.arange(decision.plan.num_packs), done), journals) as work:
             rows = run_plan(world, engine, work, phases)
-        sums, greedy, differing = fill_slots(rows, decision.plan.num_items)
+        sums, greedy, differing = fill_slots(np.concatenate([found.rows, rows]) if found else rows, decision.plan.num_items)
+        resumed.append(len(done))
+        watch.step("computing the metrics")
         if differing:
             log.warning(
                 "packs that ran on two ranks differ by up to %.2g nats: are the ranks' GPUs or threads not alike?", differing
@@ -148,6 +197,8 @@ def _lead(
         return sums[decision.item_of_request], greedy[decision.item_of_request]
 
     def keep(scores: results.Scores) -> None:
+        facts["not_finite"] = results.find_not_finite(scores)
+        warn_of_not_finite(facts["not_finite"])
         if config.output_path:
             results.write_scores(config.output_path, scores)
 
@@ -156,13 +207,17 @@ def _lead(
     facts["prompts_sha256"] = outcome.prompt_digest
     outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
     if config.output_path:
-        manifest = describe_run(config, world, outcome.results, facts, get_digests())
+        watch.step("writing the results")
+        manifest = describe_run(config, world, outcome.results, {**facts, "resumed_packs": resumed[0]}, get_digests())
         results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"))
+        if directory is not None:
+            directory.finish()
     return outcome.results
 
 
 def _follow(world: World, engine: hf.HFEngine) -> None:
     """Every other rank's part: run what the leader sends until it says stop."""
+    watch.step(watch.WAITING)
     while (work := next_work(world)) is not None:
         run_plan(world, engine, work, Phases())
 

@@ -60,9 +60,15 @@ last_words() {
     grep -hs '^ddp_eval: ' "$LOGS".*.log | grep -v ' requests, .* tokens/s' | tail -n 1 | sed 's/^ddp_eval: //'
 }
 
-# What SLURM thinks of this job: RUNNING, or how it has ended it.
+# What SLURM thinks of this start of the job: RUNNING, or how it has ended it. On a node that SLURM lost, another start may run.
 job_state() {
-    scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p'
+    local facts
+    facts="$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)"
+    if [[ "$facts" == *" JobState=RUNNING "* && "$facts" != *" Restarts=$restart "* ]]; then
+        echo "RUNNING elsewhere"
+    else
+        sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$facts"
+    fi
 }
 
 # On every node: one torchrun. Arguments: the program's. Variables: HEAD, RENDEZVOUS, LOGS, and those above.
@@ -151,6 +157,8 @@ if ((restart > 0)); then
         exit 0
     fi
     say "restart $restart: resumes"
+    # SLURM says that the earlier start is over. Where it still runs, on a node that SLURM has lost, it ends when its lock is gone.
+    rm -f "$output/.ddp_eval.lock"
 fi
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -190,6 +190,21 @@ class Cluster:
     def state(self, job: Job | str) -> str:
         return self.facts(job)["JobState"]
 
+    def processes(self, job: Job) -> dict[int, tuple[str, dict[str, str]]]:
+        """{id: (command line, environment)} of the job's living processes."""
+        found = {}
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                words = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
+                environment = dict(word.split("=", 1) for word in words if "=" in word)
+                if (
+                    environment.get("SLURM_JOB_ID") == job.number
+                    and environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                ):
+                    command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[int(directory.name)] = command, environment
+        return found
+
     def node_states(self) -> dict[str, str]:
         lines = self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").splitlines()
         return {node: state.upper() for node, state in map(str.split, lines)}

@@ -1,0 +1,249 @@
+"""Journals: finished packs on disk the moment they are done, and read back by whoever resumes. Pure numpy and files, no ranks.
+
+Every rank of every attempt appends to a file of its own, so that no two processes ever write to one file and a torn end is always
+the end of a file that nobody goes on with:
+
+    header   MAGIC, key (32 bytes), length of the origin, origin (text), checksum
+    record   pack (uint64), number of items (uint32), sums (float64 each), greedy flags (uint8 each), checksum
+    record   …
+
+The key names the work to the bit: plan, weights and software (`work_key`). Every checksum is keyed by it and covers all that
+comes before it in its header or record. A whole header of another key is refused; anything torn or corrupt, and all that follows
+it in the file, is dropped and reported, never trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddp_eval.errors import UserError
+
+SUFFIX = ".journal"
+MAGIC = b"ddp_eval journal 1\n"
+SYNC_S = 3.0  # a lost node loses at most what was finished in this time, and the packs in hand
+
+_KEY_BYTES = 32
+_CHECKSUM_BYTES = 16
+_ORIGIN_LENGTH = struct.Struct("<H")
+_RECORD = struct.Struct("<QI")
+_ITEM_BYTES = 9
+
+
+def work_key(facts: Mapping[str, Any]) -> bytes:
+    """(32 bytes) A name for work whose results may be mixed: equal for equal facts, whatever their order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).digest()
+
+
+class Journal:
+    """One rank's file of this attempt, made at the first pack. Thread-safe: another thread may wait for packs, sync or close it.
+
+    path:    ends in SUFFIX; its directory exists.
+    origin:  one short text about the hardware that computes, for those who mix.
+    Every method raises UserError when the disk refuses, or when the file has been deleted.
+    """
+
+    def __init__(self, path: Path, key: bytes, origin: str) -> None:
+        self.path = path
+        self.packs = 0
+        self._key = key
+        self._origin = origin
+        self._file: int | None = None
+        self._lock = threading.Condition()
+        self._unsynced = False
+        self._closed = threading.Event()
+        self._failure: UserError | None = None
+        self._syncer = threading.Thread(target=self._keep_synced, daemon=True)
+
+    def append(self, pack: int, sums: npt.NDArray[np.float64], greedy: npt.NDArray[np.bool_]) -> None:
+        """Add one finished pack. When this returns, the death of this process no longer loses it."""
+        body = _RECORD.pack(pack, len(sums)) + sums.astype("<f8").tobytes() + greedy.astype(np.uint8).tobytes()
+        with self._lock:
+            if self._failure:
+                raise self._failure
+            with self._naming_failures():
+                if self._file is None:
+                    self._open()
+                self._write(body + _checksum(self._key, body))
+            self.packs += 1
+            self._unsynced = True
+            self._lock.notify_all()
+
+    def wait_for_pack(self, timeout_s: float) -> None:
+        """Wait until one more pack is added, or for so long."""
+        with self._lock:
+            self._lock.wait(timeout_s)
+
+    def sync(self) -> None:
+        """Have everything on the disk, not only with the kernel."""
+        with self._lock:
+            file, unsynced, self._unsynced = self._file, self._unsynced, False
+        if file is not None and unsynced:
+            with self._naming_failures():
+                os.fsync(file)
+                if not os.path.samestat(os.fstat(file), os.stat(self.path)):
+                    raise FileNotFoundError(2, "it has been replaced by another file")
+
+    def close(self) -> None:
+        """Sync and close. Nothing may be added afterwards."""
+        self._closed.set()
+        if self._syncer.is_alive():
+            self._syncer.join()
+        self.sync()
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+        if self._failure:
+            raise self._failure
+
+    def _open(self) -> None:
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._write(encode_header(self._key, self._origin))
+        sync_directory(self.path.parent)
+        self._syncer.start()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            assert self._file is not None
+            view = view[os.write(self._file, view) :]
+
+    def _keep_synced(self) -> None:
+        while not self._closed.wait(SYNC_S):
+            try:
+                self.sync()
+            except UserError as error:  # the next pack raises it
+                self._failure = error
+                return
+
+    @contextlib.contextmanager
+    def _naming_failures(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            reason = "it or its directory has been deleted" if gone else error.strerror or error
+            what_to_do = "give a directory that stays" if gone else "make room or mend it"
+            raise UserError(
+                f"the journal {self.path} cannot be written to ({reason}): {what_to_do}, then start the same command again"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What journals hold of one plan.
+
+    packs:    ascending indices of finished packs, each once.
+    rows:     (items, 3) int64: item, the bits of its float64 sum, its greedy flag; a pack that several files hold comes as often.
+    origins:  the texts about hardware of all files that hold packs, sorted.
+    notes:    a sentence for each file of which something was dropped.
+    """
+
+    packs: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    origins: list[str]
+    notes: list[str]
+
+
+class OtherWork(Exception):
+    """A journal is whole and belongs to other work: another plan, other weights or other software."""
+
+
+def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integer]) -> Found:
+    """Read all journals in `directory`.
+
+    item_starts:  (P+1,) where each pack's items start, of the plan that `key` names.
+    Raises OtherWork if a file has a whole header of another key; UserError if a file cannot be read.
+    """
+    packs: set[int] = set()
+    blocks, origins, notes = [np.zeros((0, 3), dtype=np.int64)], set(), []
+    for path in sorted(directory.glob(f"*{SUFFIX}")):
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"the journal {path} cannot be read ({error.strerror or error})") from error
+        header = decode_header(data)
+        if header is None:
+            notes.append(f"the journal {path.name} has no whole header and is dropped ({len(data)} bytes)")
+            continue
+        its_key, origin, start = header
+        if its_key != key:
+            raise OtherWork(path.name)
+        records, stop = _read_records(data, start, key, item_starts)
+        if stop < len(data):
+            notes.append(
+                f"the last {len(data) - stop} bytes of the journal {path.name} are torn or corrupt and dropped; "
+                f"{len(records)} packs before them are kept"
+            )
+        if records:
+            origins.add(origin)
+        for pack, rows in records:
+            packs.add(pack)
+            blocks.append(rows)
+    return Found(np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), sorted(origins), notes)
+
+
+def encode_header(key: bytes, origin: str) -> bytes:
+    text = origin.encode()[:1000]
+    body = MAGIC + key + _ORIGIN_LENGTH.pack(len(text)) + text
+    return body + _checksum(key, body)
+
+
+def decode_header(data: bytes) -> tuple[bytes, str, int] | None:
+    """Key, origin and where records start; None if the header is not whole."""
+    fixed = len(MAGIC) + _KEY_BYTES + _ORIGIN_LENGTH.size
+    if len(data) < fixed or not data.startswith(MAGIC):
+        return None
+    key = data[len(MAGIC) : len(MAGIC) + _KEY_BYTES]
+    stop = fixed + _ORIGIN_LENGTH.unpack_from(data, fixed - _ORIGIN_LENGTH.size)[0]
+    if data[stop : stop + _CHECKSUM_BYTES] != _checksum(key, data[:stop]):
+        return None
+    return key, data[fixed:stop].decode("utf-8", "replace"), stop + _CHECKSUM_BYTES
+
+
+def _read_records(
+    data: bytes, start: int, key: bytes, item_starts: npt.NDArray[np.integer]
+) -> tuple[list[tuple[int, npt.NDArray[np.int64]]], int]:
+    """(pack, rows) of each record up to the first that is not whole, and where that one starts."""
+    records = []
+    while start + _RECORD.size <= len(data):
+        pack, count = _RECORD.unpack_from(data, start)
+        if pack >= len(item_starts) - 1 or count != item_starts[pack + 1] - item_starts[pack]:
+            break
+        values = start + _RECORD.size
+        stop = values + _ITEM_BYTES * count
+        if data[stop : stop + _CHECKSUM_BYTES] != _checksum(key, data[start:stop]):
+            break
+        rows = np.empty((count, 3), dtype=np.int64)
+        rows[:, 0] = np.arange(item_starts[pack], item_starts[pack + 1])
+        rows[:, 1] = np.frombuffer(data, dtype="<i8", count=count, offset=values)
+        rows[:, 2] = np.frombuffer(data, dtype=np.uint8, count=count, offset=values + 8 * count)
+        records.append((pack, rows))
+        start = stop + _CHECKSUM_BYTES
+    return records, start
+
+
+def _checksum(key: bytes, body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES, key=key).digest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a new file's name survive a power cut, on file systems that can."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

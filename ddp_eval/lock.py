@@ -1,0 +1,173 @@
+"""One run at a time in a directory: a lock file that network file systems do not break and that the dead do not keep.
+
+The file is made atomically (O_EXCL, which NFS honours; flock it does not). Its holder writes down who it is and touches the file
+every few seconds. Whoever finds it looks first whether the holder is a process of this very machine, and dead; on another
+machine, whether the file is still touched, by watching it, since the clocks of two machines cannot be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BEAT_S = 5.0
+WATCH_S = 25.0  # a holder that touches nothing for so long is gone; NFS may show a touch a few seconds late
+DYING_S = 4.0  # workers whose launcher was killed end within a second or two
+
+
+class Held(Exception):
+    """Another process that is alive holds the lock. The text names it."""
+
+
+class Lock:
+    """Holds `path` from `acquire` to `release`. on_lost: called, once, from a thread, if the file goes away meanwhile."""
+
+    def __init__(self, path: Path, on_lost: Callable[[], None]) -> None:
+        self.path = path
+        self.taken_over: str | None = None
+        self._on_lost = on_lost
+        self._me = {**_describe_process(), "token": uuid.uuid4().hex}
+        self._released = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+
+    def acquire(self) -> None:
+        """Raises Held when another run is alive, after watching it for up to WATCH_S. OSError when the disk refuses."""
+        while not self._create():
+            holder, seen = _read(self.path)
+            if holder is None:
+                continue
+            if _is_alive_here(holder) is None:
+                stale = self._watch(seen, WATCH_S, lambda: False)
+            else:
+                stale = self._watch(None, DYING_S, functools.partial(_is_dead_here, holder))
+            if stale is False:
+                raise Held(f"process {holder.get('pid')} on {holder.get('host')}")
+            if stale:
+                self._remove_stale(holder)
+                self.taken_over = f"process {holder.get('pid')} on {holder.get('host')}"
+        self._beating.start()
+
+    def release(self) -> None:
+        self._released.set()
+        if self._is_mine():
+            self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        """A file that appears with its content: written aside, then linked, which fails where there is one already."""
+        aside = self.path.with_name(f"{self.path.name}.{self._me['token']}")
+        try:
+            aside.write_text(json.dumps(self._me))
+            try:
+                os.link(aside, self.path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                try:
+                    with open(self.path, "x") as file:
+                        file.write(json.dumps(self._me))
+                except FileExistsError:
+                    return False
+            return True
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _watch(self, seen: Any, limit_s: float, is_gone: Callable[[], bool]) -> bool | None:
+        """True: the holder is gone. False: it lives. None: the file went away, try again. seen: None to trust is_gone alone."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            if is_gone():
+                return True
+            holder, now = _read(self.path)
+            if holder is None:
+                return None
+            if seen is not None and now != seen:
+                return False
+            if time.monotonic() > deadline:
+                return seen is not None
+            time.sleep(0.2)
+
+    def _remove_stale(self, holder: dict[str, Any]) -> None:
+        """Two who find the same dead holder: only one may remove it, and neither the other's new file."""
+        aside = self.path.with_name(f"{self.path.name}.{self._me['token']}.stale")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, aside)
+            moved, _ = _read(aside)
+            if moved is not None and moved.get("token") != holder.get("token"):
+                with contextlib.suppress(OSError):
+                    os.link(aside, self.path)
+            aside.unlink()
+
+    def _is_mine(self) -> bool:
+        holder, _ = _read(self.path)
+        return holder is not None and holder.get("token") == self._me["token"]
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_S):
+            try:
+                os.utime(self.path)
+                mine = self._is_mine()
+            except OSError:
+                mine = False
+            if not mine and not self._released.is_set():
+                self._on_lost()
+                return
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, Any]:
+    """The holder and a value that changes with each of its touches; None when there is no file. Opening makes NFS look anew."""
+    try:
+        with open(path) as file:
+            touched = os.fstat(file.fileno()).st_mtime_ns
+            text = file.read()
+    except FileNotFoundError:
+        return None, None
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        holder = {}
+    return (holder if isinstance(holder, dict) else {}), (touched, text)
+
+
+def _describe_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": _birth(os.getpid()),
+        "machine": _machine(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _machine() -> str | None:
+    """Equal for processes that can see each other: same boot, same process ids. None where that cannot be told."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return None
+
+
+def _birth(pid: int) -> str | None:
+    """When a process started, in clock ticks since the boot, which no later process of its id shares; None if it is dead."""
+    with contextlib.suppress(OSError, IndexError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    return None
+
+
+def _is_alive_here(holder: dict[str, Any]) -> bool | None:
+    """Whether a holder on this machine lives; None for one on another, which cannot be told from here."""
+    if not holder.get("machine") or holder["machine"] != _machine():
+        return None
+    return holder.get("born") is not None and _birth(int(holder["pid"])) == holder["born"]
+
+
+def _is_dead_here(holder: dict[str, Any]) -> bool:
+    return _is_alive_here(holder) is False

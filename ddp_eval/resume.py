@@ -1,0 +1,60 @@
+"""What the leader says and decides about work that is done already, and about numbers that are none."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+
+from ddp_eval.distributed import World
+from ddp_eval.execution import describe_origin
+from ddp_eval.journal import Found, work_key
+from ddp_eval.packing import Plan
+
+log = logging.getLogger("ddp_eval")
+
+
+def name_work(plan: Plan, engine: dict[str, Any], world: World, fingerprint: str | None) -> bytes:
+    """The key of journals: results under one key may be mixed, whatever the number of ranks.
+
+    engine: what the engine says of itself. fingerprint: of the model's files.
+    """
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return work_key(
+        {"plan": plan.digest(), "engine": engine, "device": world.device.type, "model": fingerprint, "versions": versions}
+    )
+
+
+def tell_found(found: Found, plan: Plan, world: World) -> None:
+    """Say how much of `plan` is done, what was dropped, and whether other hardware did it."""
+    for note in found.notes:
+        log.warning("%s", note)
+    if not len(found.packs):
+        return
+    done = int(plan.num_requests[found.packs].sum())
+    log.warning(
+        "resuming: %d of %d packs are done (%d of %d requests), %d packs are left",
+        *(len(found.packs), plan.num_packs, done, int(plan.num_requests.sum()), plan.num_packs - len(found.packs)),
+    )
+    others = [origin for origin in found.origins if origin != describe_origin(world)]
+    if others:
+        log.warning(
+            "packs that are done were computed on %s, the others will be on %s: the last bits of the numbers may differ",
+            " and ".join(others),
+            describe_origin(world),
+        )
+
+
+def warn_of_not_finite(tasks: dict[str, dict[str, Any]]) -> None:
+    """Say which requests have a log-probability that is NaN or infinite. tasks: from `results.find_not_finite`."""
+    for task, found in tasks.items():
+        first = ", ".join(f"document {document} choice {choice}" for document, choice in found["first"])
+        log.warning(
+            "%d requests of the task %s have a log-probability that is NaN or infinite (%s%s): do not trust its metrics",
+            found["requests"],
+            task,
+            first,
+            ", ..." if found["requests"] > len(found["first"]) else "",
+        )

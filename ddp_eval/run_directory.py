@@ -1,0 +1,191 @@
+"""What the leader finds in --output_path, before all else, and does with it: begin, go on, or leave a finished run alone.
+
+    DIR/status.json              how the run stands (status.py)
+    DIR/.ddp_eval.lock           while a run is at work (lock.py)
+    DIR/journal/run.json         while unfinished: the flags that began it
+    DIR/journal/*.journal        while unfinished: finished packs (journal.py)
+
+A complete run has a manifest.json and no journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ddp_eval import journal, results, status
+from ddp_eval.config import Config
+from ddp_eval.errors import UserError
+from ddp_eval.lock import Held, Lock
+
+JOURNALS = "journal"
+LOCK = ".ddp_eval.lock"
+_RUN = "run.json"
+
+_NO_MATTER = {"output_path", "overwrite", "fresh", "timeout"}  # to any run
+_FOR_METRICS = {"log_samples", "predict_only", "write_out", "bootstrap_iters"}  # to the scores of an unfinished one
+
+
+class RunDirectory:
+    """A directory that this run holds the lock of, from `open_directory` until `close`."""
+
+    def __init__(self, path: Path, lock: Lock | None = None, replace: bool = False) -> None:
+        self.path = path
+        self.journals = path / JOURNALS
+        self._lock = lock
+        self._replace = replace
+
+    def recover(self, key: bytes, item_starts: Any) -> journal.Found:
+        """What is done of the work that `key` names. Raises UserError if it is other work that may not be replaced."""
+        try:
+            return journal.read_journals(self.journals, key, item_starts)
+        except journal.OtherWork as other:
+            if not self._replace:
+                raise UserError(
+                    f"--output_path {self.path} holds unfinished work on other requests, weights or package versions than now "
+                    f"({other}): give another --output_path, or --fresh to start over"
+                ) from None
+            self.forget_journals()
+            self.journals.mkdir(exist_ok=True)
+            return journal.read_journals(self.journals, key, item_starts)
+
+    def finish(self) -> None:
+        """The manifest is written: nothing is left to resume."""
+        self.forget_journals()
+        status.write_status(self.path, status.DONE, "the run is complete")
+
+    def forget_journals(self) -> None:
+        if self.journals.is_dir():
+            for file in [*self.journals.glob(f"*{journal.SUFFIX}"), self.journals / _RUN]:
+                file.unlink(missing_ok=True)
+            if not any(self.journals.iterdir()):
+                self.journals.rmdir()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def find_finished(config: Config, fingerprint: Any) -> dict[str, Any] | None:
+    """The results of the complete run that --output_path holds, if it is one of these very flags and nobody asks to replace it.
+
+    fingerprint: () -> of the model's files now, or None where they cannot be read.
+    Raises UserError if it holds a complete run of other flags or another model.
+    """
+    if not config.output_path or ((config.overwrite or config.fresh) and not is_restart()):
+        return None
+    directory = Path(config.output_path)
+    if not os.path.isfile(directory / results.MANIFEST):
+        return None
+    manifest, found = _read_json(directory / results.MANIFEST), _read_json(directory / results.RESULTS)
+    difference = _difference(manifest.get("config"), config, _NO_MATTER)
+    known = manifest.get("model_fingerprint")
+    if difference is None and known is not None and fingerprint() not in (known, None):
+        difference = "the files of the model have changed since"
+    if difference is None and not found:
+        difference = f"its {results.RESULTS} cannot be read"
+    if difference:
+        raise _refuse(directory, difference)
+    if status.read_status(directory).get("state") != status.DONE:  # it was killed right behind its manifest
+        with contextlib.suppress(OSError):
+            RunDirectory(directory).finish()
+    return found
+
+
+def open_directory(config: Config, on_lost: Any) -> RunDirectory:
+    """Take --output_path for this run: lock it, clear what may be replaced, keep what can be resumed.
+
+    on_lost: called from a thread when the directory or its lock goes away.
+    Raises UserError if it cannot be written, belongs to another run at work, or holds what may not be replaced.
+    """
+    assert config.output_path
+    restart = is_restart()
+    fresh, replace = config.fresh and not restart, (config.fresh or config.overwrite) and not restart
+    path = results.make_directory(config.output_path)
+    lock = Lock(path / LOCK, on_lost)
+    try:
+        lock.acquire()
+    except Held as held:
+        raise UserError(
+            f"another run is at work in --output_path {config.output_path} ({held}): wait for it, or give another"
+        ) from None
+    except OSError as error:
+        raise results.unwritable(config.output_path, error) from error
+    directory = RunDirectory(path, lock, replace)
+    try:
+        _settle_contents(directory, config, fresh, replace)
+        status.write_status(path, status.RUNNING, "the run is at work")
+    except OSError as error:
+        directory.close()
+        raise results.unwritable(config.output_path, error) from error
+    except BaseException:
+        directory.close()
+        raise
+    return directory
+
+
+def is_restart() -> bool:
+    """Whether a launcher has started this command again by itself: what --fresh and --overwrite asked for is done already."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, replace: bool) -> None:
+    files = results.run_files(directory.path)
+    begun = _read_json(directory.journals / _RUN)
+    complete = (directory.path / results.MANIFEST).is_file()
+    difference = None
+    if complete:
+        difference = "complete"
+    elif begun:
+        difference = _difference(begun.get("flags"), config, _NO_MATTER | _FOR_METRICS)
+    elif files:
+        difference = "it has no journal to resume from"
+    if difference and not replace:
+        raise _refuse(directory.path, difference)
+    if difference or fresh:
+        for file in files:
+            file.unlink(missing_ok=True)
+    if difference or fresh or not begun:
+        directory.forget_journals()
+    for file in directory.path.glob(f".*{results.TEMPORARY_SUFFIX}"):
+        file.unlink(missing_ok=True)
+    directory.journals.mkdir(exist_ok=True)
+    status.replace_json(directory.journals / _RUN, {"flags": _flags(config)})
+
+
+def _refuse(directory: Path, why: str) -> UserError:
+    date = results.date_of(results.run_files(directory) or [directory / JOURNALS / _RUN])
+    kind = "a run" if (directory / results.MANIFEST).is_file() else "an unfinished run"
+    return UserError(
+        f"--output_path {directory} already holds {kind} of {date} ({why}); "
+        "give another --output_path, or --overwrite to replace it"
+    )
+
+
+def _difference(earlier: Any, config: Config, ignored: set[str]) -> str | None:
+    """How the flags of an earlier run differ, in a phrase. Flags that it did not know had their default."""
+    now = _flags(config)
+    defaults = _flags(Config())
+    before = {**defaults, **earlier} if isinstance(earlier, dict) else {}
+    for name in now:
+        if name not in ignored and before.get(name) != now[name]:
+            return f"there {name} was {json.dumps(before.get(name))}, here it is {json.dumps(now[name])}"
+    return None
+
+
+def _flags(config: Config) -> dict[str, Any]:
+    """The flags as they come back out of JSON."""
+    flags: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return flags
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,259 @@
+"""Watches this process from a thread: signals, a launcher that is gone, steps that take too long, other ranks that are silent.
+
+Python runs signal handlers in the main thread and between two of its own instructions: never while that thread waits for another
+rank or a kernel. So the handlers do nothing, and this thread, which the wake-up file descriptor tells at once, does all: have
+the journal on the disk, mark the run directory, say one sentence and leave. There is one per process, as there is of signals; a
+caller's process (`ddp_eval.evaluate`) is not watched. Light: it is imported before torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ddp_eval import status
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+EXIT_INTERRUPTED = 130
+WAITING = ""  # the step of a rank that others are to blame for
+
+_GRACE_S = 3.0  # for the pack in hand
+_DISK_S = 4.0  # for a disk that does not answer
+_TICK_S = 0.5
+_BEAT_S = 2.0
+_SILENCE_S = 25.0  # of a rank in the middle of its packs, whose threads have nothing else to do
+PACKS = "running packs"
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where this process is. step: WAITING while it waits for other ranks."""
+
+    step: str = "starting"
+    pack: int | None = None
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        return self.step + ("" if self.pack is None else f", in pack {self.pack}")
+
+
+_place = _Place()
+_directory: Path | None = None
+_journal: Any = None
+_last_deeds: list[Callable[[], None]] = []
+_leaving = threading.Lock()
+
+
+def step(name: str, pack: int | None = None) -> None:
+    """This rank begins something that must end within --timeout; WAITING: it waits for others."""
+    global _place
+    _place = _Place(name, pack)
+
+
+def of_run(directory: Path | None) -> None:
+    """From now on this process speaks for the run in `directory`."""
+    global _directory
+    _directory = directory
+
+
+def use_journal(journal: Any) -> None:
+    """What to have on the disk before leaving: a journal.Journal, or None."""
+    global _journal
+    _journal = journal
+
+
+def before_leaving(deed: Callable[[], None]) -> None:
+    _last_deeds.append(deed)
+
+
+def leave(code: int, state: str, reason: str, first_hand: bool = True) -> NoReturn:
+    """End this process now, from any thread: no waiting for loader threads, or for peers in a collective that will never come."""
+    if not _leaving.acquire(blocking=False):
+        time.sleep(60)  # another thread is at it
+    _within(_DISK_S, lambda: _tidy_up(state, reason, first_hand))
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _tidy_up(state: str, reason: str, first_hand: bool) -> None:
+    if _journal is not None:
+        with contextlib.suppress(Exception):
+            _journal.sync()
+    if _directory is not None:
+        status.note_end(_directory, state, reason, first_hand)
+    for deed in _last_deeds:
+        with contextlib.suppress(Exception):
+            deed()
+
+
+def _within(limit_s: float, deed: Callable[[], None]) -> None:
+    thread = threading.Thread(target=deed, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+
+
+def note_failure(reason: str) -> None:
+    """A defect that ends this process by its own traceback."""
+    if _directory is not None:
+        status.note_end(_directory, status.FAILED, reason, first_hand=True)
+
+
+class Watch:
+    """The watching thread of this process. `start` it in the main thread, before all else; `join_ranks` when they are known."""
+
+    def __init__(self) -> None:
+        self.timeout_s = float("inf")
+        self.rank = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdigit() else 0
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._siblings: list[int] = []
+        self._stopped = threading.Event()
+        self._beats: _Beats | None = None
+        self._wakeup, self._signalled = os.pipe()
+
+    def start(self) -> None:
+        os.set_blocking(self._signalled, False)
+        signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, _do_nothing)
+        threading.Thread(target=self._watch, daemon=True, name="ddp_eval watch").start()
+
+    def join_ranks(self, rank: int, store: Any, pids: list[int], local_ranks: range, timeout_s: float, report: Any) -> None:
+        """Watch the other ranks too.
+
+        store: they all reach it. pids: of all ranks. local_ranks: those of this node. report: says a sentence from one rank.
+        """
+        self.timeout_s, self._siblings = timeout_s, [pids[other] for other in local_ranks if other != rank]
+        if store is not None:
+            self._beats = _Beats(rank, len(pids), store, timeout_s, report, self._stopped)
+            self._beats.thread.start()
+
+    def stop(self) -> None:
+        """The run has come to its end: what happens to other ranks from now on is no matter."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._wakeup], [], [], _TICK_S)
+            if ready:
+                self._obey(os.read(self._wakeup, 1)[0])
+            if self._launcher is not None and os.getppid() != self._launcher:
+                _say("torchrun is gone: this rank leaves too", self.rank)
+                leave(1, status.FAILED, "torchrun was killed; the same command resumes", first_hand=False)
+            place = _place
+            late_s = time.monotonic() - place.since
+            if place.step != WAITING and late_s > self.timeout_s and not self._stopped.is_set():
+                _leave_hanging(self.rank, socket.gethostname(), str(place), late_s, self._beats and self._beats.report)
+
+    def _obey(self, number: int) -> None:
+        """Finish or abandon the pack in hand, and leave."""
+        name = signal.Signals(number).name
+        if _journal is not None and _place.step == PACKS:
+            _journal.wait_for_pack(_GRACE_S)
+        if number == signal.SIGTERM and any(not _is_there(pid) for pid in self._siblings):
+            leave(1, status.FAILED, "a rank has died; the same command resumes", first_hand=False)
+        kept = "finished packs are kept and " if _directory is not None else ""
+        again = f"{kept}the same command {'resumes' if kept else 'starts over'}"
+        _say(f"stopped by {name} while {_doing(_place)}: {again}", self.rank)
+        code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+        leave(code, status.PREEMPTED, f"stopped by {name}; the same command resumes")
+
+
+class _Beats:
+    """Tells the others through a store where this rank is. Rank 0 looks after all others, rank 1 after rank 0."""
+
+    def __init__(self, rank: int, ranks: int, store: Any, timeout_s: float, report: Any, stopped: threading.Event) -> None:
+        self.rank = rank
+        self.report = report
+        self._store = store
+        self._timeout_s = timeout_s
+        self._stopped = stopped
+        self._others = list(range(1, ranks)) if rank == 0 else [0] if rank == 1 else []
+        self._seen: dict[int, tuple[str, float]] = {}
+        self.thread = threading.Thread(target=self._run, daemon=True, name="ddp_eval beats")
+
+    def _run(self) -> None:
+        host, count = socket.gethostname(), 0
+        self._store.set(_beat_key(self.rank), json.dumps([0, host, str(_place)]))
+        while not self._stopped.wait(_BEAT_S):
+            count += 1
+            try:
+                self._store.set(_beat_key(self.rank), json.dumps([count, host, str(_place)]))
+                self._look_after()
+            except RuntimeError:
+                if not self._stopped.wait(3):  # a leader that has ended well has told us so by now
+                    if os.environ.get("LOCAL_RANK") == "0":
+                        _say(f"rank {self.rank} on {host} lost contact with rank 0 while {_doing(_place)}", 0)
+                    leave(1, status.FAILED, "contact with rank 0 was lost; the same command resumes", first_hand=False)
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for rank in self._others:
+            if not self._store.check([_beat_key(rank)]):
+                text = json.dumps([-1, "an unknown host", "starting"])
+            else:
+                text = self._store.get(_beat_key(rank)).decode()
+            before, since = self._seen.get(rank, ("", now))
+            if text != before:
+                self._seen[rank] = text, now
+                continue
+            _, host, place = json.loads(text)
+            silent_s = now - since
+            limit_s = min(_SILENCE_S, self._timeout_s) if place.startswith(PACKS) else self._timeout_s
+            if silent_s > limit_s and not self._stopped.is_set():
+                _leave_hanging(rank, host, place or "waiting for other ranks", silent_s, self.report)
+
+
+def _leave_hanging(rank: int, host: str, place: str, late_s: float, report: Any) -> NoReturn:
+    kept = "the same command resumes from the finished packs" if _directory is not None else "start it again"
+    sentence = (
+        f"rank {rank} on {host} has shown no progress for {late_s:.0f} s while {place}: the run ends; look after that machine, "
+        f"then {kept}, or give a longer --timeout if a step may take so long"
+    )
+    _within(3, lambda: (report or _print)(sentence))
+    leave(1, status.FAILED, sentence)
+
+
+def _beat_key(rank: int) -> str:
+    return f"ddp_eval/beat/{rank}"
+
+
+def _doing(place: _Place) -> str:
+    return str(place) if place.step != WAITING else "waiting for other ranks"
+
+
+def _is_there(pid: int) -> bool:
+    """A process that has ended is there until its parent has taken notice."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _say(sentence: str, rank: int) -> None:
+    if rank == 0:
+        _print(sentence)
+
+
+def _print(sentence: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"ddp_eval: {sentence}", file=sys.stderr, flush=True)
+
+
+def _do_nothing(number: int, frame: Any) -> None:
+    """The watching thread acts."""

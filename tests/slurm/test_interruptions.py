@@ -5,19 +5,18 @@ Each test comes in the middle of a run, when some packs are in the journals and 
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
-from jobs import logs
+from jobs import QUICK, logs
 from launch import launch
 
 from ddp_eval import results, status
 
 pytestmark = pytest.mark.slurm
 
-SLOW = Path(__file__).with_name("slow_main.py")
+SLOW = QUICK.with_name("slow_main.py")
 # One request in each pack: 24 packs, 12 for each of two ranks.
-RUN = "--model_args pretrained=demo --tasks demo_lambada --limit 24 --max_pack_tokens 1 --device cpu".split()
+RUN = ["--model_args", "pretrained=demo", "--tasks", "demo_lambada", "--limit", "24", "--max_pack_tokens", "1", "--device", "cpu"]
 TWO_NODES = "--nodes=2 --ntasks-per-node=1"
 
 
@@ -98,7 +97,7 @@ def test_preempted(cluster, slow_job, check_done, tmp_path):
     urgent.write_text("#!/bin/sh\nsleep 2\n")
     other = cluster.submit(urgent, options=["--partition=high", "--nodes=2", "--exclusive"], cwd=tmp_path)
     assert cluster.finish(other) == "COMPLETED"
-    check_done(job, 1, ["SLURM said stop", "restart 1: resumes"])
+    check_done(job, 1, ["requeued, to resume where it stopped", "restart 1: resumes"])
 
 
 @pytest.mark.slow

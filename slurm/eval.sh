@@ -71,7 +71,13 @@ job_state() {
     fi
 }
 
-# On every node: one torchrun. Arguments: the program's. Variables: HEAD, RENDEZVOUS, LOGS, and those above.
+address_of() {
+    local address
+    address="$(sed -n "s/^$1=//p" <<<"$ADDRESSES")"
+    echo "${address:-$1}"
+}
+
+# On every node: one torchrun. Arguments: the program's. Variables: ADDRESSES, HEAD, RENDEZVOUS, LOGS, and those above.
 run_node() {
     # srun, site prologues and shells leave some of these behind; a rank would take them for its own.
     unset RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE
@@ -88,7 +94,7 @@ run_node() {
     trap '' USR1
     exec "${PYTHON[@]}" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" --max-restarts=0 \
         --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="$RENDEZVOUS" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
-        "${PROGRAM[@]}" "$@"
+        --local-addr="$(address_of "$SLURMD_NODENAME")" "${PROGRAM[@]}" "$@"
 }
 
 # One srun over all nodes; its exit code. Signals that come meanwhile are dealt with by the traps.
@@ -100,7 +106,7 @@ run_step() {
     # --wait: when one node's torchrun has ended, the others, which notice by themselves, are ended after so many seconds.
     "${SRUN[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=0 --wait=60 \
-        bash -c "$(declare -f setup run_node); $(declare -p PYTHON PROGRAM); run_node \"\$@\"" eval.sh "$@" &
+        bash -c "$(declare -f setup address_of run_node); $(declare -p PYTHON PROGRAM); run_node \"\$@\"" eval.sh "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         code=0
@@ -117,16 +123,21 @@ on_time_limit() {
 }
 
 on_stop() {
-    # SLURM has told the tasks itself.
-    stopping="SLURM said stop"
-    say "$stopping: the job is $(job_state)"
+    # SLURM has told the tasks itself, and may kill this script before they have ended.
+    stopping="SLURM ends it"
+    say "$stopping; finished packs are kept: it resumes when SLURM starts it again, or by the same command"
+}
+
+# Pre-emption with a grace time tells the tasks alone.
+is_preempted() {
+    [[ "$(run_state)" == "preempted" ]] && scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
 }
 
 requeue_and_leave() {
     local state
     state="$(job_state)"
     if [[ "$state" != RUNNING ]]; then
-        say "$1; SLURM has made it $state: its journal is kept, the same command resumes"
+        say "$1; SLURM's state for it is $state"
         exit 75
     fi
     if ((restart >= REQUEUES)); then
@@ -161,10 +172,12 @@ if ((restart > 0)); then
     rm -f "$output/.ddp_eval.lock"
 fi
 
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# Node names need not resolve; below the kernel's range of ports of its own choice.
-address="$(scontrol show node -o "${nodes[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')"
-export HEAD="${address:-${nodes[0]}}:$((10000 + SLURM_JOB_ID % 20000))"
+# Addresses as SLURM knows them, "n1=10.0.0.1" on each line: host names need not resolve.
+ADDRESSES="$(scontrol show node -o "$SLURM_JOB_NODELIST" | sed -n 's/.*NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\).*/\1=\2/p')"
+first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export ADDRESSES HEAD
+# A port below those that the kernel gives out by itself.
+HEAD="$(address_of "$first"):$((10000 + SLURM_JOB_ID % 20000))"
 export TASKS_PER_NODE="${SLURM_NTASKS_PER_NODE:-}" INTERFACE RANKS_PER_NODE
 # Set by sbatch for tasks of other shapes than ours; the last, after sbatch --export, would strip PATH.
 unset SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_EXPORT_ENV
@@ -175,14 +188,15 @@ trap on_stop TERM
 for ((attempt = 0; ; attempt++)); do
     run_step "$@"
     code=$?
-    state="$(run_state)"
     if ((code == 0)); then
         say "done: $output"
         exit 0
-    elif [[ "$state" == "preempted" || -n "$stopping" ]]; then
-        requeue_and_leave "stopped${stopping:+ ($stopping)}"
+    elif [[ -n "$stopping" ]]; then
+        requeue_and_leave "stopped: $stopping"
+    elif is_preempted; then
+        requeue_and_leave "stopped: a job of higher priority needs the nodes"
     elif [[ "$(job_state)" != RUNNING ]]; then
-        say "ended with code $code; SLURM has made the job $(job_state): the same command resumes"
+        say "ended with code $code; SLURM's state for it is $(job_state)"
         exit 75
     elif is_for_the_user; then
         say "failed, not requeued: $(last_words)"

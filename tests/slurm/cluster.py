@@ -165,6 +165,16 @@ class Cluster:
         self._daemons[node].send_signal(signal.SIGKILL)
         self._daemons[node].wait(5)
 
+    def resume_node(self, node: str) -> None:
+        """Take a node that was set down into service again; SLURM refuses while it still clears the node."""
+
+        def is_up() -> bool:
+            command = ["scontrol", "update", f"nodename={node}", "state=resume"]
+            subprocess.run(command, env=self.environment, capture_output=True, timeout=30)
+            return not self.node_states()[node].startswith("DOWN")
+
+        self.wait(is_up, f"node {node} to be up", 60)
+
     def run(self, *command: object) -> str:
         """The output of one of SLURM's commands. Raises AssertionError with its words if it fails."""
         finished = subprocess.run([*map(str, command)], env=self.environment, capture_output=True, text=True, timeout=30)
@@ -190,17 +200,15 @@ class Cluster:
     def state(self, job: Job | str) -> str:
         return self.facts(job)["JobState"]
 
-    def processes(self, job: Job) -> dict[int, tuple[str, dict[str, str]]]:
+    def processes(self, job: Job | str) -> dict[int, tuple[str, dict[str, str]]]:
         """{id: (command line, environment)} of the job's living processes."""
+        wanted = {"SLURM_JOB_ID": job.number if isinstance(job, Job) else job, "SLURM_CONF": self.environment["SLURM_CONF"]}
         found = {}
         for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # gone meanwhile
                 words = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
                 environment = dict(word.split("=", 1) for word in words if "=" in word)
-                if (
-                    environment.get("SLURM_JOB_ID") == job.number
-                    and environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                ):
+                if wanted.items() <= environment.items():
                     command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     found[int(directory.name)] = command, environment
         return found

@@ -97,7 +97,7 @@ def test_preempted(cluster, slow_job, check_done, tmp_path):
     urgent.write_text("#!/bin/sh\nsleep 2\n")
     other = cluster.submit(urgent, options=["--partition=high", "--nodes=2", "--exclusive"], cwd=tmp_path)
     assert cluster.finish(other) == "COMPLETED"
-    check_done(job, 1, ["requeued, to resume where it stopped", "restart 1: resumes"])
+    check_done(job, 1, ["a job of higher priority needs the nodes; requeued", "restart 1: resumes"])
 
 
 @pytest.mark.slow
@@ -110,13 +110,19 @@ def test_requeued_by_hand(cluster, slow_job, check_done):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_time_limit(cluster, slow_job, check_done):
-    """Catches a job that SLURM kills at its time limit, for good. A minute is the shortest limit there is."""
-    job = slow_job(f"{TWO_NODES} --time=1 --signal=B:USR1@10", pack_s=4.0)
-    check_done(
-        job,
-        1,
-        ["the time limit is near: telling the ranks to stop", "requeued, to resume where it stopped", "restart 1: resumes"],
-    )
+    """Catches a job that SLURM kills at its time limit, for good."""
+    job = slow_job(f"{TWO_NODES} --time=20 --signal=B:USR1@30", pack_s=5.0)
+    hours, minutes, seconds = map(int, cluster.facts(job)["RunTime"].split(":"))
+    soon = hours * 60 + minutes + (2 if seconds > 20 else 1)  # limits are in whole minutes
+    cluster.run("scontrol", "update", f"jobid={job.number}", f"timelimit={soon}")
+    cluster.wait(lambda: cluster.facts(job)["Restarts"] == "1", "the time limit", 200)
+    cluster.run("scontrol", "update", f"jobid={job.number}", "timelimit=20")
+    said = [
+        "the time limit is near: telling the ranks to stop",
+        "stopped: the time limit is near; requeued",
+        "restart 1: resumes",
+    ]
+    check_done(job, 1, said)
 
 
 @pytest.mark.slow
@@ -125,7 +131,7 @@ def test_cancelled(cluster, slow_job, evaluate, check_done, tmp_path):
     job = slow_job()
     cluster.run("scancel", job.number)
     assert cluster.finish(job) == "CANCELLED"
-    assert "SLURM has made it CANCELLED: its journal is kept, the same command resumes" in job.words()
+    assert "SLURM ends it; finished packs are kept" in job.words()
     assert cluster.facts(job)["Restarts"] == "0"
     again = evaluate(TWO_NODES, *RUN, "--output_path", tmp_path / "run", program=SLOW)
     check_done(again, 0, [])
@@ -136,7 +142,7 @@ def test_node_set_down(cluster, slow_job, check_done):
     job = slow_job()
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.wait(lambda: cluster.state(job) == "PENDING", "the job to be requeued", 60)
-    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    cluster.resume_node("n2")
     check_done(job, 1, ["restart 1: resumes"])
 
 
@@ -176,6 +182,6 @@ def test_first_start_lives_on_a_lost_node(cluster, slow_job, check_done):
     lost = cluster.facts(job)["BatchHost"]
     cluster.kill_node(lost)
     cluster.wait(lambda: cluster.facts(job)["Restarts"] == "1", "the job to be requeued", 90)
-    check_done(job, 1, ["restart 1: resumes", "SLURM has made the job RUNNING elsewhere"])
+    check_done(job, 1, ["restart 1: resumes", "SLURM's state for it is RUNNING elsewhere"])
     cluster.start_node(lost)
     cluster.wait(lambda: "DOWN" not in cluster.node_states()[lost], "the node to come back", 60)

@@ -187,7 +187,7 @@ def _look_at_model(config: Config) -> dict[str, Any]:
             return {}
         return {"revision": getattr(hf.load_config(config.loader_args), "_commit_hash", None)}
     try:
-        return {entry.name: _try_reading(entry) for entry in sorted(Path(name).iterdir()) if entry.is_file()}
+        return {entry.name: _try_reading(entry) for entry in sorted(Path(name).iterdir()) if not entry.is_dir()}
     except OSError as error:
         raise UserError(f"{error.filename or name} of the model cannot be read ({error.strerror or error})") from None
 

@@ -84,6 +84,8 @@ def why_not() -> str | None:
     missing = [program for program in PROGRAMS if shutil.which(program, path=_SYSTEM_PATH) is None]
     if missing:
         return f"{', '.join(missing)} not installed (apt-get install slurmctld slurmd slurm-client munge)"
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        return "this machine lets nobody make a mount namespace, which stands for a node's own disk"
     return None
 
 

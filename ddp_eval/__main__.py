@@ -52,8 +52,8 @@ def _quiet_down() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger().handlers[0].addFilter(lambda record: not record.getMessage().rstrip().endswith(_CHATTER))
-    for name in ("datasets", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error, it also raises
 
 
 def _run(config: Config, notes: list[str], watching: watch.Watch) -> None:

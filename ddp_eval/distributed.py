@@ -109,6 +109,11 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     local_rank = _environment_int("LOCAL_RANK", 0)
     if "RANK" not in os.environ and _environment_int("SLURM_STEP_NUM_TASKS", 1) > 1:
         raise UserError("srun started several tasks that know nothing of each other: have each node run one torchrun instead")
+    tasks = _environment_int("SLURM_STEP_NUM_TASKS", world_size)
+    if "TORCHELASTIC_RUN_ID" not in os.environ and tasks != world_size:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} but SLURM_STEP_NUM_TASKS is {tasks}: unset WORLD_SIZE, or start with torchrun"
+        )
     if not 0 <= rank < world_size:
         raise UserError(f"RANK must lie between 0 and WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={world_size}")
     chosen = choose_device(device, local_rank)
@@ -120,6 +125,7 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
             raise UserError(
                 f"WORLD_SIZE is {world_size} but {name} is not set: start with torchrun, or unset WORLD_SIZE for one process"
             )
+    _environment_int("MASTER_PORT", 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

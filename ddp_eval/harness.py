@@ -369,4 +369,6 @@ def _name_some(tasks: Sequence[Any]) -> str:
 
 def _describe(error: BaseException) -> str:
     """An error of lm_eval or of a task's own code in one line."""
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__  # the other says no more than that there was an error
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"

@@ -21,7 +21,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,8 @@ def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integ
     Raises OtherWork if a file has a whole header of another key; UserError if a file cannot be read.
     """
     packs: set[int] = set()
-    blocks, origins, notes = [np.zeros((0, 3), dtype=np.int64)], set(), []
+    blocks, notes = [np.zeros((0, 3), dtype=np.int64)], []
+    origins: set[str] = set()
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         try:
             data = path.read_bytes()
@@ -181,21 +182,25 @@ def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integ
         its_key, origin, start = header
         if its_key != key:
             raise OtherWork(path.name)
-        records, stop = _read_records(data, start, key, item_starts)
+        stop, whole = start, 0
+        for pack, bits, greedy, after in decode_records(data, start, key):
+            if pack >= len(item_starts) - 1 or len(bits) != item_starts[pack + 1] - item_starts[pack]:
+                break
+            items = np.arange(item_starts[pack], item_starts[pack + 1])
+            blocks.append(np.stack([items, bits, greedy.astype(np.int64)], axis=1))
+            packs.add(pack)
+            origins.add(origin)
+            stop, whole = after, whole + 1
         if stop < len(data):
             notes.append(
                 f"the last {len(data) - stop} bytes of the journal {path.name} are torn or corrupt and dropped; "
-                f"{len(records)} packs before them are kept"
+                f"{whole} packs before them are kept"
             )
-        if records:
-            origins.add(origin)
-        for pack, rows in records:
-            packs.add(pack)
-            blocks.append(rows)
     return Found(np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), sorted(origins), notes)
 
 
 def encode_header(key: bytes, origin: str) -> bytes:
+    """The first bytes of a journal."""
     text = origin.encode()[:1000]
     body = MAGIC + key + _ORIGIN_LENGTH.pack(len(text)) + text
     return body + _checksum(key, body)
@@ -213,26 +218,20 @@ def decode_header(data: bytes) -> tuple[bytes, str, int] | None:
     return key, data[fixed:stop].decode("utf-8", "replace"), stop + _CHECKSUM_BYTES
 
 
-def _read_records(
-    data: bytes, start: int, key: bytes, item_starts: npt.NDArray[np.integer]
-) -> tuple[list[tuple[int, npt.NDArray[np.int64]]], int]:
-    """(pack, rows) of each record up to the first that is not whole, and where that one starts."""
-    records = []
+def decode_records(
+    data: bytes, start: int, key: bytes
+) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.uint8], int]]:
+    """Each record from `start` on, up to the first that is not whole: pack, bits of the sums, greedy flags, where it stops."""
     while start + _RECORD.size <= len(data):
         pack, count = _RECORD.unpack_from(data, start)
-        if pack >= len(item_starts) - 1 or count != item_starts[pack + 1] - item_starts[pack]:
-            break
         values = start + _RECORD.size
         stop = values + _ITEM_BYTES * count
         if data[stop : stop + _CHECKSUM_BYTES] != _checksum(key, data[start:stop]):
-            break
-        rows = np.empty((count, 3), dtype=np.int64)
-        rows[:, 0] = np.arange(item_starts[pack], item_starts[pack + 1])
-        rows[:, 1] = np.frombuffer(data, dtype="<i8", count=count, offset=values)
-        rows[:, 2] = np.frombuffer(data, dtype=np.uint8, count=count, offset=values + 8 * count)
-        records.append((pack, rows))
+            return
+        bits = np.frombuffer(data, dtype="<i8", count=count, offset=values).astype(np.int64)
+        greedy = np.frombuffer(data, dtype=np.uint8, count=count, offset=values + 8 * count)
         start = stop + _CHECKSUM_BYTES
-    return records, start
+        yield pack, bits, greedy, start
 
 
 def _checksum(key: bytes, body: bytes) -> bytes:

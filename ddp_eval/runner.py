@@ -14,6 +14,7 @@ rank 0                                             ranks 1 … N-1
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import random
 import threading
@@ -88,6 +89,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
                 return _lead(config, None, followers, bare.config, tokenizer, lambda: engine, lambda: None)
     finally:
         distributed.release_group(world)
+        gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
 
 
 def _lead_run(config: Config, world: World, followers: Followers) -> dict[str, Any]:

@@ -9,6 +9,7 @@ caller's process (`ddp_eval.evaluate`) is not watched. Light: it is imported bef
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -31,6 +32,7 @@ WAITING = ""  # the step of a rank that others are to blame for
 _GRACE_S = 3.0  # for the pack in hand
 _DISK_S = 4.0  # for a disk that does not answer
 _TICK_S = 0.5
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _BEAT_S = 2.0
 _SILENCE_S = 25.0  # of a rank in the middle of its packs, whose threads have nothing else to do
 PACKS = "running packs"
@@ -51,7 +53,7 @@ class _Place:
 _place = _Place()
 _directory: Path | None = None
 _journal: Any = None
-_last_deeds: list[Callable[[], None]] = []
+_last_deed: Callable[[], None] | None = None
 _leaving = threading.Lock()
 
 
@@ -74,7 +76,9 @@ def use_journal(journal: Any) -> None:
 
 
 def before_leaving(deed: Callable[[], None]) -> None:
-    _last_deeds.append(deed)
+    """What to do last, when this process leaves before its run is over."""
+    global _last_deed
+    _last_deed = deed
 
 
 def leave(code: int, state: str, reason: str, first_hand: bool = True) -> NoReturn:
@@ -94,9 +98,9 @@ def _tidy_up(state: str, reason: str, first_hand: bool) -> None:
             _journal.sync()
     if _directory is not None:
         status.note_end(_directory, state, reason, first_hand)
-    for deed in _last_deeds:
+    if _last_deed is not None:
         with contextlib.suppress(Exception):
-            deed()
+            _last_deed()
 
 
 def _within(limit_s: float, deed: Callable[[], None]) -> None:
@@ -124,9 +128,22 @@ class Watch:
         self._wakeup, self._signalled = os.pipe()
 
     def start(self) -> None:
+        """One rank: watch from now on. Several: until they have met, signals and the launcher's death just end this process.
+
+        torch connects to its store without letting other threads run, for as long as it takes.
+        """
+        if self._launcher is not None:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            _die_with_parent(signal.SIGKILL)
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        _die_with_parent(0)
         os.set_blocking(self._signalled, False)
         signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, _do_nothing)
         threading.Thread(target=self._watch, daemon=True, name="ddp_eval watch").start()
 
@@ -136,6 +153,8 @@ class Watch:
         store: they all reach it. pids: of all ranks. local_ranks: those of this node. report: says a sentence from one rank.
         """
         self.timeout_s, self._siblings = timeout_s, [pids[other] for other in local_ranks if other != rank]
+        if self._launcher is not None:
+            self._begin()
         if store is not None:
             self._beats = _Beats(rank, len(pids), store, timeout_s, report, self._stopped)
             self._beats.thread.start()
@@ -224,6 +243,12 @@ def _leave_hanging(rank: int, host: str, place: str, late_s: float, report: Any)
     )
     _within(3, lambda: (report or _print)(sentence))
     leave(1, status.FAILED, sentence)
+
+
+def _die_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when its parent dies; 0: none. Linux only, elsewhere nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, number)
 
 
 def _beat_key(rank: int) -> str:

@@ -224,7 +224,7 @@ def test_model_args_that_are_switched_off_are_left_out() -> None:
 REFUSED = {
     "ls tasks": "unknown command ls: the only one is run, which may also be left out",
     "compare a b": "unknown command compare: the only one is run, which may also be left out",
-    "--fewshots 3": "unknown flag --fewshots: did you mean --num_fewshot?",
+    "--fewshots 3": "unknown flag --fewshots: did you mean --num_fewshot or --fresh?",
     "--model-arg pretrained=m": "unknown flag --model_arg: did you mean --model_args or --model?",
     "-limit 5": "unknown flag -limit: did you mean --limit?",
     "-z": "unknown flag -z: see --help for those there are",
@@ -396,7 +396,7 @@ def test_a_config_file_means_what_it_means_to_lm_eval(text: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("fewshots: 3", "--config FILE has the unknown key fewshots: did you mean num_fewshot?"),
+        ("fewshots: 3", "--config FILE has the unknown key fewshots: did you mean num_fewshot or fresh?"),
         ("config: other.yaml", "--config FILE must not name another config file"),
         ("5: 3", "--config FILE has the unknown key 5: see --help for those there are"),
         ("- a", "--config must hold flag names with their values, FILE holds ['a']"),

@@ -349,3 +349,11 @@ def test_import_is_light():
     """Would catch torch, pyarrow or lm_eval imported with the module, seconds that every rank would pay."""
     code = "import sys, ddp_eval.results; print(sorted({'torch', 'pyarrow', 'lm_eval', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_numbers_that_are_none_are_counted():
+    """Would catch a NaN or an infinity that vanishes in a mean, and one that is reported under another request."""
+    scores = example_scores()
+    assert results.find_not_finite(scores) == {"arc": {"requests": 1, "first": [[0, 1]]}}
+    many = Scores(["a"] * 8, [3] * 8, range(8), [math.inf] * 4 + [-math.inf] * 4, [False] * 8, [1] * 8)
+    assert results.find_not_finite(many) == {"a": {"requests": 8, "first": [[3, idx] for idx in range(5)]}}

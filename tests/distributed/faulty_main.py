@@ -1,12 +1,14 @@
-"""`quick_main` with a fault on one rank: FAULT_RANK has FAULT happen to it.
+"""`quick_main` with a fault on one rank: FAULT_RANK has FAULT happen to it, unless torchrun has restarted it.
 
 load_user_error    its checkpoint cannot be used
 load_crash         a defect while it loads the model
 forward_crash      a defect in its second pack
 forward_no_memory  its second pack does not fit
 forward_stuck      it writes its process id to FAULT_FILE and stops in its second pack
+journal_full       the disk has no room for its second pack
 """
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 from quick_main import main
 
-from ddp_eval import runner
+from ddp_eval import journal, runner
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
 
@@ -56,9 +58,26 @@ def break_forward():
     runner.distributed.shard, hf.HFEngine.launch = count_from_here, launch_or_fail
 
 
+def fill_disk():
+    """No room from the second pack on."""
+    append = journal.Journal.append
+
+    def append_or_fail(own, *pack):
+        if own.packs == 1:
+            journal.os.write = refuse
+        append(own, *pack)
+
+    def refuse(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    journal.Journal.append = append_or_fail
+
+
 if __name__ == "__main__":
-    if os.environ["RANK"] == os.environ["FAULT_RANK"]:
-        if os.environ["FAULT"].startswith("load"):
+    if os.environ["RANK"] == os.environ["FAULT_RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if os.environ["FAULT"] == "journal_full":
+            fill_disk()
+        elif os.environ["FAULT"].startswith("load"):
             hf.load_engine = fail_to_load
         else:
             break_forward()

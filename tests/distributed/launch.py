@@ -144,17 +144,18 @@ class Launch:
 
 @contextlib.contextmanager
 def launching(
-    ranks: int, *args: object, program: Sequence[str] = COMMAND, cwd: Path | None = None, **variables: str
+    ranks: int, *args: object, program: Sequence[str] = COMMAND, cwd: Path | None = None, restarts: int = 0, **variables: str
 ) -> Iterator[Launch]:
     """Start `program` on `ranks` ranks of torchrun, or with 0 ranks as plain Python. CPU, one thread each, no network.
 
+    restarts:   how often torchrun may start all ranks again.
     variables:  added to the environment, from which everything that a launcher sets is taken out first.
     """
     mark = uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if not _LAUNCHER_VARIABLES.match(name)}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    launcher = (*TORCHRUN, f"--nproc_per_node={ranks}") if ranks else (sys.executable,)
+    launcher = (*TORCHRUN, f"--nproc_per_node={ranks}", f"--max_restarts={restarts}") if ranks else (sys.executable,)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # torchrun leaves its logs there
         launch = Launch(
             [*launcher, *program, *map(str, args)], {**environment, "TMPDIR": scratch, _MARK: mark, **variables}, mark, cwd
@@ -171,10 +172,11 @@ def launch(
     timeout_s: float = 120.0,
     program: Sequence[str] = COMMAND,
     cwd: Path | None = None,
+    restarts: int = 0,
     **variables: str,
 ) -> Finished:
     """Run `python -m ddp_eval` (or `program`) with `args` on `ranks` ranks of torchrun, or with 0 ranks as plain Python."""
-    with launching(ranks, *args, program=program, cwd=cwd, **variables) as running:
+    with launching(ranks, *args, program=program, cwd=cwd, restarts=restarts, **variables) as running:
         return running.finish(timeout_s)
 
 

@@ -4,6 +4,7 @@ Every case runs in this process, where nothing but the sentence and the exit cod
 own and under torchrun, which adds its summary of the failed rank and makes 1 of the exit code.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ import time
 import pytest
 from launch import COMMAND, QUICK, Finished, launch
 
-from ddp_eval import __main__, demo
+from ddp_eval import __main__, demo, watch
 
 END_S = 15
 
@@ -26,6 +27,9 @@ def load(**settings):
 
 def drop_all(rows):
     return rows.select([])
+
+def fail(**settings):
+    raise RuntimeError("the data set is on strike")
 """
 TASK = """\
 task: {name}
@@ -90,11 +94,77 @@ CASES = {
     "output path that is a file": ("--output_path {place}/tasks/broken.yaml", "--output_path must be a directory"),
     "output path that cannot be": ("--output_path /proc/results", "--output_path /proc/results cannot be written to"),
     "output path that holds a run": ("--output_path {place}/run", "already holds a run"),
+    "unfinished run of other flags": (
+        DEMO + "--tasks demo_lambada --limit 3 --output_path {place}/unfinished",
+        "already holds an unfinished run of 1970-01-0",
+    ),
+    "scores without a journal": ("--output_path {place}/only_scores", "it has no journal to resume from"),
+    "output path below a file": ("--output_path {place}/tasks/broken.yaml/run", "Not a directory"),
+    "output path of too long a name": ("--output_path {place}/" + "n" * 300, "File name too long"),
+    "timeout of nothing": ("--timeout 0", "--timeout must be 1 or more seconds, got 0"),
+    "timeout of no number": ("--timeout soon", "--timeout must be a number, got soon"),
+    "endless timeout": ("--timeout inf", "--timeout must be 1 or more seconds, got inf"),
+    "fresh without a place": ("--fresh", "--fresh needs --output_path DIR"),
+    "max_pack_tokens 0": ("--max_pack_tokens 0", "--max_pack_tokens must be 1 or more, got 0"),
+    "limit of half a document": ("--limit 1.5", "--limit must be a whole number or a fraction below 1, got 1.5"),
+    "another engine": ("--model openai-completions", "--model must be hf"),
+    "refused flag": ("--use_cache there", "--use_cache is not supported: use --output_path DIR"),
+    "tasks without a model": ("--tasks demo", "--model_args pretrained=PATH_OR_NAME is missing"),
+    "model without tasks": ("--model_args pretrained=demo", "--tasks TASK is missing"),
+    "samples and limit": (DEMO + '--tasks demo_lambada --limit 2 --samples {{"demo_lambada":[0]}}', "exclude each other"),
+    "seeds of the wrong number": ("--seed 1,2", "--seed must be 1 or 4 values"),
+    "config file that is not there": ("--config {place}/gone.yaml", "--config must be a YAML file that can be read"),
+    "config file that is no YAML": ("--config {place}/tasks/broken.yaml", "--config must be a YAML file"),
+    "config file with an unknown key": ("--config {place}/typo.yaml", "has the unknown key task_s"),
+    "hub model out of reach": (
+        "--model_args pretrained=nobody/nothing --tasks demo_lambada",
+        "cannot load the model nobody/nothing",
+    ),
+    "tokenizer that is not there": (
+        DEMO.rstrip() + ",tokenizer={place}/gone --tasks demo_lambada",
+        "cannot load a tokenizer from {place}/gone",
+    ),
+    "broken tokenizer": ("--model_args pretrained={place}/broken_tokenizer --tasks demo_lambada", "{place}/broken_tokenizer"),
+    "config.json that is no JSON": (
+        "--model_args pretrained={place}/broken_config --tasks demo_lambada",
+        "{place}/broken_config",
+    ),
+    "encoder-decoder": ("--model_args pretrained={place}/t5 --tasks demo_lambada", "is an encoder-decoder (t5)"),
+    "weights of another shape": (
+        "--model_args pretrained={place}/other_shape --tasks demo_lambada --limit 1",
+        "cannot load the model {place}/other_shape",
+    ),
+    "code of its own without the flag": (
+        "--model_args pretrained={place}/own_code --tasks demo_lambada --limit 1",
+        "cannot load",
+    ),
+    "task function that fails": (TASKS + "--tasks raises", "lm_eval could not"),
+    "task function that is not there": (TASKS + "--tasks no_function", "lm_eval could not"),
+    "template that fails": (TASKS + "--tasks bad_template", "lm_eval could not load the documents of bad_template"),
+    "data file that is no JSON": (TASKS + "--tasks bad_data", "lm_eval could not"),
+    "unsafe task without the flag": (TASKS + "--tasks unsafe", "unsafe"),
 }
 
 ENVIRONMENTS = {
     "no master address": ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but MASTER_ADDR is not set: start with torchrun"),
     "rank past the end": ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK must lie between 0 and WORLD_SIZE - 1, got RANK=5"),
+    "master port of no number": (
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "many"},
+        "the environment variable MASTER_PORT must be a whole number, got many",
+    ),
+    "world size left over in a SLURM job": (
+        {
+            "RANK": "0",
+            "WORLD_SIZE": "4",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "29500",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_PROCID": "0",
+        },
+        "WORLD_SIZE is 4 but SLURM_STEP_NUM_TASKS is 1",
+    ),
+    "tasks that know nothing of each other": ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started several tasks"),
+    "negative world size": ({"RANK": "0", "WORLD_SIZE": "-1"}, "RANK must lie between 0 and WORLD_SIZE - 1"),
     "world size of no number": ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE must be a whole number, got two"),
 }
 
@@ -110,6 +180,22 @@ def place(tmp_path_factory):
     weights = place / "corrupt" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (place / "no_weights" / "model.safetensors").unlink()
+    for name in ("broken_tokenizer", "broken_config", "other_shape", "own_code"):
+        shutil.copytree(demo.MODEL_PATH, place / name)
+    (place / "broken_tokenizer" / "tokenizer.json").write_text('{"version": ')
+    (place / "broken_config" / "config.json").write_text("{")
+    edit_json(place / "other_shape" / "config.json", hidden_size=64)
+    edit_json(place / "own_code" / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own"})
+    (place / "own_code" / "own.py").write_text("raise SystemExit('code of a checkpoint was run')\n")
+    (place / "t5").mkdir()
+    (place / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    (place / "typo.yaml").write_text("task_s: demo\n")
+    (place / "only_scores").mkdir()
+    (place / "only_scores" / "scores.parquet").write_text("")
+    (place / "unfinished" / "journal").mkdir(parents=True)
+    begun = place / "unfinished" / "journal" / "run.json"
+    begun.write_text(json.dumps({"flags": {"tasks": ["demo_lambada"], "model_args": {"pretrained": "demo"}, "limit": 4.0}}))
+    os.utime(begun, (86400, 86400))
     (place / "run").mkdir()
     (place / "run" / "manifest.json").write_text("{}")
     tasks = place / "tasks"
@@ -121,10 +207,21 @@ def place(tmp_path_factory):
         ("strange", "telepathy", load),
         ("empty", "loglikelihood", f"{load}\nprocess_docs: !function utils.drop_all"),
         ("no_data", "loglikelihood", "dataset_kwargs: {data_files: {test: no_data.jsonl}}"),
+        ("bad_data", "loglikelihood", f"dataset_kwargs: {{data_files: {{test: {place}/bad_data.jsonl}}}}"),
+        ("raises", "loglikelihood", "custom_dataset: !function utils.fail"),
+        ("no_function", "loglikelihood", "custom_dataset: !function utils.gone"),
+        ("unsafe", "loglikelihood", f"{load}\nunsafe_code: true"),
     ):
         (tasks / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, more=more))
+    (place / "bad_data.jsonl").write_text("{{{\n")
+    template = TASK.format(name="bad_template", kind="loglikelihood", more=load).replace("{{question}}", "{{question.x.y}}")
+    (tasks / "bad_template.yaml").write_text(template)
     (tasks / "broken.yaml").write_text("task: broken\ndoc_to_text: [unclosed\n")
     return place
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture
@@ -139,6 +236,11 @@ def run_here(monkeypatch, capfd, place):
             raise SystemExit(code)
 
         monkeypatch.setattr(os, "_exit", leave)
+        # Signals and threads of this process stay what they are.
+        monkeypatch.setattr(watch.Watch, "start", lambda watching: None)
+        monkeypatch.setattr(watch, "_leaving", threading.Lock())
+        monkeypatch.setattr(watch, "_directory", None)
+        monkeypatch.setattr(watch, "_last_deed", None)
         monkeypatch.setattr(sys, "argv", ["ddp_eval", *arguments])
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back what the command changes for the life of its process
         monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -200,7 +302,9 @@ def test_environment_that_makes_no_sense(case, run_here, monkeypatch):
     variables, text = ENVIRONMENTS[case]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    started = time.monotonic()
     check(run_here([]), 2, text)
+    assert time.monotonic() - started < END_S
 
 
 @pytest.mark.parametrize(("case", "program"), [("unknown task", COMMAND), ("corrupt checkpoint", QUICK)])

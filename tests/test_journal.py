@@ -1,0 +1,200 @@
+"""Journals: what is whole comes back to the bit, and nothing else comes back at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddp_eval import journal
+from ddp_eval.errors import UserError
+from ddp_eval.journal import Journal, OtherWork, read_journals, work_key
+
+KEY = work_key({"plan": "a"})
+ITEM_STARTS = np.array([0, 2, 3, 3, 6])  # four packs; the third has no items
+SUMS = {0: [-1.25, np.nan], 1: [-np.inf], 2: [], 3: [-0.0, 5e-324, -1 / 3]}
+GREEDY = {0: [True, False], 1: [True], 2: [], 3: [False, False, True]}
+
+
+def add(own: Journal, *packs: int) -> None:
+    for pack in packs:
+        own.append(pack, np.array(SUMS[pack], dtype=np.float64), np.array(GREEDY[pack], dtype=bool))
+
+
+def write(directory: Path, name: str, *packs: int, key: bytes = KEY, origin: str = "cpu") -> Path:
+    own = Journal(directory / f"{name}.journal", key, origin)
+    add(own, *packs)
+    own.close()
+    return own.path
+
+
+def rows_of(packs: list[int]) -> bytes:
+    """The rows of `read_journals` for these packs, by hand."""
+    blocks = [np.zeros((0, 3), dtype=np.int64)]
+    for pack in packs:
+        items = np.arange(ITEM_STARTS[pack], ITEM_STARTS[pack + 1])
+        sums = np.array(SUMS[pack], dtype=np.float64).view(np.int64)
+        blocks.append(np.stack([items, sums, np.array(GREEDY[pack], dtype=np.int64)], axis=1))
+    return np.concatenate(blocks).tobytes()
+
+
+def test_what_is_written_comes_back_to_the_bit(tmp_path):
+    """Catches NaN, signed zeros or denormals changed on the way, a pack without items, and the files of other ranks forgotten."""
+    write(tmp_path, "a", 3, 0, origin="one machine")
+    write(tmp_path, "b", 2, 0, origin="another")
+    found = read_journals(tmp_path, KEY, ITEM_STARTS)
+    assert found.packs.tolist() == [0, 2, 3]
+    assert found.rows.tobytes() == rows_of([3, 0, 2, 0])
+    assert (found.origins, found.notes) == (["another", "one machine"], [])
+
+
+def test_no_file_before_the_first_pack(tmp_path):
+    """Catches a file per rank and attempt, thousands in the end, of ranks that had nothing to do."""
+    own = Journal(tmp_path / "a.journal", KEY, "cpu")
+    own.close()
+    assert list(tmp_path.iterdir()) == []
+    assert len(read_journals(tmp_path / "nowhere", KEY, ITEM_STARTS).packs) == 0
+
+
+def test_a_pack_is_with_the_kernel_when_append_returns(tmp_path):
+    """Catches a buffer in the process, which kill -9 would lose."""
+    own = Journal(tmp_path / "a.journal", KEY, "cpu")
+    for pack, count in ((1, 1), (3, 2)):
+        add(own, pack)
+        assert len(read_journals(tmp_path, KEY, ITEM_STARTS).packs) == count
+    own.close()
+
+
+def test_truncated_at_every_byte(tmp_path):
+    """Catches half a record that is taken for a whole one, and whole ones that are lost with it."""
+    data = write(tmp_path, "whole", 0, 3, 1).read_bytes()
+    ends = []
+    for stop in range(len(data) + 1):
+        (tmp_path / "whole.journal").write_bytes(data[:stop])
+        found = read_journals(tmp_path, KEY, ITEM_STARTS)
+        packs = [0, 3, 1][: len(found.packs)]
+        assert found.packs.tolist() == sorted(packs), stop
+        assert found.rows.tobytes() == rows_of(packs), stop
+        if not found.notes:
+            ends.append(stop)
+    assert len(ends) == 4, "the header and each of three records end somewhere, and only there nothing is dropped"
+    assert ends[-1] == len(data)
+
+
+def test_every_byte_flipped_to_every_bit_pattern_of_one(tmp_path):
+    """Catches a record or header that is trusted though a bit of it has changed: always fewer packs, never other numbers."""
+    path = write(tmp_path, "whole", 0, 3, 1)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        for mask in (0x01, 0x10, 0x80, 0xFF):
+            broken = bytearray(data)
+            broken[place] ^= mask
+            path.write_bytes(broken)
+            found = read_journals(tmp_path, KEY, ITEM_STARTS)
+            packs = [0, 3, 1][: len(found.packs)]
+            assert len(packs) < 3, (place, mask)
+            assert found.rows.tobytes() == rows_of(packs), (place, mask)
+            assert len(found.notes) == 1, (place, mask)
+
+
+def test_a_dropped_tail_is_told(tmp_path):
+    """Catches packs that are computed again without a word, and a word that does not say which file and how much."""
+    path = write(tmp_path, "a", 0, 1)
+    path.write_bytes(path.read_bytes()[:-3])
+    (tmp_path / "b.journal").write_bytes(b"ddp_eval jour")
+    notes = read_journals(tmp_path, KEY, ITEM_STARTS).notes
+    record_bytes = 8 + 4 + 9 + 16
+    assert notes == [
+        f"the last {record_bytes - 3} bytes of the journal a.journal are torn or corrupt and dropped; "
+        "1 packs before them are kept",
+        "the journal b.journal has no whole header and is dropped (13 bytes)",
+    ]
+
+
+def test_other_work_is_refused(tmp_path):
+    """Catches numbers of other weights or another plan mixed in."""
+    write(tmp_path, "a", 0)
+    with pytest.raises(OtherWork, match=r"a\.journal"):
+        read_journals(tmp_path, work_key({"plan": "b"}), ITEM_STARTS)
+
+
+def test_a_record_of_another_file_is_no_record(tmp_path):
+    """Catches a checksum that does not depend on the key: blocks of an old file that a broken disk shows in a new one."""
+    data = write(tmp_path, "a", 0).read_bytes()
+    other_key = work_key({"plan": "b"})
+    header = journal.encode_header(KEY, "cpu")
+    path = write(tmp_path, "a2", 1, key=other_key)
+    path.write_bytes(journal.encode_header(other_key, "cpu") + data[len(header) :])
+    (tmp_path / "a.journal").unlink()
+    found = read_journals(tmp_path, other_key, ITEM_STARTS)
+    assert (found.packs.tolist(), len(found.notes)) == ([], 1)
+
+
+def test_a_pack_of_another_shape_is_dropped(tmp_path):
+    """Catches an index past the end of the plan, or results that would go into other items."""
+    write(tmp_path, "a", 3)
+    assert read_journals(tmp_path, KEY, ITEM_STARTS[:2]).packs.tolist() == []
+    assert read_journals(tmp_path, KEY, np.array([0, 2, 3, 3, 7])).packs.tolist() == []
+
+
+def test_keys_do_not_depend_on_order():
+    """Catches a resume that is refused because a dictionary was made in another order, and a key that forgets a fact."""
+    assert work_key({"a": 1, "b": {"c": 2, "d": 3}}) == work_key({"b": {"d": 3, "c": 2}, "a": 1})
+    assert work_key({"a": 1}) != work_key({"a": 2}) != work_key({"b": 2})
+    assert len(work_key({})) == 32
+
+
+def test_full_disk(tmp_path):
+    """Catches a traceback, or a run that goes on without a journal; what was whole before stays readable."""
+    own = Journal(tmp_path / "a.journal", KEY, "cpu")
+    add(own, 0)
+    size = os.path.getsize(own.path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a\.journal cannot be written to \(File too large\): make room or mend it"):
+            add(own, 1, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found = read_journals(tmp_path, KEY, ITEM_STARTS)
+    assert found.packs.tolist() == [0]
+    assert "10 bytes" in found.notes[0]
+
+
+def test_disk_that_fails_behind_the_back(tmp_path, monkeypatch):
+    """Catches a failure in the syncing thread that nobody hears of."""
+    monkeypatch.setattr(journal, "SYNC_S", 0.01)
+    own = Journal(tmp_path / "a.journal", KEY, "cpu")
+    add(own, 0)
+
+    def refuse(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(journal.os, "fsync", refuse)
+    add(own, 1)
+    own._syncer.join(10)
+    with pytest.raises(UserError, match="Input/output error"):
+        add(own, 3)
+
+
+@pytest.mark.parametrize("remove", [lambda path: path.unlink(), lambda path: shutil.rmtree(path.parent)])
+def test_deleted_journal(tmp_path, remove):
+    """Catches packs written for hours into a file that has no name any more."""
+    (tmp_path / "journal").mkdir()
+    own = Journal(tmp_path / "journal" / "a.journal", KEY, "cpu")
+    add(own, 0)
+    remove(own.path)
+    with pytest.raises(UserError, match="it or its directory has been deleted"):
+        own.sync()
+
+
+def test_journal_that_cannot_be_read(tmp_path, monkeypatch):
+    """Catches a file that is passed over as if it held nothing."""
+    (tmp_path / "a.journal").mkdir()
+    with pytest.raises(UserError, match=r"a\.journal cannot be read \(Is a directory\)"):
+        read_journals(tmp_path, KEY, ITEM_STARTS)

@@ -1,0 +1,160 @@
+"""The lock of a run directory: held by the living, taken over from the dead, missed when it goes away."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ddp_eval import lock
+from ddp_eval.lock import Held, Lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ddp_eval.lock import Lock
+Lock(Path(sys.argv[1]), lambda: None).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "lock"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    monkeypatch.setattr(lock, "WATCH_S", 1.0)
+    monkeypatch.setattr(lock, "DYING_S", 0.5)
+
+
+@pytest.fixture
+def holder(path):
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def elsewhere(path):
+    """The holder is on another machine."""
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({**held, "machine": "elsewhere", "host": "far", "pid": 1}))
+
+
+def test_second_is_refused_until_the_first_leaves(path, holder):
+    """Catches two runs in one directory, and a directory that stays locked."""
+    second = Lock(path, lambda: None)
+    with pytest.raises(Held, match=f"process {holder.pid} on "):
+        second.acquire()
+    holder.kill()
+    holder.wait()
+    second.acquire()
+    assert second.taken_over.startswith(f"process {holder.pid} on ")
+    second.release()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_dying_holder_is_waited_for(path, holder):
+    """Catches a resume that is refused because the killed run's ranks need a moment to end."""
+    threading.Timer(0.2, holder.kill).start()
+    threading.Timer(0.2, holder.wait).start()
+    second = Lock(path, lambda: None)
+    second.acquire()
+    second.release()
+
+
+def test_process_id_used_again(path):
+    """Catches a lock kept for ever by an unrelated process that got the dead holder's number."""
+    first = Lock(path, lambda: None)
+    assert first._create()
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({**held, "born": "1"}))
+    second = Lock(path, lambda: None)
+    second.acquire()
+    second.release()
+
+
+def test_holder_on_another_machine(path):
+    """Catches the process table of this machine asked about another, both ways."""
+    first = Lock(path, lambda: None)
+    assert first._create()
+    elsewhere(path)
+    touching = threading.Event()
+
+    def touch():
+        while not touching.wait(0.1):
+            os.utime(path)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(Held, match="process 1 on far"):
+            Lock(path, lambda: None).acquire()
+    finally:
+        touching.set()
+        thread.join()
+    started = time.monotonic()
+    second = Lock(path, lambda: None)
+    second.acquire()
+    assert time.monotonic() - started >= lock.WATCH_S
+    second.release()
+
+
+def test_only_one_of_many_takes_over(path):
+    """Catches two that both remove the dead holder's file, one of them the other's new one."""
+    assert Lock(path, lambda: None)._create()
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({**held, "born": "1"}))
+    locks = [Lock(path, lambda: None) for _ in range(8)]
+    outcomes = []
+
+    def take(one):
+        try:
+            one.acquire()
+            outcomes.append("taken")
+        except Held:
+            outcomes.append("held")
+
+    threads = [threading.Thread(target=take, args=(one,)) for one in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["held"] * 7 + ["taken"]
+    for one in locks:
+        one.release()
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), elsewhere, lambda path: path.write_text("")])
+def test_lost_lock_is_noticed(path, harm):
+    """Catches a run that goes on in a directory that was deleted or that another run has taken over."""
+    lost = threading.Event()
+    first = Lock(path, lost.set)
+    first.acquire()
+    if harm is elsewhere:
+        path.write_text(json.dumps({"token": "another"}))
+    else:
+        harm(path)
+    assert lost.wait(5)
+    first.release()
+
+
+def test_release_leaves_anothers_lock(path):
+    """Catches a run that ends and unlocks the directory of the one that took it over."""
+    first = Lock(path, lambda: None)
+    first.acquire()
+    path.write_text(json.dumps({"token": "another"}))
+    first.release()
+    assert path.exists()

@@ -1,0 +1,183 @@
+"""What a command does with what it finds in --output_path: begin, go on, leave alone, or refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ddp_eval import journal, results, run_directory, status
+from ddp_eval.config import Config
+from ddp_eval.errors import UserError
+from ddp_eval.journal import Journal, work_key
+from ddp_eval.run_directory import find_finished, open_directory
+
+KEY = work_key({"plan": "a"})
+ITEM_STARTS = np.array([0, 1, 2])
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """config(**changes) -> the flags of a run in tmp_path/run."""
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    base = {"tasks": ["demo_lambada"], "model_args": {"pretrained": "demo"}, "output_path": str(tmp_path / "run")}
+    return lambda **changes: Config(**{**base, **changes})
+
+
+@pytest.fixture
+def opening():
+    """opening(config) -> the open directory; closed at the end of the test."""
+    opened = []
+
+    def open_it(config):
+        opened.append(open_directory(config, lambda: None))
+        return opened[-1]
+
+    yield open_it
+    for directory in opened:
+        directory.close()
+
+
+@pytest.fixture
+def unfinished(config):
+    """A directory with one of two packs done."""
+    directory = open_directory(config(), lambda: None)
+    own = Journal(directory.journals / "a.journal", KEY, "cpu")
+    own.append(1, np.array([-1.5]), np.array([True]))
+    own.close()
+    results.write_scores(directory.path, results.Scores([], [], [], [], [], []))
+    directory.close()
+    return directory.path
+
+
+@pytest.fixture
+def finished(config):
+    """A directory with a complete run, as its files go."""
+    directory = open_directory(config(), lambda: None)
+    manifest = {"config": dataclasses.asdict(config()), "model_fingerprint": "f"}
+    results.write_run(directory.path, {"results": {"demo_lambada": {"acc,none": 0.5}}}, manifest)
+    directory.finish()
+    directory.close()
+    return directory.path
+
+
+def packs_in(directory):
+    return directory.recover(KEY, ITEM_STARTS).packs.tolist()
+
+
+def test_a_new_directory(config, opening, tmp_path):
+    """Catches a run that does not mark that it is at work, or leaves its lock behind."""
+    directory = opening(config(output_path=str(tmp_path / "a" / "b")))
+    assert status.read_status(directory.path)["state"] == status.RUNNING
+    assert packs_in(directory) == []
+    directory.finish()
+    directory.close()
+    assert [entry.name for entry in directory.path.iterdir()] == [status.STATUS]
+    assert status.read_status(directory.path)["state"] == status.DONE
+
+
+def test_unfinished_work_is_found(config, opening, unfinished):
+    """Catches work that is thrown away or refused when the same command comes again, killed within its metrics too."""
+    directory = opening(config())
+    assert packs_in(directory) == [1]
+    assert (directory.path / results.SCORES).exists()
+
+
+@pytest.mark.parametrize("changes", [{"log_samples": True}, {"timeout": 5.0}, {"bootstrap_iters": 0}, {"overwrite": True}])
+def test_flags_that_change_no_score_resume(changes, config, opening, unfinished):
+    """Catches twenty hours lost because --log_samples was forgotten, or because a script always says --overwrite."""
+    assert packs_in(opening(config(**changes))) == [1]
+
+
+@pytest.mark.parametrize("changes", [{"limit": 2.0}, {"num_fewshot": 1}, {"model_args": {"pretrained": "other"}}])
+def test_other_flags_are_refused(changes, config, unfinished):
+    """Catches another evaluation that takes a directory over, and one that marks it as failed."""
+    (name,) = changes
+    with pytest.raises(
+        UserError, match=rf"already holds an unfinished run of .* \(there {name} was .*, here it is .*--overwrite"
+    ):
+        open_directory(config(**changes), lambda: None)
+    assert status.read_status(unfinished)["state"] == status.RUNNING
+    assert not (unfinished / run_directory.LOCK).exists()
+
+
+@pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True, "limit": 2.0}])
+def test_starting_over(changes, config, opening, unfinished):
+    """Catches packs of a run that was to be forgotten, and scores of it that outlive it."""
+    directory = opening(config(**changes))
+    assert packs_in(directory) == []
+    assert not (directory.path / results.SCORES).exists()
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_does_not_start_over(name, config, opening, unfinished, monkeypatch):
+    """Catches --fresh obeyed again when a launcher starts the same command again: the run would never end."""
+    monkeypatch.setenv(name, "1")
+    assert packs_in(opening(config(fresh=True))) == [1]
+
+
+def test_other_work_is_refused(config, opening, unfinished):
+    """Catches numbers of other weights mixed in though the flags are the same."""
+    with pytest.raises(UserError, match=r"holds unfinished work on other requests, weights or package versions .*--fresh"):
+        opening(config()).recover(work_key({"plan": "b"}), ITEM_STARTS)
+
+
+def test_other_work_is_replaced_when_asked(config, opening, unfinished):
+    """Catches --overwrite refused because the weights have changed."""
+    directory = opening(config(overwrite=True))
+    assert directory.recover(work_key({"plan": "b"}), ITEM_STARTS).packs.tolist() == []
+    assert list(directory.journals.glob(f"*{journal.SUFFIX}")) == []
+    assert directory.journals.is_dir()
+
+
+@pytest.mark.parametrize("fingerprint", ["f", None])
+def test_finished_run_is_left_alone(fingerprint, config, finished):
+    """Catches a finished run that is run again, changed or refused."""
+    before = sorted(entry.stat().st_mtime_ns for entry in finished.iterdir())
+    assert find_finished(config(), lambda: fingerprint) == {"results": {"demo_lambada": {"acc,none": 0.5}}}
+    assert sorted(entry.stat().st_mtime_ns for entry in finished.iterdir()) == before
+
+
+def test_finished_run_of_another_kind_is_refused(config, finished):
+    """Catches the numbers of another command or of older weights shown as this one's."""
+    with pytest.raises(UserError, match=r"already holds a run of .* \(there log_samples was false, here it is true\)"):
+        find_finished(config(log_samples=True), lambda: "f")
+    with pytest.raises(UserError, match=r"the files of the model have changed since"):
+        find_finished(config(), lambda: "g")
+
+
+@pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True}])
+def test_finished_run_is_replaced_when_asked(changes, config, opening, finished):
+    """Catches --fresh that finds nothing to do."""
+    assert find_finished(config(**changes), lambda: "f") is None
+    directory = opening(config(**changes))
+    assert results.run_files(directory.path) == []
+
+
+def test_killed_right_behind_the_manifest(config, finished):
+    """Catches a complete run that stays marked as running for ever, with its journals beside it."""
+    status.write_status(finished, status.RUNNING, "")
+    (finished / "journal").mkdir()
+    (finished / "journal" / "a.journal").write_bytes(b"")
+    (finished / "journal" / "run.json").write_text("{}")
+    assert find_finished(config(), lambda: "f")
+    assert status.read_status(finished)["state"] == status.DONE
+    assert not (finished / "journal").exists()
+
+
+def test_files_without_a_journal_are_refused(config, tmp_path):
+    """Catches somebody's scores overwritten because they lack a manifest."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / results.SCORES).write_text("mine")
+    with pytest.raises(UserError, match=r"already holds an unfinished run of .* \(it has no journal to resume from\)"):
+        open_directory(config(), lambda: None)
+
+
+def test_second_run_is_refused(config, opening, monkeypatch):
+    """Catches two runs in one directory."""
+    monkeypatch.setattr("ddp_eval.lock.DYING_S", 0.1)
+    opening(config())
+    with pytest.raises(UserError, match=r"^another run is at work in --output_path .*run \(process \d+ on .*\): wait for it"):
+        open_directory(config(), lambda: None)

@@ -43,11 +43,8 @@ find_output() {
     printf '%s' "$found"
 }
 
-# running, done, preempted or failed, as the ranks wrote it; nothing if they wrote nothing since `status_before`.
-run_state() {
-    local status
-    status="$(cat "$output/status.json" 2>/dev/null)"
-    [[ "$status" == "$status_before" ]] || sed -n 's/.*"state": *"\([a-z]*\)".*/\1/p' <<<"$status"
+is_done() {
+    grep -qs '"state": *"done"' "$output/status.json"
 }
 
 # Whether a rank left over something that the user must mend (exit code 2, which torchrun reports and itself returns as 1).
@@ -101,7 +98,8 @@ run_node() {
 run_step() {
     local code=0 step
     export RENDEZVOUS="$SLURM_JOB_ID.$restart.$attempt" LOGS="$output/logs/$SLURM_JOB_ID.$restart.$attempt"
-    status_before="$(cat "$output/status.json" 2>/dev/null)"
+    # What --fresh and --overwrite ask for is done once, at the first start.
+    export SLURM_RESTART_COUNT="$((restart + attempt))"
     say "start on $SLURM_JOB_NODELIST; words of each node in $LOGS.NODE.log"
     # --wait: when one node's torchrun has ended, the others, which notice by themselves, are ended after so many seconds.
     "${SRUN[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
@@ -130,7 +128,7 @@ on_stop() {
 
 # Pre-emption with a grace time tells the tasks alone.
 is_preempted() {
-    [[ "$(run_state)" == "preempted" ]] && scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
+    scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
 }
 
 requeue_and_leave() {
@@ -161,9 +159,8 @@ mkdir -p "$output/logs" || exit 2
 
 restart="${SLURM_RESTART_COUNT:-0}"
 stopping=""
-status_before=""
 if ((restart > 0)); then
-    if [[ "$(run_state)" == "done" ]]; then
+    if is_done; then
         say "was done before it was requeued: nothing to do"
         exit 0
     fi

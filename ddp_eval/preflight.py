@@ -80,9 +80,8 @@ def check_group(world: World) -> str:
 def find_problems(facts: Sequence[dict[str, Any]]) -> list[str]:
     """What is wrong with nodes by the ranks' facts, in rank order; each sentence names its node. Pure."""
     found = [f"node {one['node']}: {problem}" for one in facts for problem in one["problems"]]
-    first = facts[0]
-    for one in facts[1:]:
-        found += [f"node {one['node']} has {difference}" for difference in _differences(one, first)]
+    for one in facts:
+        found += [f"node {one['node']} has {difference}" for difference in _differences(one, facts)]
     several = len({one["machine"] for one in facts}) > 1
     for one in facts:
         if several and one["address"].startswith("127."):
@@ -263,18 +262,30 @@ def _sees(marker: str | None) -> bool:
     return True
 
 
-def _differences(one: dict[str, Any], first: dict[str, Any]) -> list[str]:
-    """In which software and model files a rank's node differs from the first rank's."""
+def _differences(one: dict[str, Any], facts: Sequence[dict[str, Any]]) -> list[str]:
+    """In which software and model files a rank's node differs from most nodes'."""
     found = []
-    for name in sorted({*one["versions"], *first["versions"]}):
-        here, there = one["versions"].get(name, "missing"), first["versions"].get(name, "missing")
+    usual = _most_common(facts, "versions")
+    for name in sorted({*one["versions"], *usual["versions"]}):
+        here, there = one["versions"].get(name, "missing"), usual["versions"].get(name, "missing")
         if here != there:
-            found.append(f"{name} {here} where node {first['node']} has {there}")
-    here, there = one["model"], first["model"]
+            found.append(f"{name} {here} where node {usual['node']} has {there}")
+    usual = _most_common(facts, "model")
+    here, there = one["model"], usual["model"]
     if here and there and here != there:
         name = next(name for name in sorted({*here, *there}) if here.get(name) != there.get(name))
-        found.append(f"{_of_model(name, here)} where node {first['node']} has {_of_model(name, there)}")
+        found.append(f"{_of_model(name, here)} where node {usual['node']} has {_of_model(name, there)}")
     return found
+
+
+def _most_common(facts: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The facts of the first rank whose `key` most nodes share; of equally many, the one of the lowest rank."""
+    of_node = {one["node"]: one for one in reversed(facts) if one[key]}
+    if not of_node:
+        return facts[0]
+    values = [json.dumps(one[key], sort_keys=True) for one in facts if of_node.get(one["node"]) is one]
+    most = max(values, key=values.count)
+    return next(one for one in facts if json.dumps(one[key], sort_keys=True) == most)
 
 
 def _of_model(name: str, files: dict[str, Any]) -> str:

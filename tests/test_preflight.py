@@ -61,6 +61,13 @@ def test_bad_node_is_named(more, problem):
     assert found.startswith(problem)
 
 
+def test_the_odd_one_out_is_the_bad_node():
+    """Catches all good nodes being named because the one with rank 0 is bad."""
+    old = {"versions": {"torch": "2.12.0"}}
+    ranks = [facts(0, "n1", **old), facts(1, "n1", **old), facts(2, "n2"), facts(3, "n3")]
+    assert preflight.find_problems(ranks) == ["node n1 has torch 2.12.0 where node n2 has 2.13.0"]
+
+
 def test_loopback_is_fine_on_one_machine():
     """Catches a laptop whose name stands for 127.0.0.1 being told that it cannot reach itself."""
     ranks = [facts(rank, node, machine="one", address="127.0.0.1") for rank, node in enumerate(("n1", "n2"))]

@@ -219,7 +219,7 @@ class Cluster:
         lines = self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").splitlines()
         return {node: state.upper() for node, state in map(str.split, lines)}
 
-    def finish(self, job: Job, timeout_s: float = 120.0) -> str:
+    def finish(self, job: Job, timeout_s: float = 200.0) -> str:
         """Wait until the job has ended for good; its last state."""
 
         def ended() -> bool:

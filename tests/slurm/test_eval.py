@@ -23,7 +23,12 @@ def plain_scores(tmp_path_factory, cluster):
 
 @pytest.mark.parametrize(
     ("options", "ranks"),
-    [("--nodes=1 --ntasks-per-node=2", 2), ("--nodes=2 --ntasks-per-node=1", 2), ("--nodes=2 --gpus-per-node=2", 4)],
+    [
+        ("--nodes=1 --ntasks-per-node=2", 2),
+        # of this shape is also every job in test_interruptions.py
+        pytest.param("--nodes=2 --ntasks-per-node=1", 2, marks=pytest.mark.slow),
+        ("--nodes=2 --gpus-per-node=2", 4),
+    ],
 )
 def test_same_bits_as_torchrun(options, ranks, plain_scores, cluster, evaluate, tmp_path):
     """Catches ranks that don't find each other, that take the node for the whole world, and a script that fails in silence."""

@@ -56,7 +56,7 @@ def check_done(cluster, plain_scores, tmp_path):
     """check_done(job, restarts=…, said=…): it has ended well, after so many requeues, with these words, in the same bits."""
 
     def check(job, restarts, said):
-        assert cluster.finish(job, 180) == "COMPLETED", job.words() + logs(tmp_path / "run")
+        assert cluster.finish(job) == "COMPLETED", job.words() + logs(tmp_path / "run")
         assert (tmp_path / "run" / results.SCORES).read_bytes() == plain_scores
         assert status.read_status(tmp_path / "run")["state"] == status.DONE
         assert cluster.facts(job)["Restarts"] == str(restarts), job.words()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ddp_eval.distributed import World
     from ddp_eval.preflight import Passed
 
+LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
+
 # Ends of warnings of lm_eval's that come with every run and ask for nothing.
 _CHATTER = (
     "For details see task Readme.",
@@ -72,7 +74,7 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch) -> No
     try:
         watch.step(watch.WAITING)
         checks = preflight.check_if_due(config)
-        world = distributed.join_group(config.device, config.timeout)
+        world = distributed.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
         checks = checks or preflight.check_if_due(config)
         pids = distributed.all_gather_rows(world, np.array([[os.getpid()]]))[:, 0].tolist()
         store, local_ranks = distributed.common_store(world), distributed.local_ranks(world)

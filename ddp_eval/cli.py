@@ -73,6 +73,7 @@ _REFUSED_MODEL_ARGS = {
     "parallelize": _WHOLE_COPY,
     "tp_plan": _WHOLE_COPY,
     "device_map": f"{_WHOLE_COPY}, on the device that --device names",
+    "token": "log in with hf auth login or set HF_TOKEN, so that it is written nowhere",
     "peft": "merge the adapter into the model, save it, and evaluate what you saved",
     "delta": "add the delta to the base model, save it, and evaluate what you saved",
     "autogptq": "evaluate GPTQ weights with lm_eval's own hf model",

@@ -244,10 +244,13 @@ class Tally:
         self._total = 0
 
     def add(self, amount: int) -> None:
-        self._total = self._store.add(self._key, amount) if self._store is not None else self._total + amount
+        with _naming_lost_ranks("telling its progress"):
+            self._total = self._store.add(self._key, amount) if self._store is not None else self._total + amount
 
     def read(self) -> int:
-        return int(self._store.add(self._key, 0)) if self._store is not None else self._total
+        with contextlib.suppress(RuntimeError):  # a store that is gone ends the run elsewhere
+            self._total = self._store.add(self._key, 0) if self._store is not None else self._total
+        return int(self._total)
 
 
 def report_once(message: str) -> None:

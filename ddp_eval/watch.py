@@ -136,6 +136,8 @@ class Watch:
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             _die_with_parent(signal.SIGKILL)
+            if _is_orphan():  # it was killed before we asked
+                os._exit(1)
         else:
             self._begin()
 
@@ -162,6 +164,8 @@ class Watch:
     def stop(self) -> None:
         """The run has come to its end: what happens to other ranks from now on is no matter."""
         self._stopped.set()
+        if self._beats is not None:  # it must not be inside of torch when the interpreter ends
+            self._beats.thread.join(10)
 
     def _watch(self) -> None:
         while True:
@@ -249,6 +253,16 @@ def _die_with_parent(number: int) -> None:
     """Have the kernel send this process a signal when its parent dies; 0: none. Linux only, elsewhere nothing."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, number)
+
+
+def _is_orphan() -> bool:
+    """Whether this process has fallen to the system's first process, which in a container may be a launcher too, in Python."""
+    if os.getppid() != 1:
+        return False
+    try:
+        return b"python" not in Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _beat_key(rank: int) -> str:

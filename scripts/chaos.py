@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
+import faulthandler
 import importlib
 import json
 import os
@@ -151,6 +151,8 @@ def run_until_done(args: argparse.Namespace, directory: Path, dice: random.Rando
         if killed_at is not None:
             tally.gone_s.append(time.monotonic() - killed_at)
         if code is None:
+            os.kill(launch.pid, signal.SIGUSR2)
+            time.sleep(2)
             return f"a start does not end\n{launch.log()}"
         begun, finished, lost_s, most, again = launch.packs(killed_at)
         twice = set(begun) & done_before | again
@@ -192,6 +194,7 @@ class Launch:
                 log_file = os.open(self.notes / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log_file, 1)
                 os.dup2(log_file, 2)
+                faulthandler.register(signal.SIGUSR2, log_file)
                 run_agent(self.notes, args.pack_s, flags, ranks, restarts)
                 code = 0
             os._exit(code)
@@ -286,8 +289,6 @@ def run_agent(notes: Path, pack_s: float, flags: list[str], ranks: int, restarts
 
 def work(notes: Path, pack_s: float, flags: list[str]) -> None:
     """One rank: `python -m ddp_eval` that notes down its packs and takes `pack_s` longer for each."""
-    # torch.multiprocessing asks for a signal when the agent dies, which torchrun's own ranks do not get.
-    ctypes.CDLL(None).prctl(1, 0)
     (notes / f"{os.getpid()}.pid").write_text(json.dumps({"restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}))
 
     import lm_eval.evaluator

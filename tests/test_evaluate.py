@@ -484,3 +484,31 @@ def test_tokenizer_without_bos_or_eos(tiny_model: Callable[..., Any]) -> None:
     tokenizer = tiny_models.make_tokenizer(bos_token=None, eos_token=None)
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
         evaluate(tiny_model("llama"), tokenizer, ["demo_lambada"], limit=1)
+
+
+def test_numbers_that_are_none_are_reported(demo_parts, run, caplog):
+    """Catches a NaN that drowns in a mean or in an argmax without a word."""
+    model, tokenizer = demo_parts
+    with torch.no_grad():
+        kept = model.lm_head.weight[0].clone()
+        model.lm_head.weight[0] = math.nan
+        results = run(model, tokenizer, ["demo_lambada"], limit=2)
+        model.lm_head.weight[0] = kept
+    assert results["ddp_eval"]["not_finite"] == {"demo_lambada": {"requests": 2, "first": [[0, 0], [1, 0]]}}
+    said = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert said == [
+        "2 requests of the task demo_lambada have a log-probability that is NaN or infinite "
+        "(document 0 choice 0, document 1 choice 0): do not trust its metrics"
+    ]
+    assert run(model, tokenizer, ["demo_lambada"], limit=2)["ddp_eval"]["not_finite"] == {}
+
+
+@pytest.fixture
+def demo_parts() -> tuple[Any, Any]:
+    """The embedded model and its tokenizer."""
+    import transformers
+
+    from ddp_eval import demo
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
+    return model, transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)

@@ -116,6 +116,7 @@ CASES = {
     "config file that is not there": ("--config {place}/gone.yaml", "--config must be a YAML file that can be read"),
     "config file that is no YAML": ("--config {place}/tasks/broken.yaml", "--config must be a YAML file"),
     "config file with an unknown key": ("--config {place}/typo.yaml", "has the unknown key task_s"),
+    "token on the command line": (DEMO.rstrip() + ",token=hf_secret --tasks demo_lambada", "model_args token is not supported"),
     "hub model out of reach": (
         "--model_args pretrained=nobody/nothing --tasks demo_lambada",
         "cannot load the model nobody/nothing",

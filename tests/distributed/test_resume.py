@@ -108,7 +108,7 @@ def test_torchrun_killed(stuck):
     running, _ = stuck(2, 0)
     running.process.kill()
     running.process.wait()
-    running.wait_until_gone(grace_s=5)
+    running.wait_until_gone(grace_s=15)
 
 
 def test_killed_rank_is_no_preemption(stuck, tmp_path):
@@ -126,7 +126,7 @@ def test_elastic_restart(stuck, tmp_path, undisturbed):
     variables |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with launching(2, *flags, program=FAULTY, restarts=1, **variables) as running:
         os.kill(int(wait_for(tmp_path / "pid", running, START_S)), signal.SIGKILL)
-        finished = finish_in_time(running, 30)
+        finished = running.finish(START_S)
     assert finished.returncode == 0, str(finished)
     assert len([line for line in finished.sentences() if "resuming: " in line]) == 1, str(finished)
     assert (tmp_path / "run" / results.SCORES).read_bytes() == (undisturbed / results.SCORES).read_bytes()
@@ -134,11 +134,13 @@ def test_elastic_restart(stuck, tmp_path, undisturbed):
 
 def test_stuck_rank_is_named(stuck, tmp_path):
     """Catches a hang that is reported late, by another rank's time-out, or without where it is."""
-    running, _ = stuck(2, 1, "--timeout", "4")
-    finished = finish_in_time(running, 4 + STOP_S)
+    running, _ = stuck(2, 1, "--timeout", "15")
+    finished = finish_in_time(running, 15 + STOP_S)
     assert finished.returncode == 1, str(finished)
     (said,) = finished.sentences()
-    assert f"rank 1 on {socket.gethostname()} has shown no progress for 4 s while running packs, in pack 3" in said, str(finished)
+    assert f"rank 1 on {socket.gethostname()} has shown no progress for 15 s while running packs, in pack 3" in said, str(
+        finished
+    )
     assert "longer --timeout" in said, str(finished)
     assert status.read_status(tmp_path / "run")["state"] == status.FAILED
 
@@ -147,7 +149,7 @@ def test_stuck_rank_is_named(stuck, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_frozen_rank_is_named(rank, stuck, tmp_path):
     """Catches a rank none of whose threads runs any more: only another rank can tell."""
-    running, pid = stuck(2, rank, "--timeout", "8")
+    running, pid = stuck(2, rank, "--timeout", "15")
     os.kill(pid, signal.SIGSTOP)
     finished = running.finish(timeout_s=90)
     said = [line for line in finished.sentences() if "has shown no progress" in line]

@@ -80,7 +80,7 @@ def test_array(cluster, sweep, tmp_path):
             assert f"{out}/two/{tasks}" in (out / f"compare.{tasks}.txt").read_text(), words(out)
     plain = launch(
         1, "--model_args", "pretrained=demo", "--tasks", "demo_boolean_expressions", "--num_fewshot", 1, *FLAGS.split(),
-        "--output_path", tmp_path / "plain", program=QUICK,
+        "--output_path", tmp_path / "plain", program=(str(QUICK),),
     )  # fmt: skip
     assert plain.returncode == 0, str(plain)
     for model in ("one", "two"):

@@ -107,9 +107,13 @@ write_report() {
             fi
         done
         if ((${#runs[@]} > 1)); then
-            "${PYTHON[@]}" "${PROGRAM[@]}" compare "${runs[@]}" >"$output/.compare.$task" || code=1
-            mv "$output/.compare.$task" "$output/compare.$task.txt"
-            cat "$output/compare.$task.txt"
+            if "${PYTHON[@]}" "${PROGRAM[@]}" compare "${runs[@]}" >"$output/.compare.$task"; then
+                mv "$output/.compare.$task" "$output/compare.$task.txt"
+                cat "$output/compare.$task.txt"
+            else
+                rm "$output/.compare.$task"
+                code=1
+            fi
         fi
     done
     return "$code"

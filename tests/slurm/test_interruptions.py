@@ -102,6 +102,7 @@ def test_preempted(cluster, slow_job, check_done, tmp_path):
 
 @pytest.mark.slow
 def test_requeued_by_hand(cluster, slow_job, check_done):
+    """Catches ranks that SLURM has to kill, and packs that are lost with them."""
     job = slow_job()
     cluster.run("scontrol", "requeue", job.number)
     check_done(job, 1, ["restart 1: resumes"])
@@ -139,6 +140,7 @@ def test_cancelled(cluster, slow_job, evaluate, check_done, tmp_path):
 
 @pytest.mark.slow
 def test_node_set_down(cluster, slow_job, check_done):
+    """Catches a job that fails with one of its nodes."""
     job = slow_job()
     cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     cluster.wait(lambda: cluster.state(job) == "PENDING", "the job to be requeued", 60)
@@ -167,7 +169,8 @@ def test_torchrun_killed(node, cluster, slow_job, check_done):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_slurmd_killed(cluster, slow_job, check_done):
-    job = slow_job(pack_s=3.0)
+    """Catches a job that is lost with the daemon of one of its nodes, which SLURM notices after most of a minute."""
+    job = slow_job(pack_s=10.0)
     cluster.kill_node("n2")
     cluster.wait(lambda: cluster.state(job) == "PENDING", "the job to be requeued", 90)
     cluster.start_node("n2")
@@ -178,7 +181,7 @@ def test_slurmd_killed(cluster, slow_job, check_done):
 @pytest.mark.timeout(600)
 def test_first_start_lives_on_a_lost_node(cluster, slow_job, check_done):
     """Catches two starts of one job in one directory, or the second that fails because the first has the lock."""
-    job = slow_job("--nodes=1 --ntasks-per-node=2", pack_s=5.0)
+    job = slow_job("--nodes=1 --ntasks-per-node=2", pack_s=10.0)
     lost = cluster.facts(job)["BatchHost"]
     cluster.kill_node(lost)
     cluster.wait(lambda: cluster.facts(job)["Restarts"] == "1", "the job to be requeued", 90)

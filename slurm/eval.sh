@@ -185,7 +185,8 @@ trap on_stop TERM
 for ((attempt = 0; ; attempt++)); do
     run_step "$@"
     code=$?
-    if ((code == 0)); then
+    # srun also returns 0 when it has lost the only node.
+    if ((code == 0)) && { is_done || [[ " $* " == *" --preflight"* ]]; }; then
         say "done: $output"
         exit 0
     elif [[ -n "$stopping" ]]; then

@@ -179,12 +179,13 @@ def test_slurmd_killed(cluster, slow_job, check_done):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_first_start_lives_on_a_lost_node(cluster, slow_job, check_done):
+def test_first_start_lives_on_a_lost_node(cluster, slow_job, check_done, tmp_path):
     """Catches two starts of one job in one directory, or the second that fails because the first has the lock."""
     job = slow_job("--nodes=1 --ntasks-per-node=2", pack_s=10.0)
     lost = cluster.facts(job)["BatchHost"]
     cluster.kill_node(lost)
     cluster.wait(lambda: cluster.facts(job)["Restarts"] == "1", "the job to be requeued", 90)
-    check_done(job, 1, ["restart 1: resumes", "SLURM's state for it is RUNNING elsewhere"])
+    check_done(job, 1, ["SLURM's state for it is ", "restart 1: resumes"])
+    assert "was deleted or taken over by another run: this one ends" in logs(tmp_path / "run")
     cluster.start_node(lost)
     cluster.wait(lambda: "DOWN" not in cluster.node_states()[lost], "the node to come back", 60)

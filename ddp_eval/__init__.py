@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ddp_eval import demo
 from ddp_eval.errors import UserError
 
-__all__ = ["UserError", "evaluate"]
+__all__ = ["UserError", "demo", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:

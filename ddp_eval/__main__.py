@@ -22,17 +22,6 @@ if TYPE_CHECKING:
 
 LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
 
-# Ends of warnings of lm_eval's that come with every run and ask for nothing.
-_CHATTER = (
-    "For details see task Readme.",
-    "using preconfigured rule.",
-    "using default aggregation=weighted_perplexity",
-    "using default aggregation=bits_per_byte",
-    "using default higher_is_better=False",
-    "using default higher_is_better=True",
-    "using default aggregation=mean",
-)
-
 
 def main() -> None:
     watching = watch.Watch()
@@ -52,10 +41,15 @@ def _quiet_down() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     if not (speaker and sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")
+    if not speaker:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the speaker tells of retries
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger().handlers[0].addFilter(lambda record: not record.getMessage().rstrip().endswith(_CHATTER))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error, it also raises
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line would come twice
+    level = logging.getLevelName(os.environ.get("LMEVAL_LOG_LEVEL", "").upper())
+    if isinstance(level, int):
+        logging.getLogger("lm_eval").setLevel(level)
 
 
 def _run(config: Config, notes: list[str], watching: watch.Watch) -> None:
@@ -101,7 +95,8 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch) -> No
     if results is not None:
         from ddp_eval.harness import format_tables
 
-        print(format_tables(results))
+        if not config.predict_only:  # no metrics, no table
+            print(format_tables(results))
         if config.output_path:
             print(f"ddp_eval: the run is in {config.output_path}")
 

@@ -19,7 +19,6 @@ import dataclasses
 import difflib
 import importlib.metadata
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,13 +26,13 @@ from typing import Any, NoReturn
 import yaml
 
 from ddp_eval.config import DEFAULT_SEED, Config
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 
 _USAGE = "torchrun --nproc_per_node=N -m ddp_eval [run] [flags]"
 _ABOUT = """\
 Evaluates a language model on lm-evaluation-harness tasks, on all ranks that torchrun starts, or on
-one without torchrun. Flags are lm_eval's, spelled with - or _. Without --tasks and pretrained= it
-runs the small demo model on the demo tasks."""
+one without torchrun. Flags are lm_eval's, spelled with - or _. Without pretrained= it runs the
+small demo model, without --tasks the demo tasks: both ship with it and need no network."""
 _COMMANDS = ("run",)
 _HELP_WIDTH = 100
 
@@ -44,7 +43,7 @@ _BY_COST = "packs are sized by cost, not by a batch size"
 _IGNORED_FLAGS = {
     "batch_size": ("-b", _BY_COST),
     "max_batch_size": ("", _BY_COST),
-    "verbosity": ("-v", "lm_eval itself has given it up for the environment variable LMEVAL_LOG_LEVEL"),
+    "verbosity": ("-v", "set the environment variable LMEVAL_LOG_LEVEL for lm_eval's messages"),
 }
 _REFUSED_FLAGS = {
     "use_cache": ("-c", "use --output_path DIR, whose scores.parquet keeps the score of every request"),
@@ -86,6 +85,16 @@ _REFUSED_MODEL_ARGS = {
     "mixed_precision_dtype": "choose one precision for the whole model with dtype",
 }
 _TEXT_MODEL_ARGS = ("pretrained", "tokenizer", "revision", "subfolder")
+_KNOWN_MODEL_ARGS = (
+    *_TEXT_MODEL_ARGS,
+    "dtype",
+    "max_length",
+    "attn_implementation",
+    "add_bos_token",
+    "prefix_token_id",
+    "use_fast_tokenizer",
+    "chat_template_args",
+)
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
@@ -100,11 +109,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     notes = [f"--{name} is ignored: {why}" for name, (_, why) in _IGNORED_FLAGS.items() if raw.pop(name, None) is not None]
     values = {name: _FLAGS[name].convert(f"--{name}", value) for name, value in raw.items()}
     _settle_model_args(values, notes)
-    _settle_what_to_evaluate(values)
+    _settle_what_to_evaluate(values, notes)
     if values.get("predict_only"):
         values["log_samples"] = True
-    if values.get("apply_chat_template"):
-        values.setdefault("fewshot_as_multiturn", True)
+    if values.get("log_samples") and "output_path" not in values:
+        flag = "--predict_only" if values.get("predict_only") else "--log_samples"
+        raise UserError(f"{flag} needs --output_path DIR, where the samples are to be written")
     values["packing"] = not values.pop("no_packing", False)
     return Config(**values), notes
 
@@ -212,9 +222,9 @@ def _read_config_file(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config must be a YAML file that can be read, got {path}: {_reason(error)}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config must be a YAML file, {path} is not: {_one_line(error)}") from None
+        raise UserError(f"--config must be a YAML file, {path} is not: {one_line(error)}") from None
     if not isinstance(mapping, dict):
-        raise UserError(f"--config must hold flag names with their values, {path} holds {_one_line(repr(mapping))}")
+        raise UserError(f"--config must hold flag names with their values, {path} holds {one_line(repr(mapping))}")
     raw = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
@@ -268,20 +278,26 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
             del model_args[key]
 
 
-def _settle_what_to_evaluate(values: dict[str, Any]) -> None:
-    """Neither model nor tasks: the embedded default. Only one of them: a mistake."""
-    has_tasks, has_model = "tasks" in values, "pretrained" in values["model_args"]
-    if has_model and not values["model_args"]["pretrained"]:
+def _settle_what_to_evaluate(values: dict[str, Any], notes: list[str]) -> None:
+    """What is not given is the embedded default, and said to be: nobody should take the demo's scores for their model's."""
+    model_args = values["model_args"]
+    _refuse_misspelt(model_args)
+    if "pretrained" not in model_args:
+        model_args["pretrained"] = "demo"
+        notes.append("no pretrained= is in --model_args: this evaluates the small demo model that ships with ddp_eval")
+    if not model_args["pretrained"]:
         raise UserError("model_args pretrained must be a path or a name, got nothing")
-    if has_tasks and not has_model:
-        raise UserError(
-            "--model_args pretrained=PATH_OR_NAME is missing (pretrained=demo is the small model that ships with ddp_eval)"
-        )
-    if has_model and not has_tasks:
-        raise UserError("--tasks TASK is missing (--tasks demo is the small set that ships with ddp_eval)")
-    if not has_tasks:
+    if "tasks" not in values:
         values["tasks"] = ["demo"]
-        values["model_args"]["pretrained"] = "demo"
+        notes.append("no --tasks are given: this evaluates the small demo tasks that ship with ddp_eval")
+
+
+def _refuse_misspelt(model_args: Iterable[str]) -> None:
+    """The loader knows many more names than we do, so only what is nearly one of ours is taken for a slip."""
+    for key in model_args:
+        close = difflib.get_close_matches(key, _KNOWN_MODEL_ARGS, n=1, cutoff=0.8)
+        if close and close[0] != key:
+            raise UserError(f"model_args {key} is unknown: did you mean {close[0]}?")
 
 
 def split_top_level(text: str) -> list[str]:
@@ -341,7 +357,7 @@ def _read_json_object(flag: str, text: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{flag} must be a JSON object, with double quotes, got {text}: {_one_line(error)}") from None
+        raise UserError(f"{flag} must be a JSON object, with double quotes, got {text}: {one_line(error)}") from None
     assert isinstance(parsed, dict), "JSON text that starts with { is an object"
     return parsed
 
@@ -435,7 +451,7 @@ def _to_samples(flag: str, value: Any) -> Any:
     except OSError as error:
         raise UserError(f"{flag} must be a JSON object or the path of a file with one, got {value}: {_reason(error)}") from None
     except ValueError as error:
-        raise UserError(f"{flag} must be the path of a JSON file, {value} is not: {_one_line(error)}") from None
+        raise UserError(f"{flag} must be the path of a JSON file, {value} is not: {one_line(error)}") from None
 
 
 def _to_seed(flag: str, value: Any) -> tuple[int | None, ...]:
@@ -463,12 +479,7 @@ def _to_one_seed(flag: str, item: Any) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or _one_line(error)
-
-
-def _one_line(text: object, most: int = 160) -> str:
-    line = re.sub(r"\s+", " ", str(text)).strip()
-    return line if len(line) <= most else line[:most] + "..."
+    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -543,7 +554,9 @@ _FLAGS = {
         "INT[,INT...]",
     ),
     "bootstrap_iters": _Flag("execution", _to_count, "resamplings for a bootstrapped standard error (default: 100000)", "N"),
-    "max_pack_tokens": _Flag("execution", _to_count, "most tokens in one pack (default: chosen by the planner)", "N"),
+    "max_pack_tokens": _Flag(
+        "execution", _to_count, "most tokens in one pack; a longer request gets one alone (default: chosen by the planner)", "N"
+    ),
     "preflight": _Flag("execution", _to_switch, "only check the nodes, and say which is bad (several nodes: always checked)"),
     "timeout": _Flag(
         "execution", _to_number, "most seconds that a rank may take for a pack or another step (default: 1800)", "S"

@@ -7,6 +7,7 @@ manifest as it is. It knows nothing of ranks, models or tasks. Flags that lm_eva
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from typing import Any
 
@@ -59,6 +60,8 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.seed, int):
             object.__setattr__(self, "seed", (self.seed,) * len(DEFAULT_SEED))
+        if self.fewshot_as_multiturn is None and self.apply_chat_template:
+            object.__setattr__(self, "fewshot_as_multiturn", True)
         if self.model != "hf":
             raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
         _check_at_least("--num_fewshot", self.num_fewshot, 0)
@@ -79,11 +82,19 @@ class Config:
             _check_samples(self.samples)
             if self.limit is not None:
                 raise UserError("--samples and --limit exclude each other: give one of them")
-        if (self.log_samples or self.predict_only) and not self.output_path:
-            flag = "--predict_only" if self.predict_only else "--log_samples"
-            raise UserError(f"{flag} needs --output_path DIR, where the samples are to be written")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
+
+
+def config_from_options(**options: Any) -> Config:
+    """A Config from the options that a caller of the API gave. Raises UserError for one that does not exist."""
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"unknown option {name}: {hint}")
+    return Config(**options)
 
 
 def _check_at_least(flag: str, value: int | None, least: int) -> None:

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read.
+"""The one exception that a user is meant to read, and how another library's error becomes part of its sentence.
 
 Raise `UserError` for anything that the person who typed the command can mend: a flag, a path, a task name. `__main__` turns it
 into one sentence on stderr and exit code 2, with no traceback. Every other exception is a defect of ours or of the machine,
@@ -8,3 +8,9 @@ and keeps its traceback.
 
 class UserError(Exception):
     """What was expected, what came, and what to do, in one sentence."""
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """An error's or a value's text in one line of at most `most` characters, dots where it is cut."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else line[:most] + "..."

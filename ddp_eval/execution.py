@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,46 +14,65 @@ from ddp_eval import distributed, journal, results, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
-from ddp_eval.packing import Pack, build_pack
+from ddp_eval.packing import Pack, build_pack, halve
 from ddp_eval.protocol import Work
 from ddp_eval.telemetry import Phases, Progress
 
 
-def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> np.ndarray:
-    """Run this rank's packs and gather everyone's `_result_rows`."""
+class Gathered(NamedTuple):
+    """What all ranks have brought.
+
+    rows:    (n, 3) int64, see `_result_rows`; items that ran on two ranks are in it twice.
+    halved:  (k, 2) int64, packs that did not fit the memory of their rank and the number of pieces they ran in.
+    """
+
+    rows: np.ndarray
+    halved: np.ndarray
+
+
+def run_plan(world: World, engine: hf.HFEngine, work: Work, phases: Phases) -> Gathered:
+    """Run this rank's packs and gather everyone's results."""
     plan = work.plan
+    rows, halved = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 2), dtype=np.int64)]
     with _own_journal(world, work) as own, Progress(world, work.name, int(plan.num_requests[work.left].sum())) as progress:
         try:
             with phases("forward"):
-                blocks = [_result_rows(*done) for done in _run_packs(world, engine, work, progress, own)]
+                for index, pieces in _run_packs(world, engine, work, progress, own):
+                    rows += [_result_rows(*piece) for piece in pieces]
+                    if len(pieces) > 1:
+                        halved.append(np.array([[index, len(pieces)]]))
                 progress.push()
         except BaseException:
             if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
                 with contextlib.suppress(distributed.LostContact):
-                    distributed.all_gather_rows(world, np.zeros((0, 3), dtype=np.int64), failed=True)
+                    distributed.all_gather_rows(world, rows[0], failed=True)
             raise
         watch.step(watch.WAITING)
         with phases("gather"):
-            mine = np.concatenate([np.zeros((0, 3), dtype=np.int64), *blocks])
-            return distributed.all_gather_rows(world, mine)
+            return Gathered(*(distributed.all_gather_rows(world, np.concatenate(mine)) for mine in (rows, halved)))
+
+
+Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats and flags
 
 
 def _run_packs(
     world: World, engine: hf.HFEngine, work: Work, progress: Progress, own: journal.Journal | None
-) -> Iterator[tuple[Pack, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[int, list[Result]]]:
     """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
 
     On an accelerator the next is launched before one is collected. On the CPU, where a launch computes, that would keep a
     finished pack out of the journal for the length of another.
+    Yields the pack's number and its results: one, or one for each piece that it had to run in.
     """
     plan, ahead = work.plan, world.device.type != "cpu"
 
-    def collect(index: int, launched: hf.Launched) -> tuple[Pack, np.ndarray, np.ndarray]:
-        sums, greedy = engine.collect(launched)
+    def collect(index: int, pieces: list[hf.Launched]) -> tuple[int, list[Result]]:
+        results = [(piece.pack, *engine.collect(piece)) for piece in pieces]
         if own is not None:
-            own.append(index, sums, greedy)
-        progress.add(int(plan.num_requests[index]), len(launched.pack))
-        return launched.pack, sums, greedy
+            sums, greedy = (np.concatenate(parts) for parts in list(zip(*results, strict=True))[1:])
+            own.append(index, sums, greedy, len(results))
+        progress.add(int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces))
+        return index, results
 
     under_way = None
     for index in reversed(work.left[distributed.shard(world, len(work.left))].tolist()):
@@ -97,14 +117,20 @@ def describe_origin(world: World) -> str:
     return f"{results.cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> hf.Launched:
+def _launch(world: World, engine: hf.HFEngine, pack: Pack) -> list[hf.Launched]:
+    """Start a pack. One that does not fit the memory is halved, and halved again, always at the same items."""
     try:
-        return engine.launch(pack)
+        return [engine.launch(pack)]
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "
-            f"{len(pack.reads)} of them scored: give --max_pack_tokens {max(1, len(pack) // 2)}"
-        ) from None
+        if len(pack.items) == 1:
+            raise UserError(
+                f"rank {world.rank} ran out of memory on {world.device} with a single request of {len(pack)} tokens, "
+                f"{len(pack.reads)} of them scored: give a smaller max_length in --model_args, or a device with more memory"
+            ) from None
+    # Only here, outside of the handler, are the failed forward's tensors free.
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [piece for half in halve(pack) for piece in _launch(world, engine, half)]
 
 
 def _result_rows(pack: Pack, sums: np.ndarray, greedy: np.ndarray) -> np.ndarray:

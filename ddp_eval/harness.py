@@ -6,6 +6,7 @@ from the answers. The first question it asks is answered for all requests of all
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -13,7 +14,7 @@ import logging
 import os
 import time
 import unittest.mock
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -24,13 +25,17 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import make_table, sanitize_model_name
 
+from ddp_eval import hub
 from ddp_eval.bootstrap import bootstrap_stderr
+from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.config import Config
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, digest_strings, git_commit
+from ddp_eval.task_index import check_once, drop_members, find_leaves
 from ddp_eval.telemetry import Phases
 from ddp_eval.tokenization import Encoded, Encoder
 
@@ -70,13 +75,14 @@ def evaluate_tasks(
     keep: given the scores before metrics are computed, which run the tasks' own code and may fail.
     Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
     """
+    _check_chat_template(config.apply_chat_template, encoder.tokenizer)
     lm = _LeaderLM(encoder, model_config, score, keep, config, phases)
     manager = _task_manager(config, include_paths)
     specs = _resolve_tasks(manager, config.tasks)
-    _watch_loading(manager, lm)
+    _check_before_loading(specs, manager.task_index)
+    _watch_loading(manager, lm, config)
     # lm_eval takes the documents in their own order, whatever the order of the list, but numbers them by the list's.
     samples = lm.chosen or None
-    multiturn = config.fewshot_as_multiturn
     pad_token = encoder.tokenizer.pad_token
     configure_pad_token(encoder.tokenizer, model_config=model_config)  # lm_eval names it in the results
     if config.write_out:
@@ -86,8 +92,9 @@ def evaluate_tasks(
     commit = git_commit(os.getcwd())
     quiet_git = unittest.mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"])
     bootstrap = unittest.mock.patch("lm_eval.api.metrics.bootstrap_stderr", bootstrap_stderr)
+    bar = unittest.mock.patch("lm_eval.api.task.tqdm", prompt_bar)
     try:
-        with quiet_git, bootstrap:
+        with quiet_git, bootstrap, bar, less_chatter():
             results: Any = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=config.model_args,
@@ -102,7 +109,7 @@ def evaluate_tasks(
                 evaluation_tracker=tracker,
                 system_instruction=config.system_instruction,
                 apply_chat_template=config.apply_chat_template,
-                fewshot_as_multiturn=bool(config.apply_chat_template) if multiturn is None else multiturn,
+                fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
                 gen_kwargs=config.gen_kwargs or None,
                 predict_only=config.predict_only,
                 random_seed=config.seed[0],
@@ -121,6 +128,8 @@ def evaluate_tasks(
             raise  # the scores are kept; what a task's own code did wrong shows in its traceback
         if isinstance(error, IndexError) and "size 0" in str(error):
             raise UserError(f"the task {_name_some(config.tasks)} has no documents to evaluate") from error
+        if isinstance(error, jinja2.exceptions.TemplateError):
+            raise UserError(f"a template in the task {_name_some(config.tasks)} does not work: {one_line(error)}") from error
         raise UserError(f"lm_eval could not {lm.phase} of {_name_some(config.tasks)}: {_describe(error)}") from error
     finally:
         encoder.tokenizer.pad_token = pad_token
@@ -174,7 +183,10 @@ class _LeaderLM(TemplateLM):
         self._keep = keep
         self._phases = phases
         self.chosen = {task: sorted(set(indices)) for task, indices in (config.samples or {}).items()}
-        self._chat_template_args = config.model_args.get("chat_template_args") or {}
+        self._chat_template_args = dict(config.model_args.get("chat_template_args") or {})
+        if isinstance(config.apply_chat_template, str):  # lm_eval records the named template and applies the default one
+            self._chat_template_args["chat_template"] = config.apply_chat_template
+        self._refuses_system_turns = False
         self._answers: dict[int, Any] | None = None
 
     @property
@@ -205,11 +217,14 @@ class _LeaderLM(TemplateLM):
         }
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, **options))
-        except jinja2.exceptions.TemplateError:
-            # As lm_eval does: some templates refuse a system turn.
-            log.warning("the chat template refuses this conversation: trying it without the system turn")
+        except jinja2.exceptions.TemplateError as error:
             history = [message for message in chat_history if message["role"] != "system"]
-            return str(self.tokenizer.apply_chat_template(history, **options))
+            if len(history) == len(chat_history):
+                raise UserError(f"the tokenizer's chat template refuses a prompt: {one_line(error)}") from error
+            if not self._refuses_system_turns:
+                log.warning("the chat template refuses prompts with a system turn (%s): they go without it", one_line(error))
+                self._refuses_system_turns = True
+            return self.apply_chat_template(history, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         answers = self._answer_all(requests)
@@ -299,7 +314,7 @@ def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
         if not isinstance(task, str):
             found.append(task)
             continue
-        matches = manager.match_tasks([task])
+        matches = drop_members(manager.match_tasks([task]), manager.task_index)
         if not matches and task.endswith((".yaml", ".yml")):
             matches = [os.path.abspath(path) for path in sorted(glob.glob(task))]
         elif not matches and os.path.isdir(task):
@@ -307,7 +322,38 @@ def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
         if not matches:
             raise UserError(f"there is no task {task}: {_list_close(task, manager.all_tasks)}")
         found += [match for match in matches if match not in found]
+    check_once([name for name in found if isinstance(name, str) and name in manager.task_index], manager.task_index)
     return found
+
+
+def _check_before_loading(specs: Sequence[Any], index: Any) -> None:
+    """Refuse kinds of tasks that are not served before their documents are fetched, which may take hours."""
+    for spec in specs:
+        content = spec
+        if isinstance(spec, str) and spec not in index:  # a file: what is wrong with it, lm_eval will say
+            with contextlib.suppress(Exception):
+                content = load_yaml(spec, resolve_func=False)
+        for leaf in find_leaves(content, index) if isinstance(content, (str, dict)) else ():
+            _check_output_type(leaf.trail[-1], leaf.output_type)
+
+
+def _check_output_type(name: str, kind: str | None) -> None:
+    if kind is not None and kind not in _SERVED:
+        raise UserError(f"the task {name} is of the type {kind}, which is not supported yet: served are {', '.join(_SERVED)}")
+
+
+def _check_chat_template(wanted: bool | str, tokenizer: Any) -> None:
+    """A tokenizer has no chat template, one without a name, or several by name."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not wanted:
+        return
+    if not template:
+        raise UserError("--apply_chat_template needs a tokenizer with a chat template, and this one has none")
+    names = sorted(template) if isinstance(template, dict) else []
+    if isinstance(wanted, str) and not names:
+        raise UserError(f"there is no chat template {wanted}: the tokenizer has a single one, give --apply_chat_template alone")
+    if names and (wanted if isinstance(wanted, str) else "default") not in names:
+        raise UserError(f"--apply_chat_template must name one of the tokenizer's templates: {', '.join(names)}")
 
 
 def _list_close(task: str, known: Iterable[str]) -> str:
@@ -315,7 +361,7 @@ def _list_close(task: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists all, --include_path DIR adds your own"
 
 
-def _watch_loading(manager: TaskManager, lm: _LeaderLM) -> None:
+def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
     """Have the tasks that simple_evaluate loads checked and known to `lm` before their requests are built."""
     load = manager.load
 
@@ -326,6 +372,12 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM) -> None:
         for name in lm.chosen:
             if name not in loaded["tasks"]:
                 raise UserError(f"--samples names the task {name}, which is not evaluated: {_list_close(name, loaded['tasks'])}")
+            count = len(loaded["tasks"][name].eval_docs)
+            if lm.chosen[name][-1] >= count:
+                raise UserError(
+                    f"--samples asks for document {lm.chosen[name][-1]} of the task {name}, whose documents are 0 to {count - 1}"
+                )
+        _say_what_is_ignored(loaded["tasks"], config)
         lm.tasks = loaded["tasks"]
         lm.phase = "build the requests"
         return loaded
@@ -336,11 +388,18 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM) -> None:
 def _check_task(name: str, task: Any) -> None:
     if getattr(task, "MULTIMODAL", False):
         raise UserError(f"the task {name} shows images or sound to the model, which is not supported")
-    kind = getattr(task, "OUTPUT_TYPE", None)
-    if kind is not None and kind not in _SERVED:
-        raise UserError(f"the task {name} is of the type {kind}, which is not supported yet: served are {', '.join(_SERVED)}")
+    _check_output_type(name, getattr(task, "OUTPUT_TYPE", None))
     if not len(task.eval_docs):
         raise UserError(f"the task {name} has no documents to evaluate")
+
+
+def _say_what_is_ignored(tasks: Mapping[str, Any], config: Config) -> None:
+    """lm_eval drops these in silence."""
+    fixed = [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]
+    if config.num_fewshot and fixed:
+        log.warning("--num_fewshot is ignored for tasks that are fixed at 0 examples: %s", _name_some(fixed))
+    if config.gen_kwargs and not any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values()):
+        log.warning("--gen_kwargs is ignored: no task generates text")
 
 
 def _sum_by_owner(encoded: Encoded, sums: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -371,4 +430,4 @@ def _describe(error: BaseException) -> str:
     """An error of lm_eval or of a task's own code in one line."""
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__  # the other says no more than that there was an error
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"
+    return f"{type(error).__name__}: {one_line(error) or 'no message'}{hub.advice(error)}"

@@ -4,7 +4,7 @@ Every rank of every attempt appends to a file of its own, so that no two process
 the end of a file that nobody goes on with:
 
     header   MAGIC, key (32 bytes), length of the origin, origin (text), checksum
-    record   pack (uint64), number of items (uint32), sums (float64 each), greedy flags (uint8 each), checksum
+    record   pack (uint64), items (uint32), pieces (uint32), sums (float64 each), greedy flags (uint8 each), checksum
     record   …
 
 The key names the work to the bit: plan, weights and software (`work_key`). Every checksum is keyed by it and covers all that
@@ -37,7 +37,7 @@ SYNC_S = 3.0  # a lost node loses at most what was finished in this time, and th
 _KEY_BYTES = 32
 _CHECKSUM_BYTES = 16
 _ORIGIN_LENGTH = struct.Struct("<H")
-_RECORD = struct.Struct("<QI")
+_RECORD = struct.Struct("<QII")
 _ITEM_BYTES = 9
 
 
@@ -66,9 +66,12 @@ class Journal:
         self._failure: UserError | None = None
         self._syncer = threading.Thread(target=self._keep_synced, daemon=True)
 
-    def append(self, pack: int, sums: npt.NDArray[np.float64], greedy: npt.NDArray[np.bool_]) -> None:
-        """Add one finished pack. When this returns, the death of this process no longer loses it."""
-        body = _RECORD.pack(pack, len(sums)) + sums.astype("<f8").tobytes() + greedy.astype(np.uint8).tobytes()
+    def append(self, pack: int, sums: npt.NDArray[np.float64], greedy: npt.NDArray[np.bool_], pieces: int = 1) -> None:
+        """Add one finished pack. When this returns, the death of this process no longer loses it.
+
+        pieces: in how many it ran, for lack of memory.
+        """
+        body = _RECORD.pack(pack, len(sums), pieces) + sums.astype("<f8").tobytes() + greedy.astype(np.uint8).tobytes()
         with self._lock:
             if self._failure:
                 raise self._failure
@@ -147,12 +150,14 @@ class Found:
 
     packs:    ascending indices of finished packs, each once.
     rows:     (items, 3) int64: item, the bits of its float64 sum, its greedy flag; a pack that several files hold comes as often.
+    halved:   (k, 2) int64, packs that ran in several pieces, and in how many.
     origins:  the texts about hardware of all files that hold packs, sorted.
     notes:    a sentence for each file of which something was dropped.
     """
 
     packs: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
+    halved: npt.NDArray[np.int64]
     origins: list[str]
     notes: list[str]
 
@@ -170,6 +175,7 @@ def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integ
     packs: set[int] = set()
     blocks, notes = [np.zeros((0, 3), dtype=np.int64)], []
     origins: set[str] = set()
+    halved: dict[int, int] = {}
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         try:
             data = path.read_bytes()
@@ -183,12 +189,14 @@ def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integ
         if its_key != key:
             raise OtherWork(path.name)
         stop, whole = start, 0
-        for pack, bits, greedy, after in decode_records(data, start, key):
+        for pack, pieces, bits, greedy, after in decode_records(data, start, key):
             if pack >= len(item_starts) - 1 or len(bits) != item_starts[pack + 1] - item_starts[pack]:
                 break
             items = np.arange(item_starts[pack], item_starts[pack + 1])
             blocks.append(np.stack([items, bits, greedy.astype(np.int64)], axis=1))
             packs.add(pack)
+            if pieces > 1:
+                halved.setdefault(pack, pieces)
             origins.add(origin)
             stop, whole = after, whole + 1
         if stop < len(data):
@@ -196,7 +204,8 @@ def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integ
                 f"the last {len(data) - stop} bytes of the journal {path.name} are torn or corrupt and dropped; "
                 f"{whole} packs before them are kept"
             )
-    return Found(np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), sorted(origins), notes)
+    in_pieces = np.array(sorted(halved.items()), dtype=np.int64).reshape(-1, 2)
+    return Found(np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), in_pieces, sorted(origins), notes)
 
 
 def encode_header(key: bytes, origin: str) -> bytes:
@@ -220,10 +229,10 @@ def decode_header(data: bytes) -> tuple[bytes, str, int] | None:
 
 def decode_records(
     data: bytes, start: int, key: bytes
-) -> Iterator[tuple[int, npt.NDArray[np.int64], npt.NDArray[np.uint8], int]]:
-    """Each record from `start` on, up to the first that is not whole: pack, bits of the sums, greedy flags, where it stops."""
+) -> Iterator[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.uint8], int]]:
+    """Each record from `start` on, up to the first that is not whole: pack, pieces, bits of the sums, flags, where it stops."""
     while start + _RECORD.size <= len(data):
-        pack, count = _RECORD.unpack_from(data, start)
+        pack, count, pieces = _RECORD.unpack_from(data, start)
         values = start + _RECORD.size
         stop = values + _ITEM_BYTES * count
         if data[stop : stop + _CHECKSUM_BYTES] != _checksum(key, data[start:stop]):
@@ -231,7 +240,7 @@ def decode_records(
         bits = np.frombuffer(data, dtype="<i8", count=count, offset=values).astype(np.int64)
         greedy = np.frombuffer(data, dtype=np.uint8, count=count, offset=values + 8 * count)
         start = stop + _CHECKSUM_BYTES
-        yield pack, bits, greedy, start
+        yield pack, pieces, bits, greedy, start
 
 
 def _checksum(key: bytes, body: bytes) -> bytes:

@@ -9,12 +9,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddp_eval import results
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
+from ddp_eval.errors import one_line
 
 log = logging.getLogger("ddp_eval")
+
+_MOST_DIGESTED_BYTES = 2**30  # of weights that were passed in; no file of theirs is known
 
 # What a tokenizer keeps in its directory, beside the weights.
 _TOKENIZER_FILES = (
@@ -24,9 +29,9 @@ _TOKENIZER_FILES = (
 
 
 def describe_run(
-    config: Config, world: World, results_dict: dict[str, Any], facts: dict[str, Any], model: dict[str, Any] | None
+    config: Config, world: World, results_dict: dict[str, Any], facts: dict[str, Any], model: dict[str, Any]
 ) -> dict[str, Any]:
-    """The manifest. facts: of engine, prompts and plan; model: from `describe_model`, or None for a model that was passed in."""
+    """The manifest. facts: of engine, prompts and plan; model: from `describe_model` or `describe_loaded_model`."""
     return {
         "config": dataclasses.asdict(config),
         "model": model,
@@ -84,11 +89,33 @@ def _sample(path: Path, digest: Any, blocks: int = 16, block_bytes: int = 4096) 
             digest.update(file.read(block_bytes))
 
 
+def describe_loaded_model(model: Any) -> dict[str, Any]:
+    """What tells one model that was passed in from another; its digest where that is a matter of a second, else None."""
+    weights = model.state_dict()
+    size_bytes = sum(weight.nbytes for weight in weights.values())
+    return {
+        "class": type(model).__name__,
+        "parameters": int(model.num_parameters()),
+        "dtype": str(model.dtype),
+        "weights_bytes": size_bytes,
+        "weights_sha256": _digest_weights(weights) if size_bytes <= _MOST_DIGESTED_BYTES else None,
+    }
+
+
+def _digest_weights(weights: dict[str, torch.Tensor]) -> str:
+    """One SHA-256 over names, types, shapes and values, in the order of names."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _digest(name: str, model_args: dict[str, Any], files: tuple[str, ...] | None) -> dict[str, Any] | None:
     try:
         return results.digest_directory(_folder(name, model_args), files)
     except Exception as error:
-        log.warning("the files of %s are not in the manifest: %s", name, " ".join(str(error).split())[:200])
+        log.warning("the files of %s are not in the manifest: %s", name, one_line(error, 200))
         return None
 
 

@@ -75,15 +75,18 @@ def requests_from_lists(sequences: list[list[int]], num_targets: list[int]) -> R
 class CostModel:
     """What a forward pass costs, in any one unit (floating-point operations are a good one).
 
-    A pack of L tokens, Q attention pairs and R reads costs `forward + token * L + pair * Q + read * R`. With `dense` the
-    attention kernel pays for all L * L pairs when a mask is given (and for half of them in a pack with no branch); without, for
-    the visible pairs alone.
+    A pack of L tokens, Q attention pairs and R reads costs `forward + token * L + slowdown * pair * Q + read * R`: attention
+    reaches only a fraction of a matrix product's speed. With `dense` the attention kernel pays for all L * L pairs when
+    a mask is given (and for half of them in a pack with no branch); without, for the visible pairs alone.
+    `enough` is work that one rank does in a few seconds: less than that need not be spread over more.
     """
 
+    enough: float = 0.0
     forward: float = 0.0
     token: float = 1.0
     pair: float = 0.0
     read: float = 0.0
+    slowdown: float = 1.0
     dense: bool = True
 
 
@@ -272,6 +275,41 @@ def pad_tail(pack: Pack, step: int) -> Pack:
     )
 
 
+def halve(pack: Pack) -> tuple[Pack, Pack]:
+    """The same work in two packs, cut between two items so that each answers about half of the scored tokens.
+
+    What both halves share is in both. Raises ValueError for a pack of one item.
+    """
+    if len(pack.items) < 2:
+        raise ValueError("a pack of one item cannot be halved")
+    # Behind the item that holds the middle answer, but for the last one.
+    cut = min(int(pack.answer_items[len(pack.answer_items) // 2]) + 1, len(pack.items) - 1)
+    return _take_items(pack, 0, cut), _take_items(pack, cut, len(pack.items))
+
+
+def _take_items(pack: Pack, first: int, stop: int) -> Pack:
+    """The part of a pack that its items [first, stop) need."""
+    chosen = (pack.answer_items >= first) & (pack.answer_items < stop)
+    positions = pack.reads[pack.answer_reads[chosen]]
+    index = np.arange(len(pack))
+    kept = np.zeros(len(pack), dtype=bool)
+    for last in np.unique(positions):
+        kept |= (index <= last) & (last < pack.end)
+    kept_before = _offsets(kept)
+    reads, answer_reads = np.unique(kept_before[positions], return_inverse=True)
+    return Pack(
+        tokens=pack.tokens[kept],
+        depth=pack.depth[kept],
+        end=kept_before[pack.end[kept]].astype(np.int32),
+        reads=reads,
+        answer_reads=answer_reads,
+        answer_targets=pack.answer_targets[chosen],
+        answer_items=pack.answer_items[chosen] - first,
+        items=range(pack.items.start + first, pack.items.start + stop),
+        rows=pack.rows,
+    )
+
+
 def _sort_and_share(requests: Requests) -> tuple[IntArray, IntArray, IntArray]:
     """Order the distinct requests so that those that share a prefix stand together.
 
@@ -323,6 +361,8 @@ def _common_prefixes(requests: Requests, order: IntArray, lengths: IntArray) -> 
 
 # Ranks that a plan should keep evenly busy. Any number may run it: the plan is made for this one so that it is always the same.
 TYPICAL_RANKS = 8
+MANY_ITEMS = 1000  # from here on no rank may have more than EVEN times the mean, if any way of cutting allows it
+EVEN = 1.02
 
 
 class _Costs:
@@ -354,7 +394,12 @@ class _Costs:
             full = tokens * (tokens + 1) / 2
             pairs = np.where(pairs == full, full, tokens.astype(np.float64) ** 2)
         reads = self.read_head[first] + self.reads_to[stop]
-        return self.model.forward + self.model.token * tokens + self.model.pair * pairs + self.model.read * reads
+        return (
+            self.model.forward
+            + self.model.token * tokens
+            + self.model.slowdown * self.model.pair * pairs
+            + self.model.read * reads
+        )
 
     def fits(self, first: int, stop: int, max_tokens: int, max_reads: int | None) -> bool:
         few_tokens = self.token_head[first] + self.tokens_to[stop] <= max_tokens
@@ -365,7 +410,7 @@ def _cut(costs: _Costs, max_tokens: int, max_reads: int | None) -> tuple[IntArra
     """Split the item order into packs. Returns bounds (P+1,) and costs (P,).
 
     Large packs repeat few prefixes, small ones spread evenly over ranks. So several sizes are tried, and each with its packs
-    evened out; the best is the one with the least (cost on one rank) x (cost of the busiest of TYPICAL_RANKS).
+    evened out; the best has the least (time on one rank) x (time on TYPICAL_RANKS), where a few seconds are as good as less.
     """
     choices = []
     while True:
@@ -374,14 +419,16 @@ def _cut(costs: _Costs, max_tokens: int, max_reads: int | None) -> tuple[IntArra
         if len(bounds) - 1 >= 16 * TYPICAL_RANKS or max_tokens < 1024:
             break
         max_tokens //= 2
-    best = min(choices, key=lambda bounds: _busyness(costs.of(bounds[:-1], bounds[1:])))
+    totals, busiest = np.array([_times(costs.of(bounds[:-1], bounds[1:])) for bounds in choices]).T
+    uneven = (busiest > EVEN * totals / TYPICAL_RANKS) & (len(costs) >= MANY_ITEMS)
+    best = choices[int(np.lexsort((totals * np.maximum(busiest, costs.model.enough), uneven))[0])]
     return best, costs.of(best[:-1], best[1:])
 
 
-def _busyness(pack_costs: npt.NDArray[np.float64]) -> float:
-    """Cost on one rank times cost of the busiest of TYPICAL_RANKS, as a DistributedSampler deals packs of ascending cost."""
+def _times(pack_costs: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Cost on one rank, and of the busiest of TYPICAL_RANKS, as a DistributedSampler deals packs of ascending cost."""
     ascending = np.sort(pack_costs)
-    return float(ascending.sum() * max(ascending[rank::TYPICAL_RANKS].sum() for rank in range(TYPICAL_RANKS)))
+    return float(ascending.sum()), float(max(ascending[rank::TYPICAL_RANKS].sum() for rank in range(TYPICAL_RANKS)))
 
 
 def _cut_cheapest(costs: _Costs, max_tokens: int, max_reads: int | None) -> IntArray:
@@ -419,7 +466,7 @@ def _even_out(costs: _Costs, bounds: IntArray, max_tokens: int, max_reads: int |
 def _fill_up_to(costs: _Costs, most: float, max_tokens: int, max_reads: int | None, max_packs: int) -> IntArray | None:
     """Packs filled from the left, each costing at most `most`; None if that takes more than `max_packs`."""
     model = costs.model
-    running = model.token * costs.tokens_to + model.pair * costs.pairs_to + model.read * costs.reads_to
+    running = model.token * costs.tokens_to + model.slowdown * model.pair * costs.pairs_to + model.read * costs.reads_to
     bounds = [0]
     while bounds[-1] < len(costs):
         first = bounds[-1]

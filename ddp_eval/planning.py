@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.engines.hf import HFEngine
+from ddp_eval.errors import one_line
 from ddp_eval.packing import CostModel, IntArray, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
@@ -68,7 +69,7 @@ def check_packs(engine: HFEngine, requests: Requests) -> str | None:
     try:
         packed = _score_alone(engine, *plan_packs(requests, one_pack, max_tokens=2**30))
     except Exception as error:
-        return f"it fails on packs ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        return f"it fails on packs ({type(error).__name__}: {one_line(error, 200)})"
     alone = _score_alone(engine, *plan_rows(requests, max_tokens=1))
     padded = _score_alone(engine, *plan_rows(requests, max_tokens=2**30))
     drift = np.abs(packed - alone) / requests.num_targets

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from ddp_eval import demo, distributed, results, run_directory, status, watch
-from ddp_eval.config import Config
+from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
-from ddp_eval.execution import fill_slots, run_plan
-from ddp_eval.manifest import describe_model, describe_run, fingerprint_model
+from ddp_eval.execution import Gathered, fill_slots, run_plan
+from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, fingerprint_model
 from ddp_eval.packing import Requests
 from ddp_eval.planning import Decision, make_plan
 from ddp_eval.protocol import Followers, Journals, await_begin, next_work
@@ -71,11 +71,12 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     tokenizer:  its tokenizer; only rank 0 uses it.
     tasks:      lm_eval task names or task configs.
     options:    fields of `Config`: num_fewshot, limit, output_path, include_path, model_args={"max_length": …}, …
+                They are the command's flags, and errors call them so. log_samples=True puts the samples into the result, too.
 
     Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
     """
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    config = Config(tasks=names, **options)
+    config = config_from_options(tasks=names, **options)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
@@ -86,7 +87,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
                 return None
             with Followers(world) as followers:
                 _prepare_output(config)
-                return _lead(config, None, followers, bare.config, tokenizer, lambda: engine, lambda: None)
+                return _lead(config, None, followers, bare.config, tokenizer, lambda: engine, lambda: describe_loaded_model(bare))
     finally:
         distributed.release_group(world)
         gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
@@ -149,7 +150,7 @@ def _lead(
     model_config: Any,
     tokenizer: Any,
     get_engine: Callable[[], hf.HFEngine],
-    get_digests: Callable[[], dict[str, Any] | None],
+    get_digests: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
     """Build the requests, have all ranks score them, compute metrics and write the run directory.
 
@@ -187,15 +188,20 @@ def _lead(
         done = found.packs if found else np.zeros(0, dtype=np.int64)
         watch.step(watch.WAITING)  # a rank may still load the model
         with followers.working_on(decision.plan, np.delete(np.arange(decision.plan.num_packs), done), journals) as work:
-            rows = run_plan(world, engine, work, phases)
-        sums, greedy, differing = fill_slots(np.concatenate([found.rows, rows]) if found else rows, decision.plan.num_items)
+            gathered = run_plan(world, engine, work, phases)
+        if found:
+            gathered = Gathered(*(np.concatenate(parts) for parts in zip((found.rows, found.halved), gathered, strict=True)))
+        sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
         resumed.append(len(done))
         watch.step("computing the metrics")
+        if len(gathered.halved):
+            log.warning("%d packs did not fit the memory and ran in pieces: scores may round otherwise", len(gathered.halved))
         if differing:
             log.warning(
                 "packs that ran on two ranks differ by up to %.2g nats: are the ranks' GPUs or threads not alike?", differing
             )
         facts["repeated_packs_differ_nats"] = differing
+        facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
         return sums[decision.item_of_request], greedy[decision.item_of_request]
 
     def keep(scores: results.Scores) -> None:

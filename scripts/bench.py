@@ -1,20 +1,34 @@
 #!/usr/bin/env python3
-"""Time ddp_eval against lm_eval's own HF backend: same process, same loaded model, same requests, in turn.
+"""Time ddp_eval against lm_eval's own HF backend: same machine, model and requests, in turn.
 
     OMP_NUM_THREADS=1 python scripts/bench.py --peer lm_eval --model PATH --tasks T1,T2 --include_path DIR --out benchmarks/NAME
 
-For each task and repeat, lm_eval scores the requests at each of its batch sizes, then ddp_eval does. What is timed is the
-scoring alone, from request texts to log-probabilities (tokenise, plan with its self-check, forward, gather, and all else between
-the question and the answer); building prompts and computing metrics is lm_eval's own code on both sides and is left out.
-lm_eval counts at the batch size that is best for the task. Prints a table and, with --out, writes NAME.md and NAME.json.
+Each side has a process of its own with the loaded model, as its users have; one works while the other waits. For each task and
+repeat, lm_eval scores the requests at each of its batch sizes, then ddp_eval does. What is timed is the scoring alone, from
+request texts to log-probabilities (tokenise, plan with its self-check, forward, gather, and all else between the question and the
+answer); building prompts and computing metrics is lm_eval's own code on both sides and is left out. lm_eval counts at the batch
+size that is best for the task; one that took over 1.3 times the best at the first repeat is not tried again.
+
+The share of peak is ddp_eval's useful work over the seconds of its forward phase, over the rate of a large matrix product
+measured beside it in the same process, dtype and threads:
+
+    useful work = 2 * (weights of the layers) * (distinct tokens) + 4 * (query width) * (layers) * (visible pairs)
+                  + 2 * (hidden size) * (vocabulary) * (distinct reads)
+
+with every token of the requests' prefix tree counted once, nothing repeated or padded. Prints a table and, with --out, writes
+NAME.md and NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import math
+import multiprocessing
+import os
 import platform
 import shlex
 import statistics
@@ -22,6 +36,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +51,49 @@ EIGHT_TASKS = [
 
 def main() -> None:
     args = read_arguments()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
+    sizes = [int(size) for size in args.batch_sizes.split(",")]
+    with Side("lm_eval", args) as lm_eval_side, Side("ours", args) as our_side:
+        rows = []
+        for task in args.tasks.split(","):
+            rows.append(measure_task(lm_eval_side, our_side, task, sizes, args.repeats))
+            print(format_row(rows[-1]), file=sys.stderr, flush=True)
+        report = {"conditions": our_side.ask("conditions"), "rows": rows}
+    text = format_report(report)
+    print(text)
+    if args.out:
+        Path(f"{args.out}.md").write_text(text + "\n")
+        Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+class Side:
+    """A process that holds the model and scores tasks for one of the two sides when asked."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, args, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, *question: Any) -> Any:
+        self._connection.send(question)
+        answer = self._connection.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def __enter__(self) -> Side:
+        self.ask("ready")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def serve(name: str, args: argparse.Namespace, connection: Any) -> None:
+    """The life of a side's process: load the model, then answer one question after another."""
     import torch
     import transformers
 
@@ -42,22 +101,33 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    if name == "ours" and device.type == "cpu":
+        from ddp_eval.engines.hf import keep_freed_memory
+
+        keep_freed_memory()  # as the command does
     model = load_model(args, device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    sizes = [int(size) for size in args.batch_sizes.split(",")]
-
-    rows = []
-    for task in args.tasks.split(","):
-        task, _, limit = task.partition(":")
-        args.limit = float(limit) if limit else None
-        rows.append(measure_task(model, tokenizer, task, sizes, args))
-        print(format_row(rows[-1]), file=sys.stderr, flush=True)
-    report = {"conditions": describe_conditions(args, model, device), "rows": rows}
-    text = format_report(report)
-    print(text)
-    if args.out:
-        Path(f"{args.out}.md").write_text(text + "\n")
-        Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+    while True:
+        try:
+            question, *rest = connection.recv()
+        except EOFError:
+            return
+        try:
+            if question == "conditions":
+                answer: Any = describe_conditions(args, model, device)
+            elif question == "score":
+                run = run_ours if name == "ours" else run_lm_eval
+                with contextlib.redirect_stdout(io.StringIO()):
+                    answer = run(model, tokenizer, *rest, args)
+            else:
+                answer = None
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            answer = (math.inf, None)
+        except BaseException as error:
+            traceback.print_exc()
+            answer = RuntimeError(f"{name}: {error}")
+        connection.send(answer)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -70,7 +140,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="dtype of the weights for both sides (default float32)")
     parser.add_argument("--tasks", default=",".join(EIGHT_TASKS), help="comma-separated TASK or TASK:DOCUMENTS, a row each")
     parser.add_argument("--include_path", help="directory of the tasks' files")
-    parser.add_argument("--batch_sizes", default="1,16", help="lm_eval's batch sizes to try (default 1,16)")
+    parser.add_argument("--batch_sizes", default="1,8,16,32,64", help="lm_eval's batch sizes to try (default 1,8,16,32,64)")
+    parser.add_argument("--no_packing", action="store_true", help="time the padded rows instead of the packs")
     parser.add_argument(
         "--softmax_dtype", help="lm_eval's softmax_dtype: float64 shows how far its own sums are off (default: its own)"
     )
@@ -94,49 +165,49 @@ def load_model(args: argparse.Namespace, device: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def measure_task(model: Any, tokenizer: Any, task: str, sizes: list[int], args: argparse.Namespace) -> dict[str, Any]:
+def measure_task(lm_eval_side: Side, our_side: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
     """Medians of alternating runs, and how far apart the two sides' answers are."""
-    import torch
-
+    task, _, limit_text = task.partition(":")
+    limit = float(limit_text) if limit_text else None
     times: dict[str, list[float]] = {str(size): [] for size in sizes}
-    times["ours"] = []
-    phases: dict[str, list[float]] = {}
-    answers: dict[str, Any] = {}
-    for repeat in range(args.repeats):
-        for size in sizes:
-            best = min((statistics.median(seen) for name, seen in times.items() if seen and name != "ours"), default=math.inf)
-            mine = times[str(size)]
-            if repeat and mine and statistics.median(mine) > 1.3 * best:
-                continue  # clearly not lm_eval's best batch size for this task
-            try:
-                elapsed_s, answers["lm_eval"] = run_lm_eval(model, tokenizer, task, size, args)
-            except torch.OutOfMemoryError:
-                elapsed_s = math.inf
-                torch.cuda.empty_cache()
-            mine.append(elapsed_s)
-        elapsed_s, answers["ours"] = run_ours(model, tokenizer, task, args)
-        times["ours"].append(elapsed_s)
-        for name, seconds in answers["ours"]["ddp_eval"]["phases_s"].items():
-            phases.setdefault(name, []).append(seconds)
+    ours: list[dict[str, Any]] = []
+    theirs: Any = None
+    for _ in range(repeats):
+        best = min((statistics.median(seen) for seen in times.values() if seen), default=math.inf)
+        for name, seen in times.items():
+            if seen and statistics.median(seen) > 1.3 * best:
+                continue
+            elapsed_s, answers = lm_eval_side.ask("score", task, limit, int(name))
+            seen.append(elapsed_s)
+            theirs = answers or theirs
+        elapsed_s, answers = our_side.ask("score", task, limit, None)
+        ours.append({**answers, "elapsed_s": elapsed_s})
+
+    def median(get: Any) -> float:
+        return statistics.median(get(run) for run in ours)
+
     medians = {name: statistics.median(seen) for name, seen in times.items()}
-    best_size = min((name for name in medians if name != "ours"), key=medians.__getitem__)
+    best_size = min(medians, key=medians.__getitem__)
     return {
         "task": task,
-        **{
-            key: answers["ours"]["ddp_eval"][key]
-            for key in ("requests", "request_tokens", "computed_tokens", "packs", "layout_of_requests")
-        },
-        "phases_s": {name: statistics.median(seen) for name, seen in phases.items()},
-        "ours_s": medians["ours"],
+        "limit": limit,
+        **{key: ours[0][key] for key in ("requests", "request_tokens", "computed_tokens", "packs", "layout_of_requests")},
+        **ours[0]["useful"],
+        "phases_s": {name: median(lambda run, name=name: run["phases_s"][name]) for name in ours[0]["phases_s"]},
+        "peak_flops": median(lambda run: run["peak_flops"]),
+        "share_of_peak": median(lambda run: run["useful"]["flops"] / run["phases_s"]["forward"] / run["peak_flops"]),
+        "ours_s": median(lambda run: run["elapsed_s"]),
         "lm_eval_s": medians[best_size],
         "lm_eval_batch_size": int(best_size),
-        "ratio": medians[best_size] / medians["ours"],
-        "all_times_s": times,
-        **compare(answers["lm_eval"], answers["ours"]),
+        "ratio": medians[best_size] / median(lambda run: run["elapsed_s"]),
+        "all_times_s": {**times, "ours": [run["elapsed_s"] for run in ours]},
+        **compare(theirs, ours[-1]),
     }
 
 
-def run_lm_eval(model: Any, tokenizer: Any, task: str, batch_size: int, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
+def run_lm_eval(
+    model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: int, args: argparse.Namespace
+) -> tuple[float, dict[str, Any]]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -145,37 +216,91 @@ def run_lm_eval(model: Any, tokenizer: Any, task: str, batch_size: int, args: ar
     spent = time_scoring(lm)
     manager = TaskManager(include_path=args.include_path, include_defaults=not args.include_path)
     results = lm_eval.simple_evaluate(
-        model=lm, tasks=[task], limit=args.limit, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity=None
+        model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity=None
     )
-    return sum(spent), results
+    return sum(spent), answers_of(results)
 
 
-def run_ours(model: Any, tokenizer: Any, task: str, args: argparse.Namespace) -> tuple[float, dict[str, Any]]:
-    from ddp_eval import harness
-    from ddp_eval.runner import evaluate
+def run_ours(
+    model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: None, args: argparse.Namespace
+) -> tuple[float, dict[str, Any]]:
+    import ddp_eval
+    from ddp_eval import harness, runner
 
     spent: list[float] = []
-    original = harness._LeaderLM.__init__
+    planned: list[Any] = []
+    start_lm, load_index, make_plan = harness._LeaderLM.__init__, harness.TaskManager, runner.make_plan
 
-    def timed_init(self: Any, *rest: Any) -> None:
-        original(self, *rest)
-        spent.append(0.0)
+    def start_timed(self: Any, *rest: Any) -> None:
+        start_lm(self, *rest)
         time_scoring(self, spent)
 
-    harness._LeaderLM.__init__ = timed_init
-    # Reading the index of lm_eval's own 14,000 task files takes seconds in each of many runs.
-    load_index = harness.TaskManager
-    harness.TaskManager = lambda **rest: load_index(**{**rest, "include_defaults": not args.include_path})
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            results = evaluate(
-                model, tokenizer, [task], limit=args.limit, include_path=args.include_path, bootstrap_iters=0,
-                log_samples=True, output_path=scratch,
-            )  # fmt: skip
-    finally:
-        harness._LeaderLM.__init__ = original
-        harness.TaskManager = load_index
-    return sum(spent), results
+    def plan_and_note(engine: Any, requests: Any, *rest: Any) -> Any:
+        planned[:] = [engine, requests]
+        return make_plan(engine, requests, *rest)
+
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        unittest.mock.patch.object(harness._LeaderLM, "__init__", start_timed),
+        # Reading the index of lm_eval's own 14,000 task files takes seconds in each of many runs.
+        unittest.mock.patch.object(
+            harness, "TaskManager", lambda **rest: load_index(**{**rest, "include_defaults": not args.include_path})
+        ),
+        unittest.mock.patch.object(runner, "make_plan", plan_and_note),
+    ):
+        peak_flops = measure_peak(model)
+        results = ddp_eval.evaluate(
+            model, tokenizer, [task], limit=limit, include_path=args.include_path, bootstrap_iters=0,
+            log_samples=True, output_path=scratch, packing=not args.no_packing,
+        )  # fmt: skip
+        peak_flops = statistics.mean([peak_flops, measure_peak(model)])
+    return sum(spent), {
+        **answers_of(results),
+        **results["ddp_eval"],
+        "peak_flops": peak_flops,
+        "useful": count_useful(*planned),
+    }
+
+
+def answers_of(results: dict[str, Any]) -> dict[str, Any]:
+    """What the two sides are compared by."""
+    return {
+        "metrics": results["results"],
+        "answers": {task: [sample["filtered_resps"] for sample in rows] for task, rows in results["samples"].items()},
+    }
+
+
+def measure_peak(model: Any) -> float:
+    """Operations per second of a large matrix product on the model's device, in its dtype."""
+    import torch
+
+    size = 8192 if model.device.type == "cuda" else 2048
+    left, right = torch.rand((2, size, size), dtype=model.dtype, device=model.device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(5):
+            started = time.perf_counter()
+            left @ right
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times)
+
+
+def count_useful(engine: Any, requests: Any) -> dict[str, float]:
+    """Distinct tokens, visible pairs and reads of all requests as one prefix tree, and the operations they need."""
+    from ddp_eval.packing import CostModel, build_pack, plan_packs
+
+    plan, _ = plan_packs(requests, CostModel(forward=1e30, dense=False), max_tokens=2**60)
+    tree = build_pack(plan, 0)
+    cost = engine.cost_model()
+    tokens, pairs, reads = len(tree), float((tree.depth + 1.0).sum()), len(tree.reads)
+    return {
+        "distinct_tokens": tokens,
+        "visible_pairs": pairs,
+        "distinct_reads": reads,
+        "flops": cost.token * tokens + cost.pair / cost.slowdown * pairs + cost.read * reads,
+    }
 
 
 def time_scoring(lm: Any, spent: list[float] | None = None) -> list[float]:
@@ -197,15 +322,15 @@ def time_scoring(lm: Any, spent: list[float] | None = None) -> list[float]:
 def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Largest difference of a log-probability, answers whose greedy flag differs, and largest relative difference of a metric."""
     largest, flags = 0.0, 0
-    for task, samples in theirs["samples"].items():
-        for left, right in zip(samples, ours["samples"][task], strict=True):
-            for a, b in zip(left["filtered_resps"], right["filtered_resps"], strict=True):
+    for task, samples in theirs["answers"].items():
+        for left, right in zip(samples, ours["answers"][task], strict=True):
+            for a, b in zip(left, right, strict=True):
                 a, b = (a, b) if isinstance(a, (tuple, list)) else ((a, None), (b, None))
                 largest = max(largest, abs(a[0] - b[0]))
                 flags += a[1] != b[1]
     metrics = [
-        (value, ours["results"][task][name])
-        for task, values in theirs["results"].items()
+        (value, ours["metrics"][task][name])
+        for task, values in theirs["metrics"].items()
         for name, value in values.items()
         if isinstance(value, (int, float)) and "stderr" not in name
     ]
@@ -249,6 +374,7 @@ COLUMNS: dict[str, Any] = {
     "score s": lambda row: f"{row['phases_s']['score']:.2f}",
     "ours s": lambda row: f"{row['ours_s']:.2f}",
     "lm_eval s (batch)": lambda row: f"{row['lm_eval_s']:.2f} ({row['lm_eval_batch_size']})",
+    "share of peak": lambda row: f"{row['share_of_peak']:.0%}",
     "ratio": lambda row: f"**{row['ratio']:.2f}**",
     "max difference, nats": lambda row: f"{row['max_difference_nats']:.1e}",
     "greedy flags differing": lambda row: str(row["greedy_flags_differing"]),
@@ -263,6 +389,7 @@ def format_row(row: dict[str, Any]) -> str:
 def format_report(report: dict[str, Any]) -> str:
     conditions, rows = report["conditions"], report["rows"]
     mean = math.exp(statistics.fmean(math.log(row["ratio"]) for row in rows))
+    share = sum(row["flops"] for row in rows) / sum(row["phases_s"]["forward"] * row["peak_flops"] for row in rows)
     packages = ", ".join(f"{name} {version}" for name, version in conditions["packages"].items())
     lines = [
         f"{conditions['date']}, commit {conditions['commit']}, on {conditions['device']} with {conditions['threads']} thread(s).",
@@ -274,7 +401,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"|{'---|' * len(COLUMNS)}",
         *map(format_row, rows),
         "",
-        f"Geometric mean of the ratios: **{mean:.2f}**.",
+        f"Geometric mean of the ratios: **{mean:.2f}**. Useful work over the forward phases of all tasks: **{share:.0%}** of the "
+        f"rate of a large matrix product ({statistics.median(row['peak_flops'] for row in rows) / 1e9:,.0f} GFLOP/s).",
     ]
     return "\n".join(lines)
 

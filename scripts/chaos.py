@@ -229,8 +229,10 @@ class Launch:
         deadline = time.monotonic() + limit_s
         while (left := self.ranks()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGUSR2, signal.SIGKILL):  # the first has them say where they are
+            for pid in left:
+                os.kill(pid, number)
+            time.sleep(2 if left else 0)
         return left
 
     def restarted(self) -> int:
@@ -289,6 +291,7 @@ def run_agent(notes: Path, pack_s: float, flags: list[str], ranks: int, restarts
 
 def work(notes: Path, pack_s: float, flags: list[str]) -> None:
     """One rank: `python -m ddp_eval` that notes down its packs and takes `pack_s` longer for each."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     (notes / f"{os.getpid()}.pid").write_text(json.dumps({"restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}))
 
     import lm_eval.evaluator

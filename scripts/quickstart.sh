@@ -14,7 +14,3 @@ for flag in "$@"; do
 done
 
 OMP_NUM_THREADS=1 "$VENV/bin/torchrun" --standalone --nproc_per_node="${NPROC:-2}" -m ddp_eval ${output[@]+"${output[@]}"} "$@"
-
-if [[ ${#output[@]} -gt 0 ]]; then
-    echo "Run directory: ${output[1]}"
-fi

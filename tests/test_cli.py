@@ -136,9 +136,13 @@ def test_pairs_and_json_mix_where_lm_eval_would_drop_or_fail() -> None:
     assert read("--gen_kwargs", "a={'x': 1}, b=2").gen_kwargs == {"a": {"x": 1}, "b": 2}
 
 
+DEMO_MODEL = "no pretrained= is in --model_args: this evaluates the small demo model that ships with ddp_eval"
+DEMO_TASKS = "no --tasks are given: this evaluates the small demo tasks that ship with ddp_eval"
+
+
 def test_nothing_said_is_the_embedded_default() -> None:
     """Catches a bare `torchrun -m ddp_eval` that evaluates nothing, or flags that switch the default off."""
-    assert parse([]) == parse(["run"]) == (Config(model_args={"pretrained": "demo"}, tasks=["demo"]), [])
+    assert parse([]) == parse(["run"]) == (Config(model_args={"pretrained": "demo"}, tasks=["demo"]), [DEMO_MODEL, DEMO_TASKS])
     config, _ = parse(["--limit", "3", "-o", "out", "-a", "dtype=float32"])
     assert (config.limit, config.output_path, config.tasks) == (3.0, "out", ["demo"])
     assert config.model_args == {"dtype": "float32", "pretrained": "demo"}
@@ -205,7 +209,7 @@ def test_what_no_longer_matters_is_accepted_and_said_to_be_ignored() -> None:
     assert notes == [
         "--batch_size is ignored: packs are sized by cost, not by a batch size",
         "--max_batch_size is ignored: packs are sized by cost, not by a batch size",
-        "--verbosity is ignored: lm_eval itself has given it up for the environment variable LMEVAL_LOG_LEVEL",
+        "--verbosity is ignored: set the environment variable LMEVAL_LOG_LEVEL for lm_eval's messages",
         "model_args batch_size is ignored: packs are sized by cost, not by a batch size",
         "model_args max_batch_size is ignored: packs are sized by cost, not by a batch size",
         "model_args logits_cache is ignored: requests with the same prefix always share it",
@@ -268,6 +272,8 @@ REFUSED = {
     "--output_path=": "--output_path must not be empty: leave it out instead",
     "--output_path out.json": "--output_path must be a directory, got out.json: results.json is written into it",
     "--config none.yaml": "--config must be a YAML file that can be read, got none.yaml: No such file or directory",
+    "-a pretrain=gpt2": "model_args pretrain is unknown: did you mean pretrained?",
+    "-a dtpye=float32": "model_args dtpye is unknown: did you mean dtype?",
     "-a pretrained=": "model_args pretrained must be a path or a name, got nothing",
     "-a pretrained=7": "model_args pretrained must be text, got 7 (pretrained='\"123\"' keeps a number as text)",
     "-a trust_remote_code=maybe": "model_args trust_remote_code must be true or false, got maybe",
@@ -313,19 +319,29 @@ def test_bad_flags_get_one_sentence(words: str, sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "sentence"),
+    ("argv", "tasks", "pretrained", "notes"),
     [
-        (
-            ["-t", "arc_easy"],
-            "--model_args pretrained=PATH_OR_NAME is missing (pretrained=demo is the small model that ships with ddp_eval)",
-        ),
-        (MODEL, "--tasks TASK is missing (--tasks demo is the small set that ships with ddp_eval)"),
-        ([*MODEL, "--tasks", ","], "--tasks must name at least one task"),
+        (["-t", "arc_easy"], ["arc_easy"], "demo", [DEMO_MODEL]),
+        (["-t", "arc_easy", "-a", "dtype=float32"], ["arc_easy"], "demo", [DEMO_MODEL]),
+        (MODEL, ["demo"], "m", [DEMO_TASKS]),
+        ([*MODEL, "-t", "arc_easy"], ["arc_easy"], "m", []),
     ],
 )
-def test_half_a_question_is_refused(argv: list[str], sentence: str) -> None:
-    """Catches somebody's tasks run on the demo model, or somebody's model on the demo tasks."""
-    assert refusal(argv) == sentence
+def test_half_a_question_is_completed_and_said_to_be(argv: list[str], tasks: Any, pretrained: str, notes: list[str]) -> None:
+    """Catches a default that the help promises and that is refused, and one that is taken without a word."""
+    config, said = parse(argv)
+    assert (config.tasks, config.model_args["pretrained"], said) == (tasks, pretrained, notes)
+
+
+def test_a_list_of_no_tasks_is_refused() -> None:
+    """Catches commas alone taken for the default."""
+    assert refusal([*MODEL, "--tasks", ","]) == "--tasks must name at least one task"
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "rope_theta", "code_revision", "use_cache", "max_position_embeddings"])
+def test_what_the_loader_may_know_is_left_to_it(key: str) -> None:
+    """Catches an argument of transformers' taken for a misspelt one of ours."""
+    assert read("-a", f"{key}=1").model_args[key] == 1
 
 
 def test_samples_file_that_is_no_json(tmp_path: Path) -> None:

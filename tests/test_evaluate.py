@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -469,7 +471,9 @@ def test_pack_size_changes_nothing(
 
 def test_documents_that_do_not_exist(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     """Catches lm_eval's assertion that comes through as a traceback."""
-    with pytest.raises(UserError, match="--samples"):
+    with pytest.raises(
+        UserError, match="--samples asks for document 10000 of the task demo_lambada, whose documents are 0 to 99"
+    ):
         evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], samples={"demo_lambada": [10_000]})
 
 
@@ -484,6 +488,107 @@ def test_tokenizer_without_bos_or_eos(tiny_model: Callable[..., Any]) -> None:
     tokenizer = tiny_models.make_tokenizer(bos_token=None, eos_token=None)
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
         evaluate(tiny_model("llama"), tokenizer, ["demo_lambada"], limit=1)
+
+
+def test_unknown_options_are_refused(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches a TypeError out of a dataclass where a caller has misspelt an option."""
+    with pytest.raises(UserError, match=r"^unknown option num_fewshots: did you mean num_fewshot\?$"):
+        evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], num_fewshots=1)
+    with pytest.raises(UserError, match=r"^unknown option colour: there are model, model_args, tasks, "):
+        evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], colour=1)
+
+
+def test_samples_without_a_directory(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches a caller who must write files to see the samples, which are in the result."""
+    results = evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], limit=2, log_samples=True, bootstrap_iters=0)
+    assert results and [sample["doc_id"] for sample in results["samples"]["demo_lambada"]] == [0, 1]
+
+
+def test_a_caller_hears_only_what_matters(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture, capfd: Any
+) -> None:
+    """Catches bars and lm_eval's chatter in a training log, and settings that are dropped without a word."""
+    options: dict[str, Any] = {"num_fewshot": 2, "gen_kwargs": {"top_p": 0.9}, "limit": 1}
+    run(tiny_model("llama"), tiny_tokenizer, ["demo_lambada", "demo_hellaswag", "demo_boolean_expressions"], **options)
+    assert caplog.messages == [
+        "--num_fewshot is ignored for tasks that are fixed at 0 examples: demo_lambada, demo_boolean_expressions",
+        "--gen_kwargs is ignored: no task generates text",
+    ]
+    assert "it/s" not in capfd.readouterr().err
+    caplog.clear()
+    run(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], num_fewshot=0, limit=1)
+    assert caplog.messages == []
+
+
+def test_a_pattern_that_matches_a_group_and_its_members(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """Catches a pattern refused because the group's members match it too."""
+    results = run(tiny_model("llama"), tiny_tokenizer, ["demo_mmlu*"], limit=1)
+    assert sorted(results["samples"]) == ["demo_mmlu_abstract_algebra", "demo_mmlu_global_facts", "demo_mmlu_philosophy"]
+    assert list(results["groups"]) == ["demo_mmlu"]
+
+
+def test_a_chat_template_by_name(run: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
+    """Catches the default template applied and the named one recorded, as in lm_eval."""
+    tokenizer = tiny_models.make_tokenizer(chat_template={"default": CHAT_TEMPLATE, "short": "{{ messages[0]['content'] }} So:"})
+    results = run(tiny_model("llama"), tokenizer, ["demo_lambada"], limit=1, apply_chat_template="short")
+    prompt = results["samples"]["demo_lambada"][0]["arguments"][0][0]
+    assert prompt.endswith(" So:") and "<|" not in prompt
+    assert results["chat_template"] == "{{ messages[0]['content'] }} So:"
+
+
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}" + CHAT_TEMPLATE
+
+
+def test_a_chat_template_that_refuses_system_turns(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a warning for every prompt, and prompts that differ from those without the system turn."""
+    tokenizer = tiny_models.make_tokenizer(chat_template=REFUSING)
+    options: dict[str, Any] = {"limit": 3, "apply_chat_template": True}
+    plain = run(tiny_model("llama"), tokenizer, ["demo_lambada"], **options)
+    ours = run(tiny_model("llama"), tokenizer, ["demo_lambada"], system_instruction="Be brief.", **options)
+    assert caplog.messages == [
+        "the chat template refuses prompts with a system turn (no system turn, please): they go without it"
+    ]
+    assert ours["ddp_eval"]["prompts_sha256"] == plain["ddp_eval"]["prompts_sha256"]
+
+
+def test_a_chat_template_that_refuses_every_prompt(run: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
+    """Catches a Jinja error passed off as a fault of the task's documents."""
+    tokenizer = tiny_models.make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match=r"^the tokenizer's chat template refuses a prompt: roles must alternate$"):
+        run(tiny_model("llama"), tokenizer, ["demo_lambada"], limit=1, apply_chat_template=True)
+
+
+def test_manifest_tells_models_apart(
+    run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Catches a manifest that does not say which model was passed in: one weight changed is another model."""
+
+    def model_of(model: Any) -> Any:
+        run(model, tiny_tokenizer, ["demo_lambada"], limit=1)
+        return json.loads((tmp_path / "out" / "manifest.json").read_text())["model"]
+
+    model = tiny_models.make_model("llama")
+    first, again = model_of(model), model_of(tiny_model("llama"))
+    assert first == again
+    assert (first["class"], first["dtype"]) == ("LlamaForCausalLM", "torch.float32")
+    assert first["parameters"] == sum(weight.numel() for weight in model.parameters())
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    changed = model_of(model)
+    assert changed.pop("weights_sha256") != first.pop("weights_sha256") and changed == first
+    half = model_of(tiny_models.make_model("llama").bfloat16())
+    assert half["dtype"] == "torch.bfloat16" and len(half["weights_sha256"]) == 64
+
+
+def test_the_demo_is_at_hand() -> None:
+    """Catches `ddp_eval.demo` missing until somebody else has imported it."""
+    code = "import sys, ddp_eval; print(ddp_eval.demo.MODEL_PATH); assert 'torch' not in sys.modules"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert Path(finished.stdout.strip()).is_dir()
 
 
 def test_numbers_that_are_none_are_reported(demo_parts, run, caplog):

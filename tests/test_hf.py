@@ -174,14 +174,14 @@ def test_check_catches_a_mask_of_the_wrong_type(tiny_model_path: Callable[[str],
 def test_check_catches_a_model_that_ignores_an_argument(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a check that never branches: a model that counts positions by index is right in every chain."""
     model = tiny_models.make_model("llama")
-    forward = model.forward
+    forward = model.model.forward
 
-    def deaf(input_ids=None, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+    def deaf(input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         heard = {"attention_mask": attention_mask, "position_ids": position_ids, name: None}
-        return forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **heard, **kwargs)
+        return forward(input_ids=input_ids, **heard, **kwargs)
 
     requests, _ = grow_tree(model, seed=5)
-    monkeypatch.setattr(model, "forward", deaf)
+    monkeypatch.setattr(model.model, "forward", deaf)
     engine = hf.HFEngine(model, CPU)
     assert engine.why_not_packs is None
     assert "differ by" in (check_packs(engine, to_requests(requests)) or "")

@@ -53,6 +53,15 @@ def test_what_is_written_comes_back_to_the_bit(tmp_path):
     assert (found.origins, found.notes) == (["another", "one machine"], [])
 
 
+def test_packs_in_pieces(tmp_path):
+    """Catches a resumed run that does not say which packs were cut for lack of memory."""
+    own = Journal(tmp_path / "a.journal", KEY, "cpu")
+    own.append(3, np.array(SUMS[3]), np.array(GREEDY[3]), pieces=2)
+    add(own, 1)
+    own.close()
+    assert read_journals(tmp_path, KEY, ITEM_STARTS).halved.tolist() == [[3, 2]]
+
+
 def test_no_file_before_the_first_pack(tmp_path):
     """Catches a file per rank and attempt, thousands in the end, of ranks that had nothing to do."""
     own = Journal(tmp_path / "a.journal", KEY, "cpu")
@@ -108,7 +117,7 @@ def test_a_dropped_tail_is_told(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     (tmp_path / "b.journal").write_bytes(b"ddp_eval jour")
     notes = read_journals(tmp_path, KEY, ITEM_STARTS).notes
-    record_bytes = 8 + 4 + 9 + 16
+    record_bytes = 8 + 4 + 4 + 9 + 16
     assert notes == [
         f"the last {record_bytes - 3} bytes of the journal a.journal are torn or corrupt and dropped; "
         "1 packs before them are kept",

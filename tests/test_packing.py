@@ -17,6 +17,7 @@ from ddp_eval.packing import (
     Requests,
     build_pack,
     concatenate,
+    halve,
     plan_packs,
     plan_rows,
     requests_from_lists,
@@ -334,3 +335,23 @@ def test_prefixes_longer_than_a_comparison_block() -> None:
         plan, item_of_request = plan_packs(to_requests(requests), ONE_PACK, NO_LIMIT)
         packs = check_plan(plan, item_of_request, requests)
         assert len(packs) == 1 and len(packs[0]) == shared + 3
+
+
+@given(request_sets(min_size=1), st.booleans())
+def test_halves_hold_what_their_items_need(requests: list[Request], rows: bool) -> None:
+    """Catches items lost or asked twice in the cut, ancestors that a half lacks, and tokens that nobody needs."""
+    plan, item_of_request = (
+        plan_rows(to_requests(requests), NO_LIMIT) if rows else plan_packs(to_requests(requests), ONE_PACK, NO_LIMIT)
+    )
+    (pack,) = check_plan(plan, item_of_request, requests)
+    request_of_item = dict(zip(item_of_request.tolist(), requests, strict=True))
+    if len(pack.items) == 1:
+        with pytest.raises(ValueError, match="one item"):
+            halve(pack)
+        return
+    left, right = halve(pack)
+    assert [*left.items, *right.items] == list(pack.items)
+    assert len(left) <= len(pack) and len(right) <= len(pack)
+    for half in (left, right):
+        check_pack(half, [request_of_item[item] for item in half.items])
+        assert half.rows == rows

@@ -6,17 +6,23 @@ Letters: L pack length, B rows, R reads, V vocabulary, A answers (scored tokens)
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import inspect
+import itertools
 import os
+import re
+import unittest.mock
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval import attention, blocks
-from ddp_eval.errors import UserError
+from ddp_eval import attention, blocks, hub
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
 # model_args that this engine reads itself; the rest goes to `from_pretrained`.
@@ -37,6 +43,7 @@ _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
 
 # flex_attention works on tiles of this many tokens; equal lengths also spare its compiler.
 FLEX_STEP = 128
+LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
 
 
 @dataclasses.dataclass
@@ -128,13 +135,37 @@ class HFEngine:
             "attention": self.tree_attention,
         }
 
-    def max_reads(self) -> int:
-        """How many reads keep one forward's logits within 1 GiB of float32."""
-        return max(1, 2**30 // (4 * self.vocab_size))
+    def max_reads(self) -> int | None:
+        """How many reads keep one forward's logits within 1 GiB of float32; None where they are never all there at once."""
+        return None if self.splits_head else max(1, 2**30 // (4 * self.vocab_size))
 
     def max_tokens(self) -> int:
-        """The largest pack worth planning; a longer request still gets a pack of its own."""
-        return 8192 if self.device.type == "cuda" else 4096
+        """The largest pack worth planning; a longer request still gets a pack of its own. Dense masks on the CPU pay L²."""
+        return 8192 if self.device.type == "cuda" or self.tree_attention == blocks.NAME else 4096
+
+    @functools.cached_property
+    def splits_head(self) -> bool:
+        """Whether the body can run alone and the head (and what follows it, such as a cap) on rows of its output.
+
+        The model itself is asked, on a few tokens: it must come to the same logits as in one piece.
+        """
+        body = self.model.base_model
+        if body is self.model or self.model.get_output_embeddings() is None:
+            return False
+        tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
+        try:
+            with self._inference():
+                self._attend_with(self.plain_attention)
+                whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
+                hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[0]
+                parts = self._head(hidden).float()
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            return False
+        if parts.shape != whole.shape:
+            return False
+        # Broken weights give NaN on both sides; they are reported where they end up.
+        largest = float(whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+        return torch.allclose(parts, whole, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
 
     def cost_model(self) -> CostModel:
         """Floating-point operations of a forward, from the model's shape alone."""
@@ -144,23 +175,30 @@ class HFEngine:
         head_dim = int(getattr(self.config, "head_dim", None) or hidden // heads)
         # A forward's fixed cost (launches, Python) in the operations that the device could have done meanwhile.
         fixed_per_layer = 3e10 if self.device.type == "cuda" else 1.5e7
-        # Masked attention reaches a fraction of a matrix product's speed.
-        slowdown = 2.0
+        few_seconds = 1.2e15 if self.device.type == "cuda" else 3e11
         return CostModel(
+            enough=few_seconds,
             forward=fixed_per_layer * layers,
             token=2.0 * _active_parameters(self.model, self.config),
-            pair=slowdown * 4.0 * heads * head_dim * layers,
+            pair=4.0 * heads * head_dim * layers,
             read=2.0 * hidden * self.vocab_size,
+            slowdown=2.0,
             dense=self.tree_attention in ("sdpa", "eager"),
         )
 
     def launch(self, pack: Pack) -> Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
+        splits_head = self.splits_head
+        with self._inference():
+            values = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
+            return self._read_off(values, splits_head, pack)
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
         # A caller's autocast would change the numbers from run to run of a training loop's settings.
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             self._forget_lengths()
-            logits = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
-            return self._read_off(logits, pack)
+            yield
 
     def collect(self, launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
@@ -172,7 +210,7 @@ class HFEngine:
         return sums, np.equal(misses, 0)
 
     def _forward_tree(self, pack: Pack) -> torch.Tensor:
-        """(R, V) logits of a prefix tree in one line."""
+        """(R, H) hidden states (or (R, V) logits) at the reads of a prefix tree in one line."""
         self._attend_with(self.plain_attention if pack.is_chain else self.tree_attention)
         if self._attention == "flex_attention":
             pack = pad_tail(pack, FLEX_STEP)
@@ -195,7 +233,7 @@ class HFEngine:
         return masks.get("", masks)
 
     def _forward_rows(self, pack: Pack) -> torch.Tensor:
-        """(R, V) logits of plain rows, padded on the right to the longest: causal models never look there."""
+        """The same of plain rows, padded on the right to the longest: causal models never look there."""
         self._attend_with(self.plain_attention)
         starts = np.flatnonzero(pack.depth == 0)
         row_of_token = np.cumsum(pack.depth == 0) - 1
@@ -206,25 +244,76 @@ class HFEngine:
         return output[self._to_device(row_of_token[pack.reads]), self._to_device(column_of_read)]
 
     def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """(B, len(columns), V) logits: of those columns only, where the model can leave out the others."""
+        """(B, len(columns), H) hidden states of those columns; their (…, V) logits of a model whose head cannot run alone."""
+        if self.splits_head:
+            output = self.model.base_model(input_ids=tokens, use_cache=False, **kwargs)
+            hidden: torch.Tensor = output.last_hidden_state[:, columns]
+            return hidden
         if self._keeps_reads:
             logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=columns, use_cache=False, **kwargs).logits
             return logits
         return self.model(input_ids=tokens, use_cache=False, **kwargs).logits[:, columns]
 
-    def _read_off(self, logits: torch.Tensor, pack: Pack) -> Launched:
-        """Log-softmax in float32, block by block: never a second copy of all logits."""
-        normalizers, best = [], []
-        for block in logits.split(max(1, 2**26 // self.vocab_size)):
-            values = block.float()
-            normalizers.append(values.logsumexp(dim=-1))
-            best.append(values.argmax(dim=-1))
-        reads, targets = self._to_device(pack.answer_reads), self._to_device(pack.answer_targets)
-        logprobs = logits[reads, targets].float() - torch.cat(normalizers)[reads]
-        return Launched(pack, logprobs, torch.cat(best)[reads] == targets)
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, H) hidden states -> (n, V) logits, by the model's own forward with its body left out."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        body = self.model.base_model
+        stand_in = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        nothing = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
+        with unittest.mock.patch.object(body, "forward", lambda *args, **kwargs: stand_in):
+            logits: torch.Tensor = self.model(input_ids=nothing, use_cache=False).logits[0]
+        return logits
+
+    def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> Launched:
+        """Log-probabilities in float32, block by block of reads: never all logits at once, nor a second copy of them.
+
+        values: (R, H) hidden states, or (R, V) logits with `hidden` false.
+        """
+        head_rows = max(64, min(512, LOGITS_AT_ONCE // self.vocab_size))
+        order = np.argsort(pack.answer_reads, kind="stable")
+        reads, targets = pack.answer_reads[order], pack.answer_targets[order]
+        edges = np.searchsorted(reads, np.arange(0, len(values) + head_rows, head_rows))
+        logprobs, hits = [], []
+        for first, (start, stop) in zip(range(0, len(values), head_rows), itertools.pairwise(edges.tolist()), strict=True):
+            rows = values[first : first + head_rows]
+            logits = self._head(rows) if hidden else rows
+            wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
+            logprobs.append(_log_softmax_at(logits, *wanted))
+            hits.append(_is_argmax(logits, *wanted))
+        back = self._to_device(np.argsort(order, kind="stable"))
+        return Launched(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
+
+
+def _log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """log_softmax(logits)[rows, columns] in float32. rows: ascending."""
+    if logits.device.type != "cpu":
+        return logits.log_softmax(dim=-1, dtype=torch.float32)[rows, columns]
+    # A few rows at a time stay in the processor's cache.
+    step = max(1, 2**20 // logits.shape[1])
+    edges = torch.searchsorted(rows, torch.arange(0, len(logits) + step, step)).tolist()
+    blocks_of_rows = zip(range(0, len(logits), step), logits.split(step), itertools.pairwise(edges), strict=True)
+    return torch.cat(
+        [
+            block.float().log_softmax(dim=-1)[rows[start:stop] - first, columns[start:stop]]
+            for first, block, (start, stop) in blocks_of_rows
+        ]
+    )
+
+
+def _is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Whether each logits[row, column] is what argmax picks in its row: of equals, the first."""
+    if logits.device.type != "cpu":
+        return logits.argmax(dim=-1)[rows] == columns
+    # argmax takes 20 times as long as amax on a CPU: it decides only where there may be several.
+    hits = logits[rows, columns] == logits.amax(dim=-1)[rows]
+    contested = rows[hits].unique()
+    picked = torch.full((len(logits),), -1)
+    picked[contested] = logits[contested].max(dim=-1).indices
+    return hits & (picked[rows] == columns)
 
 
 def _choose_attention(model: Any, plain: str, device: torch.device) -> str:
@@ -260,7 +349,7 @@ def resolve_pretrained(model_args: dict[str, Any]) -> str:
     name = str(model_args["pretrained"])
     if name == "demo":
         return demo.MODEL_PATH
-    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    looks_local = name.startswith(("/", "./", "../", "~")) or name.endswith("/") or name.count("/") > 1
     if looks_local and not os.path.isdir(os.path.expanduser(name)):
         raise UserError(f"the model directory {name} does not exist")
     return os.path.expanduser(name) if name.startswith("~") else name
@@ -272,7 +361,9 @@ def load_config(model_args: dict[str, Any]) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     name = resolve_pretrained(model_args)
-    with _as_user_error(f"cannot load the model {name}"):
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, model_args.get("subfolder") or "", "config.json")):
+        raise UserError(f"the directory {name} holds no model: config.json is missing")
+    with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         overrides = {key: value for key, value in model_args.items() if key not in (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)}
         config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
     if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
@@ -301,13 +392,15 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
     """Load a replica's weights onto `device`. Raises UserError for unusable files, arguments or too little memory."""
     import transformers
 
+    if device.type == "cpu":
+        keep_freed_memory()
     name = resolve_pretrained(model_args)
     # What names a field of the config is in it already.
     own = (*_OWN_ARGS, *_SHARED_ARGS, "dtype")
     extra = {
         key: value for key, value in model_args.items() if key not in own and (key in _LOADER_ARGS or not hasattr(config, key))
     }
-    with _as_user_error(f"cannot load the model {name}"):
+    with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -327,6 +420,17 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
     except torch.OutOfMemoryError:
         raise UserError(f"the model {name} does not fit into the memory of {device}") from None
     return HFEngine(model, device, keep_attention="attn_implementation" in model_args)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors give back instead of returning it to the kernel.
+
+    Otherwise each large tensor of each forward is mapped anew and zeroed page by page: 10% of a run of a small model.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def _shared(model_args: dict[str, Any]) -> dict[str, Any]:
@@ -349,9 +453,11 @@ def _as_user_error(what: str) -> Any:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
-        first = reason.split(". ")[0].removesuffix(".")
-        raise UserError(f"{what}: {first[:300]}") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown:
+            raise UserError(f"{what}: it takes no model_args {unknown[1]}") from error
+        first = one_line(error, 1000).split(". ")[0].removesuffix(".")
+        raise UserError(f"{what}: {one_line(first)}{hub.advice(error)}") from error
 
 
 def _active_parameters(model: Any, config: Any) -> float:

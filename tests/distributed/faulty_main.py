@@ -3,7 +3,8 @@
 load_user_error    its checkpoint cannot be used
 load_crash         a defect while it loads the model
 forward_crash      a defect in its second pack
-forward_no_memory  its second pack does not fit
+forward_no_memory  its second pack does not fit, nor any piece of it
+forward_little_memory  from its second pack on, what has over 300 tokens does not fit, but single requests do
 forward_stuck      it writes its process id to FAULT_FILE and stops in its second pack
 journal_full       the disk has no room for its second pack
 """
@@ -27,8 +28,14 @@ def fail_to_load(*args, **kwargs):
     raise RuntimeError("a defect in the loader")
 
 
-def fail_to_forward():
+def fail_to_forward(pack):
     fault = os.environ["FAULT"]
+    if fault == "none":
+        return
+    if fault == "forward_little_memory":
+        if len(pack) > 300 and len(pack.items) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return
     if fault == "forward_crash":
         raise RuntimeError("a defect in the forward pass")
     if fault == "forward_no_memory":
@@ -52,7 +59,7 @@ def break_forward():
         if packs:
             packs.append(pack)
         if len(packs) > 2:
-            fail_to_forward()
+            fail_to_forward(pack)
         return launch(engine, pack)
 
     runner.distributed.shard, hf.HFEngine.launch = count_from_here, launch_or_fail

@@ -57,7 +57,7 @@ CASES = {
     "bad JSON in samples": ("--samples {{'demo_lambada':[0]}}", "--samples must be a JSON object, with double quotes"),
     "document that is not there": (
         DEMO + '--tasks demo_wikitext --samples {{"demo_wikitext":[999]}}',
-        "--samples should be in the interval [0,k-1]",
+        "--samples asks for document 999 of the task demo_wikitext, whose documents are 0 to ",
     ),
     "bad max_length": ("--model_args pretrained=demo,max_length=long --tasks demo", "max_length in --model_args must be"),
     "bad dtype": (DEMO + "dtype=int8 --tasks demo_lambada --limit 1", "dtype in --model_args must be"),
@@ -67,6 +67,22 @@ CASES = {
     "model that is not there": (
         "--model_args pretrained={place}/gone --tasks demo",
         "the model directory {place}/gone does not exist",
+    ),
+    "model in a directory with a slash": (
+        "--model_args pretrained=gone/ --tasks demo",
+        "the model directory gone/ does not exist",
+    ),
+    "directory without a model": (
+        "--model_args pretrained={place}/run --tasks demo",
+        "the directory {place}/run holds no model: config.json is missing",
+    ),
+    "model that is not in the cache": (
+        "--model_args pretrained=no-such-model --tasks demo_lambada",
+        "; HF_HUB_OFFLINE is set and the cache lacks them: unset it, or fetch them first",
+    ),
+    "unknown model argument": (
+        DEMO.strip() + ",colour=1 --tasks demo_lambada --limit 1",
+        "cannot load the model demo: it takes no model_args colour",
     ),
     "model without a tokenizer": (
         "--model_args pretrained={place}/no_tokenizer --tasks demo",
@@ -83,6 +99,38 @@ CASES = {
     "task that generates": (
         TASKS + "--tasks generates",
         "the task generates is of the type generate_until, which is not supported yet",
+    ),
+    "task that generates, whose documents cannot be had": (
+        TASKS + "--tasks generates_afar",
+        "the task generates_afar is of the type generate_until, which is not supported yet",
+    ),
+    "task file that generates": (
+        TASKS + "--tasks {place}/apart/generates_apart.yaml",
+        "the task generates_apart is of the type generate_until, which is not supported yet",
+    ),
+    "task given twice": (
+        DEMO + "--tasks demo demo_lambada",
+        "the task demo_lambada is asked for twice, as demo and as demo_lambada: give only one of the two",
+    ),
+    "documents of the hub": (
+        TASKS + "--tasks afar",
+        "; HF_HUB_OFFLINE is set and the cache lacks them: unset it, or fetch them first",
+    ),
+    "template of a task that does not work": (
+        TASKS + "--tasks no_field",
+        "a template in the task no_field does not work: 'nosuch' is undefined",
+    ),
+    "chat template of no name": (
+        DEMO + "--tasks demo_lambada --apply_chat_template rag",
+        "there is no chat template rag: the tokenizer has a single one, give --apply_chat_template alone",
+    ),
+    "chat template of another name": (
+        "--model_args pretrained={place}/two_templates --tasks demo_lambada --apply_chat_template nosuch",
+        "--apply_chat_template must name one of the tokenizer's templates: default, rag",
+    ),
+    "no chat template": (
+        "--model_args pretrained={place}/no_template --tasks demo_lambada --apply_chat_template",
+        "--apply_chat_template needs a tokenizer with a chat template, and this one has none",
     ),
     "task of an unknown kind": (TASKS + "--tasks strange", "telepathy"),
     "broken task file": (TASKS + "--tasks {place}/tasks/broken.yaml", "broken.yaml"),
@@ -197,10 +245,22 @@ def place(tmp_path_factory):
     begun = place / "unfinished" / "journal" / "run.json"
     begun.write_text(json.dumps({"flags": {"tasks": ["demo_lambada"], "model_args": {"pretrained": "demo"}, "limit": 4.0}}))
     os.utime(begun, (86400, 86400))
+    shutil.copytree(demo.MODEL_PATH, place / "no_template")
+    (place / "no_template" / "chat_template.jinja").unlink()
+    templates = shutil.copytree(demo.MODEL_PATH, place / "two_templates") / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "rag.jinja").write_text("{{ messages }}")
     (place / "run").mkdir()
     (place / "run" / "manifest.json").write_text("{}")
-    tasks = place / "tasks"
+    tasks, apart = place / "tasks", place / "apart"
     tasks.mkdir()
+    apart.mkdir()
+    afar = TASK.replace("dataset_path: json", "dataset_path: someone/something")
+    (tasks / "afar.yaml").write_text(afar.format(name="afar", kind="loglikelihood", more=""))
+    (tasks / "generates_afar.yaml").write_text(afar.format(name="generates_afar", kind="generate_until", more=""))
+    (apart / "generates_apart.yaml").write_text(afar.format(name="generates_apart", kind="generate_until", more=""))
+    text = TASK.format(name="no_field", kind="loglikelihood", more="custom_dataset: !function utils.load")
+    (tasks / "no_field.yaml").write_text(text.replace("{{question}}", "{{nosuch.field}}"))
     (tasks / "utils.py").write_text(UTILS)
     load = "custom_dataset: !function utils.load"
     for name, kind, more in (

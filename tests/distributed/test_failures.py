@@ -1,10 +1,12 @@
 """Ranks that die, fail or are told to stop: the others end within seconds, and one of them says what happened."""
 
+import json
 import os
 import re
 import signal
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from launch import QUICK, launch, launching, wait_for
 
@@ -102,6 +104,27 @@ def test_pack_that_does_not_fit_one_rank(rank):
     """Catches a rank that stops in the middle while the others wait in the gather until its time-out, half an hour later."""
     finished = launch(2, *RUN, program=FAULTY, FAULT="forward_no_memory", FAULT_RANK=str(rank), timeout_s=60)
     check_sentence(finished, f"ddp_eval: rank {rank} ran out of memory")
+
+
+def test_packs_that_one_rank_runs_in_pieces(tmp_path):
+    """Catches pieces that lose or swap items, a run that ends over a pack too large, and pieces that nobody is told of."""
+    flags = ("--model_args", "pretrained=demo", "--tasks", "demo_hellaswag", "--limit", "20", "--max_pack_tokens", "1500")
+    faults = {"whole": "none", "pieces": "forward_little_memory"}
+    scores, manifests = {}, {}
+    for name, fault in faults.items():
+        out = tmp_path / name
+        finished = launch(2, *flags, "--output_path", out, program=FAULTY, FAULT=fault, FAULT_RANK="1")
+        assert finished.returncode == 0, str(finished)
+        scores[name] = pyarrow.parquet.read_table(out / "scores.parquet").to_pydict()
+        manifests[name] = json.loads((out / "manifest.json").read_text())
+    whole, pieces = (scores[name].pop("loglikelihood") for name in faults)
+    assert pieces == pytest.approx(whole, abs=1e-4)
+    assert scores["whole"] == scores["pieces"]
+    assert manifests["whole"]["packs_halved"] == {}
+    halved = manifests["pieces"]["packs_halved"]
+    assert halved and all(count > 2 for count in halved.values())
+    assert manifests["whole"]["plan_sha256"] == manifests["pieces"]["plan_sha256"]
+    assert f"{len(halved)} packs did not fit the memory" in finished.stderr
 
 
 def check_sentence(finished, text):

@@ -561,5 +561,11 @@ _FLAGS = {
     "timeout": _Flag(
         "execution", _to_number, "most seconds that a rank may take for a pack or another step (default: 1800)", "S"
     ),
+    "load": _Flag(
+        "execution",
+        _to_text,
+        "each rank reads the weights from disk, or rank 0 reads and sends them (default: disk)",
+        "{disk,broadcast}",
+    ),
     "no_packing": _Flag("execution", _to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }

@@ -51,6 +51,7 @@ class Config:
     max_pack_tokens: int | None = None
     preflight: bool = False
     timeout: float = 1800.0  # seconds
+    load: str = "disk"
 
     @property
     def loader_args(self) -> dict[str, Any]:
@@ -65,6 +66,8 @@ class Config:
         if self.model != "hf":
             raise UserError(f"--model must be hf, got {self.model}: other engines are not available yet")
         _check_at_least("--num_fewshot", self.num_fewshot, 0)
+        if self.load not in ("disk", "broadcast"):
+            raise UserError(f"--load must be disk or broadcast, got {self.load}")
         _check_at_least("--max_pack_tokens", self.max_pack_tokens, 1)
         _check_at_least("--bootstrap_iters", self.bootstrap_iters, 0)
         _check_whole("max_length", self.model_args.get("max_length"), 1)

@@ -172,6 +172,21 @@ def receive_message(world: World) -> Any:
     return box[0]
 
 
+def broadcast_object(world: World, value: Any) -> Any:
+    """The leader's `value` on all ranks: any picklable object."""
+    box = [value]
+    with _naming_lost_ranks("receiving the model from rank 0"):
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def broadcast_tensors(world: World, tensors: list[torch.Tensor]) -> None:
+    """Fill every rank's tensors, of equal shapes and types, with the leader's. Over NCCL for those on GPUs."""
+    with _naming_lost_ranks("receiving the model from rank 0"):
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def shard(world: World, count: int) -> list[int]:
     """Which of `count` packs this rank runs, as DistributedSampler deals them; some repeat when they do not divide evenly.
 

@@ -28,7 +28,7 @@ import torch
 from ddp_eval import demo, distributed, results, run_directory, status, watch
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import broadcast, hf
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, run_plan
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, fingerprint_model
@@ -55,7 +55,7 @@ def run(config: Config, world: World) -> dict[str, Any] | None:
         watch.of_run(begin.directory)
         watch.step("loading the model")
         model_config = hf.load_config(config.loader_args)
-        _follow(world, hf.load_engine(config.loader_args, model_config, world.device))
+        _follow(world, _load_engine(config, model_config, world))
         return None
     with Followers(world) as followers:
         return _lead_run(config, world, followers)
@@ -127,7 +127,7 @@ def _load_and_lead(config: Config, directory: RunDirectory | None, world: World,
     digests: Future[dict[str, Any]] = Future()
 
     def load() -> None:
-        _fulfil(engine, lambda: hf.load_engine(config.loader_args, model_config, world.device))
+        _fulfil(engine, lambda: _load_engine(config, model_config, world))
         name = hf.resolve_pretrained(config.model_args)
         _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
@@ -136,6 +136,12 @@ def _load_and_lead(config: Config, directory: RunDirectory | None, world: World,
 
     threading.Thread(target=load, daemon=True).start()
     return _lead(config, directory, followers, model_config, tokenizer, engine.result, digests.result)
+
+
+def _load_engine(config: Config, model_config: Any, world: World) -> hf.HFEngine:
+    if config.load == "broadcast":
+        return broadcast.load_engine(config.loader_args, model_config, world)
+    return hf.load_engine(config.loader_args, model_config, world.device)
 
 
 def _prepare_output(config: Config) -> None:

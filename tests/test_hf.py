@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -329,7 +330,7 @@ def test_unknown_hub_name_is_named() -> None:
 
 def test_directory_without_config(tmp_path: Path) -> None:
     """Catches a traceback for a directory of something else."""
-    with refused(str(tmp_path), "cannot load the model"):
+    with refused(str(tmp_path), "holds no model"):
         hf.load_config({"pretrained": str(tmp_path)})
 
 
@@ -416,3 +417,34 @@ def test_no_weights(model_copy: Path) -> None:
     (model_copy / "model.safetensors").unlink()
     with refused(f"cannot load the model {model_copy}"):
         load(model_copy)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_feed_forward_slices_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches slices put together wrongly, layers that are not sliced at all, and a model that is not given back whole."""
+    model = tiny_models.make_model(kind)
+    hidden = torch.randn((2, 23, model.config.get_text_config().hidden_size), generator=torch.Generator().manual_seed(1))
+    layers = [module for name, module in model.named_modules() if name.endswith(".mlp")]
+    with torch.inference_mode():
+        whole = [layer(hidden) for layer in layers]
+        monkeypatch.setattr(hf.slices, "TOKENS", 5)
+        engine = hf.HFEngine(model, CPU)
+        seen: list[int] = []
+        inner = layers[0].forward.args[0]
+        monkeypatch.setattr(
+            layers[0], "forward", functools.partial(layers[0].forward.func, lambda x: seen.append(x.shape[1]) or inner(x))
+        )
+        for layer, expected in zip(layers, whole, strict=True):
+            assert torch.allclose(layer(hidden), expected, atol=1e-6)
+    assert seen == [5] * 9 + [1]
+    monkeypatch.undo()
+    engine.close()
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_experts_are_not_sliced() -> None:
+    """Catches routed layers cut into slices, which would run each expert several times on few tokens."""
+    model = tiny_models.make_model("qwen3_moe")
+    engine = hf.HFEngine(model, CPU)
+    assert not any("forward" in vars(module) for name, module in model.named_modules() if name.endswith(".mlp"))
+    engine.close()

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval import attention, blocks, hub
+from ddp_eval.engines import slices
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
@@ -77,6 +78,7 @@ class HFEngine:
             for module in model.modules()
             if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
         ]
+        self._whole_layers = slices.install(model) if device.type == "cpu" and model.dtype == torch.float32 else lambda: None
         self.why_not_packs: str | None = None
         self._rules: dict[str, attention.LayerRule] = {}
         self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -93,7 +95,8 @@ class HFEngine:
                 self.why_not_packs = str(error)
 
     def close(self) -> None:
-        """Give the model back with the attention implementation that it came with."""
+        """Give the model back as it came."""
+        self._whole_layers()
         self._attend_with(self.plain_attention)
         self._forget_lengths()
 

@@ -1,0 +1,17 @@
+"""`quick_main` where ranks other than the first find no checkpoint to read."""
+
+import os
+
+from quick_main import main
+
+from ddp_eval.engines import hf
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("this rank reads the checkpoint")
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] != "0":
+        hf.load_engine = refuse
+    main()

@@ -63,13 +63,14 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch) -> No
     import numpy as np
 
     from ddp_eval import distributed, preflight
-    from ddp_eval.runner import run
 
     try:
         watch.step(watch.WAITING)
         checks = preflight.check_if_due(config)
         world = distributed.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
         checks = checks or preflight.check_if_due(config)
+        from ddp_eval.runner import run  # with transformers, which fails on a node with wrong packages: named by now
+
         pids = distributed.all_gather_rows(world, np.array([[os.getpid()]]))[:, 0].tolist()
         store, local_ranks = distributed.common_store(world), distributed.local_ranks(world)
         watching.join_ranks(world.rank, store, pids, local_ranks, config.timeout, distributed.report_once)

@@ -13,11 +13,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ddp_eval import cli, status, watch
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from ddp_eval.distributed import World
+    from ddp_eval.preflight import Passed
 
 LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
 # Subcommands that run on one process: the first word -> the module whose main(argv) returns an exit code.
@@ -86,15 +90,23 @@ def _run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspe
 def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None) -> None:
     import numpy as np
 
-    from ddp_eval import distributed
-    from ddp_eval.runner import run
+    from ddp_eval import distributed, preflight
 
     try:
         watch.step(watch.WAITING)
+        checks = preflight.check_if_due(config)
         world = distributed.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
+        checks = checks or preflight.check_if_due(config)
+        with world.meter.phases("start"):
+            from ddp_eval.runner import run  # with transformers, which fails on a node with wrong packages: named by now
+
         pids = distributed.all_gather_rows(world, np.array([[os.getpid()]]))[:, 0].tolist()
         store, local_ranks = distributed.common_store(world), distributed.local_ranks(world)
         watching.join_ranks(world.rank, store, pids, local_ranks, config.timeout, distributed.report_once)
+        if checks is not None and config.preflight:
+            watching.stop()
+            _report_checks(checks, world)
+            return
         if world.is_leader:
             for note in notes:
                 logging.getLogger("ddp_eval").warning(note)
@@ -120,6 +132,17 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
             print(format_summary(results["ddp_eval"]["telemetry"]))
         if config.output_path:
             print(f"ddp_eval: the run is in {config.output_path}")
+
+
+def _report_checks(checks: Passed, world: World) -> None:
+    """The end of --preflight: a line for each node, printed by rank 0 once the group works too."""
+    from ddp_eval import distributed, preflight
+
+    speed = preflight.check_group(world)
+    distributed.leave_group(world)
+    for line in checks.lines:
+        print(line)
+    print(f"ddp_eval: the node checks passed; {speed}")
 
 
 def _report_and_leave(error: UserError) -> NoReturn:

@@ -594,6 +594,7 @@ _FLAGS = {
         "each rank reads the weights from disk, or rank 0 reads and sends them (default: disk)",
         "{disk,broadcast}",
     ),
+    "preflight": _Flag("execution", _to_switch, "only check the nodes, and say which is bad (several nodes: always checked)"),
     "timeout": _Flag(
         "execution", _to_number, "most seconds that a rank may take for a pack or another step (default: 1800)", "S"
     ),

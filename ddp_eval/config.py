@@ -56,6 +56,7 @@ class Config:
     numerics: str = "fast"
     layout: str = "auto"
     load: str = "disk"
+    preflight: bool = False
     timeout: float = 1800.0  # seconds
 
     @property

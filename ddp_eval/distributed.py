@@ -84,6 +84,43 @@ def launch_rank() -> int:
     return _environment_int("RANK", 0)
 
 
+def launch_local_rank() -> int:
+    """This process's rank on its node as the launcher set it; 0 without a launcher. Needs no process group."""
+    return _environment_int("LOCAL_RANK", 0)
+
+
+def spans_nodes() -> bool:
+    """Whether torchrun started ranks on several nodes. Needs no process group."""
+    return _environment_int("GROUP_WORLD_SIZE", 1) > 1
+
+
+def can_exchange() -> bool:
+    """Whether `exchange` reaches all ranks: one rank, a joined group, or torchrun's store, which it may be told not to share."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return shared or dist.is_initialized() or _environment_int("WORLD_SIZE", 1) == 1
+
+
+def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
+    """Every rank's `text` in rank order, through the group's store, or the launcher's before the group is joined.
+
+    None for a rank that has given none in that time, and for all others where there is no common store.
+    A key may hold the word of an earlier attempt of torchrun's: attempts are not counted alike on all nodes.
+    """
+    rank, world_size = launch_rank(), _environment_int("WORLD_SIZE", 1)
+    texts: list[str | None] = [None] * world_size
+    texts[rank] = text
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _agent_store()
+    if store is None:
+        return texts
+    store.set(f"{name}/{rank}", text)
+    deadline = time.monotonic() + timeout_s
+    for other in range(world_size):
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([f"{name}/{other}"], datetime.timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            texts[other] = store.get(f"{name}/{other}").decode()
+    return texts
+
+
 def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> World:
     """Join the process group that the launcher describes, or none for a plain `python -m ddp_eval`.
 
@@ -102,7 +139,7 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
         )
     if not 0 <= rank < world_size:
         raise UserError(f"RANK must lie between 0 and WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={world_size}")
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     meter = Meter("start", process_age_s())
     if world_size == 1:
         meter.phases.switch("other")
@@ -279,6 +316,21 @@ def _all_gather(world: World, tensor: torch.Tensor, what: str) -> torch.Tensor:
     return torch.stack(everyone)
 
 
+def time_all_reduce(world: World) -> float:
+    """Seconds of the second of two all-reduces on every rank's own device. Raises LostContact, RuntimeError for a wrong sum."""
+    if world.world_size == 1:
+        return 0.0
+    with _naming_lost_ranks("trying an all-reduce"):
+        for _ in range(2):  # the first one sets up NCCL
+            started = time.monotonic()
+            total = torch.ones(1, device=world.device)
+            dist.all_reduce(total)
+            reached = int(total.item())
+    if reached != world.world_size:
+        raise RuntimeError(f"an all-reduce of ones over {world.world_size} ranks came to {reached}")
+    return time.monotonic() - started
+
+
 def common_store(world: World) -> Any:
     """A key-value store that all ranks reach, for threads that must wait for nobody; None with one rank."""
     return dist.distributed_c10d._get_default_store() if world.world_size > 1 else None
@@ -330,15 +382,20 @@ def _error_store() -> Any:
     """The launcher's key-value store, joined group or not; None with one rank, or when it cannot be reached."""
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
+    agent = _agent_store()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"before_group/{attempt}", agent) if agent is not None else None
+
+
+def _agent_store() -> Any:
+    """The store of torchrun's own; None with one rank, without torchrun, or when it cannot be reached."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     with contextlib.suppress(Exception):
         if _environment_int("WORLD_SIZE", 1) > 1:
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            agent = dist.TCPStore(
+            return dist.TCPStore(
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=datetime.timedelta(seconds=5)
             )
-            return dist.PrefixStore(f"before_group/{attempt}", agent)
     return None
 
 
@@ -362,7 +419,8 @@ def _naming_lost_ranks(doing: str) -> Iterator[None]:
         ) from error
 
 
-def _choose_device(asked: str | None, local_rank: int) -> torch.device:
+def choose_device(asked: str | None, local_rank: int) -> torch.device:
+    """The device of a local rank; `asked` as for `join_group`. Raises UserError when there is none."""
     kind, _, number = (asked or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
     if kind not in ("cuda", "cpu"):
         raise UserError(f"--device must be cuda or cpu, got {asked}")

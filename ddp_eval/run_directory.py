@@ -26,7 +26,7 @@ JOURNALS = "journal"
 LOCK = ".ddp_eval.lock"
 _RUN = "run.json"
 
-_NO_MATTER = {"output_path", "overwrite", "fresh", "timeout", "load"}  # to any run
+_NO_MATTER = {"output_path", "overwrite", "fresh", "timeout", "load", "preflight"}  # to any run
 _FOR_METRICS = {"log_samples", "predict_only", "write_out", "bootstrap_iters"}  # to the scores of an unfinished one
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval import demo, packing
+from ddp_eval import demo, packing, preflight
+from ddp_eval.config import Config
 from ddp_eval.engines import hf
 from ddp_eval.planning import check_packs
 
@@ -80,3 +81,13 @@ def test_evaluate_on_the_gpu():
     assert results["results"]["demo_boolean_expressions"]["acc,none"] > 0.8
     assert results["ddp_eval"]["engine"]["attention"] == "flex_attention"
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_node_checks_try_the_gpu():
+    """Catches a GPU that the node checks do not find, or cannot tell from another."""
+    config = Config(model_args={"pretrained": "demo"}, tasks=["demo"], device="cuda")
+    (line,) = preflight.check_nodes(config).lines
+    assert f"rank 0, 1 x {torch.cuda.get_device_name(0)}" in line
+    facts = preflight._look_at_gpu(config)
+    assert facts["memory_bytes"] > 2**30
+    assert facts["uuid"]

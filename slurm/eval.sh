@@ -1,0 +1,207 @@
+#!/usr/bin/env bash
+# Evaluate a model on one node or many under SLURM. Everything behind the script's name goes to ddp_eval:
+#
+#   sbatch --nodes=2 --gpus-per-node=8 --time=4:00:00 slurm/eval.sh \
+#       --model_args pretrained=meta-llama/Llama-3.1-8B,dtype=bfloat16 --tasks mmlu --output_path runs/llama
+#
+# A job that is pre-empted or meets its time limit leaves a clean journal, goes back into the queue and resumes; one that is done
+# never does. slurm/README.md tells more.
+#SBATCH --job-name=ddp_eval
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+
+# EDIT what differs from site to site.
+setup() { # runs on every node before Python: modules, a virtual environment, NCCL's settings
+    :     # module load cuda; source "$HOME/venv/bin/activate"
+}
+SRUN=(srun)       # containers through pyxis: (srun --container-image=image.sqsh --container-mounts="$PWD" --container-workdir="$PWD")
+PYTHON=(python)   # containers without: (apptainer exec --nv image.sif python)
+PROGRAM=(-m ddp_eval)
+INTERFACE=""      # the network interface between the nodes, such as ib0; empty: the one that NCCL and gloo find
+RANKS_PER_NODE="" # empty: one for each GPU of the job; without GPUs --ntasks-per-node of them, or one for each CPU
+RESTARTS=2        # starts again in the same job after a rank or a launcher has died
+REQUEUES=100      # goes back into the queue at most so often
+# EDIT ends here.
+
+set -uo pipefail
+
+say() {
+    echo "$(date '+%F %T') ddp_eval: job $SLURM_JOB_ID: $*"
+}
+
+# The value of --output_path among the flags, in any spelling; the last one counts.
+find_output() {
+    local found=""
+    while (($#)); do
+        case "$1" in
+            --output[-_]path=*) found="${1#*=}" ;;
+            --output[-_]path | -o) found="${2:-}" ;;
+        esac
+        shift
+    done
+    printf '%s' "$found"
+}
+
+is_done() {
+    grep -qs '"state": *"done"' "$output/status.json"
+}
+
+# Whether a rank left over something that the user must mend (exit code 2, which torchrun reports and itself returns as 1).
+is_for_the_user() {
+    grep -qs '^ *exitcode *: 2 ' "$LOGS".*.log
+}
+
+# What a rank last said, its progress left out.
+last_words() {
+    grep -hs '^ddp_eval: ' "$LOGS".*.log | grep -v ' requests, .* tokens/s' | tail -n 1 | sed 's/^ddp_eval: //'
+}
+
+# What SLURM thinks of this start of the job: RUNNING, or how it has ended it. On a node that SLURM lost, another start may run.
+job_state() {
+    local facts
+    facts="$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)"
+    if [[ "$facts" == *" JobState=RUNNING "* && "$facts" != *" Restarts=$restart "* ]]; then
+        echo "RUNNING elsewhere"
+    else
+        sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$facts"
+    fi
+}
+
+address_of() {
+    local address
+    address="$(sed -n "s/^$1=//p" <<<"$ADDRESSES")"
+    echo "${address:-$1}"
+}
+
+# On every node: one torchrun. Arguments: the program's. Variables: ADDRESSES, HEAD, RENDEZVOUS, LOGS, and those above.
+run_node() {
+    # srun, site prologues and shells leave some of these behind; a rank would take them for its own.
+    unset RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE
+    unset MASTER_ADDR MASTER_PORT "${!TORCHELASTIC_@}" "${!PET_@}"
+    exec 2>>"$LOGS.$SLURMD_NODENAME.log"
+    setup || exit
+    if [[ -n "$INTERFACE" ]]; then
+        export NCCL_SOCKET_IFNAME="$INTERFACE" GLOO_SOCKET_IFNAME="$INTERFACE"
+    fi
+    # On CPUs the number of threads decides the last bits.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    local ranks="${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-${TASKS_PER_NODE:-$SLURM_CPUS_ON_NODE}}}"
+    # torchrun would die of USR1 and leave its workers behind.
+    trap '' USR1
+    exec "${PYTHON[@]}" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" --max-restarts=0 \
+        --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="$RENDEZVOUS" --rdzv-conf="is_host=$((SLURM_NODEID == 0))" \
+        --local-addr="$(address_of "$SLURMD_NODENAME")" "${PROGRAM[@]}" "$@"
+}
+
+# One srun over all nodes; its exit code. Signals that come meanwhile are dealt with by the traps.
+run_step() {
+    local code=0 step
+    export RENDEZVOUS="$SLURM_JOB_ID.$restart.$attempt" LOGS="$output/logs/$SLURM_JOB_ID.$restart.$attempt"
+    # What --fresh and --overwrite ask for is done once, at the first start.
+    export SLURM_RESTART_COUNT="$((restart + attempt))"
+    say "start on $SLURM_JOB_NODELIST; words of each node in $LOGS.NODE.log"
+    # --wait: when one node's torchrun has ended, the others, which notice by themselves, are ended after so many seconds.
+    "${SRUN[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
+        --kill-on-bad-exit=0 --wait=60 \
+        bash -c "$(declare -f setup address_of run_node); $(declare -p PYTHON PROGRAM); run_node \"\$@\"" eval.sh "$@" &
+    step=$!
+    while kill -0 "$step" 2>/dev/null; do
+        code=0
+        wait "$step" || code=$?
+    done
+    return "$code"
+}
+
+on_time_limit() {
+    stopping="the time limit is near"
+    say "$stopping: telling the ranks to stop"
+    # To the tasks, not to srun, which would have them killed.
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}
+
+on_stop() {
+    # SLURM has told the tasks itself, and may kill this script before they have ended.
+    stopping="SLURM ends it"
+    say "$stopping; finished packs are kept: it resumes when SLURM starts it again, or by the same command"
+}
+
+# Pre-emption with a grace time tells the tasks alone.
+is_preempted() {
+    scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
+}
+
+requeue_and_leave() {
+    local state
+    state="$(job_state)"
+    if [[ "$state" != RUNNING ]]; then
+        say "$1; SLURM's state for it is $state"
+        exit 75
+    fi
+    if ((restart >= REQUEUES)); then
+        say "$1; not requeued, after $restart times already: the same command resumes"
+        exit 75
+    fi
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        say "$1; requeued, to resume where it stopped"
+        exit 0
+    fi
+    say "$1; SLURM refused to requeue it: the same command resumes"
+    exit 75
+}
+
+output="$(find_output "$@")"
+if [[ -z "$output" ]]; then
+    say "--output_path DIR is missing: a job needs a run directory, on a file system that all nodes share"
+    exit 2
+fi
+mkdir -p "$output/logs" || exit 2
+
+restart="${SLURM_RESTART_COUNT:-0}"
+stopping=""
+if ((restart > 0)); then
+    if is_done; then
+        say "was done before it was requeued: nothing to do"
+        exit 0
+    fi
+    say "restart $restart: resumes"
+    # SLURM says that the earlier start is over. Where it still runs, on a node that SLURM has lost, it ends when its lock is gone.
+    rm -f "$output/.ddp_eval.lock"
+fi
+
+# Addresses as SLURM knows them, "n1=10.0.0.1" on each line: host names need not resolve.
+ADDRESSES="$(scontrol show node -o "$SLURM_JOB_NODELIST" | sed -n 's/.*NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\).*/\1=\2/p')"
+first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export ADDRESSES HEAD
+# A port below those that the kernel gives out by itself.
+HEAD="$(address_of "$first"):$((10000 + SLURM_JOB_ID % 20000))"
+export TASKS_PER_NODE="${SLURM_NTASKS_PER_NODE:-}" INTERFACE RANKS_PER_NODE
+# Set by sbatch for tasks of other shapes than ours; the last, after sbatch --export, would strip PATH.
+unset SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_EXPORT_ENV
+
+trap on_time_limit USR1
+trap on_stop TERM
+
+for ((attempt = 0; ; attempt++)); do
+    run_step "$@"
+    code=$?
+    # srun also returns 0 when it has lost the only node.
+    if ((code == 0)) && { is_done || [[ " $* " == *" --preflight"* ]]; }; then
+        say "done: $output"
+        exit 0
+    elif [[ -n "$stopping" ]]; then
+        requeue_and_leave "stopped: $stopping"
+    elif is_preempted; then
+        requeue_and_leave "stopped: a job of higher priority needs the nodes"
+    elif [[ "$(job_state)" != RUNNING ]]; then
+        say "ended with code $code; SLURM's state for it is $(job_state)"
+        exit 75
+    elif is_for_the_user; then
+        say "failed, not requeued: $(last_words)"
+        exit 1
+    elif ((attempt >= RESTARTS)); then
+        say "failed with code $code, after $attempt restarts: $(last_words); see $LOGS.*.log"
+        exit 1
+    fi
+    say "a rank or a launcher has died (code $code): starts again, restart $((attempt + 1)) of $RESTARTS"
+done

@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Evaluate models x task sets: a job array, one element for each pair, and a last job that compares the models.
+#
+#   slurm/sweep.sh LIST OUTPUT [--at-once=N] [options of sbatch, each in one word: --nodes=1 --gpus-per-node=8 --time=4:00:00]
+#
+# LIST is a text file, flags as in a shell:
+#
+#   model  small  --model_args pretrained=/models/small,dtype=bfloat16
+#   model  large  --model_args pretrained=/models/large,dtype=bfloat16
+#   tasks  mmlu   --tasks mmlu --num_fewshot 5
+#   tasks  quick  --tasks hellaswag,piqa
+#
+# The run of each pair is in OUTPUT/MODEL/TASKS, the comparison of the models in OUTPUT/compare.TASKS.txt. The same command again
+# resumes what is unfinished. The lines marked EDIT are those of eval.sh, which lies beside this file.
+#SBATCH --job-name=ddp_eval_sweep
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+
+die() {
+    echo "sweep.sh: $*" >&2
+    exit 2
+}
+
+# Fill models, tasks (names) and flags[KIND NAME] from the list file.
+declare -a models=() tasks=()
+declare -A flags=()
+read_list() {
+    local kind name rest
+    while read -r kind name rest || [[ -n "$kind" ]]; do
+        [[ -z "$kind" || "$kind" == \#* ]] && continue
+        [[ "$name" =~ ^[A-Za-z0-9._-]+$ ]] || die "$1: the name after $kind must be letters, digits, . _ -, got \"$name\""
+        [[ -z "${flags[$kind $name]+there}" ]] || die "$1: there are two lines $kind $name"
+        case "$kind" in
+            model) models+=("$name") ;;
+            tasks) tasks+=("$name") ;;
+            *) die "$1: a line must begin with model or tasks, got \"$kind\"" ;;
+        esac
+        flags[$kind $name]="$rest"
+    done <"$1"
+    ((${#models[@]} && ${#tasks[@]})) || die "$1 must have a line \"model NAME FLAGS\" and a line \"tasks NAME FLAGS\""
+}
+
+# Split by a shell's quotes, without expanding anything: one word on each line.
+split_words() {
+    xargs -n 1 printf '%s\n' <<<"$1"
+}
+
+# On the login node.
+submit() {
+    local list="$1" output="$2" at_once="" option eval_script copy array report
+    local -a options=() shared=()
+    shift 2
+    for option in "$@"; do
+        case "$option" in
+            --at-once=*) at_once="%${option#*=}" ;;
+            --partition=* | --account=* | --qos=* | --reservation=*) options+=("$option") shared+=("$option") ;;
+            -*) options+=("$option") ;;
+            *) die "an option of sbatch must be one word, --name=value, got $option" ;;
+        esac
+    done
+    [[ -r "$list" ]] || die "cannot read the list $list"
+    read_list "$list"
+    eval_script="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/eval.sh"
+    mkdir -p "$output/logs"
+    output="$(cd "$output" && pwd)"
+    # What is edited later must not change the elements of an array that waits.
+    copy="$output/logs/list-$(cksum <"$list" | cut -d ' ' -f 1)"
+    cp "$list" "$copy"
+    array="$(sbatch --parsable --output="$output/logs/%A_%a.out" "${options[@]}" \
+        --array="0-$((${#models[@]} * ${#tasks[@]} - 1))$at_once" "${BASH_SOURCE[0]}" --element "$copy" "$output" "$eval_script")"
+    array="${array%%;*}"
+    report="$(sbatch --parsable --output="$output/logs/%j.report.out" "${shared[@]}" --nodes=1 --ntasks=1 \
+        --dependency="afterany:$array" "${BASH_SOURCE[0]}" --report "$copy" "$output" "$eval_script")"
+    echo "array $array: ${#models[@]} models x ${#tasks[@]} task sets; report ${report%%;*} follows, in $output"
+}
+
+# In the array: one model on one task set.
+run_element() {
+    local model task
+    local -a words
+    read_list "$1"
+    model="${models[SLURM_ARRAY_TASK_ID / ${#tasks[@]}]}"
+    task="${tasks[SLURM_ARRAY_TASK_ID % ${#tasks[@]}]}"
+    mapfile -t words < <(split_words "${flags[model $model]} ${flags[tasks $task]}")
+    exec bash "$3" "${words[@]}" --output_path "$2/$model/$task"
+}
+
+# In the last job: what is done, and the models side by side on each task set.
+write_report() {
+    local output="$2" task model code=0
+    local -a runs
+    read_list "$1"
+    # shellcheck disable=SC1090
+    source <(sed '/^# EDIT ends here/q' "$3")
+    setup
+    for task in "${tasks[@]}"; do
+        runs=()
+        for model in "${models[@]}"; do
+            if grep -qs '"state": *"done"' "$output/$model/$task/status.json"; then
+                echo "$model $task: done"
+                runs+=("$output/$model/$task")
+            else
+                echo "$model $task: not done, see $output/logs; slurm/sweep.sh with the same list resumes it"
+                code=1
+            fi
+        done
+        if ((${#runs[@]} > 1)); then
+            if "${PYTHON[@]}" "${PROGRAM[@]}" compare "${runs[@]}" >"$output/.compare.$task"; then
+                mv "$output/.compare.$task" "$output/compare.$task.txt"
+                cat "$output/compare.$task.txt"
+            else
+                rm "$output/.compare.$task"
+                code=1
+            fi
+        fi
+    done
+    return "$code"
+}
+
+case "${1:-}" in
+    --element) run_element "${@:2}" ;;
+    --report) write_report "${@:2}" ;;
+    *)
+        (($# >= 2)) || die "give a list file and an output directory: slurm/sweep.sh LIST OUTPUT [options of sbatch]"
+        submit "$@"
+        ;;
+esac

@@ -1,0 +1,106 @@
+"""`slurm/sweep.sh` on a real SLURM: an array over models x task sets, one element killed, then the report."""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from jobs import QUICK, edit
+from launch import ROOT, launch
+
+from ddp_eval import demo, results, status
+
+pytestmark = pytest.mark.slurm
+
+SLOW = QUICK.with_name("slow_main.py")
+FLAGS = "--limit 12 --max_pack_tokens 1 --device cpu"
+LIST = f"""\
+# two models that differ in nothing but their place
+model  one     --model_args 'pretrained=demo'
+model  two     --model_args "pretrained={{place}}/two models"
+tasks  lambada --tasks demo_lambada {FLAGS}
+tasks  logic   --tasks demo_boolean_expressions --num_fewshot 1 {FLAGS}
+"""
+
+
+@pytest.fixture
+def sweep(cluster, tmp_path):
+    """sweep(*options) -> the array's and the report's job numbers. The scripts run slow_main.py."""
+    for name in ("eval.sh", "sweep.sh"):
+        shutil.copy(ROOT / "slurm" / name, tmp_path / name)
+    edit(ROOT / "slurm" / "eval.sh", tmp_path / "eval.sh", PYTHON=sys.executable, PROGRAM=SLOW)
+    (tmp_path / "list.txt").write_text(LIST.format(place=tmp_path))
+    shutil.copytree(demo.MODEL_PATH, tmp_path / "two models")
+    python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1", "SLOW_PACK_S": "1"}
+
+    def submit(*options):
+        command = [tmp_path / "sweep.sh", tmp_path / "list.txt", tmp_path / "out", *options]
+        finished = subprocess.run(command, env={**cluster.environment, **variables}, capture_output=True, text=True, timeout=60)
+        assert finished.returncode == 0, finished.stderr
+        array, report = re.fullmatch(
+            r"array (\d+): 2 models x 2 task sets; report (\d+) follows, in .*\n", finished.stdout
+        ).groups()
+        return array, report
+
+    yield submit
+    cluster.clear()
+
+
+def words(place):
+    return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in sorted(place.rglob("*.out")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_array(cluster, sweep, tmp_path):
+    """Catches pairs that are mixed up, an element that is lost when a process dies, and a report that comes too early."""
+    array, report = sweep("--at-once=2", "--nodes=1", "--ntasks-per-node=2")
+    out = tmp_path / "out"
+    journals = out / "one" / "logic" / "journal"
+    cluster.wait(lambda: sum(path.stat().st_size for path in journals.glob("*.journal")) > 400, "element 1 to be at work", 200)
+    states = cluster.run("squeue", "-h", "-r", "-j", array, "-o", "%K %T").split("\n")
+    assert sum("RUNNING" in state for state in states) <= 2, states
+    element = cluster.run("squeue", "-h", "-r", "-j", f"{array}_1", "-o", "%A")
+    for pid, (command, environment) in cluster.processes(element).items():
+        if environment.get("RANK") == "1" and "slow_main.py" in command:
+            os.kill(pid, signal.SIGKILL)
+    cluster.wait(lambda: cluster.state(report) in ("COMPLETED", "FAILED"), "the report", 600)
+    for model in ("one", "two"):
+        for tasks in ("lambada", "logic"):
+            assert status.read_status(out / model / tasks).get("state") == status.DONE, words(out)
+    assert "starts again, restart 1 of 2" in (out / "logs" / f"{array}_1.out").read_text(), words(out)
+    for tasks in ("lambada", "logic"):
+        assert f"one {tasks}: done" in words(out)
+        if importlib.util.find_spec("ddp_eval.compare"):
+            assert f"{out}/two/{tasks}" in (out / f"compare.{tasks}.txt").read_text(), words(out)
+    plain = launch(
+        1, "--model_args", "pretrained=demo", "--tasks", "demo_boolean_expressions", "--num_fewshot", 1, *FLAGS.split(),
+        "--output_path", tmp_path / "plain", program=(str(QUICK),),
+    )  # fmt: skip
+    assert plain.returncode == 0, str(plain)
+    for model in ("one", "two"):
+        assert (out / model / "logic" / results.SCORES).read_bytes() == (tmp_path / "plain" / results.SCORES).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("model a --x\n", 'must have a line "model NAME FLAGS" and a line "tasks NAME FLAGS"'),
+        ("model a\nmodel a\ntasks t\n", "there are two lines model a"),
+        ("model a/b\ntasks t\n", 'the name after model must be letters, digits, . _ -, got "a/b"'),
+        ("modle a\n", 'a line must begin with model or tasks, got "modle"'),
+    ],
+)
+def test_bad_list(text, why, tmp_path):
+    """Catches an array of the wrong size submitted from a list that says something else. Needs no cluster."""
+    (tmp_path / "list.txt").write_text(text)
+    command = [ROOT / "slurm" / "sweep.sh", tmp_path / "list.txt", tmp_path / "out"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert finished.returncode == 2
+    assert why in finished.stderr, finished.stderr
+    assert not (tmp_path / "out").exists()

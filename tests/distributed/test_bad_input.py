@@ -141,7 +141,7 @@ CASES = {
     ),
     "output path that is a file": ("--output_path {place}/tasks/broken.yaml", "--output_path must be a directory"),
     "output path that cannot be": ("--output_path /proc/results", "--output_path /proc/results cannot be written to"),
-    "output path that holds a run": ("--output_path {place}/run", "already holds a run"),
+    "output path that holds a run": (DEMO + "--tasks demo_lambada --output_path {place}/run", "already holds a run"),
     "unfinished run of other flags": (
         DEMO + "--tasks demo_lambada --limit 3 --output_path {place}/unfinished",
         "already holds an unfinished run of 1970-01-0",

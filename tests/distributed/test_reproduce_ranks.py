@@ -62,9 +62,9 @@ def test_bytes_of_a_run_by_hand(earlier):
     ranks = json.loads((earlier[0] / "run" / results.TELEMETRY).read_text())["ranks"]
     sent = [rank["collectives"]["all_gather (rows)"] for rank in ranks]
     assert len({one["sent_bytes"] for one in sent}) == 1
-    assert all(one["calls"] == 2 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
+    assert all(one["calls"] == 3 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
     most = max(rank["counts"]["requests"] for rank in ranks)
-    assert sent[0]["sent_bytes"] == most * 3 * 8, "item, bits and flag, of the rank with the most; no pack was halved"
+    assert sent[0]["sent_bytes"] == 8 + most * 3 * 8, "process id; item, bits, flag of the rank with the most; no pack was halved"
 
 
 def test_the_summary_is_printed(earlier):

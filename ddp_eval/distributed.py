@@ -254,17 +254,14 @@ def shard(world: World, count: int) -> list[int]:
 class Incoming:
     """A tensor under way from another rank; several come in the order in which they are sent. `wait` returns it."""
 
-    def __init__(self, tensor: torch.Tensor, source: int) -> None:
-        self._tensor, self._source = tensor, source
+    def __init__(self, world: World, tensor: torch.Tensor, source: int) -> None:
+        self._meter, self._tensor, self._source = world.meter, tensor, source
         with _naming_lost_ranks(f"receiving from rank {source}"):
             self._work: Any = dist.irecv(tensor, src=source)
 
-    @property
-    def nbytes(self) -> int:
-        return self._tensor.nbytes
-
     def wait(self) -> torch.Tensor:
-        with _naming_lost_ranks(f"receiving from rank {self._source}"):
+        received = self._meter.collective("receive", 0, self._tensor.nbytes)
+        with _naming_lost_ranks(f"receiving from rank {self._source}"), self._meter.phases("wait"), received:
             self._work.wait()
         return self._tensor
 
@@ -272,9 +269,9 @@ class Incoming:
 class Outgoing:
     """A tensor under way to another rank: it must not be written to before `wait` has returned."""
 
-    def __init__(self, tensor: torch.Tensor, target: int) -> None:
-        self._tensor, self._target = tensor, target
-        with _naming_lost_ranks(f"sending to rank {target}"):
+    def __init__(self, world: World, tensor: torch.Tensor, target: int) -> None:
+        self._meter, self._tensor, self._target = world.meter, tensor, target
+        with _naming_lost_ranks(f"sending to rank {target}"), self._meter.collective("send", tensor.nbytes, 0):
             self._work: Any = dist.isend(tensor, dst=target)
         self._done = torch.cuda.Event() if tensor.is_cuda else None
         if self._done is not None:
@@ -282,7 +279,7 @@ class Outgoing:
 
     def wait(self) -> None:
         """Until the tensor is on its way; on CUDA also until it has been computed, which bounds how far the host runs ahead."""
-        with _naming_lost_ranks(f"sending to rank {self._target}"):
+        with _naming_lost_ranks(f"sending to rank {self._target}"), self._meter.phases("wait"):
             self._work.wait()
         if self._done is not None:
             self._done.synchronize()

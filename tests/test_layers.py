@@ -53,7 +53,7 @@ class Wire:
         wire = self
 
         class Incoming:
-            def __init__(self, tensor, source):
+            def __init__(self, world, tensor, source):
                 self.tensor = tensor
 
             def wait(self):
@@ -62,7 +62,7 @@ class Wire:
                 return hidden
 
         class Outgoing:
-            def __init__(self, tensor, target):
+            def __init__(self, world, tensor, target):
                 wire.sent.append(tensor.clone())
 
             def wait(self):

@@ -69,6 +69,13 @@ def test_the_config_comes_back(run):
         order.inspect({**SAME, "packages": {}, "prompts_by_task": {"t": "y"}})
 
 
+def test_other_ranks_may_need_another_layout(run):
+    """Catches a run in layers over many ranks that a machine of one could not repeat."""
+    directory = run(config={**MANIFEST["config"], "layout": "layers:4"})
+    assert parse([str(directory)]).config.layout == "layers:4"
+    assert parse([str(directory), "--layout", "replicas"]).config.layout == "replicas"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

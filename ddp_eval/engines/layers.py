@@ -218,7 +218,7 @@ class LayersEngine(hf.HFEngine):
         if self.stage.is_first:
             return Expected(pack, None)
         hidden = torch.empty((*self.input_shape(pack), self.config.hidden_size), dtype=self.dtype, device=self.device)
-        return Expected(pack, distributed.Incoming(hidden, self.world.rank - 1))
+        return Expected(pack, distributed.Incoming(self.world, hidden, self.world.rank - 1))
 
     def collect(self, launched: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         self._incoming = launched.incoming
@@ -229,9 +229,7 @@ class LayersEngine(hf.HFEngine):
     def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """On the last stage as of the whole model. On the others the hidden states go on, and one zero each stands for them."""
         if self._incoming is not None:
-            with self.world.meter.phases("wait"), self.world.meter.collective("receive", 0, self._incoming.nbytes):
-                hidden = self._incoming.wait()
-            self._enter(hidden)
+            self._enter(self._incoming.wait())
         try:
             if self.stage.is_last:
                 return super()._call(tokens, columns, **kwargs)
@@ -247,11 +245,9 @@ class LayersEngine(hf.HFEngine):
         return torch.zeros((len(tokens), len(columns), 1), device=self.device)
 
     def _send(self, hidden: torch.Tensor) -> None:
-        with self.world.meter.collective("send", hidden.nbytes, 0):
-            self._sent.append(distributed.Outgoing(hidden.contiguous(), self.world.rank + 1))
-        with self.world.meter.phases("wait"):
-            while len(self._sent) > MOST_IN_FLIGHT:
-                self._sent.popleft().wait()
+        self._sent.append(distributed.Outgoing(self.world, hidden.contiguous(), self.world.rank + 1))
+        while len(self._sent) > MOST_IN_FLIGHT:
+            self._sent.popleft().wait()
 
     def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> hf.Launched:
         if self.stage.is_last:

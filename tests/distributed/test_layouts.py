@@ -12,6 +12,8 @@ from ddp_eval import results
 
 TASKS = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy --limit 4 --max_pack_tokens 512"
 
+WAYS = (("send", "sent"), ("receive", "received"))  # of hidden states
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -62,6 +64,10 @@ def test_layers_give_the_bits_of_one_rank(ranks, layout, kind, run):
     assert manifest["packs"] > 4, "packs that follow one another"
     copies = f"{ranks // int(layout[-1])} cop"
     assert f"ddp_eval: layout {layout}: {copies}" in many[1].stderr, str(many[1])
+    stages = json.loads((many[0] / results.TELEMETRY).read_text())["ranks"][: int(layout[-1])]
+    assert len({stage["counts"]["computed_tokens"] for stage in stages}) == 1, "a stage has its part in every token"
+    sent, received = (sum(one["collectives"].get(way, {}).get(f"{done}_bytes", 0) for one in stages) for way, done in WAYS)
+    assert sent == received > 0
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,13 @@ def compare(one: dict[str, Any], other: dict[str, Any], exact: bool) -> dict[str
         "largest_relative_metric_difference": float(worst),
         "agrees": agrees and not flipped,
         "wall_s": round(other["wall_s"], 1),
-        "forward_s": round(other["phases_s"]["forward"], 2),
+        "forward_s": round(of_packs_s(other["phases_s"]), 2),
     }
+
+
+def of_packs_s(phases_s: dict[str, float]) -> float:
+    """Seconds from the first pack to the last of all ranks, by the leader: it waits for other stages, and for slower ranks."""
+    return phases_s["forward"] + phases_s.get("wait", 0.0)
 
 
 def chosen(scores: Any, sums: Any) -> dict[tuple[str, int], int]:
@@ -187,8 +192,7 @@ def compare_speed(options: argparse.Namespace, scratch: Path) -> list[dict[str, 
         for layout, ranks in (("replicas", 1), ("layers:2", 2)):
             flags = ["--model_args", options.model_args, "--layout", layout]
             outcome = run(options, sys.executable, ranks, flags, scratch / f"{layout}{turn}")
-            phases = outcome["phases_s"]
-            seconds[layout].append(phases["forward"] + phases["gather"])
+            seconds[layout].append(of_packs_s(outcome["phases_s"]) + outcome["phases_s"]["gather"])
             packs = outcome["packs"]
             print(f"{layout}: {seconds[layout][-1]:.2f} s", file=sys.stderr, flush=True)
     one = statistics.median(seconds["replicas"])

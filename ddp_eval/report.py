@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ddp_eval.compare.difference import NEAR_TIE_NATS, answers_of, compare_runs
 from ddp_eval.compare.paired import TRANSFORMS
 from ddp_eval.compare.reading import Run, read_run, read_samples
 from ddp_eval.errors import UserError
+from ddp_eval.subcommand import SubcommandParser
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _PROMPT_CHARACTERS = 6000  # of a longer prompt the end is shown
@@ -234,18 +235,8 @@ def _number(value: Any, form: str = ".4g") -> str:
     return "" if value is None else format(value, form)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"report: {message} (see report --help)")
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m ddp_eval report",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = SubcommandParser("report", _ABOUT)
     parser.add_argument("runs", nargs="+", metavar="DIR", help="run directories; others than the first may be lm_eval's samples")
     parser.add_argument("--output", "-o", metavar="FILE", help="where to write (default: report.html in the first directory)")
     parser.add_argument("--samples", type=int, default=100, metavar="N", help="documents of each task to browse (default: 100)")

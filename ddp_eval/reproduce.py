@@ -12,11 +12,12 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ddp_eval.compare.command import NOT_AS_EXPECTED, add_expect, format_comparison, print_verdict, read_expectation, why_not
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
+from ddp_eval.subcommand import SubcommandParser
 
 KINDS = ("model", "versions", "prompts", "packages")
 _ABOUT = """\
@@ -132,18 +133,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"reproduce: {message} (see reproduce --help)")
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="torchrun -m ddp_eval reproduce",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = SubcommandParser("reproduce", _ABOUT, launcher="torchrun")
     parser.add_argument("run", metavar="RUN_DIR", help="the directory of a complete run")
     parser.add_argument("--output_path", "-o", metavar="DIR", help="where the new run goes (default: RUN_DIR.again)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --output_path already holds")

@@ -6,11 +6,12 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from ddp_eval.compare.difference import NEAR_TIE_NATS, compare_runs
 from ddp_eval.compare.reading import read_run
 from ddp_eval.errors import UserError
+from ddp_eval.subcommand import SubcommandParser
 
 NOT_AS_EXPECTED = 3  # the exit code, beside 2 for what the user must mend and 1 for a defect
 _ABOUT = """\
@@ -169,18 +170,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"compare: {message} (see compare --help)")
-
-
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m ddp_eval compare",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = SubcommandParser("compare", _ABOUT)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the first is A, each other one is compared with it as B")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument(

@@ -51,9 +51,9 @@ class Lock:
                 stale = self._watch(None, DYING_S, functools.partial(_is_dead_here, holder))
             if stale is False:
                 raise Held(f"process {holder.get('pid')} on {holder.get('host')}")
-            if stale:
-                self._remove_stale(holder)
+            if stale and self._take_over(holder):
                 self.taken_over = f"process {holder.get('pid')} on {holder.get('host')}"
+                break
         self._beating.start()
 
     def release(self) -> None:
@@ -62,23 +62,30 @@ class Lock:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
+        return self._place(self.path)
+
+    def _place(self, path: Path) -> bool:
         """A file that appears with its content: written aside, then linked, which fails where there is one already."""
-        aside = self.path.with_name(f"{self.path.name}.{self._me['token']}")
+        aside = self._write_aside()
         try:
-            aside.write_text(json.dumps(self._me))
             try:
-                os.link(aside, self.path)
+                os.link(aside, path)
             except FileExistsError:
                 return False
             except OSError:  # a file system without hard links
                 try:
-                    with open(self.path, "x") as file:
+                    with open(path, "x") as file:
                         file.write(json.dumps(self._me))
                 except FileExistsError:
                     return False
             return True
         finally:
             aside.unlink(missing_ok=True)
+
+    def _write_aside(self) -> Path:
+        aside = self.path.with_name(f"{self.path.name}.{self._me['token']}")
+        aside.write_text(json.dumps(self._me))
+        return aside
 
     def _watch(self, seen: Any, limit_s: float, is_gone: Callable[[], bool]) -> bool | None:
         """True: the holder is gone. False: it lives. None: the file went away, try again. seen: None to trust is_gone alone."""
@@ -95,16 +102,26 @@ class Lock:
                 return seen is not None
             time.sleep(0.2)
 
-    def _remove_stale(self, holder: dict[str, Any]) -> None:
-        """Two who find the same dead holder: only one may remove it, and neither the other's new file."""
-        aside = self.path.with_name(f"{self.path.name}.{self._me['token']}.stale")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            moved, _ = _read(aside)
-            if moved is not None and moved.get("token") != holder.get("token"):
-                with contextlib.suppress(OSError):
-                    os.link(aside, self.path)
-            aside.unlink()
+    def _take_over(self, holder: dict[str, Any]) -> bool:
+        """Replaces the dead holder's file, unless another has.
+
+        Of many who find the same dead holder, the one who places its claim may; it looks again first, as another may have been
+        and gone. The lock's path is never without a file meanwhile, so that nobody can create one in between.
+        """
+        claim = self.path.with_name(f"{self.path.name}.{holder.get('token')}.claim")
+        if not self._place(claim):
+            _, seen = _read(claim)
+            if seen is not None and self._watch(None, WATCH_S, lambda: _read(claim)[1] != seen) is False:
+                claim.unlink(missing_ok=True)  # of one that died within this very function
+            return False
+        try:
+            now, _ = _read(self.path)
+            if now is None or now.get("token") != holder.get("token"):
+                return False
+            os.replace(self._write_aside(), self.path)
+            return True
+        finally:
+            claim.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
         holder, _ = _read(self.path)

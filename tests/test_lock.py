@@ -137,6 +137,34 @@ def test_only_one_of_many_takes_over(path):
     assert list(path.parent.iterdir()) == []
 
 
+def test_slow_taker_leaves_the_quick_ones_lock(path, monkeypatch):
+    """Catches one that finds a dead holder, is held up, and then removes the file of the run that took over meanwhile."""
+    assert Lock(path, lambda: None)._create()
+    dead = json.loads(path.read_text())
+    path.write_text(json.dumps({**dead, "born": "1"}))
+    quick, slow, third = (Lock(path, lambda: None) for _ in range(3))
+    quick.acquire()
+    moved = []
+    monkeypatch.setattr(os, "rename", lambda *names: moved.append(names))
+    monkeypatch.setattr(os, "replace", lambda *names: moved.append(names))
+    assert not slow._take_over(dead)
+    assert not third._create() and not moved and quick._is_mine()
+    quick.release()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_claim_of_a_dead_taker_goes(path):
+    """Catches a directory locked for ever because one was killed in the act of taking over."""
+    assert Lock(path, lambda: None)._create()
+    dead = json.loads(path.read_text())
+    path.write_text(json.dumps({**dead, "born": "1"}))
+    path.with_name(f"{path.name}.{dead['token']}.claim").write_text("{}")
+    second = Lock(path, lambda: None)
+    second.acquire()
+    second.release()
+    assert list(path.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("harm", [lambda path: path.unlink(), elsewhere, lambda path: path.write_text("")])
 def test_lost_lock_is_noticed(path, harm):
     """Catches a run that goes on in a directory that was deleted or that another run has taken over."""

@@ -34,13 +34,18 @@ CHAIN_STEP = 128
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Queries start … stop-1. keys: (K,) their key positions, or None for a slice of the queries' own; bias: (Q, K) additive
-    mask, or None for plain causal attention."""
+    """Queries start … stop-1, or of them only `queries` (Q,). bias: (Q, K) additive mask, or None for plain causal attention.
+
+    keys: their K key positions without the first `held`, which are the first ones of the block before that has any, too;
+    None where the keys are a slice, the queries' own.
+    """
 
     start: int
     stop: int
     keys: torch.Tensor | None
     bias: torch.Tensor | None
+    queries: torch.Tensor | None = None
+    held: int = 0
 
 
 def split(depth: npt.NDArray[Any]) -> list[tuple[int, int]]:
@@ -80,24 +85,40 @@ def make_blocks(
     rule: LayerRule,
     dtype: torch.dtype,
     device: torch.device,
+    reads: npt.NDArray[Any] | None = None,
 ) -> list[Block]:
-    """The blocks of a pack under one kind of layer. runs: from `split`; dtype: of the additive masks, the queries' own."""
+    """The blocks of a pack under one kind of layer.
+
+    runs: from `split`; dtype: of the additive masks, the queries' own; reads: (R,) the queries that are wanted, if not all.
+    """
     index = np.arange(len(depth))
     blocks = []
+    latest = index[:0]
     for start, stop in runs:
+        wanted = None if reads is None else reads[np.searchsorted(reads, start) : np.searchsorted(reads, stop)]
+        if wanted is not None and not len(wanted):
+            continue
         ancestors = np.flatnonzero(end[:start] > start)
         if rule.window is not None:
             ancestors = ancestors[depth[ancestors] > depth[start:stop].min() - rule.window]
         chain = bool((np.diff(depth[start:stop]) == 1).all())
         short = rule.window is None or stop - start <= rule.window
-        if chain and not len(ancestors) and short and rule.chunk is None:
+        if chain and not len(ancestors) and short and rule.chunk is None and wanted is None:
             blocks.append(Block(start, stop, None, None))
             continue
         keys = np.concatenate([ancestors, index[start:stop]])
         at_keys = torch.from_numpy(keys)
-        seen = visible(torch.from_numpy(depth), torch.from_numpy(end), rule, torch.arange(start, stop), at_keys)
+        queries = torch.from_numpy(index[start:stop] if wanted is None else wanted)
+        seen = visible(torch.from_numpy(depth), torch.from_numpy(end), rule, queries, at_keys)
         bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
-        blocks.append(Block(start, stop, at_keys.to(device) if len(ancestors) else None, bias))
+        chosen = None if wanted is None else queries.to(device)
+        if not len(ancestors):
+            blocks.append(Block(start, stop, None, bias, chosen))
+            continue
+        both = min(len(keys), len(latest))
+        held = int(np.argmin(np.append(keys[:both] == latest[:both], False)))
+        blocks.append(Block(start, stop, at_keys[held:].to(device), bias, chosen, held))
+        latest = keys
     return blocks
 
 
@@ -114,11 +135,14 @@ def attend(
     """transformers' attention interface. query, key, value: (1, heads, L, head size). Returns (1, L, heads, head size).
 
     `attention_mask` is the carrier that `carry` made; anything else (no mask, a plain tensor) goes to transformers' sdpa.
+    What queries that are not wanted get is zero.
     Raises ValueError for variants of attention (score capping, sinks) that this does not compute.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     blocks = getattr(attention_mask, "blocks", None)
+    if blocks is not None:
+        blocks = attention_mask.blocks_of_layer.get(getattr(module, "layer_idx", None), blocks)
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
@@ -126,20 +150,33 @@ def attend(
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    output = torch.empty((1, query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
+    output = torch.zeros((1, query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
+    # The keys and values of the block at hand: what it has in common with the one before stays there.
+    most = max((block.held + len(block.keys) for block in blocks if block.keys is not None), default=0)
+    near_keys, near_values = (part.new_empty((*part.shape[:2], most, part.shape[3])) for part in (key, value))
     for block in blocks:
         span = slice(block.start, block.stop)
-        keys = key[:, :, span] if block.keys is None else key.index_select(2, block.keys)
-        values = value[:, :, span] if block.keys is None else value.index_select(2, block.keys)
+        if block.keys is None:
+            keys, values = key[:, :, span], value[:, :, span]
+        else:
+            count = block.held + len(block.keys)
+            keys, values = near_keys[:, :, :count], near_values[:, :, :count]
+            keys[:, :, block.held :] = key.index_select(2, block.keys)
+            values[:, :, block.held :] = value.index_select(2, block.keys)
+        asked = span if block.queries is None else block.queries
         result = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, span], keys, values, attn_mask=block.bias, scale=scaling, is_causal=block.bias is None
+            query[:, :, asked], keys, values, attn_mask=block.bias, scale=scaling, is_causal=block.bias is None
         )
-        output[:, span] = result.transpose(1, 2)
+        output[:, asked] = result.transpose(1, 2)
     return output, None
 
 
-def carry(blocks: list[Block], device: torch.device) -> torch.Tensor:
-    """An empty 4-D tensor that brings `blocks` to `attend`: transformers passes 4-D masks through as they are."""
+def carry(blocks: list[Block], blocks_of_layer: dict[int | None, list[Block]], device: torch.device) -> torch.Tensor:
+    """An empty 4-D tensor that brings `blocks` to `attend`: transformers passes 4-D masks through as they are.
+
+    blocks_of_layer: other blocks for some layers, by number.
+    """
     carrier = torch.empty((1, 1, 0, 0), device=device)
     carrier.blocks = blocks  # type: ignore[attr-defined]
+    carrier.blocks_of_layer = blocks_of_layer  # type: ignore[attr-defined]
     return carrier

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -446,5 +447,39 @@ def test_experts_are_not_sliced() -> None:
     """Catches routed layers cut into slices, which would run each expert several times on few tokens."""
     model = tiny_models.make_model("qwen3_moe")
     engine = hf.HFEngine(model, CPU)
-    assert not any("forward" in vars(module) for name, module in model.named_modules() if name.endswith(".mlp"))
+    layers = [module for name, module in model.named_modules() if name.endswith(".mlp")]
+    assert not any("forward" in vars(layer) for layer in layers[:-1])
+    assert layers[-1].forward.func == engine.last_layer._run and inspect.ismethod(layers[-1].forward.args[0])
     engine.close()
+
+
+@pytest.mark.parametrize("attention_args", [{}, {"attn_implementation": "eager"}], ids=["default", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen3_moe"])
+def test_last_layer_works_only_where_it_is_read(
+    kind: str, attention_args: dict[str, str], tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a last layer that computes what nobody reads, and one that leaves out what somebody does."""
+    engine = load(tiny_model_path(kind), **attention_args)
+    requests, expected = grow_tree(engine.model, seed=11)
+    plan, item_of_request, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    seen: list[int] = []
+    forward = engine.last_layer.feed_forward.forward
+
+    def watched(inner: Callable[..., torch.Tensor], hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return forward.func(lambda some: seen.append(some.shape[1]) or inner(some), hidden, *rest)
+
+    monkeypatch.setattr(engine.last_layer.feed_forward, "forward", functools.partial(watched, *forward.args))
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+    assert seen == [len(build_pack(plan, index).reads) for index in range(plan.num_packs)]
+    assert sum(seen) < len(plan.tokens)
+
+
+def test_last_layer_works_whole_where_positions_are_mixed_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches output left out that something after the last layer looks at."""
+    model = tiny_models.make_model("llama")
+    norm = model.model.norm.forward
+    monkeypatch.setattr(model.model.norm, "forward", lambda hidden: norm(hidden.cumsum(dim=1)))
+    engine = hf.HFEngine(model, CPU)
+    assert engine.splits_head and not engine.skips_unread
+    engine.close()
+    assert "forward" not in vars(engine.last_layer.feed_forward)

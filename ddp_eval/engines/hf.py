@@ -24,6 +24,7 @@ import torch
 from ddp_eval import attention, blocks, hub
 from ddp_eval.distributed import World
 from ddp_eval.engines import slices
+from ddp_eval.engines.last_layer import LastLayer
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
@@ -86,6 +87,7 @@ class HFEngine:
             if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
         ]
         self._whole_layers = slices.install(model) if device.type == "cpu" and model.dtype == torch.float32 else lambda: None
+        self.last_layer = LastLayer(model)
         self.why_not_packs: str | None = None
         self._rules: dict[str, attention.LayerRule] = {}
         self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -103,6 +105,7 @@ class HFEngine:
 
     def close(self) -> None:
         """Give the model back as it came."""
+        self.last_layer.close()
         self._whole_layers()
         self._attend_with(self.plain_attention)
         self._forget_lengths()
@@ -158,29 +161,38 @@ class HFEngine:
         """The largest pack worth planning; a longer request still gets a pack of its own. Dense masks on the CPU pay L²."""
         return 8192 if self.device.type == "cuda" or self.tree_attention == blocks.NAME else 4096
 
-    @functools.cached_property
+    @property
     def splits_head(self) -> bool:
-        """Whether the body can run alone and the head (and what follows it, such as a cap) on rows of its output.
+        """Whether the body can run alone and the head (and what follows it, such as a cap) on rows of its output."""
+        return self._shortcuts[0]
 
-        The model itself is asked, on a few tokens: it must come to the same logits as in one piece.
-        """
-        body = self.model.base_model
-        if body is self.model or self.model.get_output_embeddings() is None:
-            return False
+    @property
+    def skips_unread(self) -> bool:
+        """Whether the last layer's output may be left out where it is not read."""
+        return self._shortcuts[1]
+
+    @functools.cached_property
+    def _shortcuts(self) -> tuple[bool, bool]:
+        """splits_head, skips_unread. The model is asked, on a few tokens: both must come to the logits of its plain forward."""
         tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
+        columns = torch.tensor([1, 3], device=self.device)
+        body = self.model.base_model
         try:
             with self._inference():
                 self._attend_with(self.plain_attention)
-                whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
-                hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[0]
-                parts = self._head(hidden).float()
+                whole = self.model(input_ids=tokens, use_cache=False).logits[0, columns].float()
+                splits = False
+                if body is not self.model and self.model.get_output_embeddings() is not None:
+                    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
+                        hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[0, columns]
+                        splits = _agree(self._head(hidden), whole)
+                skips = False
+                if self.last_layer.index is not None:
+                    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError), self.last_layer.only(columns):
+                        skips = _agree(self.model(input_ids=tokens, use_cache=False).logits[0, columns], whole)
         except (AttributeError, TypeError, ValueError, RuntimeError):
-            return False
-        if parts.shape != whole.shape:
-            return False
-        # Broken weights give NaN on both sides; they are reported where they end up.
-        largest = float(whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
-        return torch.allclose(parts, whole, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
+            return False, False
+        return splits, skips
 
     def cost_model(self) -> CostModel:
         """Floating-point operations of a forward, from the model's shape alone."""
@@ -251,10 +263,11 @@ class HFEngine:
         if self.tree_attention != blocks.NAME:
             return attention.make_mask(self.tree_attention, depth, self._to_device(pack.end), self._rules, self.model.dtype)
         runs = blocks.split(pack.depth)
-        masks = {
-            kind: blocks.carry(blocks.make_blocks(runs, pack.depth, pack.end, rule, self.model.dtype, self.device), self.device)
-            for kind, rule in self._rules.items()
-        }
+        masks = {}
+        for kind, rule in self._rules.items():
+            make = functools.partial(blocks.make_blocks, runs, pack.depth, pack.end, rule, self.model.dtype, self.device)
+            last = {self.last_layer.index: make(reads=pack.reads)} if self.skips_unread else {}
+            masks[kind] = blocks.carry(make(), last, self.device)
         return masks.get("", masks)
 
     def _forward_rows(self, pack: Pack) -> torch.Tensor:
@@ -270,14 +283,15 @@ class HFEngine:
 
     def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(B, len(columns), H) hidden states of those columns; their (…, V) logits of a model whose head cannot run alone."""
-        if self.splits_head:
-            output = self.model.base_model(input_ids=tokens, use_cache=False, **kwargs)
-            hidden: torch.Tensor = output.last_hidden_state[:, columns]
-            return hidden
-        if self._keeps_reads:
-            logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=columns, use_cache=False, **kwargs).logits
-            return logits
-        return self.model(input_ids=tokens, use_cache=False, **kwargs).logits[:, columns]
+        with self.last_layer.only(columns) if self.skips_unread else contextlib.nullcontext():
+            if self.splits_head:
+                output = self.model.base_model(input_ids=tokens, use_cache=False, **kwargs)
+                hidden: torch.Tensor = output.last_hidden_state[:, columns]
+                return hidden
+            if self._keeps_reads:
+                logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=columns, use_cache=False, **kwargs).logits
+                return logits
+            return self.model(input_ids=tokens, use_cache=False, **kwargs).logits[:, columns]
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, H) hidden states -> (n, V) logits, by the model's own forward with its body left out."""
@@ -323,6 +337,14 @@ def without_halves(world: World, pack: Pack) -> Iterator[None]:
             f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "
             f"{len(pack.reads)} of them scored: give --max_pack_tokens {max(1, len(pack) // 2)}"
         ) from None
+
+
+def _agree(parts: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether two ways came to the same logits. Broken weights give NaN both ways; they are reported where they end up."""
+    if parts.shape != whole.shape:
+        return False
+    largest = float(whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+    return torch.allclose(parts.float(), whole, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
 
 
 def _log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

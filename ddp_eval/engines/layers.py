@@ -204,10 +204,10 @@ class LayersEngine(hf.HFEngine):
         self._sent: collections.deque[distributed.Outgoing] = collections.deque()
 
     @functools.cached_property
-    def splits_head(self) -> bool:
-        """As of the whole model: each stage finds it out with stand-ins for what it does not have."""
+    def _shortcuts(self) -> tuple[bool, bool]:
+        """As of the whole model: each stage finds out with stand-ins for what it does not have."""
         self._enter(torch.linspace(-1, 1, 4 * self.config.hidden_size, device=self.device, dtype=self.dtype).view(1, 4, -1))
-        return super().splits_head
+        return super()._shortcuts
 
     def _enter(self, hidden: torch.Tensor) -> None:
         for entrance in self.model.entrances:

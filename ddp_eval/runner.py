@@ -229,6 +229,7 @@ def _lead(
             facts["model_fingerprint"] = fingerprint_model(config.loader_args)
             key = name_work(decision.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"])
             journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
+            directory.obeyed(config)
             tell_found(found, decision.plan, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
         watch.step(watch.WAITING)  # a rank may still load the model

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ class RunDirectory:
             self._lock.release()
 
 
-def find_finished(config: Config, fingerprint: Any) -> dict[str, Any] | None:
+def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     """The results of the complete run that --output_path holds, if it is one of these very flags and nobody asks to replace it.
 
-    fingerprint: () -> of the model's files now, or None where they cannot be read.
+    is_same_model: whether the model's files are still those of a manifest.
     Raises UserError if it holds a complete run of other flags or another model.
     """
     if not config.output_path:
@@ -94,8 +95,7 @@ def find_finished(config: Config, fingerprint: Any) -> dict[str, Any] | None:
         return None
     manifest, found = _read_json(directory / results.MANIFEST), _read_json(directory / results.RESULTS)
     difference = _difference(manifest.get("config"), config, _NO_MATTER)
-    known = manifest.get("model_fingerprint")
-    if difference is None and known is not None and fingerprint() not in (known, None):
+    if difference is None and not is_same_model(manifest):
         difference = "the files of the model have changed since"
     if difference is None and not found:
         difference = f"its {results.RESULTS} cannot be read"

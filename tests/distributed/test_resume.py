@@ -112,7 +112,7 @@ def test_torchrun_killed(stuck):
 
 
 def test_killed_rank_is_no_preemption(stuck, tmp_path):
-    """Catches a scheduler's script that starts a run again and again that always runs out of memory, and a death told by nobody."""
+    """Catches a scheduler's script that starts a run again and again that always runs out of memory, and an untold death."""
     running, pid = stuck(2, 1)
     os.kill(pid, signal.SIGKILL)
     finished = finish_in_time(running)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -137,7 +136,7 @@ def _local_facts(config: Config) -> dict[str, Any]:
         "machine": interfaces.machine(),
         "address": interfaces.gloo_address(),
         "interfaces": interfaces.describe(),
-        "versions": results.describe_packages() | {"ddp_eval's code": _digest_code()},
+        "versions": results.describe_packages() | {"ddp_eval's code": results.digest_code()},
         "gpu": None,
         "model": None,
     }
@@ -240,7 +239,7 @@ def _probe(facts: Sequence[dict[str, Any]], mine: dict[str, Any]) -> dict[str, A
         others = _next_node(facts, mine)
         if others and not interfaces.can_reach(others["address"], others["port"]):
             unreachable = f"node {others['node']} at {others['address']}"
-        sees_marker = _sees(facts[0]["marker"])
+        sees_marker = sees(facts[0]["marker"])
     return {"time": now, "unreachable": unreachable, "sees_marker": sees_marker}
 
 
@@ -251,7 +250,8 @@ def _next_node(facts: Sequence[dict[str, Any]], mine: dict[str, Any]) -> dict[st
     return firsts[(here + 1) % len(firsts)] if len(firsts) > 1 else None
 
 
-def _sees(marker: str | None) -> bool:
+def sees(marker: str | None) -> bool:
+    """Whether this node sees a file or folder that another may have made this moment; waits some seconds for it."""
     deadline = time.monotonic() + _NFS_S
     while marker is not None and not os.path.exists(marker):
         if time.monotonic() > deadline:
@@ -303,14 +303,6 @@ def _shared_gpus(facts: Sequence[dict[str, Any]]) -> list[str]:
             if owner != one["rank"]:
                 found.append(f"node {one['node']}: ranks {owner} and {one['rank']} share one GPU")
     return found
-
-
-def _digest_code() -> str:
-    """A few letters that differ when the modules of this package do."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _exchange(name: str, mine: dict[str, Any]) -> list[dict[str, Any]]:

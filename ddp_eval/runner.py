@@ -36,7 +36,7 @@ from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, run_plan
 from ddp_eval.layout import Layout
-from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, fingerprint_model
+from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, is_same_model
 from ddp_eval.measuring import Seated, measure_layouts
 from ddp_eval.packing import Plan, Requests
 from ddp_eval.planning import Decision, ScorePlan, make_plan
@@ -113,7 +113,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
 def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspect | None) -> dict[str, Any]:
     """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
     watch.step("looking into the run directory")
-    finished = run_directory.find_finished(config, lambda: fingerprint_model(config.loader_args))
+    finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args))
     if finished is not None:
         log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
         return finished
@@ -160,7 +160,13 @@ def _load_and_lead(
         from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, directory, followers, model_config, tokenizer, seated.result, digests.result, inspect)
+
+    def go_on() -> None:
+        watch.renew()
+        if seated.done():
+            seated.result()
+
+    return _lead(config, directory, followers, model_config, tokenizer, seated.result, digests.result, inspect, go_on)
 
 
 def _prepare_output(config: Config) -> None:
@@ -177,10 +183,12 @@ def _lead(
     get_seated: Callable[[], Seated],
     get_digests: Callable[[], dict[str, Any]],
     inspect: Inspect | None = None,
+    go_on: Callable[[], None] = watch.renew,
 ) -> dict[str, Any]:
     """Build the requests, have all ranks score them, compute metrics and write the run directory.
 
     directory: where finished packs are kept and found; None keeps none.
+    go_on: called often while the prompts are built; may raise what another thread failed of.
     inspect: given {"model": digests, "packages": versions, and `harness.describe_prompts`} before anything is scored.
     """
     from ddp_eval import harness
@@ -226,9 +234,10 @@ def _lead(
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         journals, found = None, None
         if directory is not None:
-            facts["model_fingerprint"] = fingerprint_model(config.loader_args)
-            key = name_work(decision.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"])
+            watch.step("reading the model's files")
+            key = name_work(decision.plan, seated.engine.describe(), seated.world, get_digests())
             journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
+            directory.obeyed(config)
             tell_found(found, decision.plan, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
         watch.step(watch.WAITING)  # a rank may still load the model
@@ -255,7 +264,7 @@ def _lead(
         if config.output_path:
             results.write_scores(config.output_path, scores)
 
-    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look)
+    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look, go_on)
     samples = outcome.results.pop("samples")
     outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
     facts["prompts_sha256"] = outcome.prompts["prompts_sha256"]

@@ -116,7 +116,8 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     if engine.why_not_packs or not config.packing:
         plan, _ = plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests)
     else:
-        plan, _ = plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads())
+        in_tree = min(max_tokens, engine.largest_tree or max_tokens)
+        plan, _ = plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
     return Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
 
 

@@ -49,7 +49,8 @@ def make_plan(
     if why_rows is None and len(requests):
         why_rows = check_packs(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
     if why_rows is None:
-        return Decision(*plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads()), None)
+        in_tree = min(max_tokens, engine.largest_tree or max_tokens)
+        return Decision(*plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads()), None)
     return Decision(*plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests), why_rows)
 
 

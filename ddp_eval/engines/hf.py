@@ -120,6 +120,17 @@ class HFEngine:
         return bool(kinds & {"dynamic", "longrope"})
 
     @property
+    def largest_tree(self) -> int | None:
+        """Llama 4 scales the queries of layers without rotary positions by a token's index in the forward, whatever its position:
+
+            index       0 ... floor_scale - 2   floor_scale - 1 ...
+            scale       1                       1 + attn_scale * log(2) ...
+
+        (transformers 5.23). Below the first step index and position come to the same.
+        """
+        return int(self.config.floor_scale) - 1 if getattr(self.config, "attn_temperature_tuning", False) else None
+
+    @property
     def longest_reach(self) -> int | None:
         """The widest window or chunk of the model's layers, in tokens; None if all attend to everything."""
         reaches = [reach for rule in self._rules.values() for reach in (rule.window, rule.chunk) if reach]

@@ -157,6 +157,7 @@ class VllmEngine:
 
     why_not_packs: str | None = None
     isolates_requests = False
+    largest_tree: int | None = None
     longest_reach: int | None = None
 
     def __init__(self, llm: Any, world: World, config: Any, whole: Any) -> None:

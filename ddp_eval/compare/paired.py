@@ -73,9 +73,15 @@ def compare_metric(
 
 def mcnemar_p(lost: int, won: int) -> float:
     """Exact two-sided McNemar test: how likely a split of the changed answers at least this uneven is by a fair coin."""
-    changed = lost + won
-    tail = sum(math.comb(changed, k) for k in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    changed, least = lost + won, min(lost, won)
+    # C(n, k-1) = C(n, k) * k / (n - k + 1): the tail in units of its largest term, as far as a float can tell.
+    tail, term = 1.0, 1.0
+    for k in range(least, 0, -1):
+        term *= k / (changed - k + 1)
+        if term < 1e-18 * tail:
+            break
+        tail += term
+    return min(1.0, 2 * tail * (math.comb(changed, least) / 2**changed))
 
 
 def clustered_stderr(differences: FloatArray, clusters: IntArray) -> float:

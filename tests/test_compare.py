@@ -82,6 +82,37 @@ def test_clusters_widen_the_bootstrap():
     assert copied["p_mcnemar"] is None and alone["p_mcnemar"] is not None
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 19])
+def test_few_documents_have_no_bootstrap(count):
+    """Catches certainty out of nothing: a handful of documents that all changed gave p = 0.0001 beside McNemar's 0.0625."""
+    found = paired.compare_metric("acc", ones(np.zeros(count)), ones(np.ones(count)), np.arange(count))
+    assert (found["p_bootstrap"], found["interval_95"]) == (None, None)
+    assert found["p_mcnemar"] == pytest.approx(scipy.stats.binomtest(0, count).pvalue) and found["difference"] == 1
+    assert (found["stderr"] is None) == (count == 1)
+
+
+@pytest.mark.parametrize(("a", "b", "clusters"), [(0.0, 1.0, np.arange(50)), (0.5, 0.5, np.arange(50)), (0.0, 1.0, np.zeros(50))])
+def test_no_p_value_where_nothing_varies(a, b, clusters):
+    """Catches p = 0.0001 from resamples that are all one number: all documents differ alike, or are one cluster."""
+    found = paired.compare_metric("f1", ones(np.full(50, a)), ones(np.full(50, b)), clusters.astype(np.int64))
+    assert (found["p_bootstrap"], found["interval_95"]) == (None, None)
+
+
+@pytest.mark.parametrize(("clusters", "each"), [(20, 1), (20, 4), (60, 1)])
+def test_one_in_twenty_is_found_where_there_is_nothing(monkeypatch, clusters, each):
+    """Catches p-values that are too small: of pairs without a difference 5% may have p <= 0.05, as scipy's t test finds."""
+    monkeypatch.setattr(paired, "RESAMPLES", 1000)
+    random = np.random.default_rng(0)
+    ours = theirs = 0
+    for _ in range(1000):
+        means = random.normal(size=clusters)
+        values = (means[:, None] + random.normal(size=(clusters, each))).ravel()
+        found = paired.compare_metric("f1", ones(np.zeros_like(values)), ones(values), np.repeat(np.arange(clusters), each))
+        ours += found["p_bootstrap"] <= 0.05
+        theirs += scipy.stats.ttest_1samp(values.reshape(clusters, each).mean(axis=1), 0).pvalue <= 0.05
+    assert 30 <= ours <= 85 and abs(ours - theirs) <= 30
+
+
 def test_perplexity_is_of_sums():
     """Catches an average of perplexities, and words counted as documents."""
     values, weights = np.array([-10.0, -30.0]), np.array([5.0, 10.0])

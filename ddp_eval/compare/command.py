@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddp_eval.compare.difference import NEAR_TIE_NATS, compare_runs
+from ddp_eval.compare.paired import LEAST_CLUSTERS
 from ddp_eval.compare.reading import read_run
 from ddp_eval.errors import UserError
 from ddp_eval.subcommand import SubcommandParser
@@ -96,6 +97,8 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     named = {**comparison["tasks"], "all of these": overall}
     rows += [_metric_row(task, key, one) for task, part in named.items() for key, one in part["metrics"].items()]
     lines += [_table(rows), ""] if len(rows) > 1 else []
+    if any(one.get("clusters", LEAST_CLUSTERS) < LEAST_CLUSTERS for part in named.values() for one in part["metrics"].values()):
+        lines[-1:] = [f"fewer than {LEAST_CLUSTERS} documents, or groups of them on one text, give no p-value by bootstrap", ""]
     rows = [["task", "requests", "differ", "max nats", "mean", "p50", "p99", "answers", "flipped", "near ties", "greedy flips"]]
     lines += [_table(rows + [_request_row(task, part) for task, part in named.items()])]
     lines += [f"near ties: flipped answers whose choices lie within {comparison['near_tie_nats']:g} nats in both runs"]

@@ -20,6 +20,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 RESAMPLES = 10_000
+LEAST_CLUSTERS = 20  # resamples of fewer hold too few draws for an interval or a p-value
 _MOST_KINDS = 64  # of clusters alike: few kinds are drawn by multinomials, which is quicker than one by one
 _DRAWS_AT_ONCE = 2**22
 
@@ -45,20 +46,25 @@ def compare_metric(
 
     a, b:      (n,) values and (n,) weights of the same documents in the same order.
     clusters:  (n,) whole numbers; equal ones share a context.
+
+    None stands for what the data cannot tell: the standard error of one cluster; interval and bootstrap p-value of fewer than
+    LEAST_CLUSTERS, or of clusters that all differ alike.
     """
-    rng = np.random.default_rng(0)
-    drawn = _resampled_differences(metric, a, b, clusters, rng)
+    num_clusters = len(np.unique(clusters))
     difference = aggregate(metric, *b) - aggregate(metric, *a)
+    drawn = _resampled_differences(metric, a, b, clusters, np.random.default_rng(0))
+    if num_clusters > 1:  # resamples vary less than their source by (C - 1) / C
+        drawn = difference + (drawn - difference) * math.sqrt(num_clusters / (num_clusters - 1))
     is_mean = metric not in TRANSFORMS
     stderr = clustered_stderr(b[0] - a[0], clusters) if is_mean else float(drawn.std(ddof=1))
-    num_clusters = len(np.unique(clusters))
+    tells = num_clusters >= LEAST_CLUSTERS and float(np.ptp(drawn)) > 1e-12 * abs(difference)
     outcome = {
         "a": aggregate(metric, *a),
         "b": aggregate(metric, *b),
         "difference": difference,
-        "stderr": stderr,
-        "interval_95": [float(bound) for bound in np.quantile(drawn, [0.025, 0.975])],
-        "p_bootstrap": bootstrap_p(drawn, difference),
+        "stderr": stderr if num_clusters > 1 else None,
+        "interval_95": [float(bound) for bound in np.quantile(drawn, [0.025, 0.975])] if tells else None,
+        "p_bootstrap": bootstrap_p(drawn, difference) if tells else None,
         "documents": len(clusters),
         "clusters": num_clusters,
         "p_mcnemar": None,

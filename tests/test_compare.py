@@ -98,19 +98,18 @@ def test_no_p_value_where_nothing_varies(a, b, clusters):
     assert (found["p_bootstrap"], found["interval_95"]) == (None, None)
 
 
-@pytest.mark.parametrize(("clusters", "each"), [(20, 1), (20, 4), (60, 1)])
-def test_one_in_twenty_is_found_where_there_is_nothing(monkeypatch, clusters, each):
+def test_one_in_twenty_is_found_where_there_is_nothing(monkeypatch, clusters=20, each=4):
     """Catches p-values that are too small: of pairs without a difference 5% may have p <= 0.05, as scipy's t test finds."""
-    monkeypatch.setattr(paired, "RESAMPLES", 1000)
+    monkeypatch.setattr(paired, "RESAMPLES", 2000)
     random = np.random.default_rng(0)
     ours = theirs = 0
-    for _ in range(1000):
+    for _ in range(600):
         means = random.normal(size=clusters)
         values = (means[:, None] + random.normal(size=(clusters, each))).ravel()
         found = paired.compare_metric("f1", ones(np.zeros_like(values)), ones(values), np.repeat(np.arange(clusters), each))
         ours += found["p_bootstrap"] <= 0.05
         theirs += scipy.stats.ttest_1samp(values.reshape(clusters, each).mean(axis=1), 0).pvalue <= 0.05
-    assert 30 <= ours <= 85 and abs(ours - theirs) <= 30
+    assert 15 <= ours <= 45 and abs(ours - theirs) <= 8, (ours, theirs)
 
 
 def test_perplexity_is_of_sums():

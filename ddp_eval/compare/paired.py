@@ -53,8 +53,8 @@ def compare_metric(
     num_clusters = len(np.unique(clusters))
     difference = aggregate(metric, *b) - aggregate(metric, *a)
     drawn = _resampled_differences(metric, a, b, clusters, np.random.default_rng(0))
-    if num_clusters > 1:  # resamples vary less than their source by (C - 1) / C
-        drawn = difference + (drawn - difference) * math.sqrt(num_clusters / (num_clusters - 1))
+    if num_clusters > 1:
+        drawn = difference + (drawn - difference) * _widening(num_clusters)
     is_mean = metric not in TRANSFORMS
     stderr = clustered_stderr(b[0] - a[0], clusters) if is_mean else float(drawn.std(ddof=1))
     tells = num_clusters >= LEAST_CLUSTERS and float(np.ptp(drawn)) > 1e-12 * abs(difference)
@@ -107,6 +107,17 @@ def bootstrap_p(drawn: FloatArray, difference: float) -> float:
         return 1.0
     far = np.abs(drawn - difference) >= abs(difference) * (1 - 1e-12)
     return float((far.sum() + 1) / (len(drawn) + 1))
+
+
+def _widening(clusters: int) -> float:
+    """What resamples of C clusters are too narrow by (the "expanded percentile" of Hesterberg 2015, arXiv:1411.5279).
+
+    Their variance lacks a factor C / (C - 1), and their tails are a normal's where Student's t with C - 1 degrees of freedom
+    would be right. The latter's 97.5% point by its expansion in 1 / degrees of freedom, within 0.001 from 19 on.
+    """
+    z, freedom = 1.959964, clusters - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return math.sqrt(clusters / freedom) * t / z
 
 
 def _resampled_differences(

@@ -195,6 +195,21 @@ def test_exit_codes(first, tmp_path, change, expect, code, capsys):
     assert "expected" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("expect", [["identical"], ["within", "0.1"]])
+def test_nothing_compared_is_not_alike(tmp_path, expect, capsys):
+    """Catches a CI check that passes because no answer of a task could be read, beside a task whose answers are all alike."""
+    sample = {"doc_id": 0, "doc": {}, "target": "0", "filter": "none", "metrics": ["exact_match"], "exact_match": 1.0}
+    sample |= {"arguments": {}, "resps": []}
+    scored = {**sample, "arguments": {"gen_args_0": {"arg_0": "a", "arg_1": "b"}}, "resps": [[["-1.5", "True"]]]}
+    for side in ("a", "b"):
+        (tmp_path / side).mkdir()
+        write_lines(tmp_path / side / "samples_mute.jsonl", [sample])
+        write_lines(tmp_path / side / "samples_scored.jsonl", [scored])
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--expect", *expect]) == 3
+    out = capsys.readouterr().out
+    assert "no answer of mute could be compared" in out and "not identical" in out
+
+
 def test_json_is_json(first, tmp_path, capsys):
     """Catches numpy numbers, NaN and infinity in what other programs are to read."""
     other = write_run(tmp_path / "b", {**NATS, (2, 0): math.nan})

@@ -72,6 +72,9 @@ def why_not(comparison: dict[str, Any], expectation: float | None) -> str | None
         return f"{names} share no task"
     if not comparison["same_requests"]:
         return f"{names} do not hold the same requests"
+    mute = [task for task, part in comparison["tasks"].items() if not part["requests"]]
+    if mute:
+        return f"no answer of {', '.join(mute)} could be compared in {names}"
     overall = comparison["overall"]
     if expectation == 0:
         changed = overall["requests_differing"]
@@ -111,6 +114,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
             lines.append(f"{task}: {counts['a']} requests only in A, {counts['b']} only in B")
         if part["prompts_differing"]:
             lines.append(f"{task}: {part['prompts_differing']} of {part['prompts_compared']} documents have another prompt")
+    lines += [f"{task}: no answer could be compared" for task, part in comparison["tasks"].items() if not part["requests"]]
     lines += ["", "identical: every request has the same bits" if comparison["identical"] else "not identical"]
     lines += _format_differences(comparison["differences"])
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from ddp_eval import results
 from ddp_eval.compare import paired
 from ddp_eval.compare.command import main
 from ddp_eval.compare.difference import compare_runs
-from ddp_eval.compare.reading import read_run
+from ddp_eval.compare.reading import document_metrics, read_run
 from ddp_eval.errors import UserError
 
 
@@ -276,6 +276,12 @@ def test_lm_evals_samples_are_read(first, tmp_path):
     assert theirs.metrics["roll"]["word_perplexity,none"].weight.tolist() == [4.0]
     assert len(set(theirs.contexts["t"].values())) == 1
     assert main([str(first), str(folder / "samples_t_2026-01-02T00-00-00.000001.jsonl"), "--expect", "identical"]) == 0
+
+
+def test_a_pair_of_gold_and_prediction_is_no_value():
+    """Catches Σ gold / Σ prediction shown as a mean where no results.json says what the metric is."""
+    sample = {"metrics": ["acc", "mcc", "byte_perplexity"], "acc": True, "mcc": [1, 0], "byte_perplexity": [-12.5, 4]}
+    assert list(document_metrics(sample)) == [("acc", 1.0, 1.0), ("byte_perplexity", -12.5, 4.0)]
 
 
 def write_lines(path, samples):

@@ -221,7 +221,7 @@ def _lead(
             with phases("measure"):
                 facts["measured_layouts"] = _measure(config, model_config, followers, seated, decision.plan)
         facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
-        costs.update(_describe_costs(decision.plan, seated))
+        costs.update(_describe_costs(decision.plan, seated, model_config))
         if decision.why_rows and config.packing and not alone:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         journals, found = None, None
@@ -231,8 +231,10 @@ def _lead(
             journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
             tell_found(found, decision.plan, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
+        left = np.delete(np.arange(decision.plan.num_packs), done)
+        costs.update(_describe_left(decision, requests, left))
         watch.step(watch.WAITING)  # a rank may still load the model
-        with followers.working_on(decision.plan, np.delete(np.arange(decision.plan.num_packs), done), journals) as work:
+        with followers.working_on(decision.plan, left, journals) as work:
             gathered = run_plan(seated.world, seated.engine, work)
         if found:
             gathered = Gathered(*(np.concatenate(parts) for parts in zip((found.rows, found.halved), gathered, strict=True)))
@@ -341,13 +343,24 @@ def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
     }
 
 
-def _describe_costs(plan: Plan, seated: Seated) -> dict[str, Any]:
-    """What telemetry reckons shares with. flops_per_token: of one rank, which has its part in every token of its replica."""
+def _describe_costs(plan: Plan, seated: Seated, model_config: Any) -> dict[str, Any]:
+    """What telemetry reckons shares with. flops_per_…: of one rank, which has its part in every token of its replica."""
     step = hf.FLEX_STEP if seated.engine.describe().get("attention") == "flex_attention" else 1
+    pair, read = hf.flops_of_pair_and_read(model_config.get_text_config())
     return {
         "fed_tokens": telemetry.fed_tokens(plan, step),
         "flops_per_token": seated.engine.flops_per_token() / seated.world.ranks_per_replica,
+        "flops_per_pair": pair / seated.world.ranks_per_replica,
+        "flops_per_read": read / seated.world.ranks_per_replica,
     }
+
+
+def _describe_left(decision: Decision, requests: Requests, left: np.ndarray) -> dict[str, int]:
+    """Of the packs that this start runs: the tokens that they hold, and those of the requests that they answer."""
+    plan = decision.plan
+    pack_of_request = np.searchsorted(plan.item_starts, decision.item_of_request, side="right") - 1
+    asked = (np.diff(requests.starts) - 1)[np.isin(pack_of_request, left)].sum()
+    return {"left_tokens": int(np.diff(plan.token_starts)[left].sum()), "left_request_tokens": int(asked)}
 
 
 def _model_info(config: Config, model_config: Any, engine: dict[str, Any]) -> dict[str, Any]:

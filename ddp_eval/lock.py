@@ -7,7 +7,6 @@ machine, whether the file is still touched, by watching it, since the clocks of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -18,6 +17,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ddp_eval.processes import birth, machine
+from ddp_eval.restart import slurm_job
 
 BEAT_S = 5.0
 WATCH_S = 25.0  # a holder that touches nothing for so long is gone; NFS may show a touch a few seconds late
@@ -128,12 +130,16 @@ class Lock:
         return holder is not None and holder.get("token") == self._me["token"]
 
     def _beat(self) -> None:
+        answered = time.monotonic()
         while not self._released.wait(BEAT_S):
             try:
                 os.utime(self.path)
                 mine = self._is_mine()
-            except OSError:
+                answered = time.monotonic()
+            except FileNotFoundError:
                 mine = False
+            except OSError:  # a disk that does not answer has not taken the file away; after WATCH_S another run may
+                mine = time.monotonic() - answered < WATCH_S
             if not mine and not self._released.is_set():
                 self._on_lost()
                 return
@@ -158,32 +164,18 @@ def _describe_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "born": _birth(os.getpid()),
-        "machine": _machine(),
+        "born": birth(os.getpid()),
+        "machine": machine(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "slurm_job": slurm_job(),
     }
-
-
-def _machine() -> str | None:
-    """Equal for processes that can see each other: same boot, same process ids. None where that cannot be told."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    return None
-
-
-def _birth(pid: int) -> str | None:
-    """When a process started, in clock ticks since the boot, which no later process of its id shares; None if it is dead."""
-    with contextlib.suppress(OSError, IndexError):
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else fields[18]
-    return None
 
 
 def _is_alive_here(holder: dict[str, Any]) -> bool | None:
     """Whether a holder on this machine lives; None for one on another, which cannot be told from here."""
-    if not holder.get("machine") or holder["machine"] != _machine():
+    if not holder.get("machine") or holder["machine"] != machine():
         return None
-    return holder.get("born") is not None and _birth(int(holder["pid"])) == holder["born"]
+    return holder.get("born") is not None and birth(int(holder["pid"])) == holder["born"]
 
 
 def _is_dead_here(holder: dict[str, Any]) -> bool:

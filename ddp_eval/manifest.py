@@ -47,7 +47,7 @@ def describe_run(
 
 
 def describe_model(name: str, model_args: dict[str, Any], revision: str | None) -> dict[str, Any]:
-    """Content digests of the model's and the tokenizer's files; None, with a warning, where they cannot be read.
+    """Content digests of the model's and the tokenizer's files, None, with a warning, where they cannot be read; and `see_model`.
 
     name: the path or hub name that was loaded. revision: the hub's commit, or None for a directory.
     """
@@ -55,39 +55,37 @@ def describe_model(name: str, model_args: dict[str, Any], revision: str | None) 
     return {
         "pretrained": model_args["pretrained"],
         "revision": revision,
+        "seen": see_model(model_args),  # before they are read: what changes meanwhile is looked at again
         "model_files": _digest(name, model_args, None),
         "tokenizer_files": _digest(tokenizer, model_args, _TOKENIZER_FILES),
     }
 
 
-def fingerprint_model(model_args: dict[str, Any]) -> str | None:
-    """A quick digest of the model's and tokenizer's files: names, sizes, samples of the content. None if they cannot be read.
+def see_model(model_args: dict[str, Any]) -> str | None:
+    """Equal as long as nobody writes to the model's and tokenizer's files, which it does not read: paths, sizes, times of change.
 
-    Weights that were trained on change everywhere, so that a few blocks of each file tell, where a whole digest takes minutes.
+    A copy's differ, though its digests do not. None if the files cannot be found.
     """
     name = hf.resolve_pretrained(model_args)
-    digest = hashlib.sha256()
+    facts = []
     try:
         for folder in dict.fromkeys(_folder(each, model_args) for each in (name, str(model_args.get("tokenizer") or name))):
             for path in sorted(Path(folder).iterdir()):
                 if path.is_file() and not path.name.startswith("."):
-                    digest.update(f"{path.name} {path.stat().st_size} ".encode())
-                    _sample(path, digest)
+                    found = path.stat()
+                    facts.append(f"{path.absolute()} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}")
     except Exception:
         return None
-    return digest.hexdigest()
+    return results.digest_strings(facts)
 
 
-def _sample(path: Path, digest: Any, blocks: int = 16, block_bytes: int = 4096) -> None:
-    """All of a small file; of a large one evenly spread blocks, the first and the last among them."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if size <= blocks * block_bytes:
-            digest.update(file.read())
-            return
-        for block in range(blocks):
-            file.seek((size - block_bytes) * block // (blocks - 1))
-            digest.update(file.read(block_bytes))
+def is_same_model(manifest: dict[str, Any], model_args: dict[str, Any]) -> bool:
+    """Whether the model's files are those of a finished run, as far as they can be read now; read whole if they were touched."""
+    known, seen = manifest.get("model"), see_model(model_args)
+    if not isinstance(known, dict) or seen in (None, known.get("seen")):
+        return True
+    now = describe_model(hf.resolve_pretrained(model_args), model_args, None)
+    return all(None in (known.get(kind), now[kind]) or known[kind] == now[kind] for kind in ("model_files", "tokenizer_files"))
 
 
 def describe_loaded_model(model: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -137,7 +136,7 @@ def _local_facts(config: Config) -> dict[str, Any]:
         "machine": interfaces.machine(),
         "address": interfaces.gloo_address(),
         "interfaces": interfaces.describe(),
-        "versions": results.describe_packages() | {"ddp_eval's code": _digest_code()},
+        "versions": results.describe_packages() | {"ddp_eval's code": results.digest_code()},
         "gpu": None,
         "model": None,
     }
@@ -303,14 +302,6 @@ def _shared_gpus(facts: Sequence[dict[str, Any]]) -> list[str]:
             if owner != one["rank"]:
                 found.append(f"node {one['node']}: ranks {owner} and {one['rank']} share one GPU")
     return found
-
-
-def _digest_code() -> str:
-    """A few letters that differ when the modules of this package do."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _exchange(name: str, mine: dict[str, Any]) -> list[dict[str, Any]]:

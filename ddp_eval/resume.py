@@ -12,19 +12,23 @@ from ddp_eval.distributed import World
 from ddp_eval.execution import describe_origin
 from ddp_eval.journal import Found, work_key
 from ddp_eval.packing import Plan
+from ddp_eval.results import digest_code
 
 log = logging.getLogger("ddp_eval")
 
 
-def name_work(plan: Plan, engine: dict[str, Any], world: World, fingerprint: str | None) -> bytes:
+# What of this package decides numbers, given a plan: a mended report need not undo hours of packs.
+_CODE = ("attention.py", "blocks.py", "engines", "execution.py", "packing.py")
+
+
+def name_work(plan: Plan, engine: dict[str, Any], world: World, model: dict[str, Any]) -> bytes:
     """The key of journals: results under one key may be mixed, whatever the number of ranks.
 
-    engine: what the engine says of itself. fingerprint: of the model's files.
+    engine: what the engine says of itself. model: with whole digests of its files, which a copy elsewhere shares.
     """
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return work_key(
-        {"plan": plan.digest(), "engine": engine, "device": world.device.type, "model": fingerprint, "versions": versions}
-    )
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "ddp_eval": digest_code(_CODE)}
+    files = {kind: (model[kind] or {}).get("sha256") for kind in ("model_files", "tokenizer_files")}
+    return work_key({"plan": plan.digest(), "engine": engine, "device": world.device.type, "model": files, "versions": versions})
 
 
 def tell_found(found: Found, plan: Plan, world: World) -> None:

@@ -1,8 +1,8 @@
 """What the leader finds in --output_path, before all else, and does with it: begin, go on, or leave a finished run alone.
 
-    DIR/status.json              how the run stands (status.py)
+    DIR/status.json              how the run stands, and which launch did it last (status.py)
     DIR/.ddp_eval.lock           while a run is at work (lock.py)
-    DIR/journal/run.json         while unfinished: the flags that began it
+    DIR/journal/run.json         while unfinished: the flags that began it, and the launch whose --fresh or --overwrite is obeyed
     DIR/journal/*.journal        while unfinished: finished packs (journal.py)
 
 A complete run has a manifest.json and no journal.
@@ -14,10 +14,11 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddp_eval import journal, results, status
+from ddp_eval import journal, restart, results, status
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.lock import Held, Lock
@@ -40,18 +41,27 @@ class RunDirectory:
         self._replace = replace
 
     def recover(self, key: bytes, item_starts: Any) -> journal.Found:
-        """What is done of the work that `key` names. Raises UserError if it is other work that may not be replaced."""
+        """What is done of the work that `key` names. Journals of other work are removed if they may be replaced.
+
+        Raises UserError if they may not.
+        """
+        while True:
+            try:
+                return journal.read_journals(self.journals, key, item_starts)
+            except journal.OtherWork as other:
+                if not self._replace:
+                    raise UserError(
+                        f"--output_path {self.path} holds unfinished work on other requests, weights or package versions than "
+                        f"now ({other}): give another --output_path, or --fresh to start over"
+                    ) from None
+                (self.journals / str(other)).unlink(missing_ok=True)
+
+    def obeyed(self, config: Config) -> None:
+        """What --fresh and --overwrite ask for is done, and not done again when the launcher starts this command again."""
         try:
-            return journal.read_journals(self.journals, key, item_starts)
-        except journal.OtherWork as other:
-            if not self._replace:
-                raise UserError(
-                    f"--output_path {self.path} holds unfinished work on other requests, weights or package versions than now "
-                    f"({other}): give another --output_path, or --fresh to start over"
-                ) from None
-            self.forget_journals()
-            self.journals.mkdir(exist_ok=True)
-            return journal.read_journals(self.journals, key, item_starts)
+            status.replace_json(self.journals / _RUN, {"flags": _flags(config), "launch": restart.launches()})
+        except OSError as error:
+            raise results.unwritable(self.path, error) from error
 
     def finish(self) -> None:
         """The manifest is written: nothing is left to resume."""
@@ -70,21 +80,22 @@ class RunDirectory:
             self._lock.release()
 
 
-def find_finished(config: Config, fingerprint: Any) -> dict[str, Any] | None:
+def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     """The results of the complete run that --output_path holds, if it is one of these very flags and nobody asks to replace it.
 
-    fingerprint: () -> of the model's files now, or None where they cannot be read.
+    is_same_model: whether the model's files are still those of a manifest.
     Raises UserError if it holds a complete run of other flags or another model.
     """
-    if not config.output_path or ((config.overwrite or config.fresh) and not is_restart()):
+    if not config.output_path:
         return None
     directory = Path(config.output_path)
+    if (config.overwrite or config.fresh) and not _is_obeyed(directory):
+        return None
     if not os.path.isfile(directory / results.MANIFEST):
         return None
     manifest, found = _read_json(directory / results.MANIFEST), _read_json(directory / results.RESULTS)
     difference = _difference(manifest.get("config"), config, _NO_MATTER)
-    known = manifest.get("model_fingerprint")
-    if difference is None and known is not None and fingerprint() not in (known, None):
+    if difference is None and not is_same_model(manifest):
         difference = "the files of the model have changed since"
     if difference is None and not found:
         difference = f"its {results.RESULTS} cannot be read"
@@ -103,8 +114,6 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
     Raises UserError if it cannot be written, belongs to another run at work, or holds what may not be replaced.
     """
     assert config.output_path
-    restart = is_restart()
-    fresh, replace = config.fresh and not restart, (config.fresh or config.overwrite) and not restart
     path = results.make_directory(config.output_path)
     lock = Lock(path / LOCK, on_lost)
     try:
@@ -115,6 +124,8 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
         ) from None
     except OSError as error:
         raise results.unwritable(config.output_path, error) from error
+    obeyed = _is_obeyed(path)
+    fresh, replace = config.fresh and not obeyed, (config.fresh or config.overwrite) and not obeyed
     directory = RunDirectory(path, lock, replace)
     try:
         _settle_contents(directory, config, fresh, replace)
@@ -128,33 +139,39 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
     return directory
 
 
-def is_restart() -> bool:
-    """Whether a launcher has started this command again by itself: what --fresh and --overwrite asked for is done already."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def _is_obeyed(directory: Path) -> bool:
+    """Whether an earlier start of this very launch has done what --fresh and --overwrite ask for, or the whole run."""
+    stands = status.read_status(directory)
+    marks = [
+        _read_json(directory / JOURNALS / _RUN).get("launch"),
+        stands.get("launch") if stands.get("state") == status.DONE else None,
+    ]
+    return any(restart.is_restart_of(mark) for mark in marks)
 
 
 def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, replace: bool) -> None:
     files = results.run_files(directory.path)
-    begun = _read_json(directory.journals / _RUN)
+    flags = _read_json(directory.journals / _RUN).get("flags")  # lost or unreadable, the key of each journal decides
+    begun = isinstance(flags, dict) or any(directory.journals.glob(f"*{journal.SUFFIX}"))
     complete = (directory.path / results.MANIFEST).is_file()
     difference = None
     if complete:
         difference = "complete"
-    elif begun:
-        difference = _difference(begun.get("flags"), config, _NO_MATTER | _FOR_METRICS)
-    elif files:
+    elif isinstance(flags, dict):
+        difference = _difference(flags, config, _NO_MATTER | _FOR_METRICS)
+    elif files and not begun:
         difference = "it has no journal to resume from"
     if difference and not replace:
         raise _refuse(directory.path, difference)
     if difference or fresh:
         for file in files:
             file.unlink(missing_ok=True)
-    if difference or fresh or not begun:
         directory.forget_journals()
     for file in directory.path.glob(f".*{results.TEMPORARY_SUFFIX}"):
         file.unlink(missing_ok=True)
     directory.journals.mkdir(exist_ok=True)
-    status.replace_json(directory.journals / _RUN, {"flags": _flags(config)})
+    launch = None if replace else _read_json(directory.journals / _RUN).get("launch")
+    status.replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch})
 
 
 def _refuse(directory: Path, why: str) -> UserError:

@@ -36,7 +36,7 @@ from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, run_plan
 from ddp_eval.layout import Layout
-from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, fingerprint_model
+from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, is_same_model
 from ddp_eval.measuring import Seated, measure_layouts
 from ddp_eval.packing import Plan, Requests
 from ddp_eval.planning import Decision, ScorePlan, make_plan
@@ -113,7 +113,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
 def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspect | None) -> dict[str, Any]:
     """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
     watch.step("looking into the run directory")
-    finished = run_directory.find_finished(config, lambda: fingerprint_model(config.loader_args))
+    finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args))
     if finished is not None:
         log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
         return finished
@@ -226,9 +226,10 @@ def _lead(
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         journals, found = None, None
         if directory is not None:
-            facts["model_fingerprint"] = fingerprint_model(config.loader_args)
-            key = name_work(decision.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"])
+            watch.step("reading the model's files")
+            key = name_work(decision.plan, seated.engine.describe(), seated.world, get_digests())
             journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
+            directory.obeyed(config)
             tell_found(found, decision.plan, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
         left = np.delete(np.arange(decision.plan.num_packs), done)

@@ -300,7 +300,15 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
     from ddp_eval.__main__ import main as evaluate
 
     lm_eval.evaluator.add_env_info = lambda results: None  # asks pip and lscpu about the machine, which takes a second
-    run_directory.RunDirectory.forget_journals = lambda directory: None  # they are read when all is done
+    forget = run_directory.RunDirectory.forget_journals
+
+    def copy_and_forget(directory: run_directory.RunDirectory) -> None:
+        """What a start throws away, rightly or not, counts as done all the same."""
+        for path in directory.journals.glob("*.journal"):
+            shutil.copy(path, notes.parent / path.name)
+        forget(directory)
+
+    run_directory.RunDirectory.forget_journals = copy_and_forget
     packs = os.open(notes / f"{os.getpid()}.packs", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     append, step = journal.Journal.append, watch.step
 
@@ -323,9 +331,9 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
 
 
 def packs_in_journals(directory: Path) -> set[int]:
-    """Packs that a start finds done: those of all whole records."""
+    """Packs that a start must find done: those of all whole records, of journals that are gone too."""
     found: set[int] = set()
-    for path in (directory / "run" / "journal").glob("*.journal"):
+    for path in [*(directory / "run" / "journal").glob("*.journal"), *(directory / "notes").glob("*.journal")]:
         data = path.read_bytes()
         header = journal.decode_header(data)
         if header is not None:

@@ -26,8 +26,12 @@ REQUEUES=100      # goes back into the queue at most so often
 
 set -uo pipefail
 
+# The last element of an array has the whole array's id as its SLURM_JOB_ID: scancel and scontrol would take it for all of them.
+JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+JOB="${JOB:-$SLURM_JOB_ID}"
+
 say() {
-    echo "$(date '+%F %T') ddp_eval: job $SLURM_JOB_ID: $*"
+    echo "$(date '+%F %T') ddp_eval: job $JOB: $*"
 }
 
 # The value of --output_path among the flags, in any spelling; the last one counts.
@@ -43,8 +47,17 @@ find_output() {
     printf '%s' "$found"
 }
 
+# Whether this job, at whatever start, has finished the run, or has found it complete. A run that it was to replace does not count.
 is_done() {
-    grep -qs '"state": *"done"' "$output/status.json"
+    { grep -s '"state": *"done"' "$output/status.json" | grep -q "\"slurm\": *\"$JOB\""; } ||
+        grep -qs 'holds this very run, complete: nothing is left to do' "${LOGS:-/dev/null}".*.log
+}
+
+# On success. Arguments: the flags, which sweep.sh compares with its list.
+leave_done() {
+    printf '%s\n' "$@" >"$output/logs/flags"
+    say "done: $output"
+    exit 0
 }
 
 # Whether a rank left over something that the user must mend (exit code 2, which torchrun reports and itself returns as 1).
@@ -57,14 +70,26 @@ last_words() {
     grep -hs '^ddp_eval: ' "$LOGS".*.log | grep -v ' requests, .* tokens/s' | tail -n 1 | sed 's/^ddp_eval: //'
 }
 
+# A controller that is busy or being restarted does not answer for a while: ask again, for half a minute and its own time-outs.
+ask_controller() {
+    local try
+    for try in 1 2 3 4 5 6; do
+        ((try == 1)) || sleep 5
+        scontrol "$@" && return
+    done
+    return 1
+}
+
 # What SLURM thinks of this start of the job: RUNNING, or how it has ended it. On a node that SLURM lost, another start may run.
+# A controller that says nothing has ended nothing.
 job_state() {
-    local facts
-    facts="$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)"
+    local facts state
+    facts="$(ask_controller show job -o "$JOB" 2>/dev/null)"
     if [[ "$facts" == *" JobState=RUNNING "* && "$facts" != *" Restarts=$restart "* ]]; then
         echo "RUNNING elsewhere"
     else
-        sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$facts"
+        state="$(sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p' <<<"$facts")"
+        echo "${state:-RUNNING}"
     fi
 }
 
@@ -97,8 +122,8 @@ run_node() {
 # One srun over all nodes; its exit code. Signals that come meanwhile are dealt with by the traps.
 run_step() {
     local code=0 step
-    export RENDEZVOUS="$SLURM_JOB_ID.$restart.$attempt" LOGS="$output/logs/$SLURM_JOB_ID.$restart.$attempt"
-    # What --fresh and --overwrite ask for is done once, at the first start.
+    export RENDEZVOUS="$JOB.$restart.$attempt" LOGS="$output/logs/$JOB.$restart.$attempt"
+    # What --fresh and --overwrite ask for is done once, at the first start that comes so far.
     export SLURM_RESTART_COUNT="$((restart + attempt))"
     say "start on $SLURM_JOB_NODELIST; words of each node in $LOGS.NODE.log"
     # --wait: when one node's torchrun has ended, the others, which notice by themselves, are ended after so many seconds.
@@ -117,7 +142,7 @@ on_time_limit() {
     stopping="the time limit is near"
     say "$stopping: telling the ranks to stop"
     # To the tasks, not to srun, which would have them killed.
-    scancel --signal=TERM "$SLURM_JOB_ID"
+    scancel --signal=TERM "$JOB"
 }
 
 on_stop() {
@@ -128,7 +153,7 @@ on_stop() {
 
 # Pre-emption with a grace time tells the tasks alone.
 is_preempted() {
-    scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
+    ask_controller show job -o "$JOB" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
 }
 
 requeue_and_leave() {
@@ -142,7 +167,7 @@ requeue_and_leave() {
         say "$1; not requeued, after $restart times already: the same command resumes"
         exit 75
     fi
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if ask_controller requeue "$JOB"; then
         say "$1; requeued, to resume where it stopped"
         exit 0
     fi
@@ -159,14 +184,18 @@ mkdir -p "$output/logs" || exit 2
 
 restart="${SLURM_RESTART_COUNT:-0}"
 stopping=""
+LOGS=""
 if ((restart > 0)); then
     if is_done; then
         say "was done before it was requeued: nothing to do"
-        exit 0
+        leave_done "$@"
     fi
     say "restart $restart: resumes"
     # SLURM says that the earlier start is over. Where it still runs, on a node that SLURM has lost, it ends when its lock is gone.
-    rm -f "$output/.ddp_eval.lock"
+    # A lock of any other job is none of ours.
+    if grep -qs "\"slurm_job\": *\"$JOB\"" "$output/.ddp_eval.lock"; then
+        rm -f "$output/.ddp_eval.lock"
+    fi
 fi
 
 # Addresses as SLURM knows them, "n1=10.0.0.1" on each line: host names need not resolve.
@@ -185,8 +214,10 @@ trap on_stop TERM
 for ((attempt = 0; ; attempt++)); do
     run_step "$@"
     code=$?
-    # srun also returns 0 when it has lost the only node.
-    if ((code == 0)) && { is_done || [[ " $* " == *" --preflight"* ]]; }; then
+    # srun also returns 0 when it has lost the only node, and another code when a signal came behind the last word.
+    if is_done; then
+        leave_done "$@"
+    elif ((code == 0)) && [[ " $* " == *" --preflight"* ]]; then
         say "done: $output"
         exit 0
     elif [[ -n "$stopping" ]]; then

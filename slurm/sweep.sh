@@ -42,14 +42,15 @@ read_list() {
     ((${#models[@]} && ${#tasks[@]})) || die "$1 must have a line \"model NAME FLAGS\" and a line \"tasks NAME FLAGS\""
 }
 
-# Split by a shell's quotes, without expanding anything: one word on each line.
+# The flags of a model on a task set, split by a shell's quotes, without expanding anything: one word on each line.
 split_words() {
-    xargs -n 1 printf '%s\n' <<<"$1"
+    xargs -r -n 1 printf '%s\n' <<<"${flags[model $1]} ${flags[tasks $2]}" 2>/dev/null ||
+        die "the flags of model $1 and tasks $2 cannot be split into words: is a quote not closed?"
 }
 
 # On the login node.
 submit() {
-    local list="$1" output="$2" at_once="" option eval_script copy array report
+    local list="$1" output="$2" at_once="" option eval_script copy array report model task
     local -a options=() shared=()
     shift 2
     for option in "$@"; do
@@ -62,6 +63,11 @@ submit() {
     done
     [[ -r "$list" ]] || die "cannot read the list $list"
     read_list "$list"
+    for model in "${models[@]}"; do
+        for task in "${tasks[@]}"; do
+            split_words "$model" "$task" >/dev/null || exit
+        done
+    done
     eval_script="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/eval.sh"
     mkdir -p "$output/logs"
     output="$(cd "$output" && pwd)"
@@ -78,18 +84,19 @@ submit() {
 
 # In the array: one model on one task set.
 run_element() {
-    local model task
-    local -a words
+    local model task text
+    local -a words=()
     read_list "$1"
     model="${models[SLURM_ARRAY_TASK_ID / ${#tasks[@]}]}"
     task="${tasks[SLURM_ARRAY_TASK_ID % ${#tasks[@]}]}"
-    mapfile -t words < <(split_words "${flags[model $model]} ${flags[tasks $task]}")
+    text="$(split_words "$model" "$task")" || exit
+    [[ -z "$text" ]] || mapfile -t words <<<"$text"
     exec bash "$3" "${words[@]}" --output_path "$2/$model/$task"
 }
 
 # In the last job: what is done, and the models side by side on each task set.
 write_report() {
-    local output="$2" task model code=0
+    local output="$2" task model text code=0
     local -a runs
     read_list "$1"
     # shellcheck disable=SC1090
@@ -98,11 +105,15 @@ write_report() {
     for task in "${tasks[@]}"; do
         runs=()
         for model in "${models[@]}"; do
-            if grep -qs '"state": *"done"' "$output/$model/$task/status.json"; then
+            text="$(split_words "$model" "$task")" || exit
+            if ! grep -qs '"state": *"done"' "$output/$model/$task/status.json"; then
+                echo "$model $task: not done, see $output/logs; slurm/sweep.sh with the same list resumes it"
+                code=1
+            elif [[ "$(cat "$output/$model/$task/logs/flags" 2>/dev/null)" == "${text:+$text$'\n'}--output_path"* ]]; then
                 echo "$model $task: done"
                 runs+=("$output/$model/$task")
             else
-                echo "$model $task: not done, see $output/logs; slurm/sweep.sh with the same list resumes it"
+                echo "$model $task: done with other flags than the list's; --overwrite in the list replaces it, see $output/logs"
                 code=1
             fi
         done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -186,3 +187,47 @@ def test_release_leaves_anothers_lock(path):
     path.write_text(json.dumps({"token": "another"}))
     first.release()
     assert path.exists()
+
+
+def test_disk_that_fails_once(path, monkeypatch):
+    """Catches a run that gives itself up because the disk refused one touch, while its file is there."""
+    lost, touch, failures = threading.Event(), os.utime, []
+
+    def fail_twice(*names):
+        if len(failures) < 2:
+            failures.append(names)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        touch(*names)
+
+    monkeypatch.setattr(os, "utime", fail_twice)
+    first = Lock(path, lost.set)
+    first.acquire()
+    assert not lost.wait(1.5) and len(failures) == 2
+    first.release()
+
+
+def test_disk_that_fails_for_long(path, monkeypatch):
+    """Catches a run that goes on beside the one that took its silent lock over, since the disk hides that from it."""
+    lost = threading.Event()
+    first = Lock(path, lost.set)
+    first.acquire()
+
+    def refuse(*names):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert not lost.wait(0.5)
+    assert lost.wait(5)
+    monkeypatch.undo()
+    first.release()
+
+
+def test_lock_names_its_slurm_job(path, monkeypatch):
+    """Catches a requeued job that cannot tell its own lost start's lock from another job's (eval.sh reads it)."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    first = Lock(path, lambda: None)
+    first.acquire()
+    assert '"slurm_job": "12_3"' in path.read_text()
+    first.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ ITEM_STARTS = np.array([0, 1, 2])
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """config(**changes) -> the flags of a run in tmp_path/run."""
-    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("TORCHELASTIC_", "SLURM_"))]:
+        monkeypatch.delenv(name)
     base = {"tasks": ["demo_lambada"], "model_args": {"pretrained": "demo"}, "output_path": str(tmp_path / "run")}
     return lambda **changes: Config(**{**base, **changes})
 
@@ -56,7 +57,7 @@ def unfinished(config):
 def finished(config):
     """A directory with a complete run, as its files go."""
     directory = open_directory(config(), lambda: None)
-    manifest = {"config": dataclasses.asdict(config()), "model_fingerprint": "f"}
+    manifest = {"config": dataclasses.asdict(config()), "model": {"seen": "f"}}
     results.write_run(directory.path, {"results": {"demo_lambada": {"acc,none": 0.5}}}, manifest)
     directory.finish()
     directory.close()
@@ -111,11 +112,83 @@ def test_starting_over(changes, config, opening, unfinished):
     assert not (directory.path / results.SCORES).exists()
 
 
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_restart_does_not_start_over(name, config, opening, unfinished, monkeypatch):
+LAUNCHERS = {
+    "torchrun": ({"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}, "TORCHELASTIC_RESTART_COUNT"),
+    "several nodes": (
+        {"TORCHELASTIC_RUN_ID": "llama", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"},
+        "TORCHELASTIC_RESTART_COUNT",
+    ),
+    "slurm": ({"SLURM_JOB_ID": "7"}, "SLURM_RESTART_COUNT"),
+    "array": ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "SLURM_RESTART_COUNT"),
+}
+
+
+@pytest.fixture(params=LAUNCHERS)
+def start(request, config, monkeypatch):
+    """start(again, **changes) -> a directory opened as by the launcher's first start of the command, or by a later one."""
+    variables, count = LAUNCHERS[request.param]
+
+    def open_it(again, **changes):
+        for name, value in {**variables, count: "1" if again else "0"}.items():
+            monkeypatch.setenv(name, value)
+        found = find_finished(config(**changes), lambda *_: True)
+        return found or open_directory(config(**changes), lambda: None)
+
+    return open_it
+
+
+def do_pack(directory, pack):
+    own = Journal(directory.journals / f"{pack}.journal", KEY, "cpu")
+    own.append(pack, np.array([-1.5]), np.array([True]))
+    own.close()
+    directory.close()
+
+
+@pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True, "limit": 2.0}])
+def test_a_restart_does_not_start_over(changes, config, start, unfinished):
     """Catches --fresh obeyed again when a launcher starts the same command again: the run would never end."""
-    monkeypatch.setenv(name, "1")
-    assert packs_in(opening(config(fresh=True))) == [1]
+    directory = start(False, **changes)
+    assert packs_in(directory) == []
+    directory.obeyed(config(**changes))
+    do_pack(directory, 0)
+    directory = start(True, **changes)
+    assert packs_in(directory) == [0]
+    directory.close()
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True}])
+def test_a_start_that_died_early_has_obeyed_nothing(changes, opened, config, start, finished):
+    """Catches --fresh dropped because the first start of a job died while it loaded: the old run passes for the new one."""
+    if opened:
+        start(False, **changes).close()
+    directory = start(True, **changes)
+    assert results.run_files(directory.path) == [] and packs_in(directory) == []
+    directory.finish()
+    directory.close()
+
+
+def test_a_restart_leaves_what_its_launch_has_finished(config, start, finished):
+    """Catches a run that is replaced again because a rank died on its way out, or SLURM lost the node in the last second."""
+    directory = start(False, fresh=True)
+    manifest = {"config": dataclasses.asdict(config(fresh=True))}
+    results.write_run(directory.path, {"results": "new"}, manifest)
+    directory.finish()
+    directory.close()
+    assert start(True, fresh=True) == {"results": "new"}
+    assert start(False, fresh=True).close() is None
+
+
+def test_interactive_jobs_launches_are_told_apart(config, opening, unfinished, monkeypatch):
+    """Catches the --fresh of a second torchrun in one job dropped, because the first one's was obeyed."""
+    for name, value in {"SLURM_JOB_ID": "7", **LAUNCHERS["several nodes"][0]}.items():
+        monkeypatch.setenv(name, value)
+    directory = open_directory(config(fresh=True), lambda: None)
+    directory.obeyed(config(fresh=True))
+    do_pack(directory, 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert packs_in(opening(config(fresh=True))) == []
 
 
 def test_other_work_is_refused(config, opening, unfinished):
@@ -132,26 +205,30 @@ def test_other_work_is_replaced_when_asked(config, opening, unfinished):
     assert directory.journals.is_dir()
 
 
-@pytest.mark.parametrize("fingerprint", ["f", None])
-def test_finished_run_is_left_alone(fingerprint, config, finished):
+def same(manifest):
+    assert manifest["model"] == {"seen": "f"}
+    return True
+
+
+def test_finished_run_is_left_alone(config, finished):
     """Catches a finished run that is run again, changed or refused."""
     before = sorted(entry.stat().st_mtime_ns for entry in finished.iterdir())
-    assert find_finished(config(), lambda: fingerprint) == {"results": {"demo_lambada": {"acc,none": 0.5}}}
+    assert find_finished(config(), same) == {"results": {"demo_lambada": {"acc,none": 0.5}}}
     assert sorted(entry.stat().st_mtime_ns for entry in finished.iterdir()) == before
 
 
 def test_finished_run_of_another_kind_is_refused(config, finished):
     """Catches the numbers of another command or of older weights shown as this one's."""
     with pytest.raises(UserError, match=r"already holds a run of .* \(there log_samples was false, here it is true\)"):
-        find_finished(config(log_samples=True), lambda: "f")
+        find_finished(config(log_samples=True), same)
     with pytest.raises(UserError, match=r"the files of the model have changed since"):
-        find_finished(config(), lambda: "g")
+        find_finished(config(), lambda manifest: False)
 
 
 @pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True}])
 def test_finished_run_is_replaced_when_asked(changes, config, opening, finished):
     """Catches --fresh that finds nothing to do."""
-    assert find_finished(config(**changes), lambda: "f") is None
+    assert find_finished(config(**changes), same) is None
     directory = opening(config(**changes))
     assert results.run_files(directory.path) == []
 
@@ -162,7 +239,7 @@ def test_killed_right_behind_the_manifest(config, finished):
     (finished / "journal").mkdir()
     (finished / "journal" / "a.journal").write_bytes(b"")
     (finished / "journal" / "run.json").write_text("{}")
-    assert find_finished(config(), lambda: "f")
+    assert find_finished(config(), same)
     assert status.read_status(finished)["state"] == status.DONE
     assert not (finished / "journal").exists()
 
@@ -181,3 +258,35 @@ def test_second_run_is_refused(config, opening, monkeypatch):
     opening(config())
     with pytest.raises(UserError, match=r"^another run is at work in --output_path .*run \(process \d+ on .*\): wait for it"):
         open_directory(config(), lambda: None)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda path: path.write_text('{"fla'), lambda path: path.write_text(""), lambda path: path.unlink()]
+)
+@pytest.mark.parametrize("changes", [{}, {"overwrite": True}])
+def test_packs_outlive_the_file_of_flags(changes, harm, config, opening, unfinished):
+    """Catches hours of packs deleted because a node went down while run.json was new, or because a disk refused to read it."""
+    harm(unfinished / "journal" / "run.json")
+    assert packs_in(opening(config(**changes))) == [1]
+
+
+def test_replacing_other_work_keeps_the_flags(config, unfinished):
+    """Catches --overwrite of other weights that leaves a directory which the next start takes for nobody's."""
+    key = work_key({"plan": "b"})
+    for number in range(2):
+        directory = open_directory(config(overwrite=number == 0), lambda: None)
+        assert directory.recover(key, ITEM_STARTS).packs.tolist() == [0][:number]
+        own = Journal(directory.journals / f"b{number}.journal", key, "cpu")
+        own.append(number, np.array([-2.5]), np.array([True]))
+        own.close()
+        directory.close()
+    assert sorted(path.name for path in (unfinished / "journal").iterdir()) == ["b0.journal", "b1.journal", "run.json"]
+
+
+def test_small_files_reach_the_disk(config, opening, monkeypatch):
+    """Catches run.json and status.json that a power cut leaves empty, beside journals that it does not."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    opening(config())
+    for name in ("run.json", "status.json"):
+        assert any(f"/.{name}." in path for path in synced), synced

@@ -26,7 +26,7 @@ _GROUPS = (
     ("layout", ("ranks.", "plan_sha256", "layout", "packs", "why_rows", "computed_tokens", "config.packing", "config.max_pack")),
     ("layout", ("config.layout", "measured_layouts")),
 )
-_SAYS_NOTHING = ("config.output_path", "config.overwrite", "working_directory")
+_SAYS_NOTHING = ("config.output_path", "config.overwrite", "working_directory", "model.seen")
 
 
 def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[str, Any]:

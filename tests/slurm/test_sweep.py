@@ -55,6 +55,13 @@ def words(place):
     return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in sorted(place.rglob("*.out")))
 
 
+def kill_a_rank(cluster, element):
+    number = cluster.run("squeue", "-h", "-r", "-j", element, "-o", "%A")
+    for pid, (command, environment) in cluster.processes(number).items():
+        if environment.get("RANK") == "1" and "slow_main.py" in command:
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_array(cluster, sweep, tmp_path):
@@ -65,15 +72,19 @@ def test_array(cluster, sweep, tmp_path):
     cluster.wait(lambda: sum(path.stat().st_size for path in journals.glob("*.journal")) > 400, "element 1 to be at work", 200)
     states = cluster.run("squeue", "-h", "-r", "-j", array, "-o", "%K %T").split("\n")
     assert sum("RUNNING" in state for state in states) <= 2, states
-    element = cluster.run("squeue", "-h", "-r", "-j", f"{array}_1", "-o", "%A")
-    for pid, (command, environment) in cluster.processes(element).items():
-        if environment.get("RANK") == "1" and "slow_main.py" in command:
-            os.kill(pid, signal.SIGKILL)
+    kill_a_rank(cluster, f"{array}_1")
+    journals = out / "two" / "logic" / "journal"
+    cluster.wait(lambda: sum(path.stat().st_size for path in journals.glob("*.journal")) > 400, "element 3 to be at work", 400)
+    kill_a_rank(cluster, f"{array}_3")  # the last one, whose own id is that of the array
     cluster.wait(lambda: cluster.state(report) in ("COMPLETED", "FAILED"), "the report", 600)
     for model in ("one", "two"):
         for tasks in ("lambada", "logic"):
             assert status.read_status(out / model / tasks).get("state") == status.DONE, words(out)
-    assert "starts again, restart 1 of 2" in (out / "logs" / f"{array}_1.out").read_text(), words(out)
+    starts = {element: (out / "logs" / f"{array}_{element}.out").read_text().count(" start on ") for element in range(4)}
+    assert starts == {0: 1, 1: 2, 2: 1, 3: 2}, words(out)
+    for element in (1, 3):
+        said = (out / "logs" / f"{array}_{element}.out").read_text()
+        assert f"job {array}_{element}: a rank or a launcher has died" in said, words(out)
     for tasks in ("lambada", "logic"):
         assert f"one {tasks}: done" in words(out)
         if importlib.util.find_spec("ddp_eval.compare"):

@@ -1,0 +1,164 @@
+"""What eval.sh and sweep.sh decide, with SLURM's commands played by small scripts: moments that a real SLURM shows too rarely."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+from jobs import ROOT
+
+DONE = '{"state": "done", "reason": "", "time": "", "launch": {"slurm": "%s"}}'
+SCONTROL = """\
+echo "$@" >>"$FAKE/asked"
+case "$1 $2" in
+    "show node") echo "NodeName=n1 Arch=x NodeAddr=127.0.0.1 NodeHostName=n1" ;;
+    "show hostnames") echo n1 ;;
+    "show job") [[ -s "$FAKE/job" ]] && cat "$FAKE/job" ;;
+    requeue*) [[ ! -e "$FAKE/refuse" ]] ;;
+esac
+"""
+SRUN = """\
+echo run >>"$FAKE/runs"
+source "$FAKE/step"
+"""
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """evaluate(step, job=what scontrol says of it, **variables) -> the finished eval.sh. step: what srun does, in bash."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    stubs = {"scontrol": SCONTROL, "srun": SRUN, "scancel": 'echo "$@" >>"$FAKE/asked"', "sleep": 'echo "$@" >>"$FAKE/slept"'}
+    for name, text in stubs.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (programs / name).chmod(0o755)
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+
+    def start(step, job="JobId=7 JobState=RUNNING Restarts=0 ", **variables):
+        (tmp_path / "step").write_text(step)
+        (tmp_path / "job").write_text(f" {job}\n" if job else "")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "FAKE": str(tmp_path)}
+        environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", **variables}
+        command = ["bash", ROOT / "slurm" / "eval.sh", "--tasks", "demo", "--output_path", tmp_path / "run"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+
+    return start
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+ELEMENT = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+
+
+def test_last_element_of_an_array(evaluate, tmp_path):
+    """Catches all elements of an array requeued, signalled or looked at, because the last one has the array's own id."""
+    preempted = "JobId=7 JobState=RUNNING Restarts=0 PreemptTime=2026-11-22T10:00:00 "
+    finished = evaluate("exit 1", preempted, **ELEMENT)
+    assert finished.returncode == 0 and "job 7_3: stopped: a job of higher priority needs the nodes; requeued" in finished.stdout
+    asked = [line.split()[-1] for line in lines(tmp_path / "asked") if "node" not in line and "host" not in line]
+    assert set(asked) == {"7_3"} and "requeue 7_3" in lines(tmp_path / "asked")
+
+
+def test_time_limit_of_an_array_element(evaluate, tmp_path):
+    """Catches a time limit that stops the ranks of every element."""
+    finished = evaluate("kill -USR1 $PPID; /bin/sleep 1; exit 1", **ELEMENT)
+    assert finished.returncode == 0 and "the time limit is near; requeued" in finished.stdout, finished.stdout
+    assert "--signal=TERM 7_3" in lines(tmp_path / "asked")
+
+
+def test_silent_controller(evaluate, tmp_path):
+    """Catches a job that fails for good because slurmctld was being restarted when one of its ranks had died."""
+    step = f'(($(wc -l <"$FAKE/runs") == 1)) && exit 1\necho \'{DONE % 7}\' >"$FAKE/run/status.json"'
+    finished = evaluate(step, job="")
+    assert finished.returncode == 0 and "starts again, restart 1 of 2" in finished.stdout, finished.stdout
+    assert lines(tmp_path / "slept")
+
+
+def test_controller_that_refuses_to_requeue(evaluate, tmp_path):
+    """Catches a job that asks for ever."""
+    (tmp_path / "refuse").touch()
+    finished = evaluate("exit 1", "JobId=7 JobState=RUNNING Restarts=0 PreemptTime=2026-11-22T10:00:00 ")
+    assert finished.returncode == 75 and "SLURM refused to requeue it: the same command resumes" in finished.stdout
+
+
+@pytest.mark.parametrize(("whose", "runs"), [("7_3", 0), ("7", 1), ("6", 1)])
+def test_done_before_it_was_requeued(whose, runs, evaluate, tmp_path):
+    """Catches --fresh dropped because the directory's old run is done, and a job that is done computed again."""
+    (tmp_path / "run" / "status.json").write_text(DONE % whose)
+    step = f"echo '{DONE % '7_3'}' >\"$FAKE/run/status.json\""
+    finished = evaluate(step, SLURM_RESTART_COUNT="1", **ELEMENT)
+    assert finished.returncode == 0, finished.stdout
+    assert len(lines(tmp_path / "runs")) == runs
+    assert lines(tmp_path / "run" / "logs" / "flags") == ["--tasks", "demo", "--output_path", str(tmp_path / "run")]
+
+
+def test_signal_behind_the_last_word(evaluate, tmp_path):
+    """Catches a job that is done and requeued all the same, because SIGTERM met it while it printed its table."""
+    step = f"echo '{DONE % 7}' >\"$FAKE/run/status.json\"; kill -TERM $PPID; /bin/sleep 0.5; exit 1"
+    finished = evaluate(step)
+    assert finished.returncode == 0 and "done: " in finished.stdout, finished.stdout
+    assert not [line for line in lines(tmp_path / "asked") if "requeue" in line]
+
+
+def test_complete_before(evaluate, tmp_path):
+    """Catches a job that fails because its run was there already; another job did it."""
+    (tmp_path / "run" / "status.json").write_text(DONE % 5)
+    finished = evaluate('echo "ddp_eval: run holds this very run, complete: nothing is left to do (x)" >"$LOGS.n1.log"')
+    assert finished.returncode == 0 and "done: " in finished.stdout, finished.stdout
+
+
+def test_lost_node_is_no_success(evaluate, tmp_path):
+    """Catches an old run that passes for this one because srun returns 0 when it has lost the only node."""
+    (tmp_path / "run" / "status.json").write_text(DONE % 5)
+    finished = evaluate("exit 0", "JobId=7 JobState=NODE_FAIL Restarts=0 ")
+    assert finished.returncode == 75 and "NODE_FAIL" in finished.stdout, finished.stdout
+
+
+@pytest.mark.parametrize(("holder", "stays"), [("7_3", False), ("7", True), ("8", True)])
+def test_lock_of_another_job(holder, stays, evaluate, tmp_path):
+    """Catches a requeued job that takes the lock of a living one away: two runs in one directory."""
+    lock = tmp_path / "run" / ".ddp_eval.lock"
+    lock.write_text(f'{{"pid": 1, "slurm_job": "{holder}", "token": "x"}}')
+    evaluate(f"echo '{DONE % '7_3'}' >\"$FAKE/run/status.json\"", SLURM_RESTART_COUNT="1", **ELEMENT)
+    assert lock.exists() is stays
+
+
+def report(tmp_path, flags):
+    """sweep.sh --report on a list of one model and one task set, whose run is done with `--limit 3`."""
+    run = tmp_path / "out" / "a" / "t"
+    (run / "logs").mkdir(parents=True)
+    (run / "status.json").write_text(DONE % 7)
+    (run / "logs" / "flags").write_text(f"--tasks\ntwo words\n--limit\n3\n--output_path\n{run}\n")
+    (tmp_path / "list.txt").write_text(f"model a\ntasks t --tasks 'two words' {flags}\n")
+    command = [ROOT / "slurm" / "sweep.sh", "--report", tmp_path / "list.txt", tmp_path / "out", ROOT / "slurm" / "eval.sh"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20)
+
+
+def test_report_of_the_list(tmp_path):
+    """Catches a run that is called not done though it is."""
+    finished = report(tmp_path, "--limit 3")
+    assert finished.returncode == 0 and finished.stdout == "a t: done\n"
+
+
+@pytest.mark.parametrize("flags", ["--limit 4", "", "--limit 3 --num_fewshot 1"])
+def test_report_of_an_edited_list(flags, tmp_path):
+    """Catches numbers of other flags compared as if the list's."""
+    finished = report(tmp_path, flags)
+    assert finished.returncode == 1 and "a t: done with other flags than the list's" in finished.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["--report"]])
+def test_quote_that_is_not_closed(command, tmp_path):
+    """Catches words dropped behind a quote that is never closed: the elements would run with half of their flags."""
+    (tmp_path / "list.txt").write_text("model a --model_args 'pretrained=demo\nmodel b --x\ntasks t --tasks demo\n")
+    words = [ROOT / "slurm" / "sweep.sh", *command, tmp_path / "list.txt", tmp_path / "out", ROOT / "slurm" / "eval.sh"][
+        : 3 + 2 * len(command)
+    ]
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    assert finished.returncode == 2, finished.stdout
+    assert "the flags of model a and tasks t cannot be split into words: is a quote not closed?" in finished.stderr
+    assert not (tmp_path / "out").exists()

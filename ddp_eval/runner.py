@@ -142,7 +142,7 @@ def _load_and_lead(
     watch.step("building the prompts")
     with world.meter.phases("load"):
         model_config = hf.load_config(config.loader_args)
-        layout, why = choose_layout(config, model_config, world)
+        layout, why = choose_layout(config, model_config, world, directory.layout if directory else None)
         tokenizer = hf.load_tokenizer(config.loader_args)
     followers.load(layout)
     seated: Future[Seated] = Future()
@@ -217,7 +217,8 @@ def _lead(
             alone, trial = config.numerics == "alone", _trial_of(followers, seated)
             decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, alone, trial)
         del engine  # `_measure` may put another in its place
-        if config.layout == layouts.MEASURE and world.world_size > 1:
+        kept = directory is not None and directory.layout == str(seated.layout)
+        if config.layout == layouts.MEASURE and world.world_size > 1 and not kept:
             with phases("measure"):
                 facts["measured_layouts"] = _measure(config, model_config, followers, seated, decision.plan)
         facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
@@ -229,7 +230,7 @@ def _lead(
             watch.step("reading the model's files")
             key = name_work(decision.plan, seated.engine.describe(), seated.world, get_digests())
             journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
-            directory.obeyed(config)
+            directory.obeyed(config, str(seated.layout))
             tell_found(found, decision.plan, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
         left = np.delete(np.arange(decision.plan.num_packs), done)

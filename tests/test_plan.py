@@ -225,10 +225,10 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     weights = measure_model(hf.whole_model(model_args, model_config)).weights
     world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
 
-    def chosen(memory, layout="auto", world=world):
+    def chosen(memory, layout="auto", world=world, earlier=None):
         monkeypatch.setattr(choice, "memory_of_rank", lambda device, ranks_per_node: memory)
         config = Config(model_args=model_args, layout=layout, max_pack_tokens=16)
-        return choice.choose_layout(config, model_config, world)
+        return choice.choose_layout(config, model_config, world, earlier)
 
     assert chosen(8 * weights)[0] == WHOLE_COPIES
     whole, half = (max(map(sum, rank_bytes_of(model_args, model_config, layout))) for layout in (WHOLE_COPIES, Layout(LAYERS, 2)))
@@ -240,6 +240,10 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     assert chosen(between, "layers")[0] == Layout(LAYERS, 2)
     assert chosen(8 * weights, "layers")[0] == WHOLE_COPIES, "as few ranks as will do"
     assert chosen(0)[1].startswith("nothing fits, this lacks least")
+    assert chosen(8 * weights, earlier="layers:2")[0] == Layout(LAYERS, 2), "a resume keeps what was chosen"
+    assert chosen(8 * weights, "measure", earlier="layers:2")[0] == Layout(LAYERS, 2)
+    assert chosen(8 * weights, "replicas", earlier="layers:2")[0] == WHOLE_COPIES
+    assert chosen(8 * weights, earlier="layers:3")[0] == WHOLE_COPIES, "two ranks are no three"
     monkeypatch.setattr(hf, "whole_model", None)
     assert chosen(0, world=distributed.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
 

@@ -103,21 +103,25 @@ def say_memory(candidate: Candidate) -> str:
     return f"{need}, {candidate.spare / GIB:.1f} to spare" if candidate.fits else f"{need}, {-candidate.spare / GIB:.1f} too many"
 
 
-def choose_layout(config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
+def choose_layout(config: Config, model_config: Any, world: World, earlier: str | None = None) -> tuple[Layout, str]:
     """The layout of a run, and why, before any weight is read.
 
+    earlier: the layout of the unfinished work that this run goes on with. What was chosen then is chosen again where it can
+    be: a clock or the memory free today might choose another, whose numbers must not be mixed with those.
     Raises UserError when the ranks do not divide into replicas, or the model cannot be laid out as asked.
     """
-    layout, why = _choose(config, model_config, world)
+    layout, why = _choose(config, model_config, world, earlier)
     if config.load == "broadcast" and (layout.kind != REPLICAS or config.layout == layouts.MEASURE or config.model != "hf"):
         raise UserError(f"--load broadcast sends whole copies of a hf model, and this is {layout}: give --load disk")
     return layout, why
 
 
-def _choose(config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
+def _choose(config: Config, model_config: Any, world: World, earlier: str | None) -> tuple[Layout, str]:
     if config.model == "vllm":
         return _choose_for_vllm(config, world), "tensor_parallel_size"
     fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)
+    if fixed is None and earlier and (kept := layouts.again(earlier, world.world_size)):
+        return kept, "as in the work that this resumes"
     if fixed == layouts.WHOLE_COPIES or (fixed is None and world.world_size == 1):
         return layouts.WHOLE_COPIES, "as asked" if fixed else "one rank"
     quantised = bool(getattr(model_config, "quantization_config", None))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddp_eval import layout
@@ -19,6 +21,11 @@ DEFAULT_SEED = (0, 1234, 1234, 1234)
 
 # fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
 NUMERICS = ("fast", "fp32", "alone")
+
+
+# Names of secrets, but for tokens of a vocabulary: eos_token, prefix_token_id, ...
+_SECRET = re.compile(r"(^|_)token(_|$)|secret|passw|credential|api_?key")
+_NO_SECRET = re.compile(r".*token_(id|ids|index)|(.*_)?(bos|eos|pad|unk|sep|cls|mask|start|end|prefix|image|audio|video)_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +82,12 @@ class Config:
             raise UserError(f"--model must be hf or vllm, got {self.model}")
         if self.model == "vllm" and self.numerics == "alone":
             raise UserError("--numerics alone is not for --model vllm, which batches requests as they come: give --model hf")
+        for flag in ("model_args", "metadata", "gen_kwargs"):
+            for name in _secrets_in(getattr(self, flag)):
+                raise UserError(
+                    f"--{flag} {name} looks like a secret, and the flags of a run are written down: "
+                    "log in with hf auth login or set HF_TOKEN, so that it is written nowhere"
+                )
         _check_numerics(self.numerics, self.model_args.get("dtype", "auto"), self.max_pack_tokens)
         _check_at_least("--num_fewshot", self.num_fewshot, 0)
         if self.load not in ("disk", "broadcast"):
@@ -99,6 +112,16 @@ class Config:
                 raise UserError("--samples and --limit exclude each other: give one of them")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
+
+
+def _secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
+    """Names in `values`, and in mappings within, that have a value and by their name hold a secret."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _secrets_in(value)
+        plain = str(name).lower().replace("-", "_")
+        if value is not None and not isinstance(value, bool) and _SECRET.search(plain) and not _NO_SECRET.fullmatch(plain):
+            yield str(name)
 
 
 def _check_numerics(level: str, dtype: Any, max_pack_tokens: int | None) -> None:

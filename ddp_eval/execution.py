@@ -80,7 +80,10 @@ def _run_packs(
             own.append(index, sums, greedy, len(results))
         requests, tokens = int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces)
         if not work.silent:
-            for what, amount in {"requests": requests, "computed_tokens": tokens, "packs": 1}.items():
+            packs = [piece.pack for piece in pieces]
+            pairs, reads = sum(int((pack.depth + 1).sum()) for pack in packs), sum(len(pack.reads) for pack in packs)
+            counts = {"requests": requests, "computed_tokens": tokens, "visible_pairs": pairs, "reads": reads, "packs": 1}
+            for what, amount in counts.items():
                 world.meter.count(what, amount)
         if engine.bears_results:
             progress.add(requests, tokens)

@@ -73,6 +73,14 @@ def fixed_layout(words: str, world_size: int, ranks_per_node: int) -> Layout | N
     return Layout(kind, int(count))
 
 
+def again(earlier: str, world_size: int) -> Layout | None:
+    """The layout that another start has written down; None where these ranks do not divide into its replicas."""
+    try:
+        return fixed_layout(earlier, world_size, world_size)
+    except UserError:
+        return None
+
+
 def check_division(layout: Layout, world_size: int) -> None:
     """Raise UserError, with the arithmetic, when `world_size` ranks do not divide into whole replicas."""
     each = layout.ranks_per_replica

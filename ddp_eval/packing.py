@@ -182,6 +182,13 @@ def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: 
     return _assemble(requests, order, item_of_request, shared, bounds, groups, rows=False)
 
 
+def plan_one_tree(requests: Requests) -> tuple[Plan, IntArray]:
+    """All of `requests`, of which there is one or more, in a single pack, whatever it costs. Returns as `plan_packs`."""
+    order, item_of_request, shared = _sort_and_share(requests)
+    whole, only = np.array([0, len(order)]), np.zeros(1, dtype=np.int64)
+    return _assemble(requests, order, item_of_request, shared, whole, only, rows=False)
+
+
 def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None, isolate: bool = False) -> tuple[Plan, IntArray]:
     """Cut `requests` into batches of plain rows of near-equal length, for models that cannot take a tree.
 

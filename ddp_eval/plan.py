@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.prediction import CUDA_SPEEDS, Amount
 from ddp_eval.sizing import GIB, measure_model, usable_bytes
+from ddp_eval.subcommand import SubcommandParser
 
-_USAGE = (
-    "python -m ddp_eval plan --model_args pretrained=NAME[,dtype=...] --gpus N [--gpu_memory 80GiB] [--nodes N] [--tasks ...]"
-)
+_ABOUT = """\
+What a model needs of memory, what fits, what would be the quickest, and the command to copy. Takes the flags of a
+run, and these of the machine."""
 
 
 def main(argv: list[str]) -> int:
@@ -28,14 +30,13 @@ def main(argv: list[str]) -> int:
     options, rest = _read(argv)
     has_tasks = any(word.split("=")[0] in ("--tasks", "-t") for word in rest)
     config, _ = cli.parse(rest if has_tasks else [*rest, "--tasks", "demo"])
-    print(make_report(config, options.gpus, options.nodes, parse_memory(options.gpu_memory), has_tasks))
+    words = rest if has_tasks else [*rest, "--tasks", "TASKS"]
+    print(make_report(config, words, options.gpus, options.nodes, parse_memory(options.gpu_memory), has_tasks))
     return 0
 
 
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        usage=_USAGE, description="What a model needs of memory, what fits, and what would be the quickest.", allow_abbrev=False
-    )
+    parser = SubcommandParser("plan", _ABOUT)
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
     parser.add_argument("--gpu_memory", "--gpu-memory", default="80GiB", help="memory of a GPU (default: 80GiB)")
@@ -55,8 +56,12 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
-def make_report(config: Config, gpus: int, nodes: int, gpu_memory: int, count_work: bool) -> str:
-    """The whole text. count_work: build the prompts of config.tasks and cut them, else reckon with a typical amount."""
+def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_memory: int, count_work: bool) -> str:
+    """The whole text.
+
+    words: the flags of the run, for the command to copy. count_work: build the prompts of config.tasks and cut them, else
+    reckon with a typical amount.
+    """
     from ddp_eval.engines import hf
 
     model_config = hf.load_config(config.loader_args)
@@ -81,7 +86,7 @@ def make_report(config: Config, gpus: int, nodes: int, gpu_memory: int, count_wo
         "",
         *_table(candidates, ranks.world_size),
         "",
-        *_advice(config, best, gpus, nodes, ",".join(map(str, config.tasks)) if count_work else "TASKS"),
+        *_advice(words, best, gpus, nodes),
     ]
     return "\n".join(lines)
 
@@ -116,7 +121,8 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     if engine.why_not_packs or not config.packing:
         plan, _ = plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests)
     else:
-        plan, _ = plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads())
+        in_tree = min(max_tokens, engine.largest_tree or max_tokens)
+        plan, _ = plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
     return Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
 
 
@@ -140,17 +146,28 @@ def _table(candidates: list[Candidate], world_size: int) -> list[str]:
     return ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
 
 
-def _advice(config: Config, best: Candidate, gpus: int, nodes: int, tasks: str) -> list[str]:
+def _advice(words: list[str], best: Candidate, gpus: int, nodes: int) -> list[str]:
     if not best.fits:
         return [f"nothing fits: {best.layout} lacks least, {-best.spare / GIB:.1f} GiB a GPU; take more GPUs, or larger ones"]
-    given = ",".join(f"{key}={value}" for key, value in config.model_args.items())
-    run = f"-m ddp_eval --model hf --model_args {given} --tasks {tasks} --layout {best.layout}"
+    flags = [*_without_layout(words), "--layout", str(best.layout)]
+    lines = [f"recommended: {best.layout}"]
     if nodes == 1:
-        return [f"recommended: {best.layout}", f"torchrun --standalone --nproc_per_node={gpus} {run}"]
-    head = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"
-    launcher = f"torchrun --nnodes={nodes} --nproc_per_node={gpus} --rdzv_backend=c10d --rdzv_endpoint={head}"
-    return [
-        f"recommended: {best.layout}",
-        f"on each node, with HEAD the name of one: {launcher.replace(head, 'HEAD:29500')} {run}",
-        f"sbatch --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={gpus} --wrap='srun {launcher} {run}'",
-    ]
+        lines.append(f"torchrun --standalone --nproc_per_node={gpus} -m ddp_eval {shlex.join(flags)}")
+    else:
+        rendezvous = "--rdzv_backend=c10d --rdzv_endpoint=HEAD:29500"
+        launcher = f"torchrun --nnodes={nodes} --nproc_per_node={gpus} {rendezvous}"
+        lines.append(f"on each node, with HEAD the name of one: {launcher} -m ddp_eval {shlex.join(flags)}")
+    if not any(word.replace("-", "_").startswith(("__output_path", "_o")) for word in words):
+        flags += ["--output_path", "DIR"]
+    return [*lines, f"sbatch --nodes={nodes} --gpus-per-node={gpus} slurm/eval.sh {shlex.join(flags)}"]
+
+
+def _without_layout(words: list[str]) -> list[str]:
+    """The user's flags but for a layout, which is ours to name."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if not skip and word.partition("=")[0] != "--layout":
+            kept.append(word)
+        skip = word == "--layout"
+    return kept

@@ -12,7 +12,7 @@ import torch
 from ddp_eval.distributed import LostContact
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError, one_line
-from ddp_eval.packing import CostModel, IntArray, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.packing import IntArray, Plan, Requests, build_pack, plan_one_tree, plan_packs, plan_rows, requests_from_lists
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
@@ -50,7 +50,8 @@ def make_plan(
     if why_rows is None and len(requests):
         why_rows = check_packs(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
     if why_rows is None:
-        return Decision(*plan_packs(requests, engine.cost_model(), max_tokens, engine.max_reads()), None)
+        in_tree = min(max_tokens, engine.largest_tree or max_tokens)
+        return Decision(*plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads()), None)
     return Decision(*plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests), why_rows)
 
 
@@ -84,14 +85,13 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     A model that takes a tree mask and yet ignores part of it (positions by index, a running state) gives wrong numbers without
     an error: only its own answers show it. What rounding may do is known from the dtype and from two rows run by themselves.
     """
-    one_pack = CostModel(forward=1e30, dense=False)
 
     def score(plan: Plan, item_of_request: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
         sums = score_plan(plan) if score_plan is not None else _score_alone(engine, plan)
         return sums[item_of_request]
 
     try:
-        packed = score(*plan_packs(requests, one_pack, max_tokens=2**30))
+        packed = score(*plan_one_tree(requests))
     except (LostContact, UserError):
         raise  # no word on packs
     except Exception as error:

@@ -2,6 +2,8 @@
 
 Before anything is scored the leader holds what it finds against the manifest: the model's and the tokenizer's files, packages,
 task versions, and the prompts of each task. What differs is refused by name unless --allow names it.
+
+A manifest may come from anybody, and so may the code that it would have run: no code runs on its word alone.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ def parse(argv: Sequence[str]) -> Order:
     values = dict(manifest["config"])
     values |= {"output_path": str(output), "overwrite": options.overwrite, "seed": tuple(values["seed"])}
     values |= {name: value for name in ("device", "layout") if (value := getattr(options, name))}
+    _refuse_untrusted(manifest, options)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
     if unknown:
         raise UserError(f"the run in {options.run} has the setting {unknown[0]}, which this version of ddp_eval does not know")
@@ -66,6 +69,33 @@ def parse(argv: Sequence[str]) -> Order:
     if os.path.isdir(manifest.get("working_directory") or ""):
         os.chdir(manifest["working_directory"])
     return Order(earlier, config, manifest, frozenset(options.allow or ()), expectation)
+
+
+def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Raise UserError where the run would execute code that this very command line does not allow."""
+    config = manifest["config"]
+    model_args = config.get("model_args") or {}
+    remote = config.get("trust_remote_code") or model_args.get("trust_remote_code")
+    kernels = "/" in str(model_args.get("attn_implementation") or "")  # of the hub
+    if (remote or kernels) and not options.trust_remote_code:
+        raise UserError(f"the run in {options.run} runs Python code of its model or data set: --trust_remote_code allows it")
+    if config.get("confirm_run_unsafe_code") and not options.confirm_run_unsafe_code:
+        raise UserError(f"the run in {options.run} runs code that a model writes: --confirm_run_unsafe_code allows it")
+    start = Path(manifest.get("working_directory") or "")
+    own = [start / str(word) for word in _task_files(config)]
+    if own and not options.trust_task_files:
+        code = sorted(path.name for place in own for path in (place if place.is_dir() else place.parent).rglob("*.py"))
+        which = f" ({', '.join(code[:5])}{', ...' if len(code) > 5 else ''})" if code else ""
+        places = ", ".join(map(str, own))
+        raise UserError(
+            f"the run in {options.run} runs the Python code{which} of task files in {places}: --trust_task_files allows it"
+        )
+
+
+def _task_files(config: Mapping[str, Any]) -> list[Any]:
+    """Where task files lie that are not lm_eval's or ours: --include_path, and files and directories among --tasks."""
+    words = [word for word in config.get("tasks") or [] if "/" in str(word) or str(word).endswith((".yaml", ".yml"))]
+    return [*([config["include_path"]] if config.get("include_path") else []), *words]
 
 
 def conclude(order: Order) -> int:
@@ -141,5 +171,10 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow", nargs="+", choices=KINDS, help="run although these differ from the manifest")
     parser.add_argument("--device", help="cuda or cpu (default: as the run was told)")
     parser.add_argument("--layout", help="how the model lies over the ranks (default: as the run was told)")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code of the model or data set, as the run did"
+    )
+    parser.add_argument("--confirm_run_unsafe_code", action="store_true", help="run the code that a model writes, as the run did")
+    parser.add_argument("--trust_task_files", action="store_true", help="run the Python code of task files, as the run did")
     add_expect(parser)
     return parser

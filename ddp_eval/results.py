@@ -7,7 +7,8 @@
     telemetry.json         where each rank's time and bytes went
     manifest.json          what was run, on what, with which versions; written last, so that it marks a complete run
 
-The leader calls `prepare_directory` before any work begins and `write_run` after the last score. Each file appears under its name
+The leader calls `write_run` after the last score. Before any work the directory is made sure of: by run_directory.py for a
+command, which resumes, and by `prepare_directory` for a caller of the API. Each file appears under its name
 complete or not at all. No environment variable, host name or token may get in here.
 """
 

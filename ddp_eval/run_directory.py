@@ -2,7 +2,7 @@
 
     DIR/status.json              how the run stands, and which launch did it last (status.py)
     DIR/.ddp_eval.lock           while a run is at work (lock.py)
-    DIR/journal/run.json         while unfinished: the flags that began it, and the launch whose --fresh or --overwrite is obeyed
+    DIR/journal/run.json         while unfinished: the flags that began it, its layout, and the launch whose --fresh is obeyed
     DIR/journal/*.journal        while unfinished: finished packs (journal.py)
 
 A complete run has a manifest.json and no journal.
@@ -56,10 +56,21 @@ class RunDirectory:
                     ) from None
                 (self.journals / str(other)).unlink(missing_ok=True)
 
-    def obeyed(self, config: Config) -> None:
-        """What --fresh and --overwrite ask for is done, and not done again when the launcher starts this command again."""
+    @property
+    def layout(self) -> str | None:
+        """How the model lay over the ranks when the unfinished work was begun."""
+        found = _read_json(self.journals / _RUN).get("layout")
+        return found if isinstance(found, str) else None
+
+    def obeyed(self, config: Config, layout: str | None = None) -> None:
+        """What --fresh and --overwrite ask for is done, and not done again when the launcher starts this command again.
+
+        layout: the one that was chosen, which a resume keeps.
+        """
         try:
-            status.replace_json(self.journals / _RUN, {"flags": _flags(config), "launch": restart.launches()})
+            status.replace_json(
+                self.journals / _RUN, {"flags": _flags(config), "launch": restart.launches(), "layout": layout or self.layout}
+            )
         except OSError as error:
             raise results.unwritable(self.path, error) from error
 
@@ -171,7 +182,7 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
         file.unlink(missing_ok=True)
     directory.journals.mkdir(exist_ok=True)
     launch = None if replace else _read_json(directory.journals / _RUN).get("launch")
-    status.replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch})
+    status.replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch, "layout": directory.layout})
 
 
 def _refuse(directory: Path, why: str) -> UserError:

@@ -142,7 +142,7 @@ def _load_and_lead(
     watch.step("building the prompts")
     with world.meter.phases("load"):
         model_config = hf.load_config(config.loader_args)
-        layout, why = choose_layout(config, model_config, world)
+        layout, why = choose_layout(config, model_config, world, directory.layout if directory else None)
         tokenizer = hf.load_tokenizer(config.loader_args)
     followers.load(layout)
     seated: Future[Seated] = Future()
@@ -225,11 +225,12 @@ def _lead(
             alone, trial = config.numerics == "alone", _trial_of(followers, seated)
             decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, alone, trial)
         del engine  # `_measure` may put another in its place
-        if config.layout == layouts.MEASURE and world.world_size > 1:
+        kept = directory is not None and directory.layout == str(seated.layout)
+        if config.layout == layouts.MEASURE and world.world_size > 1 and not kept:
             with phases("measure"):
                 facts["measured_layouts"] = _measure(config, model_config, followers, seated, decision.plan)
         facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
-        costs.update(_describe_costs(decision.plan, seated))
+        costs.update(_describe_costs(decision.plan, seated, model_config))
         if decision.why_rows and config.packing and not alone:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         journals, found = None, None
@@ -237,11 +238,13 @@ def _lead(
             watch.step("reading the model's files")
             key = name_work(decision.plan, seated.engine.describe(), seated.world, get_digests())
             journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
-            directory.obeyed(config)
+            directory.obeyed(config, str(seated.layout))
             tell_found(found, decision.plan, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
+        left = np.delete(np.arange(decision.plan.num_packs), done)
+        costs.update(_describe_left(decision, requests, left))
         watch.step(watch.WAITING)  # a rank may still load the model
-        with followers.working_on(decision.plan, np.delete(np.arange(decision.plan.num_packs), done), journals) as work:
+        with followers.working_on(decision.plan, left, journals) as work:
             gathered = run_plan(seated.world, seated.engine, work)
         if found:
             gathered = Gathered(*(np.concatenate(parts) for parts in zip((found.rows, found.halved), gathered, strict=True)))
@@ -350,13 +353,24 @@ def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
     }
 
 
-def _describe_costs(plan: Plan, seated: Seated) -> dict[str, Any]:
-    """What telemetry reckons shares with. flops_per_token: of one rank, which has its part in every token of its replica."""
+def _describe_costs(plan: Plan, seated: Seated, model_config: Any) -> dict[str, Any]:
+    """What telemetry reckons shares with. flops_per_…: of one rank, which has its part in every token of its replica."""
     step = hf.FLEX_STEP if seated.engine.describe().get("attention") == "flex_attention" else 1
+    pair, read = hf.flops_of_pair_and_read(model_config.get_text_config())
     return {
         "fed_tokens": telemetry.fed_tokens(plan, step),
         "flops_per_token": seated.engine.flops_per_token() / seated.world.ranks_per_replica,
+        "flops_per_pair": pair / seated.world.ranks_per_replica,
+        "flops_per_read": read / seated.world.ranks_per_replica,
     }
+
+
+def _describe_left(decision: Decision, requests: Requests, left: np.ndarray) -> dict[str, int]:
+    """Of the packs that this start runs: the tokens that they hold, and those of the requests that they answer."""
+    plan = decision.plan
+    pack_of_request = np.searchsorted(plan.item_starts, decision.item_of_request, side="right") - 1
+    asked = (np.diff(requests.starts) - 1)[np.isin(pack_of_request, left)].sum()
+    return {"left_tokens": int(np.diff(plan.token_starts)[left].sum()), "left_request_tokens": int(asked)}
 
 
 def _model_info(config: Config, model_config: Any, engine: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ share of the card (`usable_bytes`).
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import torch
 
+from ddp_eval import machine
 from ddp_eval.layout import LAYERS, REPLICAS, TENSOR, Layout
 
 GIB = 2**30
@@ -159,10 +159,4 @@ def memory_of_rank(device: torch.device, ranks_per_node: int) -> int:
     """Bytes that one rank can use here: of its GPU, or its share of what the machine has free."""
     if device.type == "cuda":
         return usable_bytes(torch.cuda.get_device_properties(device).total_memory)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo") as lines:
-            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
-    return available // max(1, ranks_per_node)
+    return machine.free_bytes() // max(1, ranks_per_node)

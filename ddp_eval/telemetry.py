@@ -141,11 +141,18 @@ def peak_flops(device: Any, dtype: Any) -> dict[str, Any] | None:
 def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """telemetry.json: every rank's report and what follows from all of them.
 
-    facts: "request_tokens", "computed_tokens" and "fed_tokens" of the plan, "flops_per_token", "peak" (see `peak_flops`).
+    facts: "request_tokens", "computed_tokens" and "fed_tokens" of the plan; "left_request_tokens" and "left_tokens" of what of it
+        this start ran; "flops_per_token", "flops_per_pair", "flops_per_read" of a rank; "peak" (see `peak_flops`).
+
+    The share of peak is that of the operations that a rank's packs need: of the layers for each token, of attention for each
+    visible pair, of the head for each read. scripts/bench.py counts alike, but a prefix that several packs repeat only once.
     """
+    units = {"computed_tokens": "flops_per_token", "visible_pairs": "flops_per_pair", "reads": "flops_per_read"}
+
     forward_s = [report["phases_s"].get("forward", 0.0) for report in reports]
     busy_s, mean_s = max(forward_s), sum(forward_s) / len(forward_s)
     done_tokens = [report["counts"].get("computed_tokens", 0) for report in reports]
+    done_flops = [sum(report["counts"].get(what, 0) * facts[unit] for what, unit in units.items()) for report in reports]
     wall_s = max(report["wall_s"] for report in reports)
     computed, peak = facts["computed_tokens"], facts.get("peak")
     per_rank = [
@@ -153,21 +160,21 @@ def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[
             "rank": rank,
             **report,
             "tokens_per_s": _ratio(tokens, seconds),
-            "share_of_peak": _ratio(tokens * facts["flops_per_token"], seconds * peak["per_s"]) if peak else None,
+            "share_of_peak": _ratio(flops, seconds * peak["per_s"]) if peak else None,
             "sampling_share": _ratio(report["sampling_s"], report["wall_s"]),
         }
-        for rank, (report, tokens, seconds) in enumerate(zip(reports, done_tokens, forward_s, strict=True))
+        for rank, (report, tokens, flops, seconds) in enumerate(zip(reports, done_tokens, done_flops, forward_s, strict=True))
     ]
     return {
         "wall_s": wall_s,
-        "tokens_per_s": _ratio(computed, busy_s),
-        "useful_tokens_per_s": _ratio(facts["request_tokens"], busy_s),
+        "tokens_per_s": _ratio(facts["left_tokens"], busy_s),
+        "useful_tokens_per_s": _ratio(facts["left_request_tokens"], busy_s),
         "sharing": _ratio(facts["request_tokens"], computed),
         "padding": _ratio(facts["fed_tokens"], computed),
         "imbalance": _ratio(busy_s - mean_s, mean_s),
         "idle_share": sum(report["phases_s"].get("wait", 0.0) for report in reports) / sum(one["wall_s"] for one in reports),
         "peak": peak,
-        "flops_per_token": facts["flops_per_token"],
+        **{unit: facts[unit] for unit in units.values()},
         "sample_columns": list(COLUMNS),
         "ranks": per_rank,
     }

@@ -297,10 +297,9 @@ def measure_peak(model: Any) -> float:
 
 def count_useful(engine: Any, requests: Any) -> dict[str, float]:
     """Distinct tokens, visible pairs and reads of all requests as one prefix tree, and the operations they need."""
-    from ddp_eval.packing import CostModel, build_pack, plan_packs
+    from ddp_eval.packing import build_pack, plan_one_tree
 
-    plan, _ = plan_packs(requests, CostModel(forward=1e30, dense=False), max_tokens=2**60)
-    tree = build_pack(plan, 0)
+    tree = build_pack(plan_one_tree(requests)[0], 0)
     cost = engine.cost_model()
     tokens, pairs, reads = len(tree), float((tree.depth + 1.0).sum()), len(tree.reads)
     return {

@@ -15,7 +15,7 @@ from ddp_eval import results
 from ddp_eval.compare import paired
 from ddp_eval.compare.command import main
 from ddp_eval.compare.difference import compare_runs
-from ddp_eval.compare.reading import read_run
+from ddp_eval.compare.reading import document_metrics, read_run
 from ddp_eval.errors import UserError
 
 
@@ -30,11 +30,11 @@ def ones(values):
     return values, np.ones(len(values))
 
 
-@pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 3), (1, 9), (9, 1), (41, 60), (700, 790)])
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 3), (1, 9), (9, 1), (41, 60), (700, 790), (5900, 6100), (0, 2000)])
 def test_mcnemar_is_scipys_binomial_test(lost, won):
-    """Catches a one-sided test, a tail that leaves out or doubles the middle, and an overflow of 2^n."""
+    """Catches a one-sided test, a tail that leaves out or doubles the middle, an overflow of 2^n, and a cost of n³."""
     wanted = scipy.stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
-    assert paired.mcnemar_p(lost, won) == pytest.approx(wanted, rel=1e-9)
+    assert paired.mcnemar_p(lost, won) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_stderr_is_that_of_scipys_paired_t_test():
@@ -80,6 +80,36 @@ def test_clusters_widen_the_bootstrap():
     assert copied["interval_95"] == pytest.approx(alone["interval_95"], abs=0.01)
     assert copied["stderr"] == pytest.approx(alone["stderr"], rel=0.02)
     assert copied["p_mcnemar"] is None and alone["p_mcnemar"] is not None
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 19])
+def test_few_documents_have_no_bootstrap(count):
+    """Catches certainty out of nothing: a handful of documents that all changed gave p = 0.0001 beside McNemar's 0.0625."""
+    found = paired.compare_metric("acc", ones(np.zeros(count)), ones(np.ones(count)), np.arange(count))
+    assert (found["p_bootstrap"], found["interval_95"]) == (None, None)
+    assert found["p_mcnemar"] == pytest.approx(scipy.stats.binomtest(0, count).pvalue) and found["difference"] == 1
+    assert (found["stderr"] is None) == (count == 1)
+
+
+@pytest.mark.parametrize(("a", "b", "clusters"), [(0.0, 1.0, np.arange(50)), (0.5, 0.5, np.arange(50)), (0.0, 1.0, np.zeros(50))])
+def test_no_p_value_where_nothing_varies(a, b, clusters):
+    """Catches p = 0.0001 from resamples that are all one number: all documents differ alike, or are one cluster."""
+    found = paired.compare_metric("f1", ones(np.full(50, a)), ones(np.full(50, b)), clusters.astype(np.int64))
+    assert (found["p_bootstrap"], found["interval_95"]) == (None, None)
+
+
+def test_one_in_twenty_is_found_where_there_is_nothing(monkeypatch, clusters=20, each=4):
+    """Catches p-values that are too small: of pairs without a difference 5% may have p <= 0.05, as scipy's t test finds."""
+    monkeypatch.setattr(paired, "RESAMPLES", 2000)
+    random = np.random.default_rng(0)
+    ours = theirs = 0
+    for _ in range(600):
+        means = random.normal(size=clusters)
+        values = (means[:, None] + random.normal(size=(clusters, each))).ravel()
+        found = paired.compare_metric("f1", ones(np.zeros_like(values)), ones(values), np.repeat(np.arange(clusters), each))
+        ours += found["p_bootstrap"] <= 0.05
+        theirs += scipy.stats.ttest_1samp(values.reshape(clusters, each).mean(axis=1), 0).pvalue <= 0.05
+    assert 15 <= ours <= 45 and abs(ours - theirs) <= 8, (ours, theirs)
 
 
 def test_perplexity_is_of_sums():
@@ -165,6 +195,21 @@ def test_exit_codes(first, tmp_path, change, expect, code, capsys):
     assert "expected" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("expect", [["identical"], ["within", "0.1"]])
+def test_nothing_compared_is_not_alike(tmp_path, expect, capsys):
+    """Catches a CI check that passes because no answer of a task could be read, beside a task whose answers are all alike."""
+    sample = {"doc_id": 0, "doc": {}, "target": "0", "filter": "none", "metrics": ["exact_match"], "exact_match": 1.0}
+    sample |= {"arguments": {}, "resps": []}
+    scored = {**sample, "arguments": {"gen_args_0": {"arg_0": "a", "arg_1": "b"}}, "resps": [[["-1.5", "True"]]]}
+    for side in ("a", "b"):
+        (tmp_path / side).mkdir()
+        write_lines(tmp_path / side / "samples_mute.jsonl", [sample])
+        write_lines(tmp_path / side / "samples_scored.jsonl", [scored])
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--expect", *expect]) == 3
+    out = capsys.readouterr().out
+    assert "no answer of mute could be compared" in out and "not identical" in out
+
+
 def test_json_is_json(first, tmp_path, capsys):
     """Catches numpy numbers, NaN and infinity in what other programs are to read."""
     other = write_run(tmp_path / "b", {**NATS, (2, 0): math.nan})
@@ -231,6 +276,12 @@ def test_lm_evals_samples_are_read(first, tmp_path):
     assert theirs.metrics["roll"]["word_perplexity,none"].weight.tolist() == [4.0]
     assert len(set(theirs.contexts["t"].values())) == 1
     assert main([str(first), str(folder / "samples_t_2026-01-02T00-00-00.000001.jsonl"), "--expect", "identical"]) == 0
+
+
+def test_a_pair_of_gold_and_prediction_is_no_value():
+    """Catches Σ gold / Σ prediction shown as a mean where no results.json says what the metric is."""
+    sample = {"metrics": ["acc", "mcc", "byte_perplexity"], "acc": True, "mcc": [1, 0], "byte_perplexity": [-12.5, 4]}
+    assert list(document_metrics(sample)) == [("acc", 1.0, 1.0), ("byte_perplexity", -12.5, 4.0)]
 
 
 def write_lines(path, samples):

@@ -148,6 +148,23 @@ def test_check_passes_models_that_packs_serve(kind: str, tiny_model_path: Callab
     assert check_packs(engine, to_requests(requests)) is None
 
 
+def test_llama4_packs_stop_where_its_queries_go_by_index(tmp_path: Path) -> None:
+    """Catches packs beyond `floor_scale` tokens: Llama 4 scales its queries by the index in the pack there, silently wrong."""
+    config = tiny_models.CONFIGS["llama4"]()
+    config.floor_scale, config.attn_scale = 200, 2.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    engine = load(tmp_path)
+    # Chains beyond the limit are right by themselves; what would be wrong is to lay several behind one another.
+    requests, expected = grow_tree(model, seed=3, count=16, longest_prefix=60, longest_tail=40)
+    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=20_000)
+    assert why_rows is None and not plan.rows
+    assert max(len(build_pack(plan, index)) for index in range(plan.num_packs)) <= 199
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+
+
 @pytest.mark.parametrize("kind", ROW_KINDS)
 def test_models_that_packs_cannot_serve_run_as_rows(
     kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]

@@ -1,6 +1,8 @@
 """What fits and what it costs, for real public configurations, against figures worked by hand."""
 
 import json
+import shlex
+import shutil
 
 import pytest
 import tiny_models
@@ -202,8 +204,28 @@ def test_the_text(capsys, tmp_path):
     assert "GiB too few" in lines["replicas"] and "GiB left" in lines["layers:2"] and "all-reduces" in lines["tensor:2"]
     chosen = lines["recommended:"].split()[1]
     (batch,) = [line for line in text.splitlines() if line.startswith("sbatch --nodes=2")]
-    flags = batch.partition("-m ddp_eval ")[2].rstrip("'").split()
+    flags = shlex.split(batch.partition("slurm/eval.sh ")[2])
     assert cli.parse(flags)[0].layout == chosen
+
+
+def test_the_command_to_copy_is_the_users_own(capsys, tmp_path, tiny_model_path):
+    """Catches flags that are dropped on the way, values that the shell would take apart, and two layouts in one command."""
+    place = shutil.copytree(tiny_model_path("llama"), tmp_path / "a model")
+    words = ["--model_args", f"pretrained={place},dtype=float32", "--limit=5", "--num_fewshot", "3", "--numerics", "fast"]
+    words += ["--gen_kwargs", "until=['$HOME; a']", "--tasks", "demo_hellaswag"]
+    plan.main([*words, "--layout", "layers:8", "--gpus", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    (launch,) = [line for line in lines if line.startswith("torchrun --standalone --nproc_per_node=8 -m ddp_eval ")]
+    assert shlex.split(launch)[5:] == [*words, "--layout", "replicas"]
+    (batch,) = [line for line in lines if line.startswith("sbatch --nodes=1 --gpus-per-node=8 slurm/eval.sh ")]
+    assert shlex.split(batch)[4:] == [*words, "--layout", "replicas", "--output_path", "DIR"]
+
+
+@pytest.mark.parametrize("words", [["--gpus", "x"], ["--gpus"], ["--nodes", "1.5"]])
+def test_mistakes_have_a_sentence(words):
+    """Catches argparse's usage and exit where one sentence is promised."""
+    with pytest.raises(UserError, match=f"^plan: argument {words[0]}: .* .see plan --help.$"):
+        plan.main(words)
 
 
 def test_the_work_can_be_counted(capsys, tiny_model_path):
@@ -225,10 +247,10 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     weights = measure_model(hf.whole_model(model_args, model_config)).weights
     world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
 
-    def chosen(memory, layout="auto", world=world):
+    def chosen(memory, layout="auto", world=world, earlier=None):
         monkeypatch.setattr(choice, "memory_of_rank", lambda device, ranks_per_node: memory)
         config = Config(model_args=model_args, layout=layout, max_pack_tokens=16)
-        return choice.choose_layout(config, model_config, world)
+        return choice.choose_layout(config, model_config, world, earlier)
 
     assert chosen(8 * weights)[0] == WHOLE_COPIES
     whole, half = (max(map(sum, rank_bytes_of(model_args, model_config, layout))) for layout in (WHOLE_COPIES, Layout(LAYERS, 2)))
@@ -240,6 +262,10 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     assert chosen(between, "layers")[0] == Layout(LAYERS, 2)
     assert chosen(8 * weights, "layers")[0] == WHOLE_COPIES, "as few ranks as will do"
     assert chosen(0)[1].startswith("nothing fits, this lacks least")
+    assert chosen(8 * weights, earlier="layers:2")[0] == Layout(LAYERS, 2), "a resume keeps what was chosen"
+    assert chosen(8 * weights, "measure", earlier="layers:2")[0] == Layout(LAYERS, 2)
+    assert chosen(8 * weights, "replicas", earlier="layers:2")[0] == WHOLE_COPIES
+    assert chosen(8 * weights, earlier="layers:3")[0] == WHOLE_COPIES, "two ranks are no three"
     monkeypatch.setattr(hf, "whole_model", None)
     assert chosen(0, world=distributed.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
 

@@ -89,6 +89,32 @@ def test_what_cannot_be_run_again(run, change, sentence):
         parse([str(run(**change))])
 
 
+@pytest.mark.parametrize(
+    ("change", "flag", "sentence"),
+    [
+        ({"trust_remote_code": True}, "--trust_remote_code", "runs Python code of its model or data set"),
+        ({"model_args": {"pretrained": "x", "trust_remote_code": True}}, "--trust_remote_code", "runs Python code of its model"),
+        ({"model_args": {"pretrained": "x", "attn_implementation": "who/kernel"}}, "--trust_remote_code", "runs Python code"),
+        ({"confirm_run_unsafe_code": True}, "--confirm_run_unsafe_code", "runs code that a model writes"),
+        ({"include_path": "tasks"}, "--trust_task_files", r"runs the Python code \(evil.py\) of task files in .*/tasks"),
+        (
+            {"tasks": ["t", "tasks/one.yaml"]},
+            "--trust_task_files",
+            r"runs the Python code \(evil.py\) of task files in .*one.yaml",
+        ),
+    ],
+)
+def test_no_code_runs_on_a_manifests_word(run, tmp_path, monkeypatch, change, flag, sentence):
+    """Catches a stranger's manifest that has code run here without a flag on this command line."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "evil.py").touch()
+    monkeypatch.chdir(tmp_path)
+    directory = run(config={**MANIFEST["config"], **change}, working_directory=str(tmp_path))
+    with pytest.raises(UserError, match=sentence + f".*: {flag} allows it"):
+        parse([str(directory)])
+    assert parse([str(directory), flag]).config.output_path
+
+
 def test_no_run_no_reproduction(tmp_path):
     """Catches a traceback for a directory without a manifest, and for a run that would be replaced by its copy."""
     with pytest.raises(UserError, match="holds no complete run"):

@@ -290,3 +290,15 @@ def test_small_files_reach_the_disk(config, opening, monkeypatch):
     opening(config())
     for name in ("run.json", "status.json"):
         assert any(f"/.{name}." in path for path in synced), synced
+
+
+def test_a_resume_knows_the_layout(config, opening, unfinished):
+    """Catches a layout that is chosen anew, by a clock or by the memory free today, and refuses the work that is done."""
+    directory = opening(config())
+    assert directory.layout is None
+    directory.obeyed(config(), "layers:2")
+    directory.close()
+    directory = opening(config())
+    assert directory.layout == "layers:2"
+    directory.close()
+    assert opening(config(fresh=True)).layout is None

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval import telemetry
+from ddp_eval import runner, telemetry
 from ddp_eval.distributed import World
 from ddp_eval.meter import Meter, Phases, process_age_s
 from ddp_eval.packing import CostModel, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.planning import Decision
 
 
 def test_phases_add_up_to_the_wall_time():
@@ -72,23 +73,41 @@ def reports():
     for rank in (0, 1):
         meter = Meter()
         meter.count("computed_tokens", 1000 * (rank + 1))
+        meter.count("visible_pairs", 500 * (rank + 1))
+        meter.count("reads", 10 * (rank + 1))
         meter.sampling_s = 0.01
         phases = [{"tasks": 5.0, "wait": 1.0, "forward": 4.0}, {"wait": 2.0, "forward": 8.0}][rank]
         made.append({**meter.report(), "wall_s": 10.0, "phases_s": phases})
     return made
 
 
-FACTS = {"request_tokens": 9000, "computed_tokens": 3000, "fed_tokens": 4500, "flops_per_token": 2.0, "peak": {"per_s": 1000.0}}
+FACTS = {
+    "request_tokens": 9000, "computed_tokens": 3000, "fed_tokens": 4500, "left_request_tokens": 7000, "left_tokens": 2400,
+    "flops_per_token": 2.0, "flops_per_pair": 0.5, "flops_per_read": 3.0, "peak": {"per_s": 1000.0},
+}  # fmt: skip
 
 
 def test_shares_by_hand():
-    """Catches a rate over the wrong seconds, and an average of averages."""
+    """Catches a rate over the wrong seconds or, on a resume, of work done before; an average of averages; work left out."""
     found = telemetry.summarize(reports(), FACTS)
     assert (found["sharing"], found["padding"]) == (3.0, 1.5)
-    assert (found["tokens_per_s"], found["useful_tokens_per_s"]) == (3000 / 8, 9000 / 8)
+    assert (found["tokens_per_s"], found["useful_tokens_per_s"]) == (2400 / 8, 7000 / 8)
     assert found["imbalance"] == pytest.approx(8 / 6 - 1) and found["idle_share"] == pytest.approx(3 / 20)
-    assert [rank["share_of_peak"] for rank in found["ranks"]] == [1000 * 2 / 4000, 2000 * 2 / 8000]
+    assert [rank["share_of_peak"] for rank in found["ranks"]] == [2280 / 4000, 4560 / 8000]
     assert found["ranks"][0]["sampling_share"] == pytest.approx(0.001)
+
+
+def test_what_is_left_of_a_plan_by_hand():
+    """Catches a resume that counts the tokens of packs that an earlier start has run, and repeated requests counted once."""
+    requests = requests_from_lists([[1, 2, 3, 4], [7, 8, 9, 10, 11, 12], [1, 2, 5], [1, 2, 5]], [1, 2, 1, 1])
+    decision = Decision(*plan_packs(requests, CostModel(), 5), None)
+    plan = decision.plan
+    assert plan.num_packs == 2
+    everything = runner._describe_left(decision, requests, np.array([0, 1]))
+    assert everything == {"left_tokens": 3 + 5, "left_request_tokens": 3 + 5 + 2 + 2}
+    small = int(np.argmin(np.diff(plan.token_starts)))
+    assert runner._describe_left(decision, requests, np.array([small])) == {"left_tokens": 3, "left_request_tokens": 3 + 2 + 2}
+    assert runner._describe_left(decision, requests, np.array([], dtype=np.int64)) == {"left_tokens": 0, "left_request_tokens": 0}
 
 
 def test_advice_names_the_cause():

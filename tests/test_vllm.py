@@ -54,6 +54,16 @@ def test_letters_behind_one_context_are_one_prompt():
     check_answers(pack, [prompt])
 
 
+def test_more_choices_than_vllm_takes_are_several_prompts():
+    """Catches 200 choices of one token in one prompt, where vLLM tells the log-probabilities of 128; and answers lost."""
+    context = list(range(1000, 1040))
+    pack, _ = pack_of([[*context, letter] for letter in range(200)] + [[*context, 3, 4]], [1] * 200 + [2])
+    prompts = vllm.make_prompts(pack, caches_prefixes=True)
+    check_answers(pack, prompts)
+    sizes = [len(set(prompt.targets.values())) for prompt in prompts if prompt.tokens == context]
+    assert sorted(sizes) == [200 - vllm.MOST_TARGETS, vllm.MOST_TARGETS]
+
+
 def test_long_contexts_are_stepped_through_and_short_ones_scored_whole():
     """Catches a long few-shot prefix that is computed again for each choice, and rolling texts sent token by token."""
     choices = [[11, 12, 13], [21, 22, 23], [31, 32, 33]]

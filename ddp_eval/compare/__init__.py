@@ -1,4 +1,6 @@
-"""`python -m ddp_eval compare A B [C …]`: runs side by side, request by request. Imports nothing of ours but the error.
+"""`python -m ddp_eval compare A B [C …]`: runs side by side, request by request.
+
+Imports nothing of ours but the errors and the subcommands' parser, and never torch.
 
 reading.py      a run directory of ours, or lm_eval's samples_*.jsonl -> Run
 paired.py       statistics of paired documents

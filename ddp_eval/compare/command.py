@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddp_eval.compare.difference import NEAR_TIE_NATS, compare_runs
+from ddp_eval.compare.paired import LEAST_CLUSTERS
 from ddp_eval.compare.reading import read_run
 from ddp_eval.errors import UserError
 from ddp_eval.subcommand import SubcommandParser
@@ -71,6 +72,9 @@ def why_not(comparison: dict[str, Any], expectation: float | None) -> str | None
         return f"{names} share no task"
     if not comparison["same_requests"]:
         return f"{names} do not hold the same requests"
+    mute = [task for task, part in comparison["tasks"].items() if not part["requests"]]
+    if mute:
+        return f"no answer of {', '.join(mute)} could be compared in {names}"
     overall = comparison["overall"]
     if expectation == 0:
         changed = overall["requests_differing"]
@@ -96,6 +100,8 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     named = {**comparison["tasks"], "all of these": overall}
     rows += [_metric_row(task, key, one) for task, part in named.items() for key, one in part["metrics"].items()]
     lines += [_table(rows), ""] if len(rows) > 1 else []
+    if any(one.get("clusters", LEAST_CLUSTERS) < LEAST_CLUSTERS for part in named.values() for one in part["metrics"].values()):
+        lines[-1:] = [f"fewer than {LEAST_CLUSTERS} documents, or groups of them on one text, give no p-value by bootstrap", ""]
     rows = [["task", "requests", "differ", "max nats", "mean", "p50", "p99", "answers", "flipped", "near ties", "greedy flips"]]
     lines += [_table(rows + [_request_row(task, part) for task, part in named.items()])]
     lines += [f"near ties: flipped answers whose choices lie within {comparison['near_tie_nats']:g} nats in both runs"]
@@ -108,6 +114,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
             lines.append(f"{task}: {counts['a']} requests only in A, {counts['b']} only in B")
         if part["prompts_differing"]:
             lines.append(f"{task}: {part['prompts_differing']} of {part['prompts_compared']} documents have another prompt")
+    lines += [f"{task}: no answer could be compared" for task, part in comparison["tasks"].items() if not part["requests"]]
     lines += ["", "identical: every request has the same bits" if comparison["identical"] else "not identical"]
     lines += _format_differences(comparison["differences"])
     return "\n".join(lines)

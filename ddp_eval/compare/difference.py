@@ -36,13 +36,14 @@ def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[s
     only = {"a": [task for task in _tasks(a) if task not in shared], "b": [task for task in _tasks(b) if task not in shared]}
     overall = _compare_overall(a, b, shared, list(tasks.values()))
     same_requests = not any(only.values()) and not any(any(task["requests_only_in"].values()) for task in tasks.values())
+    compared = all(task["requests"] for task in tasks.values())
     return {
         "a": {"path": str(a.path), "kind": a.kind},
         "b": {"path": str(b.path), "kind": b.kind},
         "near_tie_nats": near_tie_nats,
         "tasks_only_in": only,
         "same_requests": same_requests,
-        "identical": same_requests and bool(shared) and overall["requests_differing"] == 0,
+        "identical": same_requests and bool(shared) and compared and overall["requests_differing"] == 0,
         "tasks": tasks,
         "overall": overall,
         "differences": differences(a, b),

@@ -20,6 +20,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 RESAMPLES = 10_000
+LEAST_CLUSTERS = 20  # resamples of fewer hold too few draws for an interval or a p-value
 _MOST_KINDS = 64  # of clusters alike: few kinds are drawn by multinomials, which is quicker than one by one
 _DRAWS_AT_ONCE = 2**22
 
@@ -45,20 +46,25 @@ def compare_metric(
 
     a, b:      (n,) values and (n,) weights of the same documents in the same order.
     clusters:  (n,) whole numbers; equal ones share a context.
+
+    None stands for what the data cannot tell: the standard error of one cluster; interval and bootstrap p-value of fewer than
+    LEAST_CLUSTERS, or of clusters that all differ alike.
     """
-    rng = np.random.default_rng(0)
-    drawn = _resampled_differences(metric, a, b, clusters, rng)
+    num_clusters = len(np.unique(clusters))
     difference = aggregate(metric, *b) - aggregate(metric, *a)
+    drawn = _resampled_differences(metric, a, b, clusters, np.random.default_rng(0))
+    if num_clusters > 1:
+        drawn = difference + (drawn - difference) * _widening(num_clusters)
     is_mean = metric not in TRANSFORMS
     stderr = clustered_stderr(b[0] - a[0], clusters) if is_mean else float(drawn.std(ddof=1))
-    num_clusters = len(np.unique(clusters))
+    tells = num_clusters >= LEAST_CLUSTERS and float(np.ptp(drawn)) > 1e-12 * abs(difference)
     outcome = {
         "a": aggregate(metric, *a),
         "b": aggregate(metric, *b),
         "difference": difference,
-        "stderr": stderr,
-        "interval_95": [float(bound) for bound in np.quantile(drawn, [0.025, 0.975])],
-        "p_bootstrap": bootstrap_p(drawn, difference),
+        "stderr": stderr if num_clusters > 1 else None,
+        "interval_95": [float(bound) for bound in np.quantile(drawn, [0.025, 0.975])] if tells else None,
+        "p_bootstrap": bootstrap_p(drawn, difference) if tells else None,
         "documents": len(clusters),
         "clusters": num_clusters,
         "p_mcnemar": None,
@@ -73,9 +79,15 @@ def compare_metric(
 
 def mcnemar_p(lost: int, won: int) -> float:
     """Exact two-sided McNemar test: how likely a split of the changed answers at least this uneven is by a fair coin."""
-    changed = lost + won
-    tail = sum(math.comb(changed, k) for k in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    changed, least = lost + won, min(lost, won)
+    # C(n, k-1) = C(n, k) * k / (n - k + 1): the tail in units of its largest term, as far as a float can tell.
+    tail, term = 1.0, 1.0
+    for k in range(least, 0, -1):
+        term *= k / (changed - k + 1)
+        if term < 1e-18 * tail:
+            break
+        tail += term
+    return min(1.0, 2 * tail * (math.comb(changed, least) / 2**changed))
 
 
 def clustered_stderr(differences: FloatArray, clusters: IntArray) -> float:
@@ -95,6 +107,17 @@ def bootstrap_p(drawn: FloatArray, difference: float) -> float:
         return 1.0
     far = np.abs(drawn - difference) >= abs(difference) * (1 - 1e-12)
     return float((far.sum() + 1) / (len(drawn) + 1))
+
+
+def _widening(clusters: int) -> float:
+    """What resamples of C clusters are too narrow by (the "expanded percentile" of Hesterberg 2015, arXiv:1411.5279).
+
+    Their variance lacks a factor C / (C - 1), and their tails are a normal's where Student's t with C - 1 degrees of freedom
+    would be right. The latter's 97.5% point by its expansion in 1 / degrees of freedom, within 0.001 from 19 on.
+    """
+    z, freedom = 1.959964, clusters - 1
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return math.sqrt(clusters / freedom) * t / z
 
 
 def _resampled_differences(

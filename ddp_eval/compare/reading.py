@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ddp_eval.compare.paired import TRANSFORMS
 from ddp_eval.errors import UserError
 
 _LM_EVAL_SAMPLES = re.compile(r"samples_(?P<task>.+?)(?P<date>_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl")
@@ -94,12 +95,15 @@ def read_run(path: str | Path) -> Run:
 
 
 def document_metrics(sample: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """(metric, value, weight) of one of lm_eval's samples: numbers, and pairs of numbers such as (log-likelihood, words)."""
+    """(metric, value, weight) of one of lm_eval's samples: numbers, and for perplexities of sums (log-likelihood, words).
+
+    Other pairs, such as (gold, prediction) of an F1 over all documents, are no values of one document.
+    """
     for metric in sample["metrics"]:
         value = sample[metric]
         if isinstance(value, (bool, int, float, np.number)):
             yield metric, float(value), 1.0
-        elif isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(part, (int, float)) for part in value):
+        elif metric in TRANSFORMS and isinstance(value, (list, tuple)) and len(value) == 2:
             yield metric, float(value[0]), float(value[1])
 
 

@@ -19,6 +19,7 @@ class Engine(Protocol):
     on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN.
     why_not_packs: why only rows must be run, or None.
     isolates_requests: a request's numbers depend on how long the others in its forward are.
+    largest_tree: the most tokens of a pack in which the model goes by the positions that it is given; None: any number.
     longest_reach: the widest window or chunk of its layers, in tokens.
     flops_per_token: floating-point operations of the whole replica's layers, without attention and head.
     """
@@ -30,6 +31,8 @@ class Engine(Protocol):
 
     @property
     def isolates_requests(self) -> bool: ...
+    @property
+    def largest_tree(self) -> int | None: ...
     @property
     def longest_reach(self) -> int | None: ...
     @property

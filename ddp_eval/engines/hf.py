@@ -123,6 +123,17 @@ class HFEngine:
         return bool(kinds & {"dynamic", "longrope"})
 
     @property
+    def largest_tree(self) -> int | None:
+        """Llama 4 scales the queries of layers without rotary positions by a token's index in the forward, whatever its position:
+
+            index       0 ... floor_scale - 2   floor_scale - 1 ...
+            scale       1                       1 + attn_scale * log(2) ...
+
+        (transformers 5.23). Below the first step index and position come to the same.
+        """
+        return int(self.config.floor_scale) - 1 if getattr(self.config, "attn_temperature_tuning", False) else None
+
+    @property
     def longest_reach(self) -> int | None:
         """The widest window or chunk of the model's layers, in tokens; None if all attend to everything."""
         reaches = [reach for rule in self._rules.values() for reach in (rule.window, rule.chunk) if reach]
@@ -197,9 +208,7 @@ class HFEngine:
     def cost_model(self) -> CostModel:
         """Floating-point operations of a forward, from the model's shape alone."""
         layers = int(getattr(self.config, "num_hidden_layers", 1))
-        heads = int(getattr(self.config, "num_attention_heads", 1))
-        hidden = int(getattr(self.config, "hidden_size", 1))
-        head_dim = int(getattr(self.config, "head_dim", None) or hidden // heads)
+        pair, read = flops_of_pair_and_read(self.config)
         # A forward's fixed cost (launches, Python) in the operations that the device could have done meanwhile.
         fixed_per_layer = 3e10 if self.device.type == "cuda" else 1.5e7
         few_seconds = 1.2e15 if self.device.type == "cuda" else 3e11
@@ -207,8 +216,8 @@ class HFEngine:
             enough=few_seconds,
             forward=fixed_per_layer * layers,
             token=self.flops_per_token(),
-            pair=4.0 * heads * head_dim * layers,
-            read=2.0 * hidden * self.vocab_size,
+            pair=pair,
+            read=read,
             slowdown=2.0,
             dense=self.tree_attention in ("sdpa", "eager"),
         )
@@ -537,6 +546,15 @@ def _as_user_error(what: str) -> Any:
             raise UserError(f"{what}: it takes no model_args {unknown[1]}") from error
         first = one_line(error, 1000).split(". ")[0].removesuffix(".")
         raise UserError(f"{what}: {one_line(first)}{hub.advice(error)}") from error
+
+
+def flops_of_pair_and_read(config: Any) -> tuple[float, float]:
+    """Floating-point operations of a token that sees another, in all layers, and of the head at one read."""
+    layers = int(getattr(config, "num_hidden_layers", 1))
+    heads = int(getattr(config, "num_attention_heads", 1))
+    hidden = int(getattr(config, "hidden_size", 1))
+    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    return 4.0 * heads * head_dim * layers, 2.0 * hidden * int(config.vocab_size)
 
 
 def active_parameters(model: Any, config: Any) -> float:

@@ -104,7 +104,17 @@ def make_prompts(pack: Pack, caches_prefixes: bool) -> list[Prompt]:
                 prompt.targets[answer] = int(pack.answer_targets[answer])
             else:
                 prompt.inner.append((answer, int(depth_of_read[read]) + 1))
-    return list(prompts.values())
+    return [part for prompt in prompts.values() for part in _within_limit(prompt)]
+
+
+def _within_limit(prompt: Prompt) -> list[Prompt]:
+    """The same prompt as often as its distinct targets need, at most MOST_TARGETS of them each time."""
+    kinds = sorted(set(prompt.targets.values()))
+    parts = [set(kinds[start : start + MOST_TARGETS]) for start in range(0, len(kinds), MOST_TARGETS)]
+    if len(parts) < 2:
+        return [prompt]
+    targets = [{answer: target for answer, target in prompt.targets.items() if target in part} for part in parts]
+    return [Prompt(prompt.tokens, part, [] if index else prompt.inner) for index, part in enumerate(targets)]
 
 
 def _paths(pack: Pack) -> list[list[int]]:
@@ -157,6 +167,7 @@ class VllmEngine:
 
     why_not_packs: str | None = None
     isolates_requests = False
+    largest_tree: int | None = None
     longest_reach: int | None = None
 
     def __init__(self, llm: Any, world: World, config: Any, whole: Any) -> None:

@@ -77,6 +77,7 @@ def test_reproduced_elsewhere_on_another_number_of_ranks(earlier, tmp_path):
     finished = launch(
         2,
         "reproduce",
+        "--trust_task_files",
         earlier[0] / "run",
         "--output_path",
         "again",
@@ -101,7 +102,9 @@ def test_another_prompt_is_refused_by_name(earlier, tmp_path):
     (home / "run" / results.MANIFEST).write_text(json.dumps({**manifest, "working_directory": str(home)}))
     rows = (home / "tasks" / "rows.jsonl").read_text()
     (home / "tasks" / "rows.jsonl").write_text(rows.replace("not", "no", 1))
-    finished = launch(2, "reproduce", home / "run", "--expect", "identical", program=QUICK, cwd=tmp_path, timeout_s=250)
+    finished = launch(
+        2, "reproduce", home / "run", "--trust_task_files", "--expect", "identical", program=QUICK, cwd=tmp_path, timeout_s=250
+    )
     assert finished.returncode != 0
     assert finished.sentences() == [
         f"ddp_eval: this is not the run of {home / 'run'}: the prompts of task expressions are other ones "

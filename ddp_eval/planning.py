@@ -14,7 +14,7 @@ from ddp_eval.errors import one_line
 from ddp_eval.packing import CostModel, IntArray, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
-_ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
 
 
 class Decision(NamedTuple):
@@ -97,7 +97,7 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     padded = score(*plan_rows(requests, max_tokens=2**30))
     drift = np.abs(packed - alone) / requests.num_targets
     rounding = np.abs(padded - alone) / requests.num_targets
-    allowed = max(_ROUNDING.get(engine.dtype, 1e-4), 5 * float(rounding.mean()))
+    allowed = max(ROUNDING.get(engine.dtype, 1e-4), 5 * float(rounding.mean()))
     # A NaN is not "at most" anything either.
     if float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed:
         return None

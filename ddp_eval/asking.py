@@ -1,6 +1,7 @@
-"""lm_eval's requests for text -> prompts and how to decode them, by the rules of its HF backend at batch size 1, to the last token.
+"""lm_eval's requests for text -> prompts and how to decode them, by the rules of its HF backend at batch size 1.
 
-The rules are those of `HFLM.generate_until`, `tok_batch_encode` and `_model_generate` (lm_eval 0.4.13). Pure, but for the tokenizer.
+The rules are those of `HFLM.generate_until`, `tok_batch_encode` and `_model_generate` (lm_eval 0.4.13). Leader only: it imports
+lm_eval's helpers.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Asked:
             kinds.append(settings[chosen.name()])
             limits.append(limit if total is None else int(total) - len(ids))
             tokens.append(np.array(ids, dtype=np.int32))
-        bare = [Settings(one.until, {key: value for key, value in one.options.items() if key != "max_length"}) for one in kinds_of]
+        bare = [
+            Settings(one.until, {key: value for key, value in one.options.items() if key != "max_length"}) for one in kinds_of
+        ]
         seeds = _seed_each(tokens, kinds, bare, seed)
         self.prompts = Prompts(tokens, kinds, limits, seeds, bare, tasks)
 

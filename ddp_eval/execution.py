@@ -45,7 +45,10 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
     journals = work.journals if engine.bears_results else None
     num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])[work.left].sum()
-    with _own_journal(world, work, journals) as own, Progress(world, work.name, int(num_requests), silent=work.silent) as progress:
+    with (
+        _own_journal(world, work, journals) as own,
+        Progress(world, work.name, int(num_requests), silent=work.silent) as progress,
+    ):
         try:
             with phases("trial" if work.silent else "forward"):
                 for batch, texts in _run_batches(world, engine, work, progress, own):

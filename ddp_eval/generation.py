@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -75,9 +76,9 @@ NO_PROMPTS = Prompts((), (), (), (), (), ())
 
 
 class Sizes(NamedTuple):
-    """slot_tokens: tokens that all slots together may hold; most_slots: and how many there may be; queue: most prompts of a batch.
+    """What an engine decodes together.
 
-    Of the engine; see `HFEngine.generation_sizes`.
+    slot_tokens: most tokens that all slots hold. most_slots: rows. queue: most prompts of a batch.
     """
 
     slot_tokens: int
@@ -154,8 +155,8 @@ def plan_batches(prompts: Prompts, sizes: Sizes, alone: Sequence[bool]) -> tuple
     Returns the plan and (N,) int64: the item that answers each prompt.
     """
     items: dict[tuple[int, int, int, bytes], int] = {}
-    keys = (prompts.kinds, prompts.limits, prompts.seeds)
-    named = [(*key, as_bytes(tokens)) for *key, tokens in zip(*keys, prompts.tokens, strict=True)]
+    columns = (prompts.kinds, prompts.limits, prompts.seeds, map(as_bytes, prompts.tokens))
+    named: list[tuple[int, int, int, bytes]] = list(zip(*columns, strict=True))
     item_of_prompt = np.array([items.setdefault(name, len(items)) for name in named], dtype=np.int64)
     counts = np.bincount(item_of_prompt, minlength=len(items))
     first = {name: index for index, name in reversed(list(enumerate(named)))}
@@ -175,7 +176,9 @@ def plan_batches(prompts: Prompts, sizes: Sizes, alone: Sequence[bool]) -> tuple
     order = sorted(range(len(batches)), key=lambda index: facts[index].cost)
     flat = [item for index in order for item in batches[index]]
     heads = {batches[index][0] for index in order}
-    shared = [0 if item in heads else common(tokens[before], tokens[item]) for before, item in zip([-1, *flat], flat, strict=False)]
+    shared = [
+        0 if item in heads else common(tokens[before], tokens[item]) for before, item in zip([-1, *flat], flat, strict=False)
+    ]
     own = [tokens[item][skip:] for item, skip in zip(flat, shared, strict=True)]
     new_number = np.empty(len(items), dtype=np.int64)
     new_number[flat] = np.arange(len(items))
@@ -269,7 +272,7 @@ def _cut(members: list[int], most: int) -> list[list[int]]:
     """Even pieces of at most `most`."""
     pieces = -(-len(members) // most)
     edges = [len(members) * piece // pieces for piece in range(pieces + 1)] if pieces else []
-    return [members[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [members[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
 def _offsets(lengths: Sequence[int]) -> IntArray:

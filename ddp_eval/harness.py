@@ -326,7 +326,12 @@ class _LeaderLM(TemplateLM):
         _warn_of_cuts(pairs, encoded_pairs)
         if asked.truncated:
             tasks = sorted({repeated[index].task_name for index in asked.truncated})
-            log.warning("%d of %d prompts lost their left end to leave room for the answer (%s)", len(asked.truncated), len(repeated), ", ".join(tasks))
+            log.warning(
+                "%d of %d prompts lost their left end to leave room for the answer (%s)",
+                len(asked.truncated),
+                len(repeated),
+                ", ".join(tasks),
+            )
 
         num_pairs = len(encoded_pairs.requests)
         sums, greedy, generated = self._score(concatenate(encoded_pairs.requests, encoded_texts.requests), asked.prompts)

@@ -29,7 +29,10 @@ def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World,
 
 
 def tell_found(found: Found, num_requests: np.ndarray, world: World) -> None:
-    """Say how much of the work is done (num_requests: of each pack and batch), what was dropped, and whether other hardware did it."""
+    """Say how much of the work is done, what was dropped, and whether other hardware did it.
+
+    num_requests: of each pack and batch.
+    """
     for note in found.notes:
         log.warning("%s", note)
     if not len(found.packs):

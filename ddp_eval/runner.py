@@ -235,7 +235,7 @@ def _lead(
         facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
         if len(prompts):
             facts["requests"] += len(prompts)
-            facts["generation"] = describe_texts(generation)
+            facts["generation"] = describe_texts(generation, prompts)
         costs.update(_describe_costs(decision.plan, seated))
         if decision.why_rows and config.packing and not alone:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
@@ -244,9 +244,7 @@ def _lead(
         journals, found = None, None
         if directory is not None:
             facts["model_fingerprint"] = fingerprint_model(config.loader_args)
-            key = name_work(
-                decision.plan, generation.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"]
-            )
+            key = name_work(decision.plan, generation.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"])
             found = directory.recover(key, decision.plan.item_starts, generation.plan.item_starts)
             journals = Journals(directory.journals, key)
             tell_found(found, num_requests, seated.world)

@@ -32,7 +32,7 @@ class StopRule:
 
 def _decoder(tokenizer: Any) -> Any:
     """[token ids] -> [text], special tokens included. The Rust tokenizers decode a batch at once, where nothing follows that."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     plain = backend is not None and type(tokenizer).__name__ in ("TokenizersBackend", "PreTrainedTokenizerFast")
     if plain and not getattr(tokenizer, "clean_up_tokenization_spaces", True):
         return lambda rows: backend.decode_batch(rows, skip_special_tokens=False)

@@ -43,8 +43,8 @@ def _is_served(engine: Engine, settings: Settings, pad: int | None, task: str | 
         raise UserError(f"the task {task} cannot generate with {settings.options}: {one_line(error, 300)}") from None
 
 
-def describe_texts(decision: TextDecision) -> dict[str, Any]:
-    """What the manifest says of the plan."""
+def describe_texts(decision: TextDecision, prompts: Prompts) -> dict[str, Any]:
+    """What the manifest says of the plan. Tokens: of all prompts, and of those what batches do not share."""
     plan = decision.plan
     return {
         "plan_sha256": plan.digest(),
@@ -53,5 +53,6 @@ def describe_texts(decision: TextDecision) -> dict[str, Any]:
         "distinct_requests": plan.num_items,
         "batches": plan.num_batches,
         "slots": int(plan.slots.max(initial=0)),
-        "prompt_tokens": int(len(plan.tokens)),
+        "asked_tokens": sum(map(len, prompts.tokens)),
+        "prompt_tokens": len(plan.tokens),
     }

@@ -9,8 +9,8 @@ The model runs without a cache of transformers': its attention calls `attend`, w
 attends to those kept. So any model whose attention goes through transformers' AttentionInterface will do; `check_decoding` has
 it prove itself against plain forwards. Others answer by their own `generate`, one request at a time (`generate_alone`).
 
-Letters: B rows, S slots, P tokens of the common prefix, W tokens kept of the longest row beyond it, L tokens of a tree, V vocabulary,
-K key-value heads, Q query heads for each of them, D head size.
+Letters: B rows, S slots, P tokens of the common prefix, W tokens kept of the longest row beyond it, L tokens of a tree,
+V vocabulary, K key-value heads, Q query heads for each of them, D head size.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ Tell = Callable[[int, int], None]  # (requests done, tokens done), from time to 
 
 def generate(engine: hf.HFEngine, batch: Batch, tokenizer: Any, tell: Tell) -> list[list[int]]:
     """The tokens of every answer of `batch`, its stop string and EOS included."""
+    register()
     rule = StopRule(tokenizer, batch.settings.until)
     pad = tokenizer.pad_token_id
     if not batch.slots:
@@ -260,7 +261,7 @@ class Rows:
 
 
 class _Tree(NamedTuple):
-    """Prompts as one line, in depth-first order: (L,) tokens, depth, end as in packing.py; paths: of each prompt its positions."""
+    """Prompts as one line, in depth-first order: (L,) tokens, depth, end as in packing.py; paths: each prompt's positions."""
 
     tokens: IntArray
     depth: IntArray
@@ -383,7 +384,7 @@ _NOT_SERVED = ("stop_strings", "max_time", "prompt_lookup_num_tokens", "assistan
 
 
 def prepare_config(model: Any, settings: Settings, max_length: int, pad: int | None) -> tuple[Any, dict[str, Any]]:
-    """The GenerationConfig that lm_eval's HF backend generates with, the checkpoint's own settings included, and what is left over.
+    """The GenerationConfig that lm_eval's HF backend generates with, the checkpoint's settings included, and what is left over.
 
     Raises ValueError for settings that transformers refuses.
     """
@@ -566,7 +567,7 @@ def register() -> None:
 
 
 def check_decoding(engine: hf.HFEngine) -> str | None:
-    """Decode a few rows in slots and compare with plain forwards. Returns None when they agree, else one phrase that says why not.
+    """Decode a few rows in slots and compare with plain forwards. Returns None when they agree, else one phrase that says why.
 
     The rows share a prefix longer than any window, branch, end, and take each other's places.
     """
@@ -595,7 +596,9 @@ def check_decoding(engine: hf.HFEngine) -> str | None:
 def _try_decoding(engine: hf.HFEngine) -> npt.NDArray[np.float64]:
     """By how many nats the log-probabilities of tokens differ, decoded in slots and in plain forwards."""
     tokens = np.random.default_rng(0).permutation(np.resize(np.arange(engine.vocab_size), 1024))
-    reach = max((reach for rule in layer_rules(engine.config).values() for reach in (rule.window, rule.chunk) if reach), default=0)
+    reach = max(
+        (reach for rule in layer_rules(engine.config).values() for reach in (rule.window, rule.chunk) if reach), default=0
+    )
     length = min(reach + 8, 512) if reach else 24
     prefix, branch, rest = tokens[:length], tokens[length : length + 9], iter(tokens[length + 9 :].tolist())
 

@@ -404,7 +404,10 @@ def greedy_or_not(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate_alone(engine: hf.HFEngine, batch: Batch, rule: StopRule, pad: int | None, tell: Tell) -> list[list[int]]:
-    """Every answer by the model's own `generate`, one request at a time."""
+    """Every answer by the model's own `generate`, one request at a time.
+
+    Of several beams, the first alone is looked at for stop strings and ends all of them: lm_eval's rule, not ours.
+    """
     from transformers import StoppingCriteriaList
 
     answers = []
@@ -414,7 +417,7 @@ def generate_alone(engine: hf.HFEngine, batch: Batch, rule: StopRule, pad: int |
         start = len(prompt)
 
         def stop(tokens: torch.Tensor, scores: Any, start: int = start, **kwargs: Any) -> torch.Tensor:
-            return torch.tensor(rule.ends([row[start:] for row in tokens.tolist()]), device=tokens.device)
+            return torch.full((len(tokens),), rule.ends([tokens[0, start:].tolist()])[0], device=tokens.device)
 
         context = torch.from_numpy(prompt.astype(np.int64))[None].to(engine.device)
         with engine.inference(None), torch.random.fork_rng(devices=devices):
@@ -555,7 +558,7 @@ def choose_sizes(engine: hf.HFEngine) -> Sizes:
     layers = int(getattr(config, "num_hidden_layers", 1))
     token_bytes = 2 * layers * kv_heads * size * engine.dtype.itemsize
     budget = 2**33 if on_gpu else 2**30
-    return Sizes(max(1, budget // token_bytes), 128 if on_gpu else 32, 256 if on_gpu else 64)
+    return Sizes(max(1, budget // token_bytes), 128 if on_gpu else 16, 256 if on_gpu else 64)
 
 
 def register() -> None:

@@ -43,7 +43,7 @@ def run_on(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_texts_on_any_number_of_ranks(ranks, run_on, capsys):
-    """Catches draws by rank, batches cut by the number of ranks, answers that change places, and a follower without a tokenizer."""
+    """Catches draws by rank, batches cut by the number of ranks, answers that change places, and a rank without a tokenizer."""
     alone, many = run_on(0), run_on(ranks)
     for name in RUNS:
         for file in (results.TEXTS, results.SCORES):

@@ -124,8 +124,8 @@ def _generate(
             if batch.slots < 2 or world.ranks_per_replica > 1:
                 longest = max(len(prompt) + limit for prompt, limit in zip(batch.prompts, batch.limits, strict=True))
                 raise UserError(
-                    f"rank {world.rank} ran out of memory on {world.device} with {max(1, batch.slots)} prompts and answers of up to "
-                    f"{longest} tokens: give a smaller max_gen_toks in --gen_kwargs, or a device with more memory"
+                    f"rank {world.rank} ran out of memory on {world.device} with {max(1, batch.slots)} prompts and answers of "
+                    f"up to {longest} tokens: give a smaller max_gen_toks in --gen_kwargs, or a device with more memory"
                 ) from None
         # Only here, outside of the handler, is the failed forward's memory free.
         if world.device.type == "cuda":

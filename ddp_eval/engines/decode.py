@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "ddp_eval_decode"  # the attention implementation's name towards transformers
 ADMIT_TOKENS = 256  # prompts wait for free slots until they bring so many tokens together: a forward of few is dear
-CHECKED_S = 64  # steps between two signs of life
+SIGN_STEPS = 64  # between two signs of life
 
 Tell = Callable[[int, int], None]  # (requests done, tokens done), from time to time
 
@@ -65,6 +65,7 @@ class _Loop:
         self._next = 0
 
     def run(self) -> list[list[int]]:
+        """The tokens of every answer."""
         batch, since = self._batch, 0
         if batch.prefix:
             self._tell(0, batch.prefix)
@@ -72,14 +73,14 @@ class _Loop:
             if taken := self._take():
                 prompts = [batch.prompts[index][batch.prefix :] for index in taken]
                 self._in_slot += taken
-                tokens = self._rows.admit(prompts)
-                self._settle(len(self._in_slot) - len(taken), tokens[1])
-                self._tell(0, tokens[0])
+                computed, logits = self._rows.admit(prompts)
+                self._settle(len(self._in_slot) - len(taken), logits)
+                self._tell(0, computed)
             if self._in_slot:
                 last = [self._answers[index][-1] for index in self._in_slot]
                 self._settle(0, self._rows.step(last))
                 since += 1
-                if since % CHECKED_S == 0:
+                if since % SIGN_STEPS == 0:
                     self._tell(0, 0)
         return self._answers
 

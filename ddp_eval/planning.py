@@ -15,7 +15,7 @@ from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import IntArray, Plan, Requests, build_pack, plan_one_tree, plan_packs, plan_rows, requests_from_lists
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
-_ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
 
 
 class Decision(NamedTuple):
@@ -100,7 +100,7 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     some = requests.select(np.arange(min(2, len(requests))))
     rounding = np.abs(score(*plan_rows(some, max_tokens=1)) - plain[: len(some)]) / some.num_targets
     drift = np.abs(packed - plain) / requests.num_targets
-    allowed = max(_ROUNDING.get(engine.dtype, 1e-4), 5 * float(rounding.mean()))
+    allowed = max(ROUNDING.get(engine.dtype, 1e-4), 5 * float(rounding.mean()))
     # A NaN is not "at most" anything either.
     if float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed:
         return None

@@ -40,14 +40,14 @@ class RunDirectory:
         self._lock = lock
         self._replace = replace
 
-    def recover(self, key: bytes, item_starts: Any) -> journal.Found:
+    def recover(self, key: bytes, item_starts: Any, text_starts: Any = None) -> journal.Found:
         """What is done of the work that `key` names. Journals of other work are removed if they may be replaced.
 
         Raises UserError if they may not.
         """
         while True:
             try:
-                return journal.read_journals(self.journals, key, item_starts)
+                return journal.read_journals(self.journals, key, item_starts, text_starts)
             except journal.OtherWork as other:
                 if not self._replace:
                     raise UserError(

@@ -78,8 +78,6 @@ _REFUSED_MODEL_ARGS = {
     "gguf_file": "convert the model to safetensors and evaluate that",
     "load_in_8bit": "choose the precision with dtype, for instance dtype=bfloat16",
     "load_in_4bit": "choose the precision with dtype, for instance dtype=bfloat16",
-    "enable_thinking": "chat templates are applied with their own defaults",
-    "think_end_token": "generated answers are not cut at a thinking token",
     "mixed_precision_dtype": "choose one precision for the whole model with dtype",
 }
 _TEXT_MODEL_ARGS = ("pretrained", "tokenizer", "revision", "subfolder")
@@ -92,6 +90,8 @@ _KNOWN_MODEL_ARGS = (
     "prefix_token_id",
     "use_fast_tokenizer",
     "chat_template_args",
+    "enable_thinking",
+    "think_end_token",
 )
 
 
@@ -255,9 +255,11 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
     model_args = values.setdefault("model_args", {})
     for key, why in _REFUSED_MODEL_ARGS.items():
         value = model_args.pop(key, None)
-        # enable_thinking=False is a wish too; the others are off when false.
-        if value if key != "enable_thinking" else value is not None:
+        if value:
             raise UserError(f"model_args {key} is not supported yet: {why}")
+    for key in ("enable_thinking", "think_end_token", "chat_template_args"):
+        if model_args.get(key, ...) is None:
+            del model_args[key]
     if "device" in model_args:
         raise UserError(f"model_args device is not supported: use --device {model_args['device']}")
     backend = model_args.pop("backend", "default")

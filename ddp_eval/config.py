@@ -13,6 +13,7 @@ from typing import Any
 
 from ddp_eval import layout
 from ddp_eval.errors import UserError
+from ddp_eval.thinking import read_think_end
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
 DEFAULT_SEED = (0, 1234, 1234, 1234)
@@ -83,6 +84,7 @@ class Config:
         _check_at_least("--bootstrap_iters", self.bootstrap_iters, 0)
         _check_whole("max_length", self.model_args.get("max_length"), 1)
         _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
+        _check_thinking(self.model_args)
         _check_seed(self.seed)
         layout.check_words(self.layout)
         if not (math.isfinite(self.timeout) and self.timeout >= 1):
@@ -129,6 +131,18 @@ def _check_at_least(flag: str, value: int | None, least: int) -> None:
 def _check_whole(name: str, value: Any, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise UserError(f"{name} in --model_args must be a whole number of {least} or more, got {value}")
+
+
+def _check_thinking(model_args: dict[str, Any]) -> None:
+    """lm_eval's rules: a model that is to think must have its thoughts cut off, or no answer would be found."""
+    end = read_think_end(model_args)
+    wanted, more = model_args.get("enable_thinking"), model_args.get("chat_template_args")
+    if not isinstance(wanted, (bool, type(None))):
+        raise UserError(f"model_args enable_thinking must be true or false, got {wanted}")
+    if wanted and end is None:
+        raise UserError("model_args enable_thinking=True needs think_end_token=TEXT_OR_ID, such as think_end_token=</think>")
+    if not isinstance(more, (dict, type(None))):
+        raise UserError(f"model_args chat_template_args must be a mapping, got {more}")
 
 
 def _check_seed(seed: tuple[int | None, ...]) -> None:

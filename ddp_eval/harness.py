@@ -37,6 +37,7 @@ from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, digest_strings, git_commit
 from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
+from ddp_eval.thinking import template_arguments
 from ddp_eval.tokenization import Encoded, Encoder
 
 log = logging.getLogger("ddp_eval")
@@ -218,7 +219,7 @@ class _LeaderLM(TemplateLM):
         self._inspect = inspect
         self._phases = phases
         self.chosen = {task: sorted(set(indices)) for task, indices in (config.samples or {}).items()}
-        self._chat_template_args = dict(config.model_args.get("chat_template_args") or {})
+        self._chat_template_args = template_arguments(config.model_args)
         if isinstance(config.apply_chat_template, str):  # lm_eval records the named template and applies the default one
             self._chat_template_args["chat_template"] = config.apply_chat_template
         self._refuses_system_turns = False
@@ -408,6 +409,7 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
         loaded = load(specs)
         for name, task in loaded["tasks"].items():
             _check_task(name, task)
+            _check_thinking(name, task.OUTPUT_TYPE, config)
         for name in lm.chosen:
             if name not in loaded["tasks"]:
                 raise UserError(f"--samples names the task {name}, which is not evaluated: {_list_close(name, loaded['tasks'])}")
@@ -430,6 +432,11 @@ def _check_task(name: str, task: Any) -> None:
     _check_output_type(name, getattr(task, "OUTPUT_TYPE", None))
     if not len(task.eval_docs):
         raise UserError(f"the task {name} has no documents to evaluate")
+
+
+def _check_thinking(name: str, kind: str, config: Config) -> None:
+    if config.model_args.get("enable_thinking") and kind != "generate_until":
+        raise UserError(f"enable_thinking=True is for tasks that generate text, and {name} is of the type {kind}: leave it out")
 
 
 def _say_what_is_ignored(tasks: Mapping[str, Any], config: Config) -> None:

@@ -317,8 +317,6 @@ REFUSED |= {
         "gguf_file=x": "convert the model to safetensors and evaluate that",
         "load_in_8bit=True": "choose the precision with dtype, for instance dtype=bfloat16",
         "load_in_4bit=True": "choose the precision with dtype, for instance dtype=bfloat16",
-        "enable_thinking=False": "chat templates are applied with their own defaults",
-        "think_end_token=</think>": "generated answers are not cut at a thinking token",
         "mixed_precision_dtype=float16": "choose one precision for the whole model with dtype",
     }.items()
 }

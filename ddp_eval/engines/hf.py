@@ -36,6 +36,8 @@ _OWN_ARGS = (
     "prefix_token_id",
     "use_fast_tokenizer",
     "chat_template_args",
+    "enable_thinking",
+    "think_end_token",
     "device",
 )
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts

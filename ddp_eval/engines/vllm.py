@@ -31,7 +31,17 @@ from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, Pack
 
 # model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
-_OWN_ARGS = ("pretrained", "max_length", "add_bos_token", "prefix_token_id", "use_fast_tokenizer", "chat_template_args", "device")
+_OWN_ARGS = (
+    "pretrained",
+    "max_length",
+    "add_bos_token",
+    "prefix_token_id",
+    "use_fast_tokenizer",
+    "chat_template_args",
+    "enable_thinking",
+    "think_end_token",
+    "device",
+)
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12
 MOST_TARGETS = 128  # that vLLM takes in logprob_token_ids

@@ -71,16 +71,15 @@ _IGNORED_MODEL_ARGS = {
 _REFUSED_MODEL_ARGS = {
     "device_map": "--layout says how the model lies over the ranks",
     "token": "log in with hf auth login or set HF_TOKEN, so that it is written nowhere",
-    "peft": "merge the adapter into the model, save it, and evaluate what you saved",
     "delta": "add the delta to the base model, save it, and evaluate what you saved",
-    "autogptq": "evaluate GPTQ weights with lm_eval's own hf model",
-    "gptqmodel": "evaluate GPTQ weights with lm_eval's own hf model",
+    "autogptq": "leave it out, transformers loads a checkpoint whose config.json says that it is GPTQ",
+    "gptqmodel": "leave it out, transformers loads a checkpoint whose config.json says that it is GPTQ",
     "gguf_file": "convert the model to safetensors and evaluate that",
-    "load_in_8bit": "choose the precision with dtype, for instance dtype=bfloat16",
-    "load_in_4bit": "choose the precision with dtype, for instance dtype=bfloat16",
     "mixed_precision_dtype": "choose one precision for the whole model with dtype",
 }
-_TEXT_MODEL_ARGS = ("pretrained", "tokenizer", "revision", "subfolder")
+_TEXT_MODEL_ARGS = ("pretrained", "tokenizer", "revision", "subfolder", "peft")
+_SWITCHED_MODEL_ARGS = ("load_in_8bit", "load_in_4bit")
+_OPTIONAL_MODEL_ARGS = ("enable_thinking", "think_end_token", "chat_template_args", "peft", "quantization_config")
 _KNOWN_MODEL_ARGS = (
     *_TEXT_MODEL_ARGS,
     "dtype",
@@ -92,6 +91,9 @@ _KNOWN_MODEL_ARGS = (
     "chat_template_args",
     "enable_thinking",
     "think_end_token",
+    "backend",
+    "quantization_config",
+    *_SWITCHED_MODEL_ARGS,
 )
 
 
@@ -257,9 +259,12 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
         value = model_args.pop(key, None)
         if value:
             raise UserError(f"model_args {key} is not supported yet: {why}")
-    for key in ("enable_thinking", "think_end_token", "chat_template_args"):
+    for key in _OPTIONAL_MODEL_ARGS:
         if model_args.get(key, ...) is None:
             del model_args[key]
+    for key in _SWITCHED_MODEL_ARGS:
+        if not _to_switch(f"model_args {key}", model_args.get(key) or False):
+            model_args.pop(key, None)
     if "device" in model_args:
         raise UserError(f"model_args device is not supported: use --device {model_args['device']}")
     backend = model_args.pop("backend", "default")

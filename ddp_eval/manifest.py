@@ -51,12 +51,13 @@ def describe_model(name: str, model_args: dict[str, Any], revision: str | None) 
 
     name: the path or hub name that was loaded. revision: the hub's commit, or None for a directory.
     """
-    tokenizer = str(model_args.get("tokenizer") or name)
+    tokenizer, adapter = str(model_args.get("tokenizer") or name), model_args.get("peft")
     return {
         "pretrained": model_args["pretrained"],
         "revision": revision,
         "model_files": _digest(name, model_args, None),
         "tokenizer_files": _digest(tokenizer, model_args, _TOKENIZER_FILES),
+        **({"adapter_files": _digest(adapter, _place_of_adapter(model_args), None)} if adapter else {}),
     }
 
 
@@ -65,10 +66,12 @@ def fingerprint_model(model_args: dict[str, Any]) -> str | None:
 
     Weights that were trained on change everywhere, so that a few blocks of each file tell, where a whole digest takes minutes.
     """
-    name = hf.resolve_pretrained(model_args)
+    name, adapter = hf.resolve_pretrained(model_args), model_args.get("peft")
     digest = hashlib.sha256()
     try:
-        for folder in dict.fromkeys(_folder(each, model_args) for each in (name, str(model_args.get("tokenizer") or name))):
+        folders = [_folder(each, model_args) for each in (name, str(model_args.get("tokenizer") or name))]
+        folders += [_folder(adapter, _place_of_adapter(model_args))] if adapter else []
+        for folder in dict.fromkeys(folders):
             for path in sorted(Path(folder).iterdir()):
                 if path.is_file() and not path.name.startswith("."):
                     digest.update(f"{path.name} {path.stat().st_size} ".encode())
@@ -120,14 +123,20 @@ def _digest(name: str, model_args: dict[str, Any], files: tuple[str, ...] | None
         return None
 
 
+def _place_of_adapter(model_args: dict[str, Any]) -> dict[str, Any]:
+    """The revision is the adapter's too, by lm_eval's rule; a subfolder is the model's alone."""
+    return {key: model_args[key] for key in ("revision",) if key in model_args}
+
+
 def _folder(name: str, model_args: dict[str, Any]) -> str:
-    """The directory that holds the files of a local model or of a hub model in the cache."""
+    """The directory that holds the files of a local model or adapter, or of one of the hub in the cache."""
+    name = os.path.expanduser(name)
     if os.path.isdir(name):
         return os.path.join(name, model_args.get("subfolder") or "")
     import transformers
 
     place = {key: model_args[key] for key in ("revision", "subfolder") if key in model_args}
-    for file in ("config.json", "tokenizer_config.json"):
+    for file in ("config.json", "tokenizer_config.json", "adapter_config.json"):
         found = transformers.utils.cached_file(
             name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False, **place
         )

@@ -310,13 +310,10 @@ REFUSED |= {
     f"-a {setting}": f"model_args {setting.partition('=')[0]} is not supported yet: {why}"
     for setting, why in {
         "device_map=auto": "--layout says how the model lies over the ranks",
-        "peft=lora": "merge the adapter into the model, save it, and evaluate what you saved",
         "delta=d": "add the delta to the base model, save it, and evaluate what you saved",
-        "autogptq=True": "evaluate GPTQ weights with lm_eval's own hf model",
-        "gptqmodel=True": "evaluate GPTQ weights with lm_eval's own hf model",
+        "autogptq=True": "leave it out, transformers loads a checkpoint whose config.json says that it is GPTQ",
+        "gptqmodel=True": "leave it out, transformers loads a checkpoint whose config.json says that it is GPTQ",
         "gguf_file=x": "convert the model to safetensors and evaluate that",
-        "load_in_8bit=True": "choose the precision with dtype, for instance dtype=bfloat16",
-        "load_in_4bit=True": "choose the precision with dtype, for instance dtype=bfloat16",
         "mixed_precision_dtype=float16": "choose one precision for the whole model with dtype",
     }.items()
 }

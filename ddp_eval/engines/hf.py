@@ -23,7 +23,7 @@ import torch
 
 from ddp_eval import attention, blocks, hub
 from ddp_eval.distributed import World
-from ddp_eval.engines import slices
+from ddp_eval.engines import adapters, quantised, slices
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
@@ -39,6 +39,8 @@ _OWN_ARGS = (
     "enable_thinking",
     "think_end_token",
     "device",
+    "peft",
+    "backend",
 )
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
 _LOADER_ARGS = ("dtype", "attn_implementation")  # for from_pretrained, not fields of the config
@@ -403,10 +405,12 @@ def load_config(model_args: dict[str, Any]) -> Any:
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, model_args.get("subfolder") or "", "config.json")):
         raise UserError(f"the directory {name} holds no model: config.json is missing")
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
-        overrides = {key: value for key, value in model_args.items() if key not in (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)}
+        own = (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)
+        overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}
         config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
     if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"the model {name} is an encoder-decoder ({config.model_type}), which is not supported yet")
+    adapters.check_adapter(model_args)
     return config
 
 
@@ -457,8 +461,13 @@ def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, 
     # What names a field of the config is in it already.
     own = (*_OWN_ARGS, *_SHARED_ARGS, "dtype")
     extra = {
-        key: value for key, value in model_args.items() if key not in own and (key in _LOADER_ARGS or not hasattr(config, key))
+        key: value
+        for key, value in model_args.items()
+        if key not in own and not quantised.is_own(key) and (key in _LOADER_ARGS or not hasattr(config, key))
     }
+    extra.update(quantised.loading_options(model_args))
+    if quantised.is_quantised(model_args, config):
+        extra["device_map"] = {"": str(device)}
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         loaded: Any = (source or transformers.AutoModelForCausalLM).from_pretrained(
             name,
@@ -475,8 +484,10 @@ def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, 
         raise UserError(
             f"the checkpoint {name} lacks {len(missing)} of the model's weights, such as {missing[0]}: they would be random"
         )
+    if model_args.get("peft"):
+        model = adapters.apply_adapter(model, load_tokenizer(model_args), model_args)
     try:
-        return model.to(device).eval()
+        return (model if "device_map" in extra else model.to(device)).eval()
     except torch.OutOfMemoryError:
         raise UserError(f"the model {name} does not fit into the memory of {device}") from None
 

@@ -118,7 +118,7 @@ def choose_layout(config: Config, model_config: Any, world: World) -> tuple[Layo
 
 def _choose(config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
     if config.model == "vllm":
-        return _choose_for_vllm(config, world), "tensor_parallel_size"
+        return _choose_for_vllm(config, model_config, world), "tensor_parallel_size"
     fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)
     if fixed == layouts.WHOLE_COPIES or (fixed is None and world.world_size == 1):
         return layouts.WHOLE_COPIES, "as asked" if fixed else "one rank"
@@ -145,13 +145,17 @@ def _why_whole_only(config: Config, model_config: Any) -> str | None:
     """What of this model no layout but whole copies can serve, in a phrase."""
     if quantised.is_quantised(config.model_args, model_config):
         return "quantised weights"
-    return "a model with an adapter" if config.model_args.get("peft") else None
+    if config.model_args.get("peft"):
+        return "a model with an adapter"
+    return "an encoder-decoder" if hf.is_seq2seq(config.model_args, model_config) else None
 
 
-def _choose_for_vllm(config: Config, world: World) -> Layout:
+def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
     """vLLM splits its engines itself, as tensor_parallel_size says."""
     if config.model_args.get("peft"):
         raise UserError("model_args peft is not for --model vllm: give --model hf, or merge the adapter and save the model")
+    if hf.is_seq2seq(config.model_args, model_config):
+        raise UserError("encoder-decoders are not for --model vllm: give --model hf")
     vllm.check_installed()
     if config.layout not in (layouts.AUTO, layouts.REPLICAS):
         raise UserError(f"--layout {config.layout} is not for --model vllm: give tensor_parallel_size=K in --model_args")

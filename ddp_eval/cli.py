@@ -268,10 +268,10 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
     if "device" in model_args:
         raise UserError(f"model_args device is not supported: use --device {model_args['device']}")
     backend = model_args.pop("backend", "default")
-    if backend == "seq2seq":
-        raise UserError("model_args backend=seq2seq is not supported yet: only decoder-only (causal) models are")
-    if backend not in ("default", "causal"):
-        raise UserError(f"model_args backend must be default or causal, got {backend}")
+    if backend not in ("default", "causal", "seq2seq"):
+        raise UserError(f"model_args backend must be default, causal or seq2seq, got {backend}")
+    if backend != "default":
+        model_args["backend"] = backend
     for key in _TEXT_MODEL_ARGS:
         if not isinstance(model_args.get(key), (str, type(None))):
             example = f"{key}='\"123\"' keeps a number as text"

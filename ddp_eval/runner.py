@@ -32,7 +32,7 @@ from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine, hf, vllm
-from ddp_eval.engines.load import lay_out, load_replica
+from ddp_eval.engines.load import lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, run_plan
 from ddp_eval.layout import Layout
@@ -80,7 +80,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     Every rank calls it with its own copy of the model (plain, DDP-wrapped or compiled). The model's training flags, the random
     state and the process group are left as they were.
 
-    model:      a causal transformers model on this rank's device.
+    model:      a transformers model, causal or an encoder-decoder, on this rank's device.
     tokenizer:  its tokenizer; only rank 0 uses it.
     tasks:      lm_eval task names or task configs.
     options:    fields of `Config`: num_fewshot, limit, output_path, include_path, model_args={"max_length": …}, …
@@ -93,7 +93,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
-        with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine, telemetry.Sampler(world):
+        with _as_it_was(bare), contextlib.closing(wrap_model(bare, world.device)) as engine, telemetry.Sampler(world):
             bare.eval()
             if not world.is_leader:
                 _follow(world, lambda world, layout: engine)
@@ -191,7 +191,13 @@ def _lead(
     if config.model == "vllm":
         max_length = vllm.longest_input(model_args, max_length)
     try:
-        encoder = Encoder(tokenizer, max_length, model_args.get("add_bos_token"), model_args.get("prefix_token_id"))
+        encoder = Encoder(
+            tokenizer,
+            max_length,
+            model_args.get("add_bos_token"),
+            model_args.get("prefix_token_id"),
+            separate=hf.is_seq2seq(model_args, model_config),
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -165,6 +165,7 @@ class Queued:
 class VllmEngine:
     """One vLLM engine, or one rank's part of it; see `engines.Engine` for what each member means."""
 
+    takes_pairs = False
     why_not_packs: str | None = None
     isolates_requests = False
     longest_reach: int | None = None

@@ -176,7 +176,10 @@ CASES = {
         "--model_args pretrained={place}/broken_config --tasks demo_lambada",
         "{place}/broken_config",
     ),
-    "encoder-decoder": ("--model_args pretrained={place}/t5 --tasks demo_lambada", "is an encoder-decoder (t5)"),
+    "encoder-decoder over two ranks": (
+        "--model_args pretrained={place}/t5 --tasks demo_lambada --layout tensor:2",
+        "--layout tensor:2 cannot split an encoder-decoder",
+    ),
     "weights of another shape": (
         "--model_args pretrained={place}/other_shape --tasks demo_lambada --limit 1",
         "cannot load the model {place}/other_shape",

@@ -48,13 +48,7 @@ _IGNORED_FLAGS = {
 }
 _REFUSED_FLAGS = {
     "use_cache": ("-c", "use --output_path DIR, whose scores.parquet keeps the score of every request"),
-    "cache_requests": ("", "leave it out, one rank builds the prompts once for all"),
-    "check_integrity": ("", "check tasks with lm-eval validate --tasks"),
-    "show_config": ("", "use --output_path DIR, whose results.json holds the settings of every task"),
-    "wandb_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
-    "wandb_config_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
-    "trackio_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
-    "hf_hub_log_args": ("", "use --output_path DIR and upload it with hf upload"),
+    "check_integrity": ("", "check tasks with python -m ddp_eval validate --tasks"),
 }
 
 _BY_MEMORY = "--layout goes by the memory that the GPUs have"
@@ -126,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage=_USAGE,
         description=_ABOUT,
         epilog=f"Accepted and ignored: {', '.join('--' + name for name in _IGNORED_FLAGS)}.\n"
-        "Other commands, each with a --help of its own: plan, compare, report, reproduce.",
+        "Other commands, each with a --help of its own: ls, validate, plan, compare, report, reproduce.",
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -191,7 +185,9 @@ def _drop_command(argv: Sequence[str]) -> list[str]:
     if not argv or argv[0].startswith("-"):
         return list(argv)
     if argv[0] not in _COMMANDS:
-        raise UserError(f"unknown command {argv[0]}: there are run (may be left out), plan, compare, report and reproduce")
+        raise UserError(
+            f"unknown command {argv[0]}: there are run (may be left out), ls, validate, plan, compare, report and reproduce"
+        )
     return list(argv[1:])
 
 
@@ -454,6 +450,13 @@ def _to_template(flag: str, value: Any) -> bool | str:
     return _to_text(flag, value)
 
 
+def _to_cache(flag: str, value: Any) -> str | None:
+    """lm_eval's three words; YAML's true and false too. Config checks the word."""
+    if isinstance(value, dict):  # as lm_eval's own YAML files have it
+        value = "delete" if value.get("delete_requests_cache") else "refresh" if value.get("rewrite_requests_cache") else True
+    return None if value is False else "true" if value is True else _to_text(flag, value)
+
+
 def _to_tasks(flag: str, value: Any) -> list[str]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -555,6 +558,15 @@ _FLAGS = {
         "tasks", _to_args, "settings that some tasks ask for, such as max_seq_lengths=[4096]", "KEY=VALUE", "", "+"
     ),
     "confirm_run_unsafe_code": _Flag("tasks", _to_switch, "allow tasks that run the code a model writes (default: off)"),
+    "cache_requests": _Flag(
+        "prompts",
+        _to_cache,
+        "keep built prompts in lm_eval's cache for later runs: true, refresh, or delete it first; it does not see changed "
+        "task files or seeds (default: off)",
+        "true|refresh|delete",
+        "",
+        "?",
+    ),
     "num_fewshot": _Flag("prompts", _to_count, "examples before each question (default: the task's own)", "N", "-f"),
     "apply_chat_template": _Flag(
         "prompts", _to_template, "use the tokenizer's chat template, or that NAME (default: off)", "NAME", "", "?"
@@ -570,6 +582,16 @@ _FLAGS = {
     "log_samples": _Flag("output", _to_switch, "also write every document with prompt and answer (default: off)", "", "-s"),
     "predict_only": _Flag("output", _to_switch, "write the answers and skip the metrics; implies --log_samples", "", "-x"),
     "write_out": _Flag("output", _to_switch, "print the prompts of the first documents (default: off)", "", "-w"),
+    "show_config": _Flag("output", _to_switch, "print all results with the settings of every task (default: off)"),
+    **{
+        name: _Flag("output", _to_args, help, "KEY=VALUE", "", "+")
+        for name, help in {
+            "wandb_args": "log to Weights & Biases, with these arguments of wandb.init (default: no)",
+            "wandb_config_args": "more of what wandb records as the run's config",
+            "trackio_args": "log to Trackio, with these arguments of trackio.init (default: no)",
+            "hf_hub_log_args": "upload to the Hugging Face hub: push_results_to_hub=True,hub_results_org=NAME, ... (default: no)",
+        }.items()
+    },
     "config": _Flag("execution", _to_text, "YAML file of flags by name; flags given here win over it", "FILE", "-C"),
     "seed": _Flag(
         "execution",

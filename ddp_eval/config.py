@@ -18,6 +18,10 @@ from ddp_eval.thinking import read_think_end
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
 DEFAULT_SEED = (0, 1234, 1234, 1234)
 
+# Where else results go; of no matter to what they are.
+TRACKER_FLAGS = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
+CACHE_REQUESTS = ("true", "refresh", "delete")
+
 # fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
 NUMERICS = ("fast", "fp32", "alone")
 
@@ -43,6 +47,8 @@ class Config:
     log_samples: bool = False
     predict_only: bool = False
     write_out: bool = False
+    show_config: bool = False
+    cache_requests: str | None = None
     apply_chat_template: bool | str = False
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
@@ -59,6 +65,10 @@ class Config:
     load: str = "disk"
     preflight: bool = False
     timeout: float = 1800.0  # seconds
+    wandb_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    wandb_config_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trackio_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hf_hub_log_args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def loader_args(self) -> dict[str, Any]:
@@ -66,6 +76,12 @@ class Config:
         trusted = {"trust_remote_code": True} if self.trust_remote_code else {}
         precise = {"dtype": "float32"} if self.numerics == "fp32" else {}
         return {**self.model_args, **trusted, **precise}
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings as a run directory keeps them: without those of trackers, which may hold what is private."""
+        settings = dataclasses.asdict(self)
+        return {name: value for name, value in settings.items() if name not in TRACKER_FLAGS}
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, int):
@@ -85,6 +101,11 @@ class Config:
         _check_whole("max_length", self.model_args.get("max_length"), 1)
         _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
         _check_thinking(self.model_args)
+        _check_trackers(self)
+        if self.cache_requests not in (None, *CACHE_REQUESTS):
+            raise UserError(
+                f"--cache_requests must be {', '.join(CACHE_REQUESTS[:-1])} or {CACHE_REQUESTS[-1]}, got {self.cache_requests}"
+            )
         _check_seed(self.seed)
         layout.check_words(self.layout)
         if not (math.isfinite(self.timeout) and self.timeout >= 1):
@@ -143,6 +164,15 @@ def _check_thinking(model_args: dict[str, Any]) -> None:
         raise UserError("model_args enable_thinking=True needs think_end_token=TEXT_OR_ID, such as think_end_token=</think>")
     if not isinstance(more, (dict, type(None))):
         raise UserError(f"model_args chat_template_args must be a mapping, got {more}")
+
+
+def _check_trackers(config: Config) -> None:
+    if config.wandb_config_args and not config.wandb_args:
+        raise UserError("--wandb_config_args needs --wandb_args, such as --wandb_args project=NAME")
+    if "token" in config.hf_hub_log_args:
+        raise UserError("--hf_hub_log_args must not hold a token: set HF_TOKEN, or log in with hf auth login")
+    if "output_path" in config.hf_hub_log_args:
+        raise UserError("--hf_hub_log_args must not hold an output_path: give --output_path")
 
 
 def _check_seed(seed: tuple[int | None, ...]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import glob
+import json
 import logging
 import os
 import unittest.mock
@@ -25,9 +26,9 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import make_table, sanitize_model_name
+from lm_eval.utils import handle_non_serializable, make_table, sanitize_model_name
 
-from ddp_eval import hub
+from ddp_eval import demo, hub
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.compare.reading import document_metrics, shared_context
@@ -109,6 +110,9 @@ def evaluate_tasks(
                 samples=samples,
                 bootstrap_iters=config.bootstrap_iters,
                 write_out=config.write_out,
+                cache_requests=config.cache_requests in ("true", "refresh"),
+                rewrite_requests_cache=config.cache_requests == "refresh",
+                delete_requests_cache=config.cache_requests == "delete",
                 log_samples=True,
                 evaluation_tracker=tracker,
                 system_instruction=config.system_instruction,
@@ -184,6 +188,29 @@ def format_tables(results: dict[str, Any]) -> str:
     if results.get("groups"):
         tables.append(make_table(results, "groups"))
     return "\n".join(tables)
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The results and the settings of every task, as `lm-eval run --show_config` prints them."""
+    shown = {key: value for key, value in results.items() if key != "samples"}
+    return json.dumps(shown, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+
+def list_tasks(what: str, include_path: str | None) -> str:
+    """lm_eval's table of its tasks, groups, subtasks or tags, the demo's and those of `include_path` among them."""
+    manager = TaskManager(include_path=_include_paths([demo.TASKS_PATH], include_path))
+    leave_out = {"tasks": (), "groups": ("subtasks", "tags"), "subtasks": ("groups", "tags"), "tags": ("groups", "subtasks")}
+    return str(manager.list_all_tasks(**{f"list_{kind}": False for kind in leave_out[what]}))
+
+
+def validate_tasks(tasks: Sequence[str], include_path: str | None) -> int:
+    """How many tasks these names lead to, as far as the index tells. Raises UserError for unknown ones and kinds not served."""
+    config = Config(tasks=list(tasks), include_path=include_path)
+    manager = _task_manager(config, [demo.TASKS_PATH])
+    specs = _resolve_tasks(manager, tasks)
+    _check_before_loading(specs, manager.task_index)
+    names = [spec for spec in specs if isinstance(spec, str) and spec in manager.task_index]
+    return len({leaf.trail[-1] for name in names for leaf in find_leaves(name, manager.task_index)}) + len(specs) - len(names)
 
 
 class _Scoring(Exception):
@@ -330,10 +357,7 @@ class _LeaderLM(TemplateLM):
 
 
 def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
-    paths = [*include_paths, *([config.include_path] if config.include_path else [])]
-    for path in paths:
-        if not os.path.isdir(path):
-            raise UserError(f"--include_path must be a directory of task files, got {path}")
+    paths = _include_paths(include_paths, config.include_path)
     metadata = {**config.model_args, **config.metadata}
     try:
         manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
@@ -343,6 +367,14 @@ def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
         return TaskManager(include_path=paths, metadata=metadata)
     except Exception as error:
         raise UserError(f"lm_eval could not read the task files: {_describe(error)}") from error
+
+
+def _include_paths(paths: Sequence[str], more: str | None) -> list[str]:
+    found = [*paths, *([more] if more else [])]
+    for path in found:
+        if not os.path.isdir(path):
+            raise UserError(f"--include_path must be a directory of task files, got {path}")
+    return found
 
 
 def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
@@ -398,7 +430,11 @@ def _check_chat_template(wanted: bool | str, tokenizer: Any) -> None:
 
 def _list_close(task: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(task, list(known), n=3, cutoff=0.75)
-    return f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists all, --include_path DIR adds your own"
+    return (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else "`python -m ddp_eval ls tasks` lists all, --include_path DIR adds your own"
+    )
 
 
 def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import os
@@ -33,7 +32,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """The manifest. facts: of engine, prompts and plan; model: from `describe_model` or `describe_loaded_model`."""
     return {
-        "config": dataclasses.asdict(config),
+        "config": config.recorded,
         "working_directory": os.getcwd(),  # what relative paths in the config start from
         "model": model,
         "tasks": {"versions": results_dict["versions"], "n_samples": results_dict["n-samples"]},

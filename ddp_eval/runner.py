@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import demo, distributed, results, run_directory, status, telemetry, watch
+from ddp_eval import demo, distributed, results, run_directory, status, telemetry, trackers, watch
 from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
@@ -70,8 +70,10 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
                 model_config = hf.load_config(config.loader_args)
             _follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
             return None
-        with Followers(world) as followers:
-            return _lead_run(config, world, followers, inspect)
+        with Followers(world) as followers, trackers.tracking(config) as track:
+            outcome = _lead_run(config, world, followers, inspect)
+            track(outcome)
+            return outcome
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:

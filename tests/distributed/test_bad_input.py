@@ -176,9 +176,9 @@ CASES = {
         "--model_args pretrained={place}/broken_config --tasks demo_lambada",
         "{place}/broken_config",
     ),
-    "encoder-decoder over two ranks": (
-        "--model_args pretrained={place}/t5 --tasks demo_lambada --layout tensor:2",
-        "--layout tensor:2 cannot split an encoder-decoder",
+    "encoder-decoder that is sent": (
+        "--model_args pretrained={place}/t5 --tasks demo_lambada --load broadcast",
+        "--load broadcast cannot send an encoder-decoder: give --load disk",
     ),
     "weights of another shape": (
         "--model_args pretrained={place}/other_shape --tasks demo_lambada --limit 1",

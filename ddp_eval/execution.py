@@ -14,6 +14,7 @@ from ddp_eval import distributed, journal, results, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError
+from ddp_eval.generation import Batch, build_batch
 from ddp_eval.packing import Pack, build_pack, halve
 from ddp_eval.protocol import Journals, Work
 from ddp_eval.telemetry import Progress
@@ -24,24 +25,36 @@ class Gathered(NamedTuple):
 
     rows:    (n, 3) int64, see `_result_rows`; items that ran on two ranks are in it twice.
     halved:  (k, 2) int64, packs that did not fit the memory of their rank and the number of pieces they ran in.
+    lengths: (n, 2) int64, items of generation and the tokens of their answers; (sum, 1) int64 `answers`: these tokens.
     """
 
     rows: np.ndarray
     halved: np.ndarray
+    lengths: np.ndarray
+    answers: np.ndarray
+
+
+def _nothing(columns: int) -> list[np.ndarray]:
+    return [np.zeros((0, columns), dtype=np.int64)]
 
 
 def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
-    """Run this rank's packs and gather everyone's results."""
-    plan, phases = work.plan, world.meter.phases
+    """Run this rank's batches of generation and packs, and gather everyone's results."""
+    phases = world.meter.phases
     engine.on_trial = work.trial
-    rows, halved = [np.zeros((0, 3), dtype=np.int64)], [np.zeros((0, 2), dtype=np.int64)]
+    rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
     journals = work.journals if engine.bears_results else None
+    num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])[work.left].sum()
     with (
         _own_journal(world, work, journals) as own,
-        Progress(world, work.name, int(plan.num_requests[work.left].sum()), silent=work.silent) as progress,
+        Progress(world, work.name, int(num_requests), silent=work.silent) as progress,
     ):
         try:
             with phases("trial" if work.silent else "forward"):
+                for batch, texts in _run_batches(world, engine, work, progress, own):
+                    if engine.bears_results:
+                        lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
+                        answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
                 for index, pieces in _run_packs(world, engine, work, progress, own):
                     if not engine.bears_results:
                         continue
@@ -56,7 +69,41 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
             raise
         watch.step(watch.WAITING)
         with phases("gather"):
-            return Gathered(*(distributed.all_gather_rows(world, np.concatenate(mine)) for mine in (rows, halved)))
+            mine = [np.concatenate(part) for part in (rows, halved, lengths, answers)]
+            return Gathered(*(distributed.all_gather_rows(world, part) for part in mine))
+
+
+def _my_units(world: World, work: Work) -> list[int]:
+    """What this rank runs, dearest first: batches of generation, which are numbered behind the packs, then packs."""
+    mine: list[int] = work.left[distributed.shard(world, len(work.left))][::-1].tolist()
+    return mine
+
+
+def _run_batches(
+    world: World, engine: Engine, work: Work, progress: Progress, own: journal.Journal | None
+) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """This rank's batches of generation; each is in the journal when it comes out."""
+
+    def tell(requests: int, tokens: int) -> None:
+        watch.step(watch.PACKS)
+        world.meter.count("computed_tokens", tokens)
+        if engine.bears_results:
+            progress.add(requests, tokens)
+
+    for unit in _my_units(world, work):
+        if unit < work.plan.num_packs:
+            continue
+        watch.step(watch.PACKS, unit)
+        index = unit - work.plan.num_packs
+        batch = build_batch(work.texts, index)
+        texts = engine.generate(batch, work.tokenizer, tell)
+        if own is not None:
+            own.append_texts(unit, texts)
+        requests = int(work.texts.num_requests[index])
+        tell(requests - len(batch), 0)  # requests that share an answer
+        for what, amount in {"requests": requests, "batches": 1, "generated_tokens": sum(map(len, texts))}.items():
+            world.meter.count(what, amount)
+        yield batch, texts
 
 
 Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats and flags
@@ -87,7 +134,9 @@ def _run_packs(
         return index, results
 
     under_way = None
-    for index in reversed(work.left[distributed.shard(world, len(work.left))].tolist()):
+    for index in _my_units(world, work):
+        if index >= plan.num_packs:
+            continue
         watch.step(watch.PACKS, index)
         launched = index, _launch(world, engine, build_pack(plan, index))
         if not ahead:
@@ -166,3 +215,21 @@ def fill_slots(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, fl
     sums, greedy = bits[first].view(np.float64), rows[first, 2].astype(bool)
     differing = bits[first][items] != bits  # the bits: a NaN equals itself
     return sums, greedy, float(np.abs(sums[items[differing]] - bits[differing].view(np.float64)).max(initial=0.0))
+
+
+def fill_texts(lengths: np.ndarray, answers: np.ndarray, count: int) -> tuple[list[list[int]], int]:
+    """Put gathered answers into their slots; arguments as in `Gathered`.
+
+    Returns the tokens of `count` answers, and how many of those that ran on two ranks differ: none unless the ranks' hardware or
+    thread counts do; the lowest rank's answer stands. Raises RuntimeError if an item has none.
+    """
+    found: dict[int, list[int]] = {}
+    differing, start, tokens = 0, 0, answers[:, 0].tolist()
+    for item, length in lengths.tolist():
+        answer = tokens[start : start + length]
+        start += length
+        differing += found.setdefault(item, answer) != answer
+    if len(found) < count:
+        lost = [item for item in range(count) if item not in found]
+        raise RuntimeError(f"{len(lost)} of {count} answers came back from no rank, the first of them answer {lost[0]}")
+    return [found[item] for item in range(count)], differing

@@ -29,23 +29,25 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, make_table, sanitize_model_name
 
 from ddp_eval import demo, hub
+from ddp_eval.asking import Asked
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.compare.reading import document_metrics, shared_context
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.generation import Prompts
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
-from ddp_eval.results import Scores, digest_strings, git_commit
+from ddp_eval.results import Scores, Texts, digest_strings, git_commit
 from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
 from ddp_eval.thinking import template_arguments
 from ddp_eval.tokenization import Encoded, Encoder
 
 log = logging.getLogger("ddp_eval")
 
-Answers = tuple[np.ndarray, np.ndarray]
+Answers = tuple[np.ndarray, np.ndarray, list[list[int]]]
 COMPUTING_METRICS = "compute the metrics"
-_SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
+_SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,8 @@ def evaluate_tasks(
     config: Config,
     encoder: Encoder,
     model_config: Any,
-    score: Callable[[Requests], Answers],
-    keep: Callable[[Scores], None],
+    score: Callable[[Requests, Prompts], Answers],
+    keep: Callable[[Scores, Texts], None],
     phases: Phases,
     include_paths: Sequence[str] = (),
     inspect: Callable[[dict[str, Any]], None] | None = None,
@@ -75,8 +77,9 @@ def evaluate_tasks(
     """Build the tasks' requests, have them scored, and return lm_eval's results.
 
     inspect: given `describe_prompts` before anything is scored; may raise UserError.
-    score: given all requests at once, returns (N,) float64 summed log-probabilities and (N,) bool all-argmax.
-    keep: given the scores before metrics are computed, which run the tasks' own code and may fail.
+    score: given all requests and prompts at once, returns (N,) float64 summed log-probabilities, (N,) bool all-argmax, and the
+        tokens of each prompt's answer.
+    keep: given the scores and texts before metrics are computed, which run the tasks' own code and may fail.
     Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
     """
     phases.switch("tasks")
@@ -228,8 +231,8 @@ class _LeaderLM(TemplateLM):
         self,
         encoder: Encoder,
         model_config: Any,
-        score: Callable[[Requests], Answers],
-        keep: Callable[[Scores], None],
+        score: Callable[[Requests, Prompts], Answers],
+        keep: Callable[[Scores, Texts], None],
         inspect: Callable[[dict[str, Any]], None] | None,
         config: Config,
         phases: Phases,
@@ -241,6 +244,8 @@ class _LeaderLM(TemplateLM):
         self.prompts: dict[str, Any] = {}
         self.phase = "load the documents"
         self.tasks: dict[str, Any] = {}
+        self._seed = config.seed[2]
+        self._think_end_token = config.model_args.get("think_end_token")
         self._score = score
         self._keep = keep
         self._inspect = inspect
@@ -298,7 +303,14 @@ class _LeaderLM(TemplateLM):
         return [answers[id(request)][0] for request in requests]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        raise UserError(f"the task {requests[0].task_name} generates text, which is not supported yet")
+        answers = self._answer_all(requests)
+        given: dict[int, int] = {}  # lm_eval asks for the same request as often as it repeats
+        texts = []
+        for request in requests:
+            repeat = given.get(id(request), 0)
+            given[id(request)] = repeat + 1
+            texts.append(answers[id(request)][repeat])
+        return texts
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
         raise AssertionError("all requests go through the plan")
@@ -318,7 +330,9 @@ class _LeaderLM(TemplateLM):
     def _score_instances(self, instances: list[Instance]) -> dict[int, Any]:
         pairs = [instance for instance in instances if instance.request_type == "loglikelihood"]
         texts = [instance for instance in instances if instance.request_type == "loglikelihood_rolling"]
-        others = [instance for instance in instances if instance.request_type not in ("loglikelihood", "loglikelihood_rolling")]
+        asking = [instance for instance in instances if instance.request_type == "generate_until"]
+        served = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+        others = [instance for instance in instances if instance.request_type not in served]
         if others:
             raise UserError(
                 f"the task {others[0].task_name} makes {others[0].request_type} requests, which are not supported yet"
@@ -329,10 +343,26 @@ class _LeaderLM(TemplateLM):
         with self._phases("tokenize"):
             encoded_pairs = self.encoder.encode_pairs([instance.args for instance in pairs])
             encoded_texts = self.encoder.encode_rolling([instance.args[0] for instance in texts])
+            repeated = [instance for instance in asking for _ in range(instance.repeats or 1)]
+            asked = Asked(
+                self.encoder,
+                [instance.args for instance in repeated],
+                [instance.task_name for instance in repeated],
+                self._seed,
+                self._think_end_token,
+            )
         _warn_of_cuts(pairs, encoded_pairs)
+        if asked.truncated:
+            tasks = sorted({repeated[index].task_name for index in asked.truncated})
+            log.warning(
+                "%d of %d prompts lost their left end to leave room for the answer (%s)",
+                len(asked.truncated),
+                len(repeated),
+                ", ".join(tasks),
+            )
 
         num_pairs = len(encoded_pairs.requests)
-        sums, greedy = self._score(concatenate(encoded_pairs.requests, encoded_texts.requests))
+        sums, greedy, generated = self._score(concatenate(encoded_pairs.requests, encoded_texts.requests), asked.prompts)
         pair_sums, pair_tokens = _sum_by_owner(encoded_pairs, sums[:num_pairs], len(pairs))
         text_sums, text_tokens = _sum_by_owner(encoded_texts, sums[num_pairs:], len(texts))
         # Nothing to predict is predicted rightly, with probability one.
@@ -344,16 +374,33 @@ class _LeaderLM(TemplateLM):
         counts = dict(zip(map(id, pairs), pair_tokens.tolist(), strict=True)) | dict(
             zip(map(id, texts), text_tokens.tolist(), strict=True)
         )
+        scored = [one for one in instances if one.request_type != "generate_until"]
         scores = Scores(
-            task=[one.task_name for one in instances],
-            doc_id=[self.chosen[one.task_name][one.doc_id] if one.task_name in self.chosen else one.doc_id for one in instances],
-            idx=[one.idx for one in instances],
-            loglikelihood=[answers[id(one)][0] for one in instances],
-            is_greedy=[answers[id(one)][1] for one in instances],
-            num_tokens=[counts[id(one)] for one in instances],
+            task=[one.task_name for one in scored],
+            doc_id=[self._document(one) for one in scored],
+            idx=[one.idx for one in scored],
+            loglikelihood=[answers[id(one)][0] for one in scored],
+            is_greedy=[answers[id(one)][1] for one in scored],
+            num_tokens=[counts[id(one)] for one in scored],
         )
-        self._keep(scores)
+        read = [asked.read(kind, answer) for kind, answer in zip(asked.prompts.kinds, generated, strict=True)]
+        for one, text in zip(repeated, read, strict=True):
+            answers.setdefault(id(one), []).append(text)
+        texts_kept = Texts(
+            task=[one.task_name for one in repeated],
+            doc_id=[self._document(one) for one in repeated],
+            idx=[one.idx for one in repeated],
+            repeat=[repeat for one in asking for repeat in range(one.repeats or 1)],
+            text=read,
+            num_tokens=[len(answer) for answer in generated],
+            at_limit=[len(answer) >= limit for answer, limit in zip(generated, asked.prompts.limits, strict=True)],
+        )
+        self._keep(scores, texts_kept)
         return answers
+
+    def _document(self, one: Instance) -> int:
+        """The document's number in its split, whatever was chosen of it."""
+        return self.chosen[one.task_name][one.doc_id] if one.task_name in self.chosen else one.doc_id
 
 
 def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:

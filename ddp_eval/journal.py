@@ -4,8 +4,11 @@ Every rank of every attempt appends to a file of its own, so that no two process
 the end of a file that nobody goes on with:
 
     header   MAGIC, key (32 bytes), length of the origin, origin (text), checksum
-    record   pack (uint64), items (uint32), pieces (uint32), sums (float64 each), greedy flags (uint8 each), checksum
+    record   unit (uint64), count (uint32), pieces (uint32), kind (uint8), body, checksum
     record   …
+
+    kind SCORES: count items; float64 sums, then uint8 greedy flags.
+    kind TEXTS: count int32 numbers; the lengths of a batch's answers, then their tokens. Batches are numbered behind the packs.
 
 The key names the work to the bit: plan, weights and software (`work_key`). Every checksum is keyed by it and covers all that
 comes before it in its header or record. A whole header of another key is refused; anything torn or corrupt, and all that follows
@@ -17,11 +20,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +35,15 @@ import numpy.typing as npt
 from ddp_eval.errors import UserError
 
 SUFFIX = ".journal"
-MAGIC = b"ddp_eval journal 1\n"
+MAGIC = b"ddp_eval journal 2\n"
 SYNC_S = 3.0  # a lost node loses at most what was finished in this time, and the packs in hand
 
 _KEY_BYTES = 32
 _CHECKSUM_BYTES = 16
 _ORIGIN_LENGTH = struct.Struct("<H")
-_RECORD = struct.Struct("<QII")
-_ITEM_BYTES = 9
+_RECORD = struct.Struct("<QIIB")
+SCORES, TEXTS = 0, 1
+_COUNT_BYTES = {SCORES: 9, TEXTS: 4}
 
 
 def work_key(facts: Mapping[str, Any]) -> bytes:
@@ -71,7 +76,15 @@ class Journal:
 
         pieces: in how many it ran, for lack of memory.
         """
-        body = _RECORD.pack(pack, len(sums), pieces) + sums.astype("<f8").tobytes() + greedy.astype(np.uint8).tobytes()
+        content = sums.astype("<f8").tobytes() + greedy.astype(np.uint8).tobytes()
+        self._add(_RECORD.pack(pack, len(sums), pieces, SCORES) + content)
+
+    def append_texts(self, unit: int, answers: Sequence[Sequence[int]], pieces: int = 1) -> None:
+        """Add one finished batch of generation: the tokens of every answer. Otherwise as `append`."""
+        numbers = np.array([*map(len, answers), *itertools.chain(*answers)], dtype="<i4")
+        self._add(_RECORD.pack(unit, len(numbers), pieces, TEXTS) + numbers.tobytes())
+
+    def _add(self, body: bytes) -> None:
         with self._lock:
             if self._failure:
                 raise self._failure
@@ -151,6 +164,8 @@ class Found:
     packs:    ascending indices of finished packs, each once.
     rows:     (items, 3) int64: item, the bits of its float64 sum, its greedy flag; a pack that several files hold comes as often.
     halved:   (k, 2) int64, packs that ran in several pieces, and in how many.
+    lengths:  (n, 2) int64, item of generation and tokens of its answer, as often as there are records of it.
+    answers:  (sum of lengths, 1) int64, the tokens of these answers.
     origins:  the texts about hardware of all files that hold packs, sorted.
     notes:    a sentence for each file of which something was dropped.
     """
@@ -158,6 +173,8 @@ class Found:
     packs: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
     halved: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    answers: npt.NDArray[np.int64]
     origins: list[str]
     notes: list[str]
 
@@ -166,14 +183,20 @@ class OtherWork(Exception):
     """A journal is whole and belongs to other work: another plan, other weights or other software."""
 
 
-def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integer]) -> Found:
+def read_journals(
+    directory: Path, key: bytes, item_starts: npt.NDArray[np.integer], text_starts: npt.NDArray[np.integer] | None = None
+) -> Found:
     """Read all journals in `directory`.
 
     item_starts:  (P+1,) where each pack's items start, of the plan that `key` names.
+    text_starts:  (G+1,) where the items of each batch of generation start; None if there are none.
     Raises OtherWork if a file has a whole header of another key; UserError if a file cannot be read.
     """
     packs: set[int] = set()
     blocks, notes = [np.zeros((0, 3), dtype=np.int64)], []
+    lengths, answers = [np.zeros((0, 2), dtype=np.int64)], [np.zeros((0, 1), dtype=np.int64)]
+    text_starts = np.zeros(1, dtype=np.int64) if text_starts is None else text_starts
+    num_packs = len(item_starts) - 1
     origins: set[str] = set()
     halved: dict[int, int] = {}
     for path in sorted(directory.glob(f"*{SUFFIX}")):
@@ -189,11 +212,19 @@ def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integ
         if its_key != key:
             raise OtherWork(path.name)
         stop, whole = start, 0
-        for pack, pieces, bits, greedy, after in decode_records(data, start, key):
-            if pack >= len(item_starts) - 1 or len(bits) != item_starts[pack + 1] - item_starts[pack]:
+        for pack, pieces, numbers, greedy, after in decode_records(data, start, key):
+            if greedy is not None and pack < num_packs and len(numbers) == item_starts[pack + 1] - item_starts[pack]:
+                items = np.arange(item_starts[pack], item_starts[pack + 1])
+                blocks.append(np.stack([items, numbers, greedy.astype(np.int64)], axis=1))
+            elif greedy is None and num_packs <= pack < num_packs + len(text_starts) - 1:
+                items = np.arange(text_starts[pack - num_packs], text_starts[pack - num_packs + 1])
+                sizes, tokens = np.split(numbers, [len(items)])
+                if len(sizes) != len(items) or sizes.sum() != len(tokens):
+                    break
+                lengths.append(np.stack([items, sizes], axis=1))
+                answers.append(tokens[:, None])
+            else:
                 break
-            items = np.arange(item_starts[pack], item_starts[pack + 1])
-            blocks.append(np.stack([items, bits, greedy.astype(np.int64)], axis=1))
             packs.add(pack)
             if pieces > 1:
                 halved.setdefault(pack, pieces)
@@ -205,7 +236,10 @@ def read_journals(directory: Path, key: bytes, item_starts: npt.NDArray[np.integ
                 f"{whole} packs before them are kept"
             )
     in_pieces = np.array(sorted(halved.items()), dtype=np.int64).reshape(-1, 2)
-    return Found(np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), in_pieces, sorted(origins), notes)
+    return Found(
+        np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), in_pieces, np.concatenate(lengths),
+        np.concatenate(answers), sorted(origins), notes,
+    )  # fmt: skip
 
 
 def encode_header(key: bytes, origin: str) -> bytes:
@@ -229,18 +263,21 @@ def decode_header(data: bytes) -> tuple[bytes, str, int] | None:
 
 def decode_records(
     data: bytes, start: int, key: bytes
-) -> Iterator[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.uint8], int]]:
-    """Each record from `start` on, up to the first that is not whole: pack, pieces, bits of the sums, flags, where it stops."""
+) -> Iterator[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.uint8] | None, int]]:
+    """Each record from `start` on, up to the first that is not whole: unit, pieces, numbers, flags, where it stops.
+
+    Numbers and flags of scores: the bits of the sums, and whether greedy. Of texts: lengths and tokens, and None.
+    """
     while start + _RECORD.size <= len(data):
-        pack, count, pieces = _RECORD.unpack_from(data, start)
+        pack, count, pieces, kind = _RECORD.unpack_from(data, start)
         values = start + _RECORD.size
-        stop = values + _ITEM_BYTES * count
+        stop = values + _COUNT_BYTES.get(kind, 0) * count
         if data[stop : stop + _CHECKSUM_BYTES] != _checksum(key, data[start:stop]):
             return
-        bits = np.frombuffer(data, dtype="<i8", count=count, offset=values).astype(np.int64)
-        greedy = np.frombuffer(data, dtype=np.uint8, count=count, offset=values + 8 * count)
+        numbers = np.frombuffer(data, dtype="<i4" if kind == TEXTS else "<i8", count=count, offset=values).astype(np.int64)
+        greedy = None if kind == TEXTS else np.frombuffer(data, dtype=np.uint8, count=count, offset=values + 8 * count)
         start = stop + _CHECKSUM_BYTES
-        yield pack, pieces, bits, greedy, start
+        yield pack, pieces, numbers, greedy, start
 
 
 def _checksum(key: bytes, body: bytes) -> bytes:

@@ -99,14 +99,14 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     class Counted(Exception):
         """Carries the requests out of lm_eval, which would go on to score."""
 
-    def stop(requests: Requests) -> Any:
+    def stop(requests: Requests, prompts: Any) -> Any:
         raise Counted(requests)
 
     tokenizer = hf.load_tokenizer(config.loader_args)
     max_length = harness.max_length_of(config.model_args, model_config, tokenizer)
     encoder = Encoder(tokenizer, max_length, config.model_args.get("add_bos_token"), config.model_args.get("prefix_token_id"))
     try:
-        harness.evaluate_tasks(config, encoder, model_config, stop, lambda scores: None, Phases(), [demo.TASKS_PATH])
+        harness.evaluate_tasks(config, encoder, model_config, stop, lambda scores, texts: None, Phases(), [demo.TASKS_PATH])
     except Counted as counted:
         requests = counted.args[0]
 

@@ -15,7 +15,7 @@ from ddp_eval.packing import CostModel, IntArray, Plan, Requests, build_pack, pl
 from ddp_eval.pairing import plan_pairs
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
-_ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
 
 
 class Decision(NamedTuple):
@@ -68,7 +68,7 @@ def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool
         _score_alone(engine, plan)[item_of_request]
         for plan, item_of_request in (plan_pairs(trial, 2**30), plan_pairs(trial, 1, share=False))
     )
-    drift, allowed = np.abs(together - alone) / trial.num_targets, _ROUNDING.get(engine.dtype, 1e-4)
+    drift, allowed = np.abs(together - alone) / trial.num_targets, ROUNDING.get(engine.dtype, 1e-4)
     if float(drift.mean()) <= allowed:  # a NaN is not
         return Decision(*batches, None if share else "--no_packing was given")
     why = f"batches and single pairs differ by {float(drift.max()):.2g} nats per token"
@@ -119,7 +119,7 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     padded = score(*plan_rows(requests, max_tokens=2**30))
     drift = np.abs(packed - alone) / requests.num_targets
     rounding = np.abs(padded - alone) / requests.num_targets
-    allowed = max(_ROUNDING.get(engine.dtype, 1e-4), 5 * float(rounding.mean()))
+    allowed = max(ROUNDING.get(engine.dtype, 1e-4), 5 * float(rounding.mean()))
     # A NaN is not "at most" anything either.
     if float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed:
         return None

@@ -14,6 +14,7 @@ import numpy as np
 from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
+from ddp_eval.generation import NO_TEXTS, TextPlan
 from ddp_eval.layout import Layout
 from ddp_eval.packing import IntArray, Plan
 
@@ -44,7 +45,8 @@ class Load:
 class Work:
     """The leader's word to run a plan.
 
-    left: ascending indices of the packs to run; the others are done. name: unlike that of any other work, of these ranks or any.
+    left: ascending indices of the packs to run; the others are done. Batches of `texts` are numbered behind the packs.
+    texts, tokenizer: what to generate, and what decodes it. name: unlike that of any other work, of these ranks or any.
     trial: the plan is a question to the model, and what fails comes back as NaN. silent: no progress is shown.
     """
 
@@ -54,6 +56,8 @@ class Work:
     journals: Journals | None = None
     trial: bool = False
     silent: bool = False
+    texts: TextPlan = NO_TEXTS
+    tokenizer: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +78,12 @@ class Followers:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.layout: Layout | None = None  # in which the model was loaded last
         self._listening = True
 
     def load(self, layout: Layout) -> None:
         """Have all ranks begin to load the model; the leader loads its own part."""
+        self.layout = layout
         distributed.send_message(self.world, Load(layout))
 
     def begin(self, directory: Path | None) -> None:
@@ -92,9 +98,12 @@ class Followers:
         journals: Journals | None = None,
         trial: bool = False,
         silent: bool = False,
+        texts: TextPlan = NO_TEXTS,
+        tokenizer: Any = None,
     ) -> Iterator[Work]:
-        """Have all ranks run `plan`, or the packs of it that are `left`, while the leader runs it too."""
-        work = Work(plan, np.arange(plan.num_packs) if left is None else left, uuid.uuid4().hex, journals, trial, silent or trial)
+        """Have all ranks run `plan` and `texts`, or what is `left` of them, while the leader runs it too."""
+        left = np.arange(plan.num_packs + texts.num_batches) if left is None else left
+        work = Work(plan, left, uuid.uuid4().hex, journals, trial, silent or trial, texts, tokenizer)
         distributed.send_message(self.world, work)
         self._listening = False
         yield work

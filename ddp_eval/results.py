@@ -1,7 +1,8 @@
 """The run directory: what one evaluation leaves behind, and how it gets there whole.
 
     results.json           scores by task, in lm_eval's schema
-    scores.parquet         one row per request, in lm_eval's order
+    scores.parquet         one row per scored request, in lm_eval's order
+    texts.parquet          one row per generated answer, in lm_eval's order; only where tasks generate
     documents.parquet      one row per document and metric: what `compare` pairs
     samples_<task>.jsonl   with --log_samples, lm_eval's fields
     telemetry.json         where each rank's time and bytes went
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 RESULTS = "results.json"
 SCORES = "scores.parquet"
+TEXTS = "texts.parquet"
 DOCUMENTS = "documents.parquet"
 MANIFEST = "manifest.json"
 TELEMETRY = "telemetry.json"
@@ -88,6 +90,26 @@ class Scores:
         for name, column in vars(self).items():
             if len(column) != len(self.task):
                 raise ValueError(f"column {name} must have {len(self.task)} rows as task has, got {len(column)}")
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Texts:
+    """One row per generated answer, as columns of equal length, in lm_eval's order.
+
+    task, doc_id, idx: as in Scores. repeat: int32, which of the answers to the same request. text: as the filters get it.
+    num_tokens: int32, generated, the stop string included. at_limit: bool, whether the answer has as many tokens as it may.
+    """
+
+    task: Sequence[str]
+    doc_id: Sequence[int]
+    idx: Sequence[int]
+    repeat: Sequence[int]
+    text: Sequence[str]
+    num_tokens: Sequence[int]
+    at_limit: Sequence[bool]
 
     def __len__(self) -> int:
         return len(self.task)
@@ -180,6 +202,20 @@ def find_not_finite(scores: Scores) -> dict[str, dict[str, Any]]:
 def write_scores(directory: str | os.PathLike[str], scores: Scores) -> None:
     """Write scores.parquet, atomically. Raises UserError when the disk refuses."""
     _replace_file(Path(directory) / SCORES, [_encode_scores(scores)])
+
+
+def write_texts(directory: str | os.PathLike[str], texts: Texts) -> None:
+    """Write texts.parquet, atomically. Raises UserError when the disk refuses."""
+    import pyarrow
+
+    schema = _texts_schema()
+    # A lone surrogate, which a tokenizer may come to, is no UTF-8.
+    safe = [text.encode("utf-8", "replace").decode("utf-8") for text in texts.text]
+    columns = [
+        pyarrow.array(safe if field.name == "text" else getattr(texts, field.name), type=field.type, from_pandas=False)
+        for field in schema
+    ]
+    _replace_file(Path(directory) / TEXTS, [_encode_table(pyarrow.Table.from_arrays(columns, schema=schema), ["task"])])
 
 
 def write_documents(directory: str | os.PathLike[str], documents: Sequence[Mapping[str, Any]]) -> None:
@@ -281,7 +317,7 @@ def _try_writing(directory: Path) -> None:
 
 def run_files(directory: Path) -> list[Path]:
     """The files in `directory` that belong to a run; the manifest, which marks it complete, first."""
-    files = [directory / name for name in (MANIFEST, RESULTS, SCORES, DOCUMENTS, TELEMETRY, REPORT)]
+    files = [directory / name for name in (MANIFEST, RESULTS, SCORES, TEXTS, DOCUMENTS, TELEMETRY, REPORT)]
     files += sorted(directory.glob("samples_*.jsonl"))
     return [file for file in files if file.is_file() or file.is_symlink()]
 
@@ -328,6 +364,16 @@ def _scores_schema() -> pyarrow.Schema:
             pyarrow.field("num_tokens", pyarrow.int32(), nullable=False),
         ]
     )
+
+
+def _texts_schema() -> pyarrow.Schema:
+    import pyarrow
+
+    kinds = {
+        "task": pyarrow.string(), "doc_id": pyarrow.int64(), "idx": pyarrow.int32(), "repeat": pyarrow.int32(),
+        "text": pyarrow.string(), "num_tokens": pyarrow.int32(), "at_limit": pyarrow.bool_(),
+    }  # fmt: skip
+    return pyarrow.schema([pyarrow.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
 def _documents_schema() -> pyarrow.Schema:

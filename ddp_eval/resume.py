@@ -5,38 +5,42 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from ddp_eval.distributed import World
 from ddp_eval.execution import describe_origin
+from ddp_eval.generation import TextPlan
 from ddp_eval.journal import Found, work_key
 from ddp_eval.packing import Plan
 
 log = logging.getLogger("ddp_eval")
 
 
-def name_work(plan: Plan, engine: dict[str, Any], world: World, fingerprint: str | None) -> bytes:
+def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World, fingerprint: str | None) -> bytes:
     """The key of journals: results under one key may be mixed, whatever the number of ranks.
 
     engine: what the engine says of itself. fingerprint: of the model's files.
     """
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return work_key(
-        {"plan": plan.digest(), "engine": engine, "device": world.device.type, "model": fingerprint, "versions": versions}
-    )
+    plans = {"plan": plan.digest(), "texts": texts.digest()}
+    return work_key({**plans, "engine": engine, "device": world.device.type, "model": fingerprint, "versions": versions})
 
 
-def tell_found(found: Found, plan: Plan, world: World) -> None:
-    """Say how much of `plan` is done, what was dropped, and whether other hardware did it."""
+def tell_found(found: Found, num_requests: np.ndarray, world: World) -> None:
+    """Say how much of the work is done, what was dropped, and whether other hardware did it.
+
+    num_requests: of each pack and batch.
+    """
     for note in found.notes:
         log.warning("%s", note)
     if not len(found.packs):
         return
-    done = int(plan.num_requests[found.packs].sum())
+    done = int(num_requests[found.packs].sum())
     log.warning(
         "resuming: %d of %d packs are done (%d of %d requests), %d packs are left",
-        *(len(found.packs), plan.num_packs, done, int(plan.num_requests.sum()), plan.num_packs - len(found.packs)),
+        *(len(found.packs), len(num_requests), done, int(num_requests.sum()), len(num_requests) - len(found.packs)),
     )
     others = [origin for origin in found.origins if origin != describe_origin(world)]
     if others:

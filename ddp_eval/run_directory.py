@@ -38,10 +38,10 @@ class RunDirectory:
         self._lock = lock
         self._replace = replace
 
-    def recover(self, key: bytes, item_starts: Any) -> journal.Found:
+    def recover(self, key: bytes, item_starts: Any, text_starts: Any = None) -> journal.Found:
         """What is done of the work that `key` names. Raises UserError if it is other work that may not be replaced."""
         try:
-            return journal.read_journals(self.journals, key, item_starts)
+            return journal.read_journals(self.journals, key, item_starts, text_starts)
         except journal.OtherWork as other:
             if not self._replace:
                 raise UserError(
@@ -50,7 +50,7 @@ class RunDirectory:
                 ) from None
             self.forget_journals()
             self.journals.mkdir(exist_ok=True)
-            return journal.read_journals(self.journals, key, item_starts)
+            return journal.read_journals(self.journals, key, item_starts, text_starts)
 
     def finish(self) -> None:
         """The manifest is written: nothing is left to resume."""

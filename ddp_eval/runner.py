@@ -34,7 +34,8 @@ from ddp_eval.distributed import World
 from ddp_eval.engines import Engine, hf, vllm
 from ddp_eval.engines.load import lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
-from ddp_eval.execution import Gathered, fill_slots, run_plan
+from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
+from ddp_eval.generation import Prompts
 from ddp_eval.layout import Layout
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, fingerprint_model
 from ddp_eval.measuring import Seated, measure_layouts
@@ -45,6 +46,7 @@ from ddp_eval.protocol import Followers, Journals, Load, await_begin, next_work
 from ddp_eval.resume import name_work, tell_found, warn_of_not_finite
 from ddp_eval.run_directory import RunDirectory
 from ddp_eval.sizing import measure_model
+from ddp_eval.text_planning import describe_texts, plan_texts
 from ddp_eval.tokenization import Encoder
 
 log = logging.getLogger("ddp_eval")
@@ -211,7 +213,14 @@ def _lead(
         if inspect is not None:
             inspect({"model": get_digests(), "packages": results.describe_packages(), **prompts})
 
-    def score(requests: Requests) -> tuple[np.ndarray, np.ndarray]:
+    def score(requests: Requests, prompts: Prompts) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+        if len(prompts) and followers.layout is not None and followers.layout.kind == layouts.LAYERS:
+            raise UserError(
+                f"the task {prompts.tasks[0]} generates text, which --layout {followers.layout} does not serve: give --layout "
+                "replicas, or --layout tensor:K for a model that is too large for one rank"
+            )
+        if len(prompts) and config.layout == layouts.MEASURE:
+            raise UserError(f"--layout measure is for tasks that score, and {prompts.tasks[0]} generates text: name a layout")
         watch.step("loading the model")
         with phases("load"):
             seated = get_seated()
@@ -224,28 +233,45 @@ def _lead(
         with phases("plan"):
             alone, trial = config.numerics == "alone", _trial_of(followers, seated)
             decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, alone, trial)
+            why = "--numerics alone was given" if alone else None if config.packing else "--no_packing was given"
+            generation = plan_texts(engine, prompts, encoder.tokenizer.pad_token_id, why)
+            num_requests = np.concatenate([decision.plan.num_requests, generation.plan.num_requests])
         del engine  # `_measure` may put another in its place
         if config.layout == layouts.MEASURE and world.world_size > 1:
             with phases("measure"):
                 facts["measured_layouts"] = _measure(config, model_config, followers, seated, decision.plan)
         facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
+        if len(prompts):
+            facts["requests"] += len(prompts)
+            facts["generation"] = describe_texts(generation)
         costs.update(_describe_costs(decision.plan, seated))
         if decision.why_rows and config.packing and not alone:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
+        if generation.why_alone and not why:
+            log.warning("this model generates one answer at a time: %s", generation.why_alone)
         journals, found = None, None
         if directory is not None:
             facts["model_fingerprint"] = fingerprint_model(config.loader_args)
-            key = name_work(decision.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"])
-            journals, found = Journals(directory.journals, key), directory.recover(key, decision.plan.item_starts)
-            tell_found(found, decision.plan, seated.world)
+            key = name_work(decision.plan, generation.plan, seated.engine.describe(), seated.world, facts["model_fingerprint"])
+            found = directory.recover(key, decision.plan.item_starts, generation.plan.item_starts)
+            journals = Journals(directory.journals, key)
+            tell_found(found, num_requests, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
+        left = np.delete(np.arange(len(num_requests)), done)
+        decoder = encoder.tokenizer if len(prompts) else None
         watch.step(watch.WAITING)  # a rank may still load the model
-        with followers.working_on(decision.plan, np.delete(np.arange(decision.plan.num_packs), done), journals) as work:
+        with followers.working_on(decision.plan, left, journals, texts=generation.plan, tokenizer=decoder) as work:
             gathered = run_plan(seated.world, seated.engine, work)
         if found:
-            gathered = Gathered(*(np.concatenate(parts) for parts in zip((found.rows, found.halved), gathered, strict=True)))
+            kept = found.rows, found.halved, found.lengths, found.answers
+            gathered = Gathered(*(np.concatenate(parts) for parts in zip(kept, gathered, strict=True)))
         sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
+        texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
         resumed.append(len(done))
+        if len(prompts):
+            facts["generation"] |= {"generated_tokens": sum(map(len, texts)), "repeated_answers_differ": texts_differing}
+        if texts_differing:
+            log.warning("%d answers that ran on two ranks differ: are the ranks' GPUs or threads not alike?", texts_differing)
         watch.step("computing the metrics")
         if len(gathered.halved):
             log.warning("%d packs did not fit the memory and ran in pieces: scores may round otherwise", len(gathered.halved))
@@ -255,13 +281,16 @@ def _lead(
             )
         facts["repeated_packs_differ_nats"] = differing
         facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
-        return sums[decision.item_of_request], greedy[decision.item_of_request]
+        answers = [texts[item] for item in generation.item_of_prompt.tolist()]
+        return sums[decision.item_of_request], greedy[decision.item_of_request], answers
 
-    def keep(scores: results.Scores) -> None:
+    def keep(scores: results.Scores, texts: results.Texts) -> None:
         facts["not_finite"] = results.find_not_finite(scores)
         warn_of_not_finite(facts["not_finite"])
         if config.output_path:
             results.write_scores(config.output_path, scores)
+            if len(texts):
+                results.write_texts(config.output_path, texts)
 
     outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look)
     samples = outcome.results.pop("samples")

@@ -81,6 +81,22 @@ class Encoder:
             return asked
         return False if text.startswith(self._prefix_text) else self.add_bos_token
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts to go on from, by the rule of `HFLM.tok_batch_encode`; an empty one becomes the prefix token."""
+        bos = getattr(self.tokenizer, "bos_token", None)
+        known: dict[tuple[str, bool | None], list[int]] = {}
+        keys = [(text, False if bos is not None and text.startswith(bos) else self.add_bos_token) for text in texts]
+        if self.separate:
+            keys = [(text, None) for text in texts]
+        for special in (True, False, None):
+            strings = list(dict.fromkeys(text for text, rule in keys if rule is special))
+            options = {} if special is None else {"add_special_tokens": special}
+            for start in range(0, len(strings), BATCH):
+                part = strings[start : start + BATCH]
+                ids = self.tokenizer(part, return_attention_mask=False, verbose=False, **options)["input_ids"]
+                known.update(((text, special), list(row) or [self.prefix_token_id]) for text, row in zip(part, ids, strict=True))
+        return [known[key] for key in keys]
+
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
         """Tokenise (context, continuation) pairs."""
         collector = _Collector(self.max_length, self.separate)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddp_eval.generation import Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
 
 
@@ -21,6 +23,9 @@ class Engine(Protocol):
     why_not_packs: why only rows must be run, or None.
     isolates_requests: a request's numbers depend on how long the others in its forward are.
     longest_reach: the widest window or chunk of its layers, in tokens.
+    why_not_batches: why texts must be generated one by one, or None.
+    check_settings: whether batches serve these settings of generation; raises ValueError for those that cannot be meant.
+    generate: the tokens of each answer of a batch; tells of requests done and tokens computed meanwhile.
     flops_per_token: floating-point operations of the whole replica's layers, without attention and head.
     """
 
@@ -30,6 +35,8 @@ class Engine(Protocol):
     on_trial: bool
     why_not_packs: str | None
 
+    @property
+    def why_not_batches(self) -> str | None: ...
     @property
     def isolates_requests(self) -> bool: ...
     @property
@@ -45,3 +52,6 @@ class Engine(Protocol):
     def flops_per_token(self) -> float: ...
     def launch(self, pack: Pack) -> Any: ...
     def collect(self, launched: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]: ...
+    def check_settings(self, settings: Settings, pad: int | None) -> bool: ...
+    def generation_sizes(self) -> Sizes: ...
+    def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]: ...

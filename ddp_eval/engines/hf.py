@@ -25,6 +25,7 @@ from ddp_eval import attention, blocks, hub
 from ddp_eval.distributed import World
 from ddp_eval.engines import adapters, quantised, slices
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.generation import Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
 # model_args that this engine reads itself; the rest goes to `from_pretrained`.
@@ -111,6 +112,11 @@ class HFEngine:
         self._whole_layers()
         self._attend_with(self.plain_attention)
         self._forget_lengths()
+
+    @property
+    def attention_now(self) -> str:
+        """The attention implementation that the model runs with at this moment."""
+        return self._attention
 
     def _attend_with(self, implementation: str) -> None:
         if implementation != self._attention:
@@ -222,6 +228,56 @@ class HFEngine:
         with self._inference():
             values = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
             return self._read_off(values, splits_head, pack)
+
+    @functools.cached_property
+    def why_not_batches(self) -> str | None:
+        """Why texts must be generated one by one with the model's own `generate`; None if batches have proved themselves."""
+        from ddp_eval.engines import decode
+
+        if self.isolates_requests:
+            return "its rotary frequencies depend on the longest request of a forward pass"
+        if not {"attention_mask", "position_ids"} <= set(inspect.signature(self.model.forward).parameters):
+            return "its forward takes no attention mask and positions"
+        return decode.check_decoding(self)
+
+    def check_settings(self, settings: Settings, pad: int | None) -> bool:
+        """Whether batches serve these settings of generation. Raises ValueError for those that transformers refuses."""
+        from ddp_eval.engines import decode
+
+        return decode.Chooser(self.model, settings, pad).is_served
+
+    def generation_sizes(self) -> Sizes:
+        """By the memory that keys and values take, 1 GiB on a CPU and 8 on a GPU, and by how many rows fill the device."""
+        from ddp_eval.engines import decode
+
+        return decode.choose_sizes(self)
+
+    def generate(self, batch: Batch, tokenizer: Any, tell: Any) -> list[list[int]]:
+        """The tokens of every answer of `batch`. tell: called now and then with (requests done, tokens computed)."""
+        from ddp_eval.engines import decode
+
+        return decode.generate(self, batch, tokenizer, tell)
+
+    @contextlib.contextmanager
+    def inference(self, implementation: str | None) -> Iterator[None]:
+        """Forwards under this attention implementation, or the model's own; no gradients, no autocast."""
+        _ = self.splits_head  # asks the model under its own implementation
+        with self._inference():
+            self._attend_with(implementation or self.plain_attention)
+            yield
+
+    def next_logits(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, V) logits behind (B, 1) tokens."""
+        logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **kwargs).logits
+        return logits[:, -1]
+
+    def logits_at(self, tokens: torch.Tensor, columns: npt.NDArray[Any] | None, **kwargs: Any) -> torch.Tensor | None:
+        """(len(columns), V) logits of one row, (1, L) tokens; None if none are asked for."""
+        wanted = self._to_device(np.zeros(1, dtype=np.int64) if columns is None else columns)
+        values = self._call(tokens, wanted, **kwargs)[0]
+        if columns is None:
+            return None
+        return self._head(values) if self.splits_head else values
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ Letters: G contexts, S longest context, K items, T longest continuation, A answe
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ import torch
 
 from ddp_eval.engines import hf
 from ddp_eval.engines.hf import Launched
+from ddp_eval.generation import LEAST_BATCH, Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
 from ddp_eval.pairing import contexts_of
+from ddp_eval.stopping import StopRule
 
 PADDING = 0  # any token does: the encoder's mask hides it, and causal decoders never look behind a continuation's end
 
@@ -37,6 +40,7 @@ class Seq2SeqEngine:
     takes_pairs = True
     on_trial = False
     why_not_packs: str | None = None
+    why_not_batches = "an encoder-decoder"
     isolates_requests = False
     longest_reach: int | None = None
 
@@ -126,3 +130,42 @@ class Seq2SeqEngine:
     def collect(self, launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
         return hf.sum_answers(launched)
+
+    def check_settings(self, settings: Settings, pad: int | None) -> bool:
+        """Never in batches. Raises ValueError for settings that transformers refuses."""
+        from ddp_eval.engines.decode import prepare_config
+
+        prepare_config(self.model, settings, 2, pad)
+        return False
+
+    def generation_sizes(self) -> Sizes:
+        return Sizes(1, 1, LEAST_BATCH)
+
+    def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]:
+        """Every answer by the model's own `generate`, one prompt at a time; the decoder's first token is not among its tokens."""
+        from transformers import StoppingCriteriaList
+
+        from ddp_eval.engines.decode import greedy_or_not
+
+        rule, answers = StopRule(tokenizer, batch.settings.until), []
+
+        def stop(tokens: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.tensor(rule.ends([row[1:] for row in tokens.tolist()]), device=tokens.device)
+
+        devices = [self.device] if self.device.type == "cuda" else []
+        for prompt, limit, seed in zip(batch.prompts, batch.limits, batch.seeds, strict=True):
+            context, mask = self._pad([torch.from_numpy(prompt.astype(np.int64))])
+            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), torch.random.fork_rng(devices):
+                torch.manual_seed(seed % 2**63)
+                output = self.model.generate(
+                    input_ids=context,
+                    attention_mask=mask,
+                    max_length=limit + 1,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                    pad_token_id=tokenizer.pad_token_id,
+                    use_cache=True,
+                    **greedy_or_not(batch.settings.options),
+                )
+            answers.append(output[0, 1:].tolist())
+            tell(1, len(prompt) + len(answers[-1]))
+        return answers

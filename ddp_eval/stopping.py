@@ -1,0 +1,39 @@
+"""When an answer ends at a stop string, by lm_eval's rule (`MultiTokenEOSCriteria` of lm_eval 0.4.13) to the letter.
+
+A stop string of n tokens is looked for in the text of the last n + 2 tokens of the answer, whatever it is made of there: it may
+begin and end within tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class StopRule:
+    """The stop strings of one kind of request, for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
+        self._decode = _decoder(tokenizer)
+        self._by_window: dict[int, list[str]] = {}
+        for text in until:
+            window = len(tokenizer.encode(text, add_special_tokens=False)) + 2
+            self._by_window.setdefault(window, []).append(text)
+
+    def ends(self, answers: Sequence[list[int]]) -> list[bool]:
+        """Whether each answer, as long as it is now, has just come to a stop string."""
+        found = [False] * len(answers)
+        for window, texts in self._by_window.items():
+            decoded = self._decode([answer[-window:] for answer in answers])
+            for row, tail in enumerate(decoded):
+                found[row] = found[row] or any(text in tail for text in texts)
+        return found
+
+
+def _decoder(tokenizer: Any) -> Any:
+    """[token ids] -> [text], special tokens included. The Rust tokenizers decode a batch at once, where nothing follows that."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    plain = backend is not None and type(tokenizer).__name__ in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if plain and not getattr(tokenizer, "clean_up_tokenization_spaces", True):
+        return lambda rows: backend.decode_batch(rows, skip_special_tokens=False)
+    return tokenizer.batch_decode

@@ -1,0 +1,58 @@
+"""From prompts to a plan of generation that the model at hand runs rightly: batches where it proves itself, else one by one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ddp_eval.engines import Engine
+from ddp_eval.errors import UserError, one_line
+from ddp_eval.generation import Prompts, Settings, TextPlan, plan_batches
+from ddp_eval.packing import IntArray
+
+
+class TextDecision(NamedTuple):
+    """plan; item_of_prompt: (N,) the item that answers each prompt; why_alone: why the model's own `generate` runs, or None."""
+
+    plan: TextPlan
+    item_of_prompt: IntArray
+    why_alone: str | None
+
+
+def plan_texts(engine: Engine, prompts: Prompts, pad: int | None, why_alone: str | None = None) -> TextDecision:
+    """Cut `prompts` for `engine`.
+
+    why_alone: what rules batches out from the start. pad: the tokenizer's padding token.
+    Raises UserError for settings of generation that cannot be meant.
+    """
+    if not len(prompts):
+        return TextDecision(*plan_batches(prompts, engine.generation_sizes(), ()), None)
+    tasks = {kind: task for kind, task in reversed(list(zip(prompts.kinds, prompts.tasks, strict=True)))}
+    served = [_is_served(engine, settings, pad, tasks.get(kind)) for kind, settings in enumerate(prompts.settings)]
+    why = why_alone or engine.why_not_batches
+    plan, item_of_prompt = plan_batches(prompts, engine.generation_sizes(), [bool(why) or not one for one in served])
+    if why is None and not all(served):
+        odd = next(kind for kind, one in enumerate(served) if not one)
+        why = f"the task {tasks.get(odd)} asks for {prompts.settings[odd].options}"
+    return TextDecision(plan, item_of_prompt, why)
+
+
+def _is_served(engine: Engine, settings: Settings, pad: int | None, task: str | None) -> bool:
+    try:
+        return engine.check_settings(settings, pad)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the task {task} cannot generate with {settings.options}: {one_line(error, 300)}") from None
+
+
+def describe_texts(decision: TextDecision, prompts: Prompts) -> dict[str, Any]:
+    """What the manifest says of the plan. Tokens: of all prompts, and of those what batches do not share."""
+    plan = decision.plan
+    return {
+        "plan_sha256": plan.digest(),
+        "why_one_by_one": decision.why_alone,
+        "requests": len(decision.item_of_prompt),
+        "distinct_requests": plan.num_items,
+        "batches": plan.num_batches,
+        "slots": int(plan.slots.max(initial=0)),
+        "asked_tokens": sum(map(len, prompts.tokens)),
+        "prompt_tokens": len(plan.tokens),
+    }

@@ -1,6 +1,7 @@
-"""lm_eval's requests for text -> prompts and how to decode them, by the rules of its HF backend at batch size 1, to the last token.
+"""lm_eval's requests for text -> prompts and how to decode them, by the rules of its HF backend at batch size 1.
 
-The rules are those of `HFLM.generate_until`, `tok_batch_encode` and `_model_generate` (lm_eval 0.4.13). Pure, but for the tokenizer.
+The rules are those of `HFLM.generate_until`, `tok_batch_encode` and `_model_generate` (lm_eval 0.4.13). Leader only: it imports
+lm_eval's helpers.
 """
 
 from __future__ import annotations

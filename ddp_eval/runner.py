@@ -243,7 +243,7 @@ def _lead(
         facts.update(engine=seated.engine.describe(), layout=str(seated.layout), **_describe_plan(decision, requests))
         if len(prompts):
             facts["requests"] += len(prompts)
-            facts["generation"] = describe_texts(generation)
+            facts["generation"] = describe_texts(generation, prompts)
         costs.update(_describe_costs(decision.plan, seated))
         if decision.why_rows and config.packing and not alone:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)

@@ -141,13 +141,17 @@ def peak_flops(device: Any, dtype: Any) -> dict[str, Any] | None:
 def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """telemetry.json: every rank's report and what follows from all of them.
 
-    facts: "request_tokens", "computed_tokens" and "fed_tokens" of the plan, "flops_per_token", "peak" (see `peak_flops`).
+    facts: "request_tokens", "computed_tokens" and "fed_tokens" of the plan, "flops_per_token", "peak" (see `peak_flops`);
+        "generation" of `text_planning.describe_texts`, where texts are generated.
     """
+    generation = facts.get("generation") or {"asked_tokens": 0, "prompt_tokens": 0, "generated_tokens": 0}
+    generated = generation["generated_tokens"]
     forward_s = [report["phases_s"].get("forward", 0.0) for report in reports]
     busy_s, mean_s = max(forward_s), sum(forward_s) / len(forward_s)
     done_tokens = [report["counts"].get("computed_tokens", 0) for report in reports]
     wall_s = max(report["wall_s"] for report in reports)
-    computed, peak = facts["computed_tokens"], facts.get("peak")
+    texts, peak = generation["prompt_tokens"] + generated, facts.get("peak")
+    computed, asked = facts["computed_tokens"] + texts, facts["request_tokens"] + generation["asked_tokens"] + generated
     per_rank = [
         {
             "rank": rank,
@@ -161,9 +165,10 @@ def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[
     return {
         "wall_s": wall_s,
         "tokens_per_s": _ratio(computed, busy_s),
-        "useful_tokens_per_s": _ratio(facts["request_tokens"], busy_s),
-        "sharing": _ratio(facts["request_tokens"], computed),
-        "padding": _ratio(facts["fed_tokens"], computed),
+        "useful_tokens_per_s": _ratio(asked, busy_s),
+        "generated_tokens_per_s": _ratio(generated, busy_s) if generated else None,
+        "sharing": _ratio(asked, computed),
+        "padding": _ratio(facts["fed_tokens"] + texts, computed),
         "imbalance": _ratio(busy_s - mean_s, mean_s),
         "idle_share": sum(report["phases_s"].get("wait", 0.0) for report in reports) / sum(one["wall_s"] for one in reports),
         "peak": peak,
@@ -238,6 +243,7 @@ def format_summary(telemetry: dict[str, Any]) -> str:
     peaks = [rank["share_of_peak"] for rank in ranks if rank["share_of_peak"] is not None]
     parts = [
         f"{telemetry['tokens_per_s'] or 0:,.0f} tokens/s ({telemetry['useful_tokens_per_s'] or 0:,.0f} useful)",
+        *([f"{telemetry['generated_tokens_per_s']:,.0f} generated tokens/s"] if telemetry["generated_tokens_per_s"] else []),
         f"sharing {telemetry['sharing'] or 1:.2f}",
         f"padding {telemetry['padding'] or 1:.2f}",
         *([f"{sum(peaks) / len(peaks):.0%} of peak"] if peaks else []),

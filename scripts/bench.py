@@ -71,10 +71,11 @@ def main() -> None:
 class Side:
     """A process that holds the model and scores tasks for one of the two sides when asked."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, life: Any = None) -> None:
+        """life: what the process runs instead of `serve`; it takes the same arguments."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(name, args, theirs), daemon=True)
+        self._process = context.Process(target=life or serve, args=(name, args, theirs), daemon=True)
         self._process.start()
         theirs.close()
 

@@ -96,7 +96,23 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     named = {**comparison["tasks"], "all of these": overall}
     rows += [_metric_row(task, key, one) for task, part in named.items() for key, one in part["metrics"].items()]
     lines += [_table(rows), ""] if len(rows) > 1 else []
-    rows = [["task", "requests", "differ", "max nats", "mean", "p50", "p99", "answers", "flipped", "near ties", "greedy flips"]]
+    rows = [
+        [
+            "task",
+            "requests",
+            "differ",
+            "texts",
+            "texts differ",
+            "max nats",
+            "mean",
+            "p50",
+            "p99",
+            "answers",
+            "flipped",
+            "near ties",
+            "greedy flips",
+        ]
+    ]
     lines += [_table(rows + [_request_row(task, part) for task, part in named.items()])]
     lines += [f"near ties: flipped answers whose choices lie within {comparison['near_tie_nats']:g} nats in both runs"]
     for side, tasks in comparison["tasks_only_in"].items():
@@ -150,7 +166,8 @@ def _request_row(task: str, part: dict[str, Any]) -> list[str]:
     summary = part["delta_nats"] or {}
     nats = [f"{summary[name]:.2g}" if name in summary else "" for name in ("max", "mean", "p50", "p99")]
     counts = [f"{part[name]:,}" for name in ("answers", "answers_flipped", "near_ties", "greedy_flipped")]
-    return [task, f"{part['requests']:,}", f"{part['requests_differing']:,}", *nats, *counts]
+    texts = [f"{part['texts']:,}", f"{part['texts_differing']:,}"] if part["texts"] else ["", ""]
+    return [task, f"{part['requests']:,}", f"{part['requests_differing']:,}", *texts, *nats, *counts]
 
 
 def _table(rows: list[list[str]]) -> str:

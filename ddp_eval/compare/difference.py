@@ -75,13 +75,19 @@ def answers_of(requests: Requests) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
 
 
 def _tasks(run: Run) -> list[str]:
-    return list(dict.fromkeys((*run.requests, *run.metrics)))
+    return list(dict.fromkeys((*run.requests, *run.texts, *run.metrics)))
 
 
 def _compare_task(a: Run, b: Run, task: str, near_tie_nats: float) -> dict[str, Any]:
     left, right = a.requests.get(task, _NONE), b.requests.get(task, _NONE)
     in_left, in_right = _match(left, right)
-    only = {"a": len(left.doc_id) - len(in_left), "b": len(right.doc_id) - len(in_right)}
+    texts = [a.texts.get(task, {}), b.texts.get(task, {})]
+    both_texts = texts[0].keys() & texts[1].keys()
+    texts_differing = sum(texts[0][key] != texts[1][key] for key in both_texts)
+    only = {
+        "a": len(left.doc_id) - len(in_left) + len(texts[0]) - len(both_texts),
+        "b": len(right.doc_id) - len(in_right) + len(texts[1]) - len(both_texts),
+    }
     left, right = _take(left, in_left), _take(right, in_right)
     deltas = _deltas(left.loglikelihood, right.loglikelihood)
     bits_differ = left.loglikelihood.view(np.int64) != right.loglikelihood.view(np.int64)
@@ -89,9 +95,11 @@ def _compare_task(a: Run, b: Run, task: str, near_tie_nats: float) -> dict[str, 
     prompts = [a.prompts.get(task, {}), b.prompts.get(task, {})]
     both = prompts[0].keys() & prompts[1].keys()
     return {
-        "requests": len(deltas),
+        "requests": len(deltas) + len(both_texts),
         "requests_only_in": only,
-        "requests_differing": int((bits_differ | greedy_differ).sum()),
+        "requests_differing": int((bits_differ | greedy_differ).sum()) + texts_differing,
+        "texts": len(both_texts),
+        "texts_differing": texts_differing,
         "delta_nats": _summary(deltas),
         **_flips(left, right, near_tie_nats),
         "greedy_flipped": int(greedy_differ.sum()),
@@ -105,7 +113,16 @@ def _compare_task(a: Run, b: Run, task: str, near_tie_nats: float) -> dict[str, 
 def _compare_overall(a: Run, b: Run, shared: list[str], tasks: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums over tasks; metrics that are means, over the documents of all tasks that have them."""
     deltas = np.concatenate([np.zeros(0), *(task.pop("deltas") for task in tasks)])
-    counted = ["requests", "requests_differing", "answers", "answers_flipped", "near_ties", "greedy_flipped"]
+    counted = [
+        "requests",
+        "requests_differing",
+        "texts",
+        "texts_differing",
+        "answers",
+        "answers_flipped",
+        "near_ties",
+        "greedy_flipped",
+    ]
     counted += ["prompts_compared", "prompts_differing"]
     overall = {key: sum(task[key] for task in tasks) for key in counted}
     pooled: dict[str, list[tuple[str, Any]]] = {}

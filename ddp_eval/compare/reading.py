@@ -59,6 +59,7 @@ class Run:
     """One run. metrics: {task: {"metric,filter": Documents}}; reported: {task: {"metric,filter": number}} as results.json has it.
 
     prompts, contexts: {task: {doc_id: hash}}; a document that stands alone has no context.
+    texts: {task: {(doc_id, idx, repeat): generated answer}}.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Run:
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
     samples: dict[str, Path] = dataclasses.field(default_factory=dict)
+    texts: dict[str, dict[tuple[int, int, int], str]] = dataclasses.field(default_factory=dict)
 
 
 def read_run(path: str | Path) -> Run:
@@ -133,6 +135,9 @@ def _read_ours(place: Path) -> Run:
     for task in dict.fromkeys(tasks.tolist()):
         chosen = np.flatnonzero(tasks == task)
         run.requests[task] = _sort_requests(columns[0][chosen], columns[1][chosen], columns[2][chosen], greedy[chosen])
+    if (place / "texts.parquet").is_file():
+        for row in pyarrow.parquet.read_table(place / "texts.parquet").to_pylist():
+            run.texts.setdefault(row["task"], {})[row["doc_id"], row["idx"], row["repeat"]] = row["text"]
     rows: DocumentRows = {}
     if (place / "documents.parquet").is_file():
         for row in pyarrow.parquet.read_table(place / "documents.parquet").to_pylist():
@@ -191,8 +196,10 @@ def _add_samples(
         for idx, (resps, argument) in enumerate(zip(sample["resps"], arguments, strict=True)):
             if isinstance(resps[0], list):
                 rows.append((doc_id, idx, float(resps[0][0]), int(str(resps[0][1]) == "True")))
-            elif len(argument) == 1:  # rolling; a request with more arguments and one answer asks for text
+            elif len(argument) == 1:  # rolling
                 rows.append((doc_id, idx, float(resps[0]), -1))
+            else:
+                run.texts.setdefault(task, {}).update({(doc_id, idx, repeat): str(text) for repeat, text in enumerate(resps)})
     if rows:
         doc_ids, ids, sums, greedy = (np.array(column) for column in zip(*rows, strict=True))
         run.requests[task] = _sort_requests(doc_ids, ids, sums.astype(np.float64), greedy.astype(np.int8))

@@ -19,6 +19,7 @@ import importlib.util
 import itertools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ import torch
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
+from ddp_eval.generation import Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
+from ddp_eval.stopping import StopRule
 
 # model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
 _OWN_ARGS = (
@@ -44,6 +47,7 @@ _OWN_ARGS = (
 )
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12
+ROUND_TOKENS = 32  # of an answer, between two looks for its stop strings
 MOST_TARGETS = 128  # that vLLM takes in logprob_token_ids
 
 
@@ -167,6 +171,7 @@ class VllmEngine:
 
     takes_pairs = False
     why_not_packs: str | None = None
+    why_not_batches: str | None = None
     isolates_requests = False
     longest_reach: int | None = None
 
@@ -236,6 +241,60 @@ class VllmEngine:
         count = len(pack.items)
         sums = np.bincount(pack.answer_items, weights=logprobs, minlength=count).astype(np.float64)
         return sums, np.equal(np.bincount(pack.answer_items, weights=~hits, minlength=count), 0)
+
+    def check_settings(self, settings: Settings, pad: int | None) -> bool:
+        """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know."""
+        self._sampling(settings, 1, 0)
+        return True
+
+    def generation_sizes(self) -> Sizes:
+        """A batch is as many prompts as vLLM has under way at once; its memory it keeps itself."""
+        return Sizes(2**62, 256, 256)
+
+    def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]:
+        """The tokens of every answer, by vLLM's continuous batching, ROUND_TOKENS at a time.
+
+        The engine has no tokenizer: stop strings are looked for between rounds, by the same rule as elsewhere. What was there
+        before a round, vLLM finds in its prefix cache.
+        """
+        rule = StopRule(tokenizer, batch.settings.until)
+        answers: list[list[int]] = [[] for _ in batch.prompts]
+        left, turn = list(range(len(batch))), 0
+        while left:
+            rooms = [min(ROUND_TOKENS, batch.limits[index] - len(answers[index])) for index in left]
+            settings = [
+                self._sampling(batch.settings, room, batch.seeds[index] + turn if batch.seeds[index] else 0)
+                for index, room in zip(left, rooms, strict=True)
+            ]
+            inputs = [{"prompt_token_ids": [*batch.prompts[index].tolist(), *answers[index]]} for index in left]
+            outputs = self._llm.generate(inputs, settings, use_tqdm=False)
+            going = []
+            for index, room, output in zip(left, rooms, outputs, strict=True):
+                fresh = list(output.outputs[0].token_ids)
+                ended = len(fresh) < room or output.outputs[0].finish_reason != "length"
+                for token in fresh:
+                    answers[index].append(token)
+                    if rule.ends([answers[index]])[0]:
+                        ended = True
+                        break
+                if ended or len(answers[index]) >= batch.limits[index]:
+                    tell(1, len(batch.prompts[index]) + len(answers[index]))
+                else:
+                    going.append(index)
+            left, turn = going, turn + 1
+        return answers
+
+    def _sampling(self, settings: Settings, most_tokens: int, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        options = {key: value for key, value in settings.options.items() if key != "do_sample"}
+        if not settings.is_random:
+            options["temperature"] = 0.0
+        drawn = {"seed": seed % 2**63} if settings.is_random else {}
+        try:
+            return SamplingParams(**options, **drawn, max_tokens=most_tokens, detokenize=False)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
 
 def _read_off(prompt: Prompt, output: Any, logprobs: npt.NDArray[np.float64], hits: npt.NDArray[np.bool_]) -> None:

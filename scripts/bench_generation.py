@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Time generation by ddp_eval against lm_eval's own HF backend: same machine, model and requests, in turn.
+
+    OMP_NUM_THREADS=1 python scripts/bench_generation.py --model DIR --tasks T1:100,T2 --include_path TASKS --out benchmarks/NAME
+
+Each side has a process of its own with the loaded model; one works while the other waits. What is timed is generation alone, from
+prompts to texts (tokenise, self-check, plan, decode, look for stop strings, gather); building prompts and computing metrics is
+lm_eval's own code on both sides and is left out. lm_eval counts at the batch size that is best for the task: all are tried on a
+quarter of the documents, and those within 1.15 times the best on all of them, --repeats times; medians are reported.
+
+A trained model ends its answers at different lengths, a random one hardly ever. With --random_weights the model is drawn from
+DIR's config with a wide spread (--initializer_range), so that the next token depends on the whole context like a hash, and the
+head's row for the end-of-text token is made longer (--end_factor), so that it wins now and then: the answers' lengths then are
+spread like those of a geometric distribution. The table shows their quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+import traceback
+import unittest.mock
+from pathlib import Path
+from typing import Any
+
+import bench  # beside this file; it makes ddp_eval importable
+
+
+def main() -> None:
+    args = read_arguments()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
+    sizes = [int(size) for size in args.batch_sizes.split(",")]
+    with contextlib.ExitStack() as stack:
+        theirs, ours = (stack.enter_context(bench.Side(name, args, serve)) for name in ("lm_eval", "ours"))
+        rows = []
+        for task in args.tasks.split(","):
+            rows.append(measure_task(theirs, ours, task, sizes, args.repeats))
+            print(format_row(rows[-1]), file=sys.stderr, flush=True)
+        report = {"conditions": ours.ask("conditions"), "rows": rows}
+    text = format_report(report)
+    print(text)
+    if args.out:
+        Path(f"{args.out}.md").write_text(text + "\n")
+        Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="model directory; with --random_weights only config and tokenizer count")
+    parser.add_argument("--random_weights", action="store_true", help="draw the weights, see above")
+    parser.add_argument("--initializer_range", type=float, default=0.1, help="spread of drawn weights (default 0.1)")
+    parser.add_argument("--end_factor", type=float, default=1.8, help="what the end token's row is multiplied by (default 1.8)")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights for both sides (default float32)")
+    parser.add_argument("--tasks", required=True, help="comma-separated TASK or TASK:DOCUMENTS, a row each")
+    parser.add_argument("--include_path", help="directory of the tasks' files")
+    parser.add_argument("--batch_sizes", default="1,8,16,32", help="lm_eval's batch sizes to try (default 1,8,16,32)")
+    parser.add_argument("--repeats", type=int, default=3, help="alternating runs of both sides; medians are reported (default 3)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of both sides (default 1)")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    parser.add_argument("--out", help="write PATH.md and PATH.json")
+    return parser.parse_args()
+
+
+def serve(name: str, args: argparse.Namespace, connection: Any) -> None:
+    """The life of a side's process: load the model, then answer one question after another."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    if name == "ours" and device.type == "cpu":
+        from ddp_eval.engines.hf import keep_freed_memory
+
+        keep_freed_memory()  # as the command does
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    model = load_model(args, tokenizer, device)
+    run = {"ours": run_ours, "lm_eval": run_lm_eval}[name]
+    while True:
+        try:
+            question, *rest = connection.recv()
+        except EOFError:
+            return
+        answer: Any = None
+        try:
+            if question == "conditions":
+                answer = bench.describe_conditions(args, model, device)
+            elif question == "generate":
+                with contextlib.redirect_stdout(io.StringIO()):
+                    answer = run(model, tokenizer, *rest, args)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            answer = {"elapsed_s": math.inf}
+        except BaseException as error:
+            traceback.print_exc()
+            answer = RuntimeError(f"{name}: {error}")
+        connection.send(answer)
+
+
+def load_model(args: argparse.Namespace, tokenizer: Any, device: Any) -> Any:
+    import torch
+    import transformers
+
+    dtype = getattr(torch, args.dtype)
+    if not args.random_weights:
+        return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(args.model, initializer_range=args.initializer_range)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= args.end_factor
+    return model.to(device).eval()
+
+
+def measure_task(theirs: bench.Side, ours: bench.Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
+    """Medians of alternating runs, and how many texts of the two sides differ."""
+    task, _, limit_text = task.partition(":")
+    limit = float(limit_text) if limit_text else None
+    for side in (theirs, ours):
+        side.ask("generate", task, 1, 1)  # warms up
+    tried = {size: theirs.ask("generate", task, limit and max(1, limit // 4), size)["elapsed_s"] for size in sizes}
+    times: dict[int, list[float]] = {size: [] for size in tried if tried[size] <= 1.15 * min(tried.values())}
+    texts: dict[int, Any] = {}
+    mine: list[dict[str, Any]] = []
+    for _ in range(repeats):
+        for size, seen in times.items():
+            answer = theirs.ask("generate", task, limit, size)
+            seen.append(answer["elapsed_s"])
+            texts[size] = answer["texts"]
+        mine.append(ours.ask("generate", task, limit, None))
+    medians = {size: statistics.median(seen) for size, seen in times.items()}
+    best = min(medians, key=medians.__getitem__)
+    ours_s = statistics.median(run["elapsed_s"] for run in mine)
+    lengths = sorted(mine[0]["num_tokens"])
+    return {
+        "task": task,
+        "limit": limit,
+        "requests": len(lengths),
+        **{key: mine[0][key] for key in ("asked_tokens", "prompt_tokens", "generated_tokens", "batches", "slots")},
+        "answer_tokens": [lengths[round(share * (len(lengths) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)],
+        "ours_s": ours_s,
+        "lm_eval_s": medians[best],
+        "lm_eval_batch_size": best,
+        "ratio": medians[best] / ours_s,
+        "texts_differing": sum(a != b for a, b in zip(texts[best], mine[-1]["texts"], strict=True)),
+        "all_times_s": {**{str(size): seen for size, seen in times.items()}, "ours": [run["elapsed_s"] for run in mine]},
+        "quarter_times_s": {str(size): seconds for size, seconds in tried.items()},
+    }
+
+
+def run_lm_eval(
+    model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    spent = time_generation(lm)
+    manager = TaskManager(include_path=args.include_path, include_defaults=not args.include_path)
+    results = lm_eval.simple_evaluate(
+        model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity=None
+    )
+    return {"elapsed_s": sum(spent), "texts": texts_of(results)}
+
+
+def run_ours(
+    model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: None, args: argparse.Namespace
+) -> dict[str, Any]:
+    import ddp_eval
+    from ddp_eval import harness
+
+    spent: list[float] = []
+    counts: list[int] = []
+    start_lm, load_index, kept = harness._LeaderLM.__init__, harness.TaskManager, harness.Texts
+
+    def start_timed(self: Any, *rest: Any) -> None:
+        start_lm(self, *rest)
+        time_generation(self, spent)
+
+    def keep(**columns: Any) -> Any:
+        counts[:] = columns["num_tokens"]
+        return kept(**columns)
+
+    patch = unittest.mock.patch.object
+    with (
+        patch(harness._LeaderLM, "__init__", start_timed),
+        # Reading the index of lm_eval's own 14,000 task files takes seconds in each of many runs.
+        patch(harness, "TaskManager", lambda **rest: load_index(**{**rest, "include_defaults": not args.include_path})),
+        patch(harness, "Texts", keep),
+    ):
+        results = ddp_eval.evaluate(
+            model, tokenizer, [task], limit=limit, include_path=args.include_path, bootstrap_iters=0, log_samples=True
+        )
+    facts = results["ddp_eval"]["generation"]
+    return {"elapsed_s": sum(spent), "texts": texts_of(results), "num_tokens": counts, **facts}
+
+
+def time_generation(lm: Any, spent: list[float] | None = None) -> list[float]:
+    """Have `lm` note the seconds that each call of generate_until takes."""
+    spent = [] if spent is None else spent
+    call = lm.generate_until
+
+    def timed(*rest: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        answers = call(*rest, **kwargs)
+        spent.append(time.perf_counter() - started)
+        return answers
+
+    lm.generate_until = timed
+    return spent
+
+
+def texts_of(results: dict[str, Any]) -> list[Any]:
+    """Every document's answers, in the order of tasks and documents."""
+    rows = {(task, row["doc_id"]): row["resps"] for task, part in results["samples"].items() for row in part}
+    return [rows[key] for key in sorted(rows)]
+
+
+COLUMNS: dict[str, Any] = {
+    "task": lambda row: row["task"],
+    "requests": lambda row: f"{row['requests']:,}",
+    "prompt tokens": lambda row: f"{row['asked_tokens']:,}",
+    "not shared": lambda row: f"{row['prompt_tokens']:,}",
+    "generated": lambda row: f"{row['generated_tokens']:,}",
+    "answer tokens, quartiles": lambda row: " ".join(map(str, row["answer_tokens"])),
+    "batches x slots": lambda row: f"{row['batches']} x {row['slots']}",
+    "lm_eval s (batch)": lambda row: f"{row['lm_eval_s']:.2f} ({row['lm_eval_batch_size']})",
+    "ours s": lambda row: f"{row['ours_s']:.2f}",
+    "ratio": lambda row: f"**{row['ratio']:.2f}**",
+    "texts differing": lambda row: str(row["texts_differing"]),
+}
+
+
+def format_row(row: dict[str, Any]) -> str:
+    return f"| {' | '.join(show(row) for show in COLUMNS.values())} |"
+
+
+def format_report(report: dict[str, Any]) -> str:
+    conditions, rows = report["conditions"], report["rows"]
+    mean = math.exp(statistics.fmean(math.log(row["ratio"]) for row in rows))
+    packages = ", ".join(f"{name} {version}" for name, version in conditions["packages"].items())
+    lines = [
+        f"{conditions['date']}, commit {conditions['commit']}, on {conditions['device']} with {conditions['threads']} thread(s).",
+        f"Model: {conditions['model']}.",
+        f"Hardware: {json.dumps(conditions['hardware'])}. Packages: {packages}.",
+        f"Command: `{conditions['command']}`",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *map(format_row, rows),
+        "",
+        f"Geometric mean of the ratios: **{mean:.2f}**. Seconds of lm_eval on a quarter of the documents, by batch size: "
+        + "; ".join(
+            f"{row['task']} " + ", ".join(f"{size}: {seconds:.1f}" for size, seconds in row["quarter_times_s"].items())
+            for row in rows
+        )
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

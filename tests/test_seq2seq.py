@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,38 @@ def test_contexts_are_encoded_once(model_of: Callable[[str], Any]) -> None:
     sums, _ = engine.collect(engine.launch(build_pack(plan, 0)))
     handle.remove()
     assert seen == [1] and len(sums) == 4 and len(np.unique(sums)) == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"until": ["e", " th"], "max_gen_toks": 12},
+        {"until": ["\n"], "max_gen_toks": 3},
+        {"until": ["\n"], "max_gen_toks": 4, "num_beams": 2},
+        {"until": ["\n"], "max_gen_toks": 8, "max_length": 6},
+    ],
+    ids=["stops", "limit", "beams", "length"],
+)
+def test_texts_are_those_of_lm_eval(settings: dict[str, Any], model_of: Callable[[str], Any], tmp_path: Path) -> None:
+    """Catches an answer with its prompt cut off it, cut at other places, or as long as of a decoder-only model."""
+    from lm_eval.tasks import TaskManager
+
+    tokenizer = tiny_models.make_tokenizer(model_max_length=512)
+    texts = ("What is it?", "many words in a row " * 3, "the end of")
+    path = write_task(tmp_path / "tasks", [{"context": text, "continuation": "x"} for text in texts])
+    task = Path(path) / "pairs.yaml"
+    task.write_text(
+        task.read_text()
+        .replace("output_type: loglikelihood", "output_type: generate_until")
+        .replace("metric: acc", "metric: exact_match")
+        + f"generation_kwargs: {json.dumps(settings)}\n"
+    )
+    manager, short = TaskManager(include_path=path, include_defaults=False), {"max_length": 20}
+    theirs = evaluate_with_lm_eval(model_of("bart"), tokenizer, ["pairs"], lm_args=short, task_manager=manager)
+    ours = run(model_of("bart"), tokenizer, ["pairs"], model_args=short, include_path=path)
+    found, expected = ([one["resps"] for one in results["samples"]["pairs"]] for results in (ours, theirs))
+    assert found == expected
+    assert any(text for one in expected for (text,) in one)
 
 
 def test_which_models_are_encoder_decoders() -> None:

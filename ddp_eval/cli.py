@@ -114,6 +114,21 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     return Config(**values), notes
 
 
+def config_of_model(model_args: Mapping[str, Any], **options: Any) -> tuple[Config, list[str]]:
+    """A Config for programs that bring tasks of their own: model_args as of the command, options as fields of `Config`.
+
+    Returns and raises as `parse`.
+    """
+    values: dict[str, Any] = {"model_args": dict(model_args), **{name: one for name, one in options.items() if one is not None}}
+    notes: list[str] = []
+    _settle_layout(values)
+    _settle_model_args(values, notes)
+    _refuse_misspelt(values["model_args"])
+    if not values["model_args"].get("pretrained"):
+        raise UserError("model_args pretrained must be a path or a name, got nothing")
+    return Config(**values), notes
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The grammar and the help text of `run`. It only splits: values stay strings, and absent flags stay absent."""
     parser = _Parser(

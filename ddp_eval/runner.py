@@ -70,7 +70,7 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
             watch.step("loading the model")
             with world.meter.phases("load"):
                 model_config = hf.load_config(config.loader_args)
-            _follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
+            follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
             return None
         with Followers(world) as followers, trackers.tracking(config) as track:
             outcome = _lead_run(config, world, followers, inspect)
@@ -100,7 +100,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
         with _as_it_was(bare), contextlib.closing(wrap_model(bare, world.device)) as engine, telemetry.Sampler(world):
             bare.eval()
             if not world.is_leader:
-                _follow(world, lambda world, layout: engine)
+                follow(world, lambda world, layout: engine)
                 return None
             with Followers(world) as followers:
                 _prepare_output(config)
@@ -231,7 +231,7 @@ def _lead(
             log.warning("layout %s: %s (%s)", seated.layout, seated.layout.sentence(world.world_size), seated.why)
         watch.step("planning")
         with phases("plan"):
-            alone, trial = config.numerics == "alone", _trial_of(followers, seated)
+            alone, trial = config.numerics == "alone", trial_of(followers, seated)
             decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, alone, trial)
             why = "--numerics alone was given" if alone else None if config.packing else "--no_packing was given"
             generation = plan_texts(engine, prompts, encoder.tokenizer.pad_token_id, why)
@@ -322,7 +322,7 @@ def _lead(
     return outcome.results
 
 
-def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
+def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
     """Every other rank's part: load and run what the leader sends until it says stop."""
     engine = None
     watch.step(watch.WAITING)
@@ -339,7 +339,7 @@ def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
             run_plan(laid_out, engine, word)
 
 
-def _trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
+def trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
     """How trial plans are scored where a copy of the model lies on several ranks: by all of them, like the run itself."""
     if seated.world.ranks_per_replica == 1:
         return None

@@ -54,7 +54,8 @@ def launch(**arguments: Any) -> DDPEvalLM | None:
     """On every rank: an LM for lm_eval on rank 0; None on the others, once rank 0 has closed it.
 
     arguments: as in --model_args, and of the command's flags device, layout, load, numerics, packing, max_pack_tokens, seed and
-    timeout. Raises UserError on every rank for what cannot be done.
+    timeout. A chat template of the tokenizer's is named in chat_template_args={"chat_template": NAME}.
+    Raises UserError on every rank for what cannot be done.
     """
     try:
         return DDPEvalLM(**arguments)
@@ -134,13 +135,6 @@ class DDPEvalLM(_LeaderLM):
 
     def __exit__(self, *error: Any) -> None:
         self.close()
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """As lm_eval's; one given by its name is then applied, too."""
-        if isinstance(chat_template, str):
-            self._chat_template_args["chat_template"] = chat_template
-        template: str | None = super().chat_template(chat_template)
-        return template
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval adds to results["config"]."""

@@ -421,7 +421,9 @@ def _in_time(limit_s: int = 20) -> Iterator[None]:
 def missing(error: BaseException) -> tuple[str, str] | None:
     """What is not there, where that is why."""
     seen: BaseException | None = error
-    while seen is not None:
+    for _ in range(9):  # they may refer to each other in circles
+        if seen is None:
+            break
         if isinstance(seen, ModuleNotFoundError):
             return "missing package", seen.name or one_line(seen, 150)
         text = f"{type(seen).__name__}: {one_line(seen, 150)}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     engine.on_trial = work.trial
     rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
     journals = work.journals if engine.bears_results else None
+    packs, batches = _my_units(world, work)
     num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])[work.left].sum()
     with (
         _own_journal(world, work, journals) as own,
@@ -51,11 +53,13 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     ):
         try:
             with phases("trial" if work.silent else "forward"):
-                for batch, texts in _run_batches(world, engine, work, progress, own):
+                for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
                     if engine.bears_results:
+                        if divided > 1:
+                            halved.append(np.array([[index, divided]]))
                         lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
                         answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
-                for index, pieces in _run_packs(world, engine, work, progress, own):
+                for index, pieces in _run_packs(world, engine, work, packs, progress, own):
                     if not engine.bears_results:
                         continue
                     rows += [_result_rows(*piece) for piece in pieces]
@@ -73,16 +77,20 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
             return Gathered(*(distributed.all_gather_rows(world, part) for part in mine))
 
 
-def _my_units(world: World, work: Work) -> list[int]:
-    """What this rank runs, dearest first: batches of generation, which are numbered behind the packs, then packs."""
-    mine: list[int] = work.left[distributed.shard(world, len(work.left))][::-1].tolist()
-    return mine
+def _my_units(world: World, work: Work) -> tuple[list[int], list[int]]:
+    """This rank's packs, and its batches of generation, which are numbered behind them; dearest first."""
+    mine = work.left[distributed.shard(world, len(work.left))][::-1]
+    is_pack = mine < work.plan.num_packs
+    return mine[is_pack].tolist(), (mine[~is_pack] - work.plan.num_packs).tolist()
 
 
 def _run_batches(
-    world: World, engine: Engine, work: Work, progress: Progress, own: journal.Journal | None
-) -> Iterator[tuple[Batch, list[list[int]]]]:
-    """This rank's batches of generation; each is in the journal when it comes out."""
+    world: World, engine: Engine, work: Work, mine: list[int], progress: Progress, own: journal.Journal | None
+) -> Iterator[tuple[int, Batch, list[list[int]], int]]:
+    """This rank's batches of generation; each is in the journal when it comes out.
+
+    Yields its number behind the packs, the batch, the tokens of its answers, and by what its slots were divided.
+    """
 
     def tell(requests: int, tokens: int) -> None:
         watch.step(watch.PACKS)
@@ -90,27 +98,46 @@ def _run_batches(
         if engine.bears_results:
             progress.add(requests, tokens)
 
-    for unit in _my_units(world, work):
-        if unit < work.plan.num_packs:
-            continue
+    for index in mine:
+        unit = work.plan.num_packs + index
         watch.step(watch.PACKS, unit)
-        index = unit - work.plan.num_packs
         batch = build_batch(work.texts, index)
-        texts = engine.generate(batch, work.tokenizer, tell)
+        texts, pieces = _generate(world, engine, batch, work.tokenizer, tell)
         if own is not None:
-            own.append_texts(unit, texts)
+            own.append_texts(unit, texts, pieces)
         requests = int(work.texts.num_requests[index])
         tell(requests - len(batch), 0)  # requests that share an answer
         for what, amount in {"requests": requests, "batches": 1, "generated_tokens": sum(map(len, texts))}.items():
             world.meter.count(what, amount)
-        yield batch, texts
+        yield unit, batch, texts, pieces
+
+
+def _generate(
+    world: World, engine: Engine, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]
+) -> tuple[list[list[int]], int]:
+    """A batch's answers. One that does not fit the memory goes again with half the slots, and half of these."""
+    pieces = 1
+    while True:
+        try:
+            return engine.generate(batch, tokenizer, tell), pieces
+        except torch.OutOfMemoryError:
+            if batch.slots < 2 or world.ranks_per_replica > 1:
+                longest = max(len(prompt) + limit for prompt, limit in zip(batch.prompts, batch.limits, strict=True))
+                raise UserError(
+                    f"rank {world.rank} ran out of memory on {world.device} with {max(1, batch.slots)} prompts and answers of "
+                    f"up to {longest} tokens: give a smaller max_gen_toks in --gen_kwargs, or a device with more memory"
+                ) from None
+        # Only here, outside of the handler, is the failed forward's memory free.
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batch, pieces = dataclasses.replace(batch, slots=batch.slots // 2), pieces * 2
 
 
 Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats and flags
 
 
 def _run_packs(
-    world: World, engine: Engine, work: Work, progress: Progress, own: journal.Journal | None
+    world: World, engine: Engine, work: Work, mine: list[int], progress: Progress, own: journal.Journal | None
 ) -> Iterator[tuple[int, list[Result]]]:
     """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
 
@@ -134,9 +161,7 @@ def _run_packs(
         return index, results
 
     under_way = None
-    for index in _my_units(world, work):
-        if index >= plan.num_packs:
-            continue
+    for index in mine:
         watch.step(watch.PACKS, index)
         launched = index, _launch(world, engine, build_pack(plan, index))
         if not ahead:

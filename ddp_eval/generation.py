@@ -27,8 +27,8 @@ IntArray = npt.NDArray[np.integer]
 
 LEAST_SHARED = 32  # tokens that make prompts a family
 LEAST_FAMILY = 4  # prompts that are worth a batch of their own
-LEAST_BATCH = 16  # prompts: fewer keep no slots filled
-BATCHES = 32  # to aim at for the whole run, so that it spreads over ranks
+LEAST_BATCH = 32  # prompts: fewer keep no slots filled
+BATCHES = 64  # to aim at for the whole run, so that it spreads over ranks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -210,6 +210,9 @@ def _show_sample(sample: dict[str, Any]) -> dict[str, Any]:
     alike = len(set(contexts)) == 1
     choices = []
     for argument, resps in zip(arguments, sample["resps"], strict=True):
+        if len(argument) > 1 and not isinstance(resps[0], list):  # generated
+            choices += [{"text": str(text)[-_PROMPT_CHARACTERS:], "nats": "", "greedy": None} for text in resps]
+            continue
         text = str(argument[-1]) if alike and len(argument) > 1 else "".join(map(str, argument))
         nats, greedy = (resps[0][0], str(resps[0][1]) == "True") if isinstance(resps[0], list) else (resps[0], None)
         choices.append({"text": text[-_PROMPT_CHARACTERS:], "nats": str(nats), "greedy": greedy})

@@ -4,8 +4,9 @@
     python scripts/chaos.py --trials 100
 
 Each trial is one run directory. Again and again the same command is started in it, on 1 to 4 ranks, and one rank, all ranks
-or the launcher get SIGKILL at a random moment, until a start ends by itself. Then scores.parquet and results.json (but for times)
-must equal the undisturbed run's to the bit, and no pack may have been computed that was in a journal before. Exit code 1 if not.
+or the launcher get SIGKILL at a random moment, until a start ends by itself. Then scores.parquet, results.json (but for times)
+and texts.parquet must equal the undisturbed run's to the bit, and no pack or batch of texts may have been computed that was in a
+journal before. Exit code 1 if not.
 
 The launcher is torchrun's elastic agent, started by fork from this process, which has imported torch, transformers and lm_eval
 once for all; `--torchrun` starts torchrun itself, which takes several seconds a start. A third of the launches allow an elastic
@@ -36,8 +37,11 @@ import numpy as np
 
 from ddp_eval import journal
 
-FLAGS = ["--model_args", "pretrained=demo", "--tasks", "demo_hellaswag", "demo_lambada", "--num_fewshot", "1", "--limit", "8"]
-FLAGS += ["--max_pack_tokens", "1", "--bootstrap_iters", "50"]
+# Scores and texts, greedy and drawn, in one run.
+FLAGS = ["--model_args", "pretrained=demo", "--tasks", "demo_hellaswag", "demo_lambada", "gen_boolean", "gen_drawn", "gen_story"]
+FLAGS += ["--include_path", str(Path(__file__).resolve().parent.parent / "tests" / "generation_tasks")]
+FLAGS += ["--num_fewshot", "1", "--limit", "8", "--max_pack_tokens", "1", "--bootstrap_iters", "50"]
+SIZES = {"slot_tokens": 10**6, "most_slots": 3, "queue": 6}  # of batches of texts, so small that there are a dozen
 TARGETS = ("one rank", "all ranks", "torchrun")
 MOST_KILLS = 3  # in one trial
 GONE_S = 40.0  # torchrun gives ranks that do not end 30 s
@@ -296,13 +300,15 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
 
     import lm_eval.evaluator
 
-    from ddp_eval import run_directory, watch
+    from ddp_eval import generation, run_directory, watch
     from ddp_eval.__main__ import main as evaluate
+    from ddp_eval.engines import decode
 
     lm_eval.evaluator.add_env_info = lambda results: None  # asks pip and lscpu about the machine, which takes a second
     run_directory.RunDirectory.forget_journals = lambda directory: None  # they are read when all is done
     packs = os.open(notes / f"{os.getpid()}.packs", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    append, step = journal.Journal.append, watch.step
+    append, append_texts, step = journal.Journal.append, journal.Journal.append_texts, watch.step
+    decode.choose_sizes = lambda engine: generation.Sizes(**SIZES)
 
     def note(word: str, pack: int) -> None:
         os.write(packs, f"{word} {pack} {time.monotonic()}\n".encode())
@@ -317,7 +323,11 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
         append(own, pack, *values)
         note("done", pack)
 
-    watch.step, journal.Journal.append = begin, finish
+    def finish_texts(own: journal.Journal, unit: int, *values: list) -> None:
+        append_texts(own, unit, *values)
+        note("done", unit)
+
+    watch.step, journal.Journal.append, journal.Journal.append_texts = begin, finish, finish_texts
     sys.argv = ["ddp_eval", *flags]
     evaluate()
 
@@ -335,8 +345,9 @@ def packs_in_journals(directory: Path) -> set[int]:
 
 
 def differences(expected: Path, directory: Path) -> str | None:
-    if (expected / "run/scores.parquet").read_bytes() != (directory / "run/scores.parquet").read_bytes():
-        return "scores.parquet differs"
+    for name in ("scores.parquet", "texts.parquet"):
+        if (expected / "run" / name).read_bytes() != (directory / "run" / name).read_bytes():
+            return f"{name} differs"
     if results_but_times(expected) != results_but_times(directory):
         return "results.json differs"
     return None

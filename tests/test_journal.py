@@ -117,7 +117,7 @@ def test_a_dropped_tail_is_told(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     (tmp_path / "b.journal").write_bytes(b"ddp_eval jour")
     notes = read_journals(tmp_path, KEY, ITEM_STARTS).notes
-    record_bytes = 8 + 4 + 4 + 9 + 16
+    record_bytes = 8 + 4 + 4 + 1 + 9 + 16
     assert notes == [
         f"the last {record_bytes - 3} bytes of the journal a.journal are torn or corrupt and dropped; "
         "1 packs before them are kept",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "ddp_eval_decode"  # the attention implementation's name towards transformers
 ADMIT_TOKENS = 256  # prompts wait for free slots until they bring so many tokens together: a forward of few is dear
-CHECKED_S = 64  # steps between two signs of life
+SIGN_STEPS = 64  # between two signs of life
 
 Tell = Callable[[int, int], None]  # (requests done, tokens done), from time to time
 
@@ -65,6 +65,7 @@ class _Loop:
         self._next = 0
 
     def run(self) -> list[list[int]]:
+        """The tokens of every answer."""
         batch, since = self._batch, 0
         if batch.prefix:
             self._tell(0, batch.prefix)
@@ -72,14 +73,14 @@ class _Loop:
             if taken := self._take():
                 prompts = [batch.prompts[index][batch.prefix :] for index in taken]
                 self._in_slot += taken
-                tokens = self._rows.admit(prompts)
-                self._settle(len(self._in_slot) - len(taken), tokens[1])
-                self._tell(0, tokens[0])
+                computed, logits = self._rows.admit(prompts)
+                self._settle(len(self._in_slot) - len(taken), logits)
+                self._tell(0, computed)
             if self._in_slot:
                 last = [self._answers[index][-1] for index in self._in_slot]
                 self._settle(0, self._rows.step(last))
                 since += 1
-                if since % CHECKED_S == 0:
+                if since % SIGN_STEPS == 0:
                     self._tell(0, 0)
         return self._answers
 
@@ -404,7 +405,10 @@ def greedy_or_not(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate_alone(engine: hf.HFEngine, batch: Batch, rule: StopRule, pad: int | None, tell: Tell) -> list[list[int]]:
-    """Every answer by the model's own `generate`, one request at a time."""
+    """Every answer by the model's own `generate`, one request at a time.
+
+    Of several beams, the first alone is looked at for stop strings and ends all of them: lm_eval's rule, not ours.
+    """
     from transformers import StoppingCriteriaList
 
     answers = []
@@ -414,7 +418,7 @@ def generate_alone(engine: hf.HFEngine, batch: Batch, rule: StopRule, pad: int |
         start = len(prompt)
 
         def stop(tokens: torch.Tensor, scores: Any, start: int = start, **kwargs: Any) -> torch.Tensor:
-            return torch.tensor(rule.ends([row[start:] for row in tokens.tolist()]), device=tokens.device)
+            return torch.full((len(tokens),), rule.ends([tokens[0, start:].tolist()])[0], device=tokens.device)
 
         context = torch.from_numpy(prompt.astype(np.int64))[None].to(engine.device)
         with engine.inference(None), torch.random.fork_rng(devices=devices):
@@ -555,7 +559,7 @@ def choose_sizes(engine: hf.HFEngine) -> Sizes:
     layers = int(getattr(config, "num_hidden_layers", 1))
     token_bytes = 2 * layers * kv_heads * size * engine.dtype.itemsize
     budget = 2**33 if on_gpu else 2**30
-    return Sizes(max(1, budget // token_bytes), 128 if on_gpu else 32, 256 if on_gpu else 64)
+    return Sizes(max(1, budget // token_bytes), 128 if on_gpu else 16, 256 if on_gpu else 64)
 
 
 def register() -> None:

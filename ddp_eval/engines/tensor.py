@@ -84,7 +84,9 @@ class TensorEngine(hf.HFEngine):
         super().__init__(model, world.device, keep_attention, whole)
         self.world = world
         self.bears_results = world.place == 0
-        _ = self.splits_head  # asks the model, which takes all ranks of a replica: now, while they are all here
+        # Both ask the model, which takes all ranks of a replica: now, while they are all here.
+        _ = self.splits_head
+        _ = self.why_not_batches
 
     def describe(self) -> dict[str, Any]:
         """As of one rank, and over how many the sums are spread: that decides their last bits."""

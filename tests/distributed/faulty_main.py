@@ -6,11 +6,13 @@ forward_crash      a defect in its second pack
 forward_no_memory  its second pack does not fit, nor any piece of it
 forward_little_memory  from its second pack on, what has over 300 tokens does not fit, but single requests do
 forward_stuck      it writes its process id to FAULT_FILE and stops in its second pack
+killed_after       SIGKILL when its first batch of texts is in its journal; it writes its process id to FAULT_FILE before
 journal_full       the disk has no room for its second pack
 """
 
 import errno
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -40,10 +42,25 @@ def fail_to_forward(pack):
         raise RuntimeError("a defect in the forward pass")
     if fault == "forward_no_memory":
         raise torch.OutOfMemoryError("CUDA out of memory")
+    tell_who()
+    time.sleep(600)
+
+
+def tell_who():
     path = Path(os.environ["FAULT_FILE"])
     path.with_suffix(".new").write_text(str(os.getpid()))
     path.with_suffix(".new").rename(path)
-    time.sleep(600)
+
+
+def die_after_texts():
+    append = journal.Journal.append_texts
+
+    def append_and_die(own, *texts):
+        append(own, *texts)
+        tell_who()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    journal.Journal.append_texts = append_and_die
 
 
 def break_forward():
@@ -84,6 +101,8 @@ if __name__ == "__main__":
     if os.environ["RANK"] == os.environ["FAULT_RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         if os.environ["FAULT"] == "journal_full":
             fill_disk()
+        elif os.environ["FAULT"] == "killed_after":
+            die_after_texts()
         elif os.environ["FAULT"].startswith("load"):
             hf.load_engine = fail_to_load
         else:

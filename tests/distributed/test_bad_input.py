@@ -96,17 +96,25 @@ CASES = {
         "--model_args pretrained={place}/no_weights --tasks demo_lambada --limit 1",
         "cannot load the model {place}/no_weights",
     ),
-    "task that generates": (
-        TASKS + "--tasks generates",
-        "the task generates is of the type generate_until, which is not supported yet",
+    "task of a kind whose documents cannot be had": (
+        TASKS + "--tasks strange_afar",
+        "the task strange_afar is of the type telepathy, which is not supported yet",
     ),
-    "task that generates, whose documents cannot be had": (
-        TASKS + "--tasks generates_afar",
-        "the task generates_afar is of the type generate_until, which is not supported yet",
+    "task file of a kind": (
+        TASKS + "--tasks {place}/apart/strange_apart.yaml",
+        "the task strange_apart is of the type telepathy, which is not supported yet",
     ),
-    "task file that generates": (
-        TASKS + "--tasks {place}/apart/generates_apart.yaml",
-        "the task generates_apart is of the type generate_until, which is not supported yet",
+    "answers longer than the window": (
+        DEMO + "--include_path {place}/tasks --tasks generates --gen_kwargs max_gen_toks=100000 --limit 1",
+        "the task generates asks for answers of up to 100000 tokens, which leaves no room for its prompts in the model's",
+    ),
+    "settings of generation that nobody knows": (
+        DEMO + "--include_path {place}/tasks --tasks generates --gen_kwargs colour=1 --limit 1",
+        "the task generates cannot generate with {{'do_sample': False",
+    ),
+    "a temperature that cannot be": (
+        DEMO + "--include_path {place}/tasks --tasks generates --gen_kwargs do_sample=true,temperature=0.0 --limit 1",
+        "the task generates cannot generate with {{'do_sample': True",
     ),
     "task given twice": (
         DEMO + "--tasks demo demo_lambada",
@@ -258,8 +266,8 @@ def place(tmp_path_factory):
     apart.mkdir()
     afar = TASK.replace("dataset_path: json", "dataset_path: someone/something")
     (tasks / "afar.yaml").write_text(afar.format(name="afar", kind="loglikelihood", more=""))
-    (tasks / "generates_afar.yaml").write_text(afar.format(name="generates_afar", kind="generate_until", more=""))
-    (apart / "generates_apart.yaml").write_text(afar.format(name="generates_apart", kind="generate_until", more=""))
+    (tasks / "strange_afar.yaml").write_text(afar.format(name="strange_afar", kind="telepathy", more=""))
+    (apart / "strange_apart.yaml").write_text(afar.format(name="strange_apart", kind="telepathy", more=""))
     text = TASK.format(name="no_field", kind="loglikelihood", more="custom_dataset: !function utils.load")
     (tasks / "no_field.yaml").write_text(text.replace("{{question}}", "{{nosuch.field}}"))
     (tasks / "utils.py").write_text(UTILS)

@@ -1,0 +1,95 @@
+"""Generated texts, greedy and drawn, the same to the bit on any number of ranks, after a kill, and in one run with scores."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from launch import launch, launching, wait_for
+
+from ddp_eval import results
+from ddp_eval.compare.command import main as compare
+
+TASKS = Path(__file__).resolve().parents[1] / "generation_tasks"
+MANY_RUNS = (str(Path(__file__).with_name("many_runs.py")),)
+FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
+COMMON = f"--model_args pretrained=demo --include_path {TASKS} --bootstrap_iters 0 "
+RUNS = {
+    # 3 batches of the drawn task, 2 of the others, and packs
+    "mixed": COMMON + "--tasks gen_boolean gen_drawn gen_story demo_lambada --limit 24 --log_samples",
+    "one by one": COMMON + "--tasks gen_drawn --limit 2 --no_packing",
+    "one text": COMMON + "--tasks gen_story --limit 1 --predict_only",
+}
+
+
+@pytest.fixture(scope="module")
+def run_on(tmp_path_factory):
+    """run_on(ranks) -> {run: its directory}, each number of ranks started once."""
+    finished = {}
+
+    def run(ranks):
+        if ranks not in finished:
+            place = tmp_path_factory.mktemp(f"ranks{ranks}_")
+            directories = {name: place / name.replace(" ", "_") for name in RUNS}
+            lines = [[*shlex.split(RUNS[name]), "--output_path", str(path)] for name, path in directories.items()]
+            (place / "lines.json").write_text(json.dumps(lines))
+            outcome = launch(ranks, place / "lines.json", program=MANY_RUNS)
+            assert outcome.returncode == 0, str(outcome)
+            finished[ranks] = directories
+        return finished[ranks]
+
+    return run
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+def test_texts_on_any_number_of_ranks(ranks, run_on, capsys):
+    """Catches draws by rank, batches cut by the number of ranks, answers that change places, and a rank without a tokenizer."""
+    alone, many = run_on(0), run_on(ranks)
+    for name in RUNS:
+        for file in (results.TEXTS, results.SCORES):
+            assert (alone[name] / file).read_bytes() == (many[name] / file).read_bytes(), (name, file)
+        reports = [json.loads((directory[name] / results.RESULTS).read_text())["results"] for directory in (alone, many)]
+        assert reports[0] == reports[1]
+        assert compare([str(alone[name]), str(many[name]), "--expect", "identical"]) == 0
+    capsys.readouterr()
+    manifest = json.loads((many["mixed"] / results.MANIFEST).read_text())
+    assert manifest["generation"]["batches"] > ranks
+    assert manifest["requests"] == 24 * 6
+    measured = json.loads((many["mixed"] / results.TELEMETRY).read_text())
+    assert measured["generated_tokens_per_s"] > 0
+    counts = [rank["counts"].get("generated_tokens", 0) for rank in measured["ranks"]]
+    assert min(counts) > 0
+    assert sum(counts) >= manifest["generation"]["generated_tokens"] // 2  # greedy answers of equal requests count once
+
+
+def test_texts_that_differ_are_counted(run_on, tmp_path, capsys):
+    """Catches a comparison that takes other texts for the same."""
+    alone = run_on(0)["mixed"]
+    finished = launch(0, *shlex.split(RUNS["mixed"]), "--seed", "7", "--output_path", tmp_path / "run", program=MANY_OF_ONE)
+    assert finished.returncode == 0, str(finished)
+    capsys.readouterr()
+    assert compare([str(alone), str(tmp_path / "run"), "--json", "--expect", "identical"]) == 3
+    tasks = json.loads(capsys.readouterr().out)["comparisons"][0]["tasks"]
+    assert tasks["gen_story"]["texts_differing"] == tasks["gen_boolean"]["texts_differing"] == 0
+    assert tasks["gen_drawn"]["texts_differing"] > 50
+    assert tasks["gen_drawn"]["texts"] == 72
+
+
+MANY_OF_ONE = (str(Path(__file__).with_name("quick_main.py")),)
+
+
+def test_texts_after_a_kill(run_on, tmp_path):
+    """Catches finished batches that are generated again, lost, or come back as other texts, on another number of ranks."""
+    path = tmp_path / "run"
+    flags = [*shlex.split(RUNS["mixed"]), "--output_path", path]
+    variables = {"FAULT": "killed_after", "FAULT_RANK": "1", "FAULT_FILE": str(tmp_path / "pid")}
+    with launching(2, *flags, program=FAULTY, **variables) as running:
+        wait_for(tmp_path / "pid", running)
+        assert running.finish().returncode != 0
+    finished = launch(3, *flags, program=MANY_OF_ONE)
+    assert finished.returncode == 0, str(finished)
+    assert "resuming: " in "".join(finished.sentences())
+    alone = run_on(0)["mixed"]
+    for file in (results.TEXTS, results.SCORES):
+        assert (alone / file).read_bytes() == (path / file).read_bytes()
+    assert json.loads((path / results.MANIFEST).read_text())["resumed_packs"] > 0

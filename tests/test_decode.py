@@ -1,0 +1,161 @@
+"""Texts against lm_eval's own HF backend at batch size 1, of tiny random models; chance that is of the request alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+import ddp_eval
+from ddp_eval import generation
+from ddp_eval.engines import decode
+from ddp_eval.engines.hf import HFEngine
+from ddp_eval.generation import Prompts, Settings, build_batch, plan_batches
+
+TASKS = str(Path(__file__).with_name("generation_tasks"))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots for three rows, so that they are taken again and again, and families of a few."""
+    monkeypatch.setattr(decode, "choose_sizes", lambda engine: generation.Sizes(10**6, 3, 8))
+    monkeypatch.setattr(decode, "ADMIT_TOKENS", 16)
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    from ddp_eval import harness
+
+    load = harness.TaskManager
+    monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
+
+    def run(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
+        tokenizer = tiny_models.make_tokenizer(model_max_length=2048)
+        options = {"include_path": TASKS, "bootstrap_iters": 0, "log_samples": True, **options}
+        return ddp_eval.evaluate(model, tokenizer, tasks, **options)
+
+    return run
+
+
+def lm_eval_texts(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=TASKS, include_defaults=False)
+    tokenizer = tiny_models.make_tokenizer(model_max_length=2048)
+    return tiny_models.evaluate_with_lm_eval(model, tokenizer, tasks, task_manager=manager, **options)
+
+
+def answers(results: dict[str, Any]) -> dict[Any, Any]:
+    return {
+        (task, row["doc_id"], row["filter"]): (row["resps"], row["filtered_resps"])
+        for task, rows in results["samples"].items()
+        for row in rows
+    }
+
+
+@pytest.mark.parametrize("kind", [*tiny_models.TREE_KINDS, *tiny_models.ROW_KINDS])
+@pytest.mark.usefixtures("few")
+def test_greedy_texts_are_lm_evals(kind: str, evaluate: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
+    """Catches a wrong mask, position, window or slot, an answer that ends too early or too late, and a cut in another place."""
+    model, tasks = tiny_model(kind), ["gen_boolean", "gen_story"]
+    theirs = lm_eval_texts(model, tasks, limit=7)
+    ours = evaluate(model, tasks, limit=7)
+    assert answers(ours) == answers(theirs)
+    assert (ours["ddp_eval"]["generation"]["why_one_by_one"] is None) == (kind in tiny_models.TREE_KINDS)
+    for task in tasks:
+        for name, value in theirs["results"][task].items():
+            if "," in name and "stderr" not in name:
+                assert ours["results"][task][name] == value
+
+
+@pytest.mark.usefixtures("few")
+def test_settings_that_look_at_the_text(evaluate: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
+    """Catches logits processors that see another row's tokens, or none of the prompt; beams fall back to the model's own."""
+    for settings in ({"repetition_penalty": 1.3, "min_new_tokens": 6}, {"no_repeat_ngram_size": 2}, {"num_beams": 2}):
+        theirs = lm_eval_texts(tiny_model("llama"), ["gen_story"], limit=3, gen_kwargs=settings)
+        ours = evaluate(tiny_model("llama"), ["gen_story"], limit=3, gen_kwargs=settings)
+        assert answers(ours) == answers(theirs)
+        assert bool(ours["ddp_eval"]["generation"]["why_one_by_one"]) == ("num_beams" in settings)
+
+
+def test_no_slots_no_packs(evaluate: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
+    """Catches flags that ask for the model's own code and do not get it."""
+    ours = evaluate(tiny_model("llama"), ["gen_boolean"], limit=3)
+    alone = evaluate(tiny_model("llama"), ["gen_boolean"], limit=3, numerics="alone")
+    assert answers(ours) == answers(alone)
+    assert ours["ddp_eval"]["generation"]["slots"] == 3
+    assert alone["ddp_eval"]["generation"]["slots"] == 0
+
+
+@pytest.mark.usefixtures("few")
+def test_mixed_kinds_and_repeats(evaluate: Callable[..., Any], tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    """Catches an answer given to another kind of request, repeats that are one and the same, and texts that are not kept."""
+    import pyarrow.parquet
+
+    path = tmp_path / "run"
+    ours = evaluate(tiny_model("llama"), ["gen_drawn", "demo_lambada", "gen_boolean"], limit=4, output_path=str(path))
+    drawn = [row["resps"][0] for row in ours["samples"]["gen_drawn"]]
+    assert [len(texts) for texts in drawn] == [3] * 4
+    assert all(len(set(texts)) > 1 for texts in drawn)
+    rows = pyarrow.parquet.read_table(path / "texts.parquet").to_pylist()
+    assert [row["text"] for row in rows if row["task"] == "gen_drawn"] == [text for texts in drawn for text in texts]
+    assert [row["repeat"] for row in rows if row["task"] == "gen_drawn"] == [0, 1, 2] * 4
+    assert pyarrow.parquet.read_table(path / "scores.parquet").num_rows == 4
+    again = evaluate(tiny_model("llama"), ["gen_drawn"], limit=2)
+    assert answers(again) == {key: value for key, value in answers(ours).items() if key[0] == "gen_drawn" and key[1] < 2}
+
+
+def test_draws_follow_the_distribution(tiny_model: Callable[..., Any]) -> None:
+    """Catches a token that can never be drawn, or one that is cut off by top_k and is."""
+    model = tiny_model("llama")
+    settings = Settings((), {"do_sample": True, "temperature": 1.0, "top_k": 3, "top_p": 1.0})
+    chooser = decode.Chooser(model, settings, 1)
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.25, 0.1]])).repeat(4000, 1)
+    logits[:, 4] = -20.0
+    draws = (np.arange(4000) + 0.5) / 4000
+    prompts = [np.array([1])] * 4000
+    chosen = chooser.choose(logits, prompts, [[]] * 4000, [1] * 4000, draws.tolist())
+    shares = np.bincount(chosen, minlength=5) / 4000
+    assert shares == pytest.approx([0.1 / 0.85, 0.5 / 0.85, 0.0, 0.25 / 0.85, 0.0], abs=0.01)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_row_alone_and_in_company(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches a row that reads a neighbour's keys: its text would change with who is there."""
+    engine, random = HFEngine(tiny_model("gemma3"), CPU), np.random.default_rng(0)
+    settings = Settings(("zq",), {"do_sample": True, "temperature": 1.5})
+    head = random.integers(2, 400, 40)
+    tokens = [np.concatenate([head, random.integers(2, 400, size)]) for size in random.integers(1, 30, 9)]
+    seeds = list(range(1, 10))
+
+    def texts(chosen: list[int]) -> list[list[int]]:
+        prompts = Prompts(
+            [tokens[index] for index in chosen], [0] * len(chosen), [int(5 + index) for index in chosen],
+            [seeds[index] for index in chosen], [settings], ["task"] * len(chosen),
+        )  # fmt: skip
+        plan, items = plan_batches(prompts, engine.generation_sizes(), [False])
+        done: dict[int, list[int]] = {}
+        for index in range(plan.num_batches):
+            batch = build_batch(plan, index)
+            done.update(zip(batch.items, engine.generate(batch, tiny_tokenizer, lambda *told: None), strict=True))
+        return [done[item] for item in items.tolist()]
+
+    together = texts(list(range(9)))
+    assert together == [texts([index])[0] for index in range(9)]
+    assert [len(text) for text in together] == [5 + index for index in range(9)]
+
+
+def test_a_model_that_decodes_wrongly_is_found_out(tiny_model: Callable[..., Any]) -> None:
+    """Catches a self-check that passes whatever comes: here the positions are ignored."""
+    model = tiny_models.make_model("gpt2")
+    engine = HFEngine(model, CPU)
+    assert engine.why_not_batches is None
+    whole = model.transformer.forward
+    model.transformer.forward = lambda *args, position_ids=None, **kwargs: whole(*args, **kwargs)
+    assert "batched and plain runs differ" in str(HFEngine(model, CPU).why_not_batches)

@@ -128,6 +128,8 @@ def _choose(config: Config, model_config: Any, world: World) -> tuple[Layout, st
             raise UserError(f"--layout {fixed} cannot split {whole_only}: give --layout replicas")
         check_possible(hf.whole_model(config.loader_args, model_config), fixed)
         return fixed, "as asked"
+    if whole_only and config.layout == layouts.MEASURE:
+        raise UserError(f"--layout measure is not for {whole_only}, which only whole copies serve: give --layout replicas")
     if whole_only:
         return layouts.WHOLE_COPIES, f"nothing else serves {whole_only}"
     try:
@@ -152,8 +154,9 @@ def _why_whole_only(config: Config, model_config: Any) -> str | None:
 
 def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
     """vLLM splits its engines itself, as tensor_parallel_size says."""
-    if config.model_args.get("peft"):
-        raise UserError("model_args peft is not for --model vllm: give --model hf, or merge the adapter and save the model")
+    for name in ("peft", "load_in_8bit", "load_in_4bit", "quantization_config"):
+        if config.model_args.get(name):
+            raise UserError(f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run")
     if hf.is_seq2seq(config.model_args, model_config):
         raise UserError("encoder-decoders are not for --model vllm: give --model hf")
     vllm.check_installed()

@@ -1,4 +1,7 @@
-"""lm_eval's side of the run: tasks in, scores out. The only importer of lm_eval, and only the leader imports this module.
+"""lm_eval's side of the run: tasks in, scores out. Only the leader imports this module.
+
+Of lm_eval's tasks and evaluator it is the sole importer. asking.py takes lm_eval's rules for texts, trackers.py its loggers, and
+lm.py is the other way round: ddp_eval as a model of lm_eval.
 
 lm_eval builds every prompt once, for one rank (`world_size=1`), asks our LM object for log-likelihoods, and computes metrics
 from the answers. The first question it asks is answered for all requests of all tasks at once, so that one plan holds them all.

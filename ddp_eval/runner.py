@@ -31,7 +31,7 @@ from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
-from ddp_eval.engines import Engine, hf, vllm
+from ddp_eval.engines import Engine, adapters, hf, vllm
 from ddp_eval.engines.load import lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
@@ -405,12 +405,14 @@ def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
 
 
 def _unwrap(model: Any) -> Any:
-    """The transformers model inside DDP or torch.compile wrappers. Raises UserError for sharded ones."""
+    """The transformers model inside DDP, torch.compile or PEFT wrappers. Raises UserError for sharded ones."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
             model = model.module
+        elif type(model).__module__.startswith("peft."):
+            model = adapters.unwrap(model)
         else:
             break
     if (

@@ -19,7 +19,7 @@ from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
 from ddp_eval.manifest import describe_model, fingerprint_model
 from ddp_eval.results import read_scores
-from ddp_eval.runner import run
+from ddp_eval.runner import evaluate, run
 
 TASKS = ["demo_hellaswag", "demo_lambada"]
 
@@ -134,6 +134,26 @@ def test_the_manifest_knows_the_adapter(tiny_model_path: Callable[[str], Path], 
     assert "adapter_files" not in describe_model(model, {"pretrained": model}, None)
 
 
+def test_a_loaded_model_with_an_adapter(tiny_model_path: Callable[[str], Path], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Catches a training loop's PeftModel that runs without packs, without its adapter, or without its virtual tokens."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    path = tiny_model_path("llama")
+    adapter, prompt = save_adapter(path, tmp_path / "adapter"), save_adapter(path, tmp_path / "prompt", "prompt")
+    base = transformers.AutoModelForCausalLM.from_pretrained(path)
+    model = peft.PeftModel.from_pretrained(base, adapter)
+    options: dict[str, Any] = {"limit": 2, "bootstrap_iters": 0, "output_path": str(tmp_path / "out")}
+    results = evaluate(model, tiny_tokenizer, TASKS, **options)
+    assert results is not None and results["ddp_eval"]["layout_of_requests"] == "packs"
+    ours, _ = our_scores(tmp_path / "again", pretrained=str(path), peft=str(adapter))
+    assert read_scores(tmp_path / "out" / "scores.parquet").loglikelihood.tolist() == pytest.approx(
+        [*ours[TASKS[0]], *ours[TASKS[1]]], abs=1e-4
+    )
+    with pytest.raises(UserError, match="the model's adapter is of the type PROMPT_TUNING"):
+        evaluate(peft.PeftModel.from_pretrained(base, prompt), tiny_tokenizer, TASKS, **options)
+
+
 def test_peft_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Catches an ImportError, and one that comes only when the prompts are built."""
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -195,6 +215,10 @@ def test_only_whole_copies_serve_them(tiny_model_path: Callable[[str], Path]) ->
         config = Config(model_args={**model_args, **more}, layout="tensor:2")
         with pytest.raises(UserError, match=f"--layout tensor:2 cannot split {what}: give --layout replicas"):
             choose_layout(config, model_config, world)
+        with pytest.raises(UserError, match=f"--layout measure is not for {what}"):
+            choose_layout(Config(model_args={**model_args, **more}, layout="measure"), model_config, world)
+        with pytest.raises(UserError, match=f"model_args {next(iter(more))} is not for --model vllm"):
+            choose_layout(Config(model="vllm", model_args={**model_args, **more}), model_config, world)
         assert str(choose_layout(Config(model_args={**model_args, **more}), model_config, world)[0]) == "replicas"
         with pytest.raises(UserError, match=f"--load broadcast cannot send {what}: give --load disk"):
             choose_layout(Config(model_args={**model_args, **more}, load="broadcast"), model_config, world)

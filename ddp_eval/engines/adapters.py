@@ -37,12 +37,7 @@ def apply_adapter(model: Any, tokenizer: Any, model_args: Mapping[str, Any]) -> 
         config = peft.PeftConfig.from_pretrained(name, revision=revision)
     except Exception as error:
         raise UserError(f"cannot read the adapter {name}: {one_line(error)}") from error
-    if config.is_prompt_learning:
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise UserError(
-            f"the adapter {name} is of the type {kind}, which puts virtual tokens before the input and is not supported: "
-            "evaluate it with lm_eval's own hf model"
-        )
+    _check_kind(config, f"the adapter {name}")
     if model.config.get_text_config().vocab_size != len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
     with warnings.catch_warnings(record=True) as said:
@@ -55,6 +50,21 @@ def apply_adapter(model: Any, tokenizer: Any, model_args: Mapping[str, Any]) -> 
     if lacking:
         raise UserError(f"the adapter {name} lacks weights for this model: {one_line(lacking)}")
     return adapted.get_base_model()
+
+
+def unwrap(adapted: Any) -> Any:
+    """The transformers model inside a PeftModel, its adapter's layers in it. Raises UserError where they need virtual tokens."""
+    _check_kind(adapted.active_peft_config, "the model's adapter")
+    return adapted.get_base_model()
+
+
+def _check_kind(config: Any, what: str) -> None:
+    if config.is_prompt_learning:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UserError(
+            f"{what} is of the type {kind}, which puts virtual tokens before the input and is not supported: "
+            "evaluate it with lm_eval's own hf model"
+        )
 
 
 def _import_peft() -> Any:

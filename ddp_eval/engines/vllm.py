@@ -44,6 +44,7 @@ _OWN_ARGS = (
     "enable_thinking",
     "think_end_token",
     "device",
+    "backend",
 )
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12

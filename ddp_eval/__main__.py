@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ddp_eval import cli, status, watch
+from ddp_eval import cli, status, trackers, watch
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 
@@ -29,6 +29,8 @@ LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their st
 # Subcommands that run on one process: the first word -> the module whose main(argv) returns an exit code.
 _TOOLS = {
     "compare": "ddp_eval.compare.command",
+    "ls": "ddp_eval.ls",
+    "validate": "ddp_eval.validate",
     "plan": "ddp_eval.plan",
     "report": "ddp_eval.report",
 }
@@ -95,6 +97,7 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
     from ddp_eval import distributed, preflight
 
     try:
+        trackers.check_installed(config)
         watch.step(watch.WAITING)
         checks = preflight.check_if_due(config)
         world = distributed.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
@@ -129,9 +132,11 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
     watching.stop()
     distributed.leave_group(world)
     if results is not None:
-        from ddp_eval.harness import format_tables
+        from ddp_eval.harness import format_results, format_tables
         from ddp_eval.telemetry import format_summary
 
+        if config.show_config:
+            print(format_results(results))
         if not config.predict_only:  # no metrics, no table
             print(format_tables(results))
         if "telemetry" in results["ddp_eval"]:  # not where the run was found complete

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from ddp_eval.errors import UserError
 from ddp_eval.generation import Prompts, Settings, as_bytes
+from ddp_eval.thinking import finish_answer, read_think_end
 from ddp_eval.tokenization import Encoder
 
 MAX_GEN_TOKS = 256  # lm_eval's default
@@ -38,8 +39,8 @@ class Asked:
         think_end_token: str | int | None = None,
     ) -> None:
         self._tokenizer = encoder.tokenizer
-        is_number = isinstance(think_end_token, str) and think_end_token.isdigit()
-        self._think_end = int(think_end_token) if is_number else think_end_token  # type: ignore[arg-type]
+        self._think_end = read_think_end({"think_end_token": think_end_token})
+        self._separate = encoder.separate
         self._eos = _eos_text(self._tokenizer)
         self.truncated: list[int] = []
         settings: dict[str, int] = {}
@@ -55,10 +56,12 @@ class Asked:
                 settings[chosen.name()] = len(settings)
                 kinds_of.append(chosen)
             total = chosen.options.get("max_length")
-            if total is not None and int(total) <= len(ids):
+            if total is not None and int(total) <= len(ids) and not self._separate:
                 raise UserError(f"the task {task} asks for max_length={total}, and its prompt alone has {len(ids)} tokens")
+            # lm_eval bounds an encoder-decoder's tokens, the first of which is given, as if the prompt were among them.
+            given = 1 if self._separate else len(ids)
             kinds.append(settings[chosen.name()])
-            limits.append(limit if total is None else int(total) - len(ids))
+            limits.append((limit + len(ids) if total is None else int(total)) - given)
             tokens.append(np.array(ids, dtype=np.int32))
         bare = [
             Settings(one.until, {key: value for key, value in one.options.items() if key != "max_length"}) for one in kinds_of
@@ -78,24 +81,21 @@ class Asked:
         limit = int(options.pop("max_gen_toks"))
         if limit < 1:
             raise UserError(f"max_gen_toks of the task {task} must be 1 or more, got {limit}")
-        if max_length - limit < 1:
+        most = max_length if self._separate else max_length - limit
+        if most < 1:
             raise UserError(
                 f"the task {task} asks for answers of up to {limit} tokens, which leaves no room for its prompts in the model's "
                 f"{max_length}: give --gen_kwargs max_gen_toks=N with a smaller N, or a larger max_length in --model_args"
             )
         options["temperature"] = options.get("temperature", 0.0)
-        return Settings(tuple(map(str, until)), options), limit, max_length - limit
+        return Settings(tuple(map(str, until)), options), limit, most
 
     def read(self, kind: int, answer: list[int]) -> str:
         """What lm_eval makes of an answer's tokens: its text up to the first stop string, behind the thinking."""
-        if isinstance(self._think_end, int):
-            ends = [place for place, token in enumerate(answer) if token == self._think_end]
-            answer = answer[ends[-1] + 1 :] if ends else answer
-        text = str(self._tokenizer.decode(answer, skip_special_tokens=True))
-        if isinstance(self._think_end, int):
-            text = text.lstrip()
-        think_end = self._think_end if isinstance(self._think_end, str) else None
-        return postprocess_generated_text(text, list(self.prompts.settings[kind].until), think_end)
+        until = self.prompts.settings[kind].until
+        return finish_answer(
+            answer, lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)), until, self._think_end
+        )
 
 
 def _eos_text(tokenizer: Any) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from ddp_eval import layout as layouts
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf, vllm
+from ddp_eval.engines import hf, quantised, vllm
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import LAYERS, REPLICAS, Layout
 from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
@@ -111,6 +111,8 @@ def choose_layout(config: Config, model_config: Any, world: World, earlier: str 
     Raises UserError when the ranks do not divide into replicas, or the model cannot be laid out as asked.
     """
     layout, why = _choose(config, model_config, world, earlier)
+    if config.load == "broadcast" and (whole_only := _why_whole_only(config, model_config)):
+        raise UserError(f"--load broadcast cannot send {whole_only}: give --load disk")
     if config.load == "broadcast" and (layout.kind != REPLICAS or config.layout == layouts.MEASURE or config.model != "hf"):
         raise UserError(f"--load broadcast sends whole copies of a hf model, and this is {layout}: give --load disk")
     return layout, why
@@ -118,20 +120,22 @@ def choose_layout(config: Config, model_config: Any, world: World, earlier: str 
 
 def _choose(config: Config, model_config: Any, world: World, earlier: str | None) -> tuple[Layout, str]:
     if config.model == "vllm":
-        return _choose_for_vllm(config, world), "tensor_parallel_size"
+        return _choose_for_vllm(config, model_config, world), "tensor_parallel_size"
     fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)
     if fixed is None and earlier and (kept := layouts.again(earlier, world.world_size)):
         return kept, "as in the work that this resumes"
     if fixed == layouts.WHOLE_COPIES or (fixed is None and world.world_size == 1):
         return layouts.WHOLE_COPIES, "as asked" if fixed else "one rank"
-    quantised = bool(getattr(model_config, "quantization_config", None))
+    whole_only = _why_whole_only(config, model_config)
     if fixed is not None:
-        if quantised:
-            raise UserError(f"--layout {fixed} cannot split quantised weights: give --layout replicas")
+        if whole_only:
+            raise UserError(f"--layout {fixed} cannot split {whole_only}: give --layout replicas")
         check_possible(hf.whole_model(config.loader_args, model_config), fixed)
         return fixed, "as asked"
-    if quantised:
-        return layouts.WHOLE_COPIES, "quantised weights are not reckoned with"
+    if whole_only and config.layout == layouts.MEASURE:
+        raise UserError(f"--layout measure is not for {whole_only}, which only whole copies serve: give --layout replicas")
+    if whole_only:
+        return layouts.WHOLE_COPIES, f"nothing else serves {whole_only}"
     try:
         candidates = consider(hf.whole_model(config.loader_args, model_config), ranks_of(config, world))
     except (UserError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -143,8 +147,22 @@ def _choose(config: Config, model_config: Any, world: World, earlier: str | None
     return chosen.layout, f"{'the quickest that fits' if chosen.fits else 'nothing fits, this lacks least'}: {say_memory(chosen)}"
 
 
-def _choose_for_vllm(config: Config, world: World) -> Layout:
+def _why_whole_only(config: Config, model_config: Any) -> str | None:
+    """What of this model no layout but whole copies can serve, in a phrase."""
+    if quantised.is_quantised(config.model_args, model_config):
+        return "quantised weights"
+    if config.model_args.get("peft"):
+        return "a model with an adapter"
+    return "an encoder-decoder" if hf.is_seq2seq(config.model_args, model_config) else None
+
+
+def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
     """vLLM splits its engines itself, as tensor_parallel_size says."""
+    for name in ("peft", "load_in_8bit", "load_in_4bit", "quantization_config"):
+        if config.model_args.get(name):
+            raise UserError(f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run")
+    if hf.is_seq2seq(config.model_args, model_config):
+        raise UserError("encoder-decoders are not for --model vllm: give --model hf")
     vllm.check_installed()
     if config.layout not in (layouts.AUTO, layouts.REPLICAS):
         raise UserError(f"--layout {config.layout} is not for --model vllm: give tensor_parallel_size=K in --model_args")

@@ -48,13 +48,7 @@ _IGNORED_FLAGS = {
 }
 _REFUSED_FLAGS = {
     "use_cache": ("-c", "use --output_path DIR, whose scores.parquet keeps the score of every request"),
-    "cache_requests": ("", "leave it out, one rank builds the prompts once for all"),
-    "check_integrity": ("", "check tasks with lm-eval validate --tasks"),
-    "show_config": ("", "use --output_path DIR, whose results.json holds the settings of every task"),
-    "wandb_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
-    "wandb_config_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
-    "trackio_args": ("", "use --output_path DIR and log its results.json from a script of yours"),
-    "hf_hub_log_args": ("", "use --output_path DIR and upload it with hf upload"),
+    "check_integrity": ("", "check tasks with python -m ddp_eval validate --tasks"),
 }
 
 _BY_MEMORY = "--layout goes by the memory that the GPUs have"
@@ -71,18 +65,15 @@ _IGNORED_MODEL_ARGS = {
 _REFUSED_MODEL_ARGS = {
     "device_map": "--layout says how the model lies over the ranks",
     "token": "log in with hf auth login or set HF_TOKEN, so that it is written nowhere",
-    "peft": "merge the adapter into the model, save it, and evaluate what you saved",
     "delta": "add the delta to the base model, save it, and evaluate what you saved",
-    "autogptq": "evaluate GPTQ weights with lm_eval's own hf model",
-    "gptqmodel": "evaluate GPTQ weights with lm_eval's own hf model",
+    "autogptq": "leave it out, transformers loads a checkpoint whose config.json says that it is GPTQ",
+    "gptqmodel": "leave it out, transformers loads a checkpoint whose config.json says that it is GPTQ",
     "gguf_file": "convert the model to safetensors and evaluate that",
-    "load_in_8bit": "choose the precision with dtype, for instance dtype=bfloat16",
-    "load_in_4bit": "choose the precision with dtype, for instance dtype=bfloat16",
-    "enable_thinking": "chat templates are applied with their own defaults",
-    "think_end_token": "generated answers are not cut at a thinking token",
     "mixed_precision_dtype": "choose one precision for the whole model with dtype",
 }
-_TEXT_MODEL_ARGS = ("pretrained", "tokenizer", "revision", "subfolder")
+_TEXT_MODEL_ARGS = ("pretrained", "tokenizer", "revision", "subfolder", "peft")
+_SWITCHED_MODEL_ARGS = ("load_in_8bit", "load_in_4bit")
+_OPTIONAL_MODEL_ARGS = ("enable_thinking", "think_end_token", "chat_template_args", "peft", "quantization_config")
 _KNOWN_MODEL_ARGS = (
     *_TEXT_MODEL_ARGS,
     "dtype",
@@ -92,6 +83,11 @@ _KNOWN_MODEL_ARGS = (
     "prefix_token_id",
     "use_fast_tokenizer",
     "chat_template_args",
+    "enable_thinking",
+    "think_end_token",
+    "backend",
+    "quantization_config",
+    *_SWITCHED_MODEL_ARGS,
 )
 
 
@@ -118,13 +114,28 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     return Config(**values), notes
 
 
+def config_of_model(model_args: Mapping[str, Any], **options: Any) -> tuple[Config, list[str]]:
+    """A Config for programs that bring tasks of their own: model_args as of the command, options as fields of `Config`.
+
+    Returns and raises as `parse`.
+    """
+    values: dict[str, Any] = {"model_args": dict(model_args), **{name: one for name, one in options.items() if one is not None}}
+    notes: list[str] = []
+    _settle_layout(values)
+    _settle_model_args(values, notes)
+    _refuse_misspelt(values["model_args"])
+    if not values["model_args"].get("pretrained"):
+        raise UserError("model_args pretrained must be a path or a name, got nothing")
+    return Config(**values), notes
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The grammar and the help text of `run`. It only splits: values stay strings, and absent flags stay absent."""
     parser = _Parser(
         usage=_USAGE,
         description=_ABOUT,
         epilog=f"Accepted and ignored: {', '.join('--' + name for name in _IGNORED_FLAGS)}.\n"
-        "Other commands, each with a --help of its own: plan, compare, report, reproduce.",
+        "Other commands, each with a --help of its own: ls, validate, plan, compare, report, reproduce.",
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -189,7 +200,9 @@ def _drop_command(argv: Sequence[str]) -> list[str]:
     if not argv or argv[0].startswith("-"):
         return list(argv)
     if argv[0] not in _COMMANDS:
-        raise UserError(f"unknown command {argv[0]}: there are run (may be left out), plan, compare, report and reproduce")
+        raise UserError(
+            f"unknown command {argv[0]}: there are run (may be left out), ls, validate, plan, compare, report and reproduce"
+        )
     return list(argv[1:])
 
 
@@ -255,16 +268,21 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
     model_args = values.setdefault("model_args", {})
     for key, why in _REFUSED_MODEL_ARGS.items():
         value = model_args.pop(key, None)
-        # enable_thinking=False is a wish too; the others are off when false.
-        if value if key != "enable_thinking" else value is not None:
+        if value:
             raise UserError(f"model_args {key} is not supported yet: {why}")
+    for key in _OPTIONAL_MODEL_ARGS:
+        if model_args.get(key, ...) is None:
+            del model_args[key]
+    for key in _SWITCHED_MODEL_ARGS:
+        if not _to_switch(f"model_args {key}", model_args.get(key) or False):
+            model_args.pop(key, None)
     if "device" in model_args:
         raise UserError(f"model_args device is not supported: use --device {model_args['device']}")
     backend = model_args.pop("backend", "default")
-    if backend == "seq2seq":
-        raise UserError("model_args backend=seq2seq is not supported yet: only decoder-only (causal) models are")
-    if backend not in ("default", "causal"):
-        raise UserError(f"model_args backend must be default or causal, got {backend}")
+    if backend not in ("default", "causal", "seq2seq"):
+        raise UserError(f"model_args backend must be default, causal or seq2seq, got {backend}")
+    if backend != "default":
+        model_args["backend"] = backend
     for key in _TEXT_MODEL_ARGS:
         if not isinstance(model_args.get(key), (str, type(None))):
             example = f"{key}='\"123\"' keeps a number as text"
@@ -447,6 +465,13 @@ def _to_template(flag: str, value: Any) -> bool | str:
     return _to_text(flag, value)
 
 
+def _to_cache(flag: str, value: Any) -> str | None:
+    """lm_eval's three words; YAML's true and false too. Config checks the word."""
+    if isinstance(value, dict):  # as lm_eval's own YAML files have it
+        value = "delete" if value.get("delete_requests_cache") else "refresh" if value.get("rewrite_requests_cache") else True
+    return None if value is False else "true" if value is True else _to_text(flag, value)
+
+
 def _to_tasks(flag: str, value: Any) -> list[str]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -548,6 +573,15 @@ _FLAGS = {
         "tasks", _to_args, "settings that some tasks ask for, such as max_seq_lengths=[4096]", "KEY=VALUE", "", "+"
     ),
     "confirm_run_unsafe_code": _Flag("tasks", _to_switch, "allow tasks that run the code a model writes (default: off)"),
+    "cache_requests": _Flag(
+        "prompts",
+        _to_cache,
+        "keep built prompts in lm_eval's cache for later runs: true, refresh, or delete it first; it does not see changed "
+        "task files or seeds (default: off)",
+        "true|refresh|delete",
+        "",
+        "?",
+    ),
     "num_fewshot": _Flag("prompts", _to_count, "examples before each question (default: the task's own)", "N", "-f"),
     "apply_chat_template": _Flag(
         "prompts", _to_template, "use the tokenizer's chat template, or that NAME (default: off)", "NAME", "", "?"
@@ -563,6 +597,16 @@ _FLAGS = {
     "log_samples": _Flag("output", _to_switch, "also write every document with prompt and answer (default: off)", "", "-s"),
     "predict_only": _Flag("output", _to_switch, "write the answers and skip the metrics; implies --log_samples", "", "-x"),
     "write_out": _Flag("output", _to_switch, "print the prompts of the first documents (default: off)", "", "-w"),
+    "show_config": _Flag("output", _to_switch, "print all results with the settings of every task (default: off)"),
+    **{
+        name: _Flag("output", _to_args, help, "KEY=VALUE", "", "+")
+        for name, help in {
+            "wandb_args": "log to Weights & Biases, with these arguments of wandb.init (default: no)",
+            "wandb_config_args": "more of what wandb records as the run's config",
+            "trackio_args": "log to Trackio, with these arguments of trackio.init (default: no)",
+            "hf_hub_log_args": "upload to the Hugging Face hub: push_results_to_hub=True,hub_results_org=NAME, ... (default: no)",
+        }.items()
+    },
     "config": _Flag("execution", _to_text, "YAML file of flags by name; flags given here win over it", "FILE", "-C"),
     "seed": _Flag(
         "execution",

@@ -15,9 +15,14 @@ from typing import Any
 
 from ddp_eval import layout
 from ddp_eval.errors import UserError
+from ddp_eval.thinking import read_think_end
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
 DEFAULT_SEED = (0, 1234, 1234, 1234)
+
+# Where else results go; of no matter to what they are.
+TRACKER_FLAGS = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
+CACHE_REQUESTS = ("true", "refresh", "delete")
 
 # fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
 NUMERICS = ("fast", "fp32", "alone")
@@ -49,6 +54,8 @@ class Config:
     log_samples: bool = False
     predict_only: bool = False
     write_out: bool = False
+    show_config: bool = False
+    cache_requests: str | None = None
     apply_chat_template: bool | str = False
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None
@@ -65,6 +72,10 @@ class Config:
     load: str = "disk"
     preflight: bool = False
     timeout: float = 1800.0  # seconds
+    wandb_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    wandb_config_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trackio_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hf_hub_log_args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def loader_args(self) -> dict[str, Any]:
@@ -72,6 +83,12 @@ class Config:
         trusted = {"trust_remote_code": True} if self.trust_remote_code else {}
         precise = {"dtype": "float32"} if self.numerics == "fp32" else {}
         return {**self.model_args, **trusted, **precise}
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings as a run directory keeps them: without those of trackers, which may hold what is private."""
+        settings = dataclasses.asdict(self)
+        return {name: value for name, value in settings.items() if name not in TRACKER_FLAGS}
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, int):
@@ -96,6 +113,12 @@ class Config:
         _check_at_least("--bootstrap_iters", self.bootstrap_iters, 0)
         _check_whole("max_length", self.model_args.get("max_length"), 1)
         _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
+        _check_thinking(self.model_args)
+        _check_trackers(self)
+        if self.cache_requests not in (None, *CACHE_REQUESTS):
+            raise UserError(
+                f"--cache_requests must be {', '.join(CACHE_REQUESTS[:-1])} or {CACHE_REQUESTS[-1]}, got {self.cache_requests}"
+            )
         _check_seed(self.seed)
         layout.check_words(self.layout)
         if not (math.isfinite(self.timeout) and self.timeout >= 1):
@@ -152,6 +175,27 @@ def _check_at_least(flag: str, value: int | None, least: int) -> None:
 def _check_whole(name: str, value: Any, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise UserError(f"{name} in --model_args must be a whole number of {least} or more, got {value}")
+
+
+def _check_thinking(model_args: dict[str, Any]) -> None:
+    """lm_eval's rules: a model that is to think must have its thoughts cut off, or no answer would be found."""
+    end = read_think_end(model_args)
+    wanted, more = model_args.get("enable_thinking"), model_args.get("chat_template_args")
+    if not isinstance(wanted, (bool, type(None))):
+        raise UserError(f"model_args enable_thinking must be true or false, got {wanted}")
+    if wanted and end is None:
+        raise UserError("model_args enable_thinking=True needs think_end_token=TEXT_OR_ID, such as think_end_token=</think>")
+    if not isinstance(more, (dict, type(None))):
+        raise UserError(f"model_args chat_template_args must be a mapping, got {more}")
+
+
+def _check_trackers(config: Config) -> None:
+    if config.wandb_config_args and not config.wandb_args:
+        raise UserError("--wandb_config_args needs --wandb_args, such as --wandb_args project=NAME")
+    if "token" in config.hf_hub_log_args:
+        raise UserError("--hf_hub_log_args must not hold a token: set HF_TOKEN, or log in with hf auth login")
+    if "output_path" in config.hf_hub_log_args:
+        raise UserError("--hf_hub_log_args must not hold an output_path: give --output_path")
 
 
 def _check_seed(seed: tuple[int | None, ...]) -> None:

@@ -1,4 +1,7 @@
-"""lm_eval's side of the run: tasks in, scores out. The only importer of lm_eval, and only the leader imports this module.
+"""lm_eval's side of the run: tasks in, scores out. Only the leader imports this module.
+
+Of lm_eval's tasks and evaluator it is the sole importer. asking.py takes lm_eval's rules for texts, trackers.py its loggers, and
+lm.py is the other way round: ddp_eval as a model of lm_eval.
 
 lm_eval builds every prompt once, for one rank (`world_size=1`), asks our LM object for log-likelihoods, and computes metrics
 from the answers. The first question it asks is answered for all requests of all tasks at once, so that one plan holds them all.
@@ -10,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import glob
+import json
 import logging
 import os
 import unittest.mock
@@ -26,9 +30,9 @@ from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import make_table, sanitize_model_name
+from lm_eval.utils import handle_non_serializable, make_table, sanitize_model_name
 
-from ddp_eval import hub, watch
+from ddp_eval import demo, hub, watch
 from ddp_eval.asking import Asked
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
@@ -40,6 +44,7 @@ from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, Texts, digest_strings, git_commit
 from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
+from ddp_eval.thinking import template_arguments
 from ddp_eval.tokenization import Encoded, Encoder
 
 log = logging.getLogger("ddp_eval")
@@ -116,6 +121,9 @@ def evaluate_tasks(
                 samples=samples,
                 bootstrap_iters=config.bootstrap_iters,
                 write_out=config.write_out,
+                cache_requests=config.cache_requests in ("true", "refresh"),
+                rewrite_requests_cache=config.cache_requests == "refresh",
+                delete_requests_cache=config.cache_requests == "delete",
                 log_samples=True,
                 evaluation_tracker=tracker,
                 system_instruction=config.system_instruction,
@@ -193,6 +201,29 @@ def format_tables(results: dict[str, Any]) -> str:
     return "\n".join(tables)
 
 
+def format_results(results: dict[str, Any]) -> str:
+    """The results and the settings of every task, as `lm-eval run --show_config` prints them."""
+    shown = {key: value for key, value in results.items() if key != "samples"}
+    return json.dumps(shown, indent=2, default=handle_non_serializable, ensure_ascii=False)
+
+
+def list_tasks(what: str, include_path: str | None) -> str:
+    """lm_eval's table of its tasks, groups, subtasks or tags, the demo's and those of `include_path` among them."""
+    manager = TaskManager(include_path=_include_paths([demo.TASKS_PATH], include_path))
+    leave_out = {"tasks": (), "groups": ("subtasks", "tags"), "subtasks": ("groups", "tags"), "tags": ("groups", "subtasks")}
+    return str(manager.list_all_tasks(**{f"list_{kind}": False for kind in leave_out[what]}))
+
+
+def validate_tasks(tasks: Sequence[str], include_path: str | None) -> int:
+    """How many tasks these names lead to, as far as the index tells. Raises UserError for unknown ones and kinds not served."""
+    config = Config(tasks=list(tasks), include_path=include_path)
+    manager = _task_manager(config, [demo.TASKS_PATH])
+    specs = _resolve_tasks(manager, tasks)
+    _check_before_loading(specs, manager.task_index)
+    names = [spec for spec in specs if isinstance(spec, str) and spec in manager.task_index]
+    return len({leaf.trail[-1] for name in names for leaf in find_leaves(name, manager.task_index)}) + len(specs) - len(names)
+
+
 class _Scoring(Exception):
     """Carries an error of ours through lm_eval unharmed."""
 
@@ -254,7 +285,7 @@ class _LeaderLM(TemplateLM):
         self._inspect = inspect
         self._phases = phases
         self.chosen = {task: sorted(set(indices)) for task, indices in (config.samples or {}).items()}
-        self._chat_template_args = dict(config.model_args.get("chat_template_args") or {})
+        self._chat_template_args = template_arguments(config.model_args)
         if isinstance(config.apply_chat_template, str):  # lm_eval records the named template and applies the default one
             self._chat_template_args["chat_template"] = config.apply_chat_template
         self._refuses_system_turns = False
@@ -408,10 +439,7 @@ class _LeaderLM(TemplateLM):
 
 
 def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
-    paths = [*include_paths, *([config.include_path] if config.include_path else [])]
-    for path in paths:
-        if not os.path.isdir(path):
-            raise UserError(f"--include_path must be a directory of task files, got {path}")
+    paths = _include_paths(include_paths, config.include_path)
     metadata = {**config.model_args, **config.metadata}
     try:
         manager = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
@@ -421,6 +449,14 @@ def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
         return TaskManager(include_path=paths, metadata=metadata)
     except Exception as error:
         raise UserError(f"lm_eval could not read the task files: {_describe(error)}") from error
+
+
+def _include_paths(paths: Sequence[str], more: str | None) -> list[str]:
+    found = [*paths, *([more] if more else [])]
+    for path in found:
+        if not os.path.isdir(path):
+            raise UserError(f"--include_path must be a directory of task files, got {path}")
+    return found
 
 
 def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
@@ -476,7 +512,11 @@ def _check_chat_template(wanted: bool | str, tokenizer: Any) -> None:
 
 def _list_close(task: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(task, list(known), n=3, cutoff=0.75)
-    return f"did you mean {' or '.join(close)}?" if close else "`lm_eval ls tasks` lists all, --include_path DIR adds your own"
+    return (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else "`python -m ddp_eval ls tasks` lists all, --include_path DIR adds your own"
+    )
 
 
 def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
@@ -488,6 +528,7 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
         for name, task in loaded["tasks"].items():
             _check_task(name, task)
             task.process_results = _behind(watch.renew, task.process_results)  # every document's metrics
+            _check_thinking(name, task.OUTPUT_TYPE, config)
         for name in lm.chosen:
             if name not in loaded["tasks"]:
                 raise UserError(f"--samples names the task {name}, which is not evaluated: {_list_close(name, loaded['tasks'])}")
@@ -510,6 +551,11 @@ def _check_task(name: str, task: Any) -> None:
     _check_output_type(name, getattr(task, "OUTPUT_TYPE", None))
     if not len(task.eval_docs):
         raise UserError(f"the task {name} has no documents to evaluate")
+
+
+def _check_thinking(name: str, kind: str, config: Config) -> None:
+    if config.model_args.get("enable_thinking") and kind != "generate_until":
+        raise UserError(f"enable_thinking=True is for tasks that generate text, and {name} is of the type {kind}: leave it out")
 
 
 def _say_what_is_ignored(tasks: Mapping[str, Any], config: Config) -> None:

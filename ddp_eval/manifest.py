@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import os
@@ -33,7 +32,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """The manifest. facts: of engine, prompts and plan; model: from `describe_model` or `describe_loaded_model`."""
     return {
-        "config": dataclasses.asdict(config),
+        "config": config.recorded,
         "working_directory": os.getcwd(),  # what relative paths in the config start from
         "model": model,
         "tasks": {"versions": results_dict["versions"], "n_samples": results_dict["n-samples"]},
@@ -51,13 +50,14 @@ def describe_model(name: str, model_args: dict[str, Any], revision: str | None) 
 
     name: the path or hub name that was loaded. revision: the hub's commit, or None for a directory.
     """
-    tokenizer = str(model_args.get("tokenizer") or name)
+    tokenizer, adapter = str(model_args.get("tokenizer") or name), model_args.get("peft")
     return {
         "pretrained": model_args["pretrained"],
         "revision": revision,
         "seen": see_model(model_args),  # before they are read: what changes meanwhile is looked at again
         "model_files": _digest(name, model_args, None),
         "tokenizer_files": _digest(tokenizer, model_args, _TOKENIZER_FILES),
+        **({"adapter_files": _digest(adapter, _place_of_adapter(model_args), None)} if adapter else {}),
     }
 
 
@@ -66,10 +66,12 @@ def see_model(model_args: dict[str, Any]) -> str | None:
 
     A copy's differ, though its digests do not. None if the files cannot be found.
     """
-    name = hf.resolve_pretrained(model_args)
+    name, adapter = hf.resolve_pretrained(model_args), model_args.get("peft")
     facts = []
     try:
-        for folder in dict.fromkeys(_folder(each, model_args) for each in (name, str(model_args.get("tokenizer") or name))):
+        folders = [_folder(each, model_args) for each in (name, str(model_args.get("tokenizer") or name))]
+        folders += [_folder(adapter, _place_of_adapter(model_args))] if adapter else []
+        for folder in dict.fromkeys(folders):
             for path in sorted(Path(folder).iterdir()):
                 if path.is_file() and not path.name.startswith("."):
                     found = path.stat()
@@ -85,7 +87,8 @@ def is_same_model(manifest: dict[str, Any], model_args: dict[str, Any]) -> bool:
     if not isinstance(known, dict) or seen in (None, known.get("seen")):
         return True
     now = describe_model(hf.resolve_pretrained(model_args), model_args, None)
-    return all(None in (known.get(kind), now[kind]) or known[kind] == now[kind] for kind in ("model_files", "tokenizer_files"))
+    kinds = ("model_files", "tokenizer_files", "adapter_files")
+    return all(None in (known.get(kind), now.get(kind)) or known[kind] == now[kind] for kind in kinds)
 
 
 def describe_loaded_model(model: Any) -> dict[str, Any]:
@@ -118,14 +121,20 @@ def _digest(name: str, model_args: dict[str, Any], files: tuple[str, ...] | None
         return None
 
 
+def _place_of_adapter(model_args: dict[str, Any]) -> dict[str, Any]:
+    """The revision is the adapter's too, by lm_eval's rule; a subfolder is the model's alone."""
+    return {key: model_args[key] for key in ("revision",) if key in model_args}
+
+
 def _folder(name: str, model_args: dict[str, Any]) -> str:
-    """The directory that holds the files of a local model or of a hub model in the cache."""
+    """The directory that holds the files of a local model or adapter, or of one of the hub in the cache."""
+    name = os.path.expanduser(name)
     if os.path.isdir(name):
         return os.path.join(name, model_args.get("subfolder") or "")
     import transformers
 
     place = {key: model_args[key] for key in ("revision", "subfolder") if key in model_args}
-    for file in ("config.json", "tokenizer_config.json"):
+    for file in ("config.json", "tokenizer_config.json", "adapter_config.json"):
         found = transformers.utils.cached_file(
             name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False, **place
         )

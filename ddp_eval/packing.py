@@ -179,14 +179,14 @@ def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: 
     bounds, pack_costs = _cut(_Costs(lengths, shared, requests.num_targets[order], cost), max_tokens, max_reads)
     shared[bounds[:-1]] = 0
     groups = np.argsort(pack_costs, kind="stable")
-    return _assemble(requests, order, item_of_request, shared, bounds, groups, rows=False)
+    return assemble(requests, order, item_of_request, shared, bounds, groups, rows=False)
 
 
 def plan_one_tree(requests: Requests) -> tuple[Plan, IntArray]:
     """All of `requests`, of which there is one or more, in a single pack, whatever it costs. Returns as `plan_packs`."""
     order, item_of_request, shared = _sort_and_share(requests)
     whole, only = np.array([0, len(order)]), np.zeros(1, dtype=np.int64)
-    return _assemble(requests, order, item_of_request, shared, whole, only, rows=False)
+    return assemble(requests, order, item_of_request, shared, whole, only, rows=False)
 
 
 def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None, isolate: bool = False) -> tuple[Plan, IntArray]:
@@ -220,7 +220,7 @@ def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None,
     rank_of_item[item_order] = np.arange(len(item_order))
     items_per_row = np.diff(row_bounds)[by_length]
     bounds = _offsets(items_per_row)[batch_bounds]
-    return _assemble(
+    return assemble(
         requests, order[item_order], rank_of_item[item_of_request], shared[item_order], bounds,
         np.arange(len(bounds) - 1), rows=True,
     )  # fmt: skip
@@ -508,7 +508,7 @@ def _batch_rows(row_lengths: IntArray, row_reads: IntArray, max_tokens: int, max
     return np.array([*bounds, len(row_lengths)], dtype=np.int64)
 
 
-def _assemble(
+def assemble(
     requests: Requests,
     order: IntArray,
     item_of_request: IntArray,
@@ -517,7 +517,12 @@ def _assemble(
     groups: IntArray,
     rows: bool,
 ) -> tuple[Plan, IntArray]:
-    """Write the plan whose packs are the item ranges `bounds`, taken in the order `groups`."""
+    """Write the plan whose packs are the item ranges `bounds`, taken in the order `groups`.
+
+    order: (M,) the request behind each item. item_of_request: (N,). shared: (M,) input tokens in common with the item before.
+    """
+    if not len(order):
+        return _empty_plan(rows), item_of_request
     sizes = np.diff(bounds)[groups]
     moved = _gather_runs(np.arange(len(order)), bounds[:-1][groups], sizes)
     order, shared = order[moved], shared[moved]

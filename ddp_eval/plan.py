@@ -65,6 +65,8 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     from ddp_eval.engines import hf
 
     model_config = hf.load_config(config.loader_args)
+    if hf.is_seq2seq(config.model_args, model_config):
+        raise UserError(f"plan reckons with decoder-only models, and {config.model_args['pretrained']} is an encoder-decoder")
     whole = hf.whole_model(config.loader_args, model_config)
     sizes = measure_model(whole)
     max_tokens = config.max_pack_tokens or LARGEST_PACK

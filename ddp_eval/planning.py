@@ -13,6 +13,7 @@ from ddp_eval.distributed import LostContact
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import IntArray, Plan, Requests, build_pack, plan_one_tree, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.pairing import plan_pairs
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
@@ -43,9 +44,13 @@ def make_plan(
     alone: a forward for each distinct input, whatever else is asked.
     score_plan: how to put a trial plan to the model where a copy of it lies on several ranks; `engine` alone if not given.
     """
+    if alone and engine.takes_pairs:
+        return Decision(*plan_pairs(requests, 1, share=False), "--numerics alone was given")
     if alone:
         return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
     max_tokens = max_pack_tokens or engine.max_tokens()
+    if engine.takes_pairs:
+        return _plan_pairs(engine, requests, max_tokens, packing)
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
     if why_rows is None and len(requests):
         why_rows = check_packs(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
@@ -53,6 +58,23 @@ def make_plan(
         in_tree = min(max_tokens, engine.largest_tree or max_tokens)
         return Decision(*plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads()), None)
     return Decision(*plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests), why_rows)
+
+
+def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool) -> Decision:
+    """For encoder-decoders: batches of pairs, unless neighbours in a batch change an answer by more than rounding."""
+    batches = plan_pairs(requests, max_tokens, engine.max_reads(), share)
+    if not len(requests):
+        return Decision(*batches, None)
+    trial = trial_requests(requests, engine.vocab_size, None)
+    together, alone = (
+        _score_alone(engine, plan)[item_of_request]
+        for plan, item_of_request in (plan_pairs(trial, 2**30), plan_pairs(trial, 1, share=False))
+    )
+    drift, allowed = np.abs(together - alone) / trial.num_targets, ROUNDING.get(engine.dtype, 1e-4)
+    if float(drift.mean()) <= allowed:  # a NaN is not
+        return Decision(*batches, None if share else "--no_packing was given")
+    why = f"batches and single pairs differ by {float(drift.max()):.2g} nats per token"
+    return Decision(*plan_pairs(requests, 1, share=False), why)
 
 
 def trial_requests(requests: Requests, vocab_size: int, reach: int | None) -> Requests:

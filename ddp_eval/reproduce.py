@@ -137,7 +137,9 @@ def _changes(
 
 def _model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changes = []
-    for part, name in (("model_files", "model"), ("tokenizer_files", "tokenizer")):
+    for part, name in (("model_files", "model"), ("tokenizer_files", "tokenizer"), ("adapter_files", "adapter")):
+        if part not in before and part not in now:
+            continue
         old, new = (before.get(part) or {}).get("files", {}), (now.get(part) or {}).get("files", {})
         if not old or not new:
             changes.append(f"the files of the {name} could not be read {'now' if old else 'then'}")

@@ -51,9 +51,11 @@ TEMPORARY_SUFFIX = ".ddp_eval.tmp"
 PACKAGES = (
     "ddp_eval",
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "lm_eval",
     "numpy",
+    "peft",
     "pyarrow",
     "safetensors",
     "tokenizers",

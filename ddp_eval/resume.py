@@ -29,7 +29,7 @@ def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World,
     engine: what the engine says of itself. model: with whole digests of its files, which a copy elsewhere shares.
     """
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "ddp_eval": digest_code(_CODE)}
-    files = {kind: (model[kind] or {}).get("sha256") for kind in ("model_files", "tokenizer_files")}
+    files = {kind: (model.get(kind) or {}).get("sha256") for kind in ("model_files", "tokenizer_files", "adapter_files")}
     plans = {"plan": plan.digest(), "texts": texts.digest()}
     return work_key({**plans, "engine": engine, "device": world.device.type, "model": files, "versions": versions})
 

@@ -11,7 +11,6 @@ A complete run has a manifest.json and no journal.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -27,7 +26,7 @@ JOURNALS = "journal"
 LOCK = ".ddp_eval.lock"
 _RUN = "run.json"
 
-_NO_MATTER = {"output_path", "overwrite", "fresh", "timeout", "load", "preflight"}  # to any run
+_NO_MATTER = {"output_path", "overwrite", "fresh", "timeout", "load", "preflight", "show_config", "cache_requests"}  # to any run
 _FOR_METRICS = {"log_samples", "predict_only", "write_out", "bootstrap_iters"}  # to the scores of an unfinished one
 
 
@@ -207,7 +206,7 @@ def _difference(earlier: Any, config: Config, ignored: set[str]) -> str | None:
 
 def _flags(config: Config) -> dict[str, Any]:
     """The flags as they come back out of JSON."""
-    flags: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    flags: dict[str, Any] = json.loads(json.dumps(config.recorded, default=str))
     return flags
 
 

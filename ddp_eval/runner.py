@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import demo, distributed, results, run_directory, status, telemetry, watch
+from ddp_eval import demo, distributed, results, run_directory, status, telemetry, trackers, watch
 from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
-from ddp_eval.engines import Engine, hf, vllm
-from ddp_eval.engines.load import lay_out, load_replica
+from ddp_eval.engines import Engine, adapters, hf, vllm
+from ddp_eval.engines.load import lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
 from ddp_eval.generation import Prompts
@@ -70,10 +70,12 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
             watch.step("loading the model")
             with world.meter.phases("load"):
                 model_config = hf.load_config(config.loader_args)
-            _follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
+            follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
             return None
-        with Followers(world) as followers:
-            return _lead_run(config, world, followers, inspect)
+        with Followers(world) as followers, trackers.tracking(config) as track:
+            outcome = _lead_run(config, world, followers, inspect)
+            track(outcome)
+            return outcome
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:
@@ -82,7 +84,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     Every rank calls it with its own copy of the model (plain, DDP-wrapped or compiled). The model's training flags, the random
     state and the process group are left as they were.
 
-    model:      a causal transformers model on this rank's device.
+    model:      a transformers model, causal or an encoder-decoder, on this rank's device.
     tokenizer:  its tokenizer; only rank 0 uses it.
     tasks:      lm_eval task names or task configs.
     options:    fields of `Config`: num_fewshot, limit, output_path, include_path, model_args={"max_length": …}, …
@@ -95,10 +97,10 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
-        with _as_it_was(bare), contextlib.closing(hf.HFEngine(bare, world.device)) as engine, telemetry.Sampler(world):
+        with _as_it_was(bare), contextlib.closing(wrap_model(bare, world.device)) as engine, telemetry.Sampler(world):
             bare.eval()
             if not world.is_leader:
-                _follow(world, lambda world, layout: engine)
+                follow(world, lambda world, layout: engine)
                 return None
             with Followers(world) as followers:
                 _prepare_output(config)
@@ -201,7 +203,13 @@ def _lead(
     if config.model == "vllm":
         max_length = vllm.longest_input(model_args, max_length)
     try:
-        encoder = Encoder(tokenizer, max_length, model_args.get("add_bos_token"), model_args.get("prefix_token_id"))
+        encoder = Encoder(
+            tokenizer,
+            max_length,
+            model_args.get("add_bos_token"),
+            model_args.get("prefix_token_id"),
+            separate=hf.is_seq2seq(model_args, model_config),
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -231,7 +239,7 @@ def _lead(
             log.warning("layout %s: %s (%s)", seated.layout, seated.layout.sentence(world.world_size), seated.why)
         watch.step("planning")
         with phases("plan"):
-            alone, trial = config.numerics == "alone", _trial_of(followers, seated)
+            alone, trial = config.numerics == "alone", trial_of(followers, seated)
             decision = make_plan(engine, requests, config.packing, config.max_pack_tokens, alone, trial)
             why = "--numerics alone was given" if alone else None if config.packing else "--no_packing was given"
             generation = plan_texts(engine, prompts, encoder.tokenizer.pad_token_id, why)
@@ -326,7 +334,7 @@ def _lead(
     return outcome.results
 
 
-def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
+def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
     """Every other rank's part: load and run what the leader sends until it says stop."""
     engine = None
     watch.step(watch.WAITING)
@@ -343,7 +351,7 @@ def _follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
             run_plan(laid_out, engine, word)
 
 
-def _trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
+def trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
     """How trial plans are scored where a copy of the model lies on several ranks: by all of them, like the run itself."""
     if seated.world.ranks_per_replica == 1:
         return None
@@ -429,12 +437,14 @@ def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
 
 
 def _unwrap(model: Any) -> Any:
-    """The transformers model inside DDP or torch.compile wrappers. Raises UserError for sharded ones."""
+    """The transformers model inside DDP, torch.compile or PEFT wrappers. Raises UserError for sharded ones."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
             model = model.module
+        elif type(model).__module__.startswith("peft."):
+            model = adapters.unwrap(model)
         else:
             break
     if (

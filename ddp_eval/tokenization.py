@@ -41,15 +41,22 @@ class Encoder:
     max_length:       tokens that the model can attend to at once.
     add_bos_token:    as in lm_eval's model_args; None leaves it to the tokenizer.
     prefix_token_id:  what an empty context becomes; None means BOS, or EOS where there is no BOS.
+    separate:         for encoder-decoders: a continuation is encoded by itself, and fits a window of its own.
     Raises ValueError when the tokenizer has neither and none is given.
     """
 
     def __init__(
-        self, tokenizer: Any, max_length: int, add_bos_token: bool | None = None, prefix_token_id: int | None = None
+        self,
+        tokenizer: Any,
+        max_length: int,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        separate: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.add_bos_token = add_bos_token
+        self.separate = separate
         candidates = (prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
         known = [token for token in candidates if token is not None]
         if not known:
@@ -79,6 +86,8 @@ class Encoder:
         bos = getattr(self.tokenizer, "bos_token", None)
         known: dict[tuple[str, bool | None], list[int]] = {}
         keys = [(text, False if bos is not None and text.startswith(bos) else self.add_bos_token) for text in texts]
+        if self.separate:
+            keys = [(text, None) for text in texts]
         for special in (True, False, None):
             strings = list(dict.fromkeys(text for text, rule in keys if rule is special))
             options = {} if special is None else {"add_special_tokens": special}
@@ -90,7 +99,7 @@ class Encoder:
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
         """Tokenise (context, continuation) pairs."""
-        collector = _Collector(self.max_length)
+        collector = _Collector(self.max_length, self.separate)
         for start in range(0, len(pairs), BATCH):
             for owner, (context, continuation) in enumerate(self._split_batch(pairs[start : start + BATCH]), start):
                 collector.add(owner, context or [self.prefix_token_id], continuation)
@@ -98,7 +107,7 @@ class Encoder:
 
     def encode_rolling(self, texts: Sequence[str]) -> Encoded:
         """Tokenise whole texts into disjoint windows of at most `max_length` predictions, each token predicted once."""
-        collector = _Collector(self.max_length)
+        collector = _Collector(self.max_length, self.separate)
         for start in range(0, len(texts), BATCH):
             for owner, tokens in enumerate(self.encode(texts[start : start + BATCH]), start):
                 windows = list(rolling_windows(tokens, self.prefix_token_id, self.max_length))
@@ -107,6 +116,8 @@ class Encoder:
         return collector.finish()
 
     def _split_batch(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        if self.separate:
+            return self._split_separately(pairs)
         moved = [_move_trailing_spaces(context, continuation) for context, continuation in pairs]
         empty = [not context for context, _ in pairs]
         in_context = iter(
@@ -127,6 +138,17 @@ class Encoder:
                 whole, head = next(in_context), next(in_context)
                 split.append((head, whole[len(head) :]))
         return split
+
+    def _split_separately(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        moved = [
+            _move_trailing_spaces(context, continuation) if context else ("", continuation) for context, continuation in pairs
+        ]
+        contexts = self.encode(context for context, _ in moved)
+        continuations = self.encode((continuation for _, continuation in moved), add_special_tokens=False)
+        return [
+            (context, continuation) if text else self._behind_prefix(continuation)
+            for (text, _), context, continuation in zip(pairs, contexts, continuations, strict=True)
+        ]
 
     def _behind_prefix(self, continuation: list[int]) -> tuple[list[int], list[int]]:
         """An empty context becomes the prefix token, unless the continuation brings it."""
@@ -157,10 +179,14 @@ def _move_trailing_spaces(context: str, continuation: str) -> tuple[str, str]:
 
 
 class _Collector:
-    """Gathers token lists into one `Requests`, cutting what does not fit the window from the left."""
+    """Gathers token lists into one `Requests`, cutting what does not fit the window from the left.
 
-    def __init__(self, max_length: int) -> None:
+    separate: context and continuation have a window each.
+    """
+
+    def __init__(self, max_length: int, separate: bool = False) -> None:
         self._max_length = max_length
+        self._separate = separate
         self._blocks: list[np.ndarray] = []
         self._num_targets: list[int] = []
         self._owner: list[int] = []
@@ -172,11 +198,16 @@ class _Collector:
         if not continuation:
             self._empty.append(owner)
             return
+        room = self._max_length if self._separate else self._max_length + 1 - len(continuation)
         if len(continuation) > self._max_length:
             self._cut.append(owner)
-        elif len(context) + len(continuation) > self._max_length + 1:
+        elif len(context) > room:
             self._truncated.append(owner)
-        sequence = (context + continuation)[-(self._max_length + 1) :]
+        if self._separate:
+            continuation = continuation[-self._max_length :]
+            sequence = context[-self._max_length :] + continuation
+        else:
+            sequence = (context + continuation)[-(self._max_length + 1) :]
         self._blocks.append(np.array(sequence, dtype=np.int32))
         self._num_targets.append(min(len(continuation), len(sequence) - 1))
         self._owner.append(owner)

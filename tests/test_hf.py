@@ -368,13 +368,6 @@ def test_tokenizer_from_elsewhere(model_copy: Path, tiny_model_path: Callable[[s
     assert tokenizer("the").input_ids == tiny_models.make_tokenizer()("the").input_ids
 
 
-def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    """Catches a T5 that is loaded as something causal."""
-    transformers.T5Config(d_model=16, num_layers=1, num_heads=2, d_ff=16).save_pretrained(tmp_path)
-    with refused(str(tmp_path), "encoder-decoder (t5)", "not supported yet"):
-        hf.load_config({"pretrained": str(tmp_path)})
-
-
 @pytest.mark.parametrize("dtype", ["nonsense", "int8", "float23", 16])
 def test_unknown_dtype(model_copy: Path, dtype: Any) -> None:
     """Catches a type that is taken for the default, or for a type that weights cannot have."""

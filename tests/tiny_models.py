@@ -68,6 +68,36 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mpt": lambda: transformers.MptConfig(**_SMALL, d_model=32, n_heads=4, n_layers=2, max_seq_len=2048),
     "mamba": lambda: transformers.MambaConfig(**_SMALL, hidden_size=32, num_hidden_layers=2, state_size=8),
 }
+_ENCODER_DECODER: dict[str, Any] = {
+    **{name: 2 for name in ("encoder_layers", "decoder_layers")},
+    **{name: 4 for name in ("encoder_attention_heads", "decoder_attention_heads")},
+    **{name: 64 for name in ("encoder_ffn_dim", "decoder_ffn_dim")},
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "max_position_embeddings": 512,
+    "init_std": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 1,
+}
+SEQ2SEQ_CONFIGS: dict[str, Callable[[], Any]] = {
+    "t5": lambda: transformers.T5Config(
+        vocab_size=VOCAB_SIZE,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        n_positions=512,
+        pad_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+    ),
+    "bart": lambda: transformers.BartConfig(**_ENCODER_DECODER),
+    # has no `prepare_decoder_input_ids_from_labels`
+    "m2m_100": lambda: transformers.M2M100Config(**_ENCODER_DECODER),
+}
 TREE_KINDS = ("llama", "gpt2", "mistral", "gemma2", "gemma3", "qwen3_moe", "llama4")
 ROW_KINDS = ("mpt", "mamba")
 
@@ -77,6 +107,8 @@ def make_model(kind: str, attn_implementation: str | None = None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        if kind in SEQ2SEQ_CONFIGS:
+            return transformers.AutoModelForSeq2SeqLM.from_config(SEQ2SEQ_CONFIGS[kind](), dtype=torch.float32, **options).eval()
         model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32, **options)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""What runs packs: transformers (hf, tensor, layers) or vLLM."""
+"""What runs packs: transformers (hf, tensor, layers, seq2seq) or vLLM."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Engine(Protocol):
     bears_results: False on the ranks of a replica that only help: what they collect does not count.
     launches_ahead: `launch` returns before the work is done, so that the next can be launched before this is collected.
     on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN.
+    takes_pairs: an encoder-decoder, whose packs are those of pairing.py.
     why_not_packs: why only rows must be run, or None.
     isolates_requests: a request's numbers depend on how long the others in its forward are.
     largest_tree: the most tokens of a pack in which the model goes by the positions that it is given; None: any number.
@@ -31,6 +32,7 @@ class Engine(Protocol):
 
     bears_results: bool
     launches_ahead: bool
+    takes_pairs: bool
     on_trial: bool
     why_not_packs: str | None
 

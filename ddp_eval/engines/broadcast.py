@@ -59,8 +59,6 @@ def _named_tensors(model: Any) -> list[tuple[str, torch.Tensor, bool]]:
 def _build_empty(model_args: dict[str, Any], config: Any) -> Any:
     import transformers
 
-    if getattr(config, "quantization_config", None):
-        raise UserError("--load broadcast cannot send quantised weights: give --load disk")
     options = {key: model_args[key] for key in ("attn_implementation", "trust_remote_code") if key in model_args}
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, **options)

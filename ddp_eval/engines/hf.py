@@ -23,7 +23,7 @@ import torch
 
 from ddp_eval import attention, blocks, hub
 from ddp_eval.distributed import World
-from ddp_eval.engines import slices
+from ddp_eval.engines import adapters, quantised, slices
 from ddp_eval.engines.last_layer import LastLayer
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import Batch, Settings, Sizes
@@ -38,7 +38,11 @@ _OWN_ARGS = (
     "prefix_token_id",
     "use_fast_tokenizer",
     "chat_template_args",
+    "enable_thinking",
+    "think_end_token",
     "device",
+    "peft",
+    "backend",
 )
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
 _LOADER_ARGS = ("dtype", "attn_implementation")  # for from_pretrained, not fields of the config
@@ -71,6 +75,7 @@ class HFEngine:
     """
 
     bears_results = True  # False on the ranks of a replica that only help: what they collect does not count
+    takes_pairs = False
     on_trial = False  # in a trial, parts of a replica turn an error into NaN: their fellows wait for them
 
     def __init__(self, model: Any, device: torch.device, keep_attention: bool = False, whole: Any = None) -> None:
@@ -304,12 +309,7 @@ class HFEngine:
 
     def collect(self, launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
-        logprobs = launched.logprobs.cpu().numpy().astype(np.float64)
-        hits = launched.hits.cpu().numpy()
-        owner, count = launched.pack.answer_items, len(launched.pack.items)
-        sums = np.bincount(owner, weights=logprobs, minlength=count).astype(np.float64)
-        misses = np.bincount(owner, weights=~hits, minlength=count)
-        return sums, np.equal(misses, 0)
+        return sum_answers(launched)
 
     def _forward_tree(self, pack: Pack) -> torch.Tensor:
         """(R, H) hidden states (or (R, V) logits) at the reads of a prefix tree in one line."""
@@ -383,8 +383,8 @@ class HFEngine:
             rows = values[first : first + head_rows]
             logits = self._head(rows) if hidden else rows
             wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
-            logprobs.append(_log_softmax_at(logits, *wanted))
-            hits.append(_is_argmax(logits, *wanted))
+            logprobs.append(log_softmax_at(logits, *wanted))
+            hits.append(is_argmax(logits, *wanted))
         back = self._to_device(np.argsort(order, kind="stable"))
         return Launched(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
 
@@ -412,7 +412,17 @@ def _agree(parts: torch.Tensor, whole: torch.Tensor) -> bool:
     return torch.allclose(parts.float(), whole, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
 
 
-def _log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def sum_answers(launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """(items,) log-probabilities in nats, added up in float64, and (items,) whether every scored token was the argmax."""
+    logprobs = launched.logprobs.cpu().numpy().astype(np.float64)
+    hits = launched.hits.cpu().numpy()
+    owner, count = launched.pack.answer_items, len(launched.pack.items)
+    sums = np.bincount(owner, weights=logprobs, minlength=count).astype(np.float64)
+    misses = np.bincount(owner, weights=~hits, minlength=count)
+    return sums, np.equal(misses, 0)
+
+
+def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """log_softmax(logits)[rows, columns] in float32. rows: ascending."""
     if logits.device.type != "cpu":
         return logits.log_softmax(dim=-1, dtype=torch.float32)[rows, columns]
@@ -428,7 +438,7 @@ def _log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Ten
     )
 
 
-def _is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Whether each logits[row, column] is what argmax picks in its row: of equals, the first."""
     if logits.device.type != "cpu":
         return logits.argmax(dim=-1)[rows] == columns
@@ -480,19 +490,29 @@ def resolve_pretrained(model_args: dict[str, Any]) -> str:
 
 
 def load_config(model_args: dict[str, Any]) -> Any:
-    """The model's transformers config. Raises UserError when there is none or it is no causal language model."""
+    """The model's transformers config. Raises UserError when there is none."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     name = resolve_pretrained(model_args)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, model_args.get("subfolder") or "", "config.json")):
         raise UserError(f"the directory {name} holds no model: config.json is missing")
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
-        overrides = {key: value for key, value in model_args.items() if key not in (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)}
+        own = (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)
+        overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}
         config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
-    if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"the model {name} is an encoder-decoder ({config.model_type}), which is not supported yet")
+    adapters.check_adapter(model_args)
     return config
+
+
+def is_seq2seq(model_args: dict[str, Any], config: Any) -> bool:
+    """Whether the model runs as an encoder-decoder, by lm_eval's rule: `backend=`, else the kind of its config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    backend = model_args.get("backend", "default")
+    if backend != "default":
+        return bool(backend == "seq2seq")
+    known = getattr(config, "model_type", None) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return known and getattr(config, "is_encoder_decoder", True)  # the decoder of such a model alone is causal
 
 
 def load_tokenizer(model_args: dict[str, Any]) -> Any:
@@ -542,8 +562,13 @@ def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, 
     # What names a field of the config is in it already.
     own = (*_OWN_ARGS, *_SHARED_ARGS, "dtype")
     extra = {
-        key: value for key, value in model_args.items() if key not in own and (key in _LOADER_ARGS or not hasattr(config, key))
+        key: value
+        for key, value in model_args.items()
+        if key not in own and not quantised.is_own(key) and (key in _LOADER_ARGS or not hasattr(config, key))
     }
+    extra.update(quantised.loading_options(model_args))
+    if quantised.is_quantised(model_args, config):
+        extra["device_map"] = {"": str(device)}
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         loaded: Any = (source or transformers.AutoModelForCausalLM).from_pretrained(
             name,
@@ -560,8 +585,10 @@ def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, 
         raise UserError(
             f"the checkpoint {name} lacks {len(missing)} of the model's weights, such as {missing[0]}: they would be random"
         )
+    if model_args.get("peft"):
+        model = adapters.apply_adapter(model, load_tokenizer(model_args), model_args)
     try:
-        return model.to(device).eval()
+        return (model if "device_map" in extra else model.to(device)).eval()
     except torch.OutOfMemoryError:
         raise UserError(f"the model {name} does not fit into the memory of {device}") from None
 

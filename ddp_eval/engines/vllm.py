@@ -34,7 +34,18 @@ from ddp_eval.packing import CostModel, Pack
 from ddp_eval.stopping import StopRule
 
 # model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
-_OWN_ARGS = ("pretrained", "max_length", "add_bos_token", "prefix_token_id", "use_fast_tokenizer", "chat_template_args", "device")
+_OWN_ARGS = (
+    "pretrained",
+    "max_length",
+    "add_bos_token",
+    "prefix_token_id",
+    "use_fast_tokenizer",
+    "chat_template_args",
+    "enable_thinking",
+    "think_end_token",
+    "device",
+    "backend",
+)
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12
 ROUND_TOKENS = 32  # of an answer, between two looks for its stop strings
@@ -169,6 +180,7 @@ class Queued:
 class VllmEngine:
     """One vLLM engine, or one rank's part of it; see `engines.Engine` for what each member means."""
 
+    takes_pairs = False
     why_not_packs: str | None = None
     why_not_batches: str | None = None
     isolates_requests = False

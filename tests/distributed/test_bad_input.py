@@ -184,7 +184,10 @@ CASES = {
         "--model_args pretrained={place}/broken_config --tasks demo_lambada",
         "{place}/broken_config",
     ),
-    "encoder-decoder": ("--model_args pretrained={place}/t5 --tasks demo_lambada", "is an encoder-decoder (t5)"),
+    "encoder-decoder that is sent": (
+        "--model_args pretrained={place}/t5 --tasks demo_lambada --load broadcast",
+        "--load broadcast cannot send an encoder-decoder: give --load disk",
+    ),
     "weights of another shape": (
         "--model_args pretrained={place}/other_shape --tasks demo_lambada --limit 1",
         "cannot load the model {place}/other_shape",

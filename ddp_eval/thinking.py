@@ -1,0 +1,54 @@
+"""Reasoning traces in generated text, by the rules of lm_eval's HF backend (0.4.13): what is kept, and where it is cut.
+
+`think_end_token` in --model_args is a string or a token id. All up to its last occurrence is dropped before stop strings cut the
+answer, because a trace may hold a stop string; where it does not occur, everything is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ddp_eval.errors import UserError
+
+ThinkEnd = str | int | None
+
+
+def read_think_end(model_args: Mapping[str, Any]) -> ThinkEnd:
+    """The end of thinking: a token id (digits count as one), a string, or None. Raises UserError for anything else."""
+    end = model_args.get("think_end_token")
+    if isinstance(end, str):
+        return int(end) if end.isdigit() else end or None
+    if end is not None and (isinstance(end, bool) or not isinstance(end, int)):
+        raise UserError(f"model_args think_end_token must be a string or a token id, got {end}")
+    return end
+
+
+def template_arguments(model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template is rendered with beside the messages. enable_thinking, True or False, wins over its namesake."""
+    arguments = dict(model_args.get("chat_template_args") or {})
+    if model_args.get("enable_thinking") is not None:
+        arguments["enable_thinking"] = model_args["enable_thinking"]
+    return arguments
+
+
+def finish_answer(
+    tokens: Sequence[int], decode: Callable[[Sequence[int]], str], until: Sequence[str], think_end: ThinkEnd = None
+) -> str:
+    """The answer in a row of generated tokens.
+
+    tokens:  what the model wrote, without the prompt; padding behind the end may follow.
+    decode:  token ids -> text, special tokens skipped.
+    until:   stop strings, the text of EOS among them; the first of each cuts what is left by those before it.
+    """
+    if isinstance(think_end, int):
+        ends = [index for index, token in enumerate(tokens) if token == think_end]
+        text = decode(tokens[ends[-1] + 1 :] if ends else tokens).lstrip()
+    else:
+        text = decode(tokens)
+        if think_end:
+            text = text.split(think_end)[-1].lstrip()
+    for stop in until:
+        if stop:
+            text = text.split(stop)[0]
+    return text

@@ -1,0 +1,27 @@
+"""`python -m ddp_eval validate`: whether task names lead to tasks that run here, before any document is fetched."""
+
+from __future__ import annotations
+
+from ddp_eval.errors import UserError
+from ddp_eval.subcommand import SubcommandParser
+
+_ABOUT = """\
+Looks the names up as a run does, in lm_eval's index, and refuses with one sentence what is unknown or of a kind that
+is not served. Documents are not fetched."""
+
+
+def main(argv: list[str]) -> int:
+    """Say how many tasks the names lead to. Returns the exit code. Raises UserError for what would not run."""
+    parser = SubcommandParser("validate", _ABOUT)
+    parser.add_argument("--tasks", "-t", nargs="+", required=True, metavar="TASK", help="task or group names, YAML files, globs")
+    parser.add_argument("--include_path", "--include-path", metavar="DIR", help="one more directory of task files")
+    options = parser.parse_args(argv)
+    tasks = [name.strip() for word in options.tasks for name in word.split(",") if name.strip()]
+    if not tasks:
+        raise UserError("--tasks must name at least one task")
+    from ddp_eval.harness import validate_tasks
+
+    print(f"Validating tasks: {tasks}")
+    count = validate_tasks(tasks, options.include_path)
+    print(f"All tasks found and valid ({count} {'task' if count == 1 else 'tasks'})")
+    return 0

@@ -1,0 +1,64 @@
+"""What `test_lm.py` runs: a program that has lm_eval evaluate on all ranks. Rank R writes what it came to to DIRECTORY/R.json."""
+
+import atexit
+import json
+import os
+import sys
+from pathlib import Path
+
+import lm_eval
+import torch.distributed as dist
+from lm_eval.tasks import TaskManager
+
+from ddp_eval import UserError, demo
+from ddp_eval.lm import launch
+
+TASKS = ["demo_hellaswag", "demo_boolean_expressions", "demo_wikitext"]
+
+
+def evaluate(model, **more):
+    manager = TaskManager(include_path=demo.TASKS_PATH, include_defaults=False)
+    return lm_eval.simple_evaluate(
+        model=model, tasks=TASKS, task_manager=manager, limit=3, bootstrap_iters=0, log_samples=True, **more
+    )
+
+
+def numbers_of(results):
+    answers = {task: [one["resps"] for one in rows] for task, rows in results["samples"].items()}
+    return {"metrics": results["results"], "answers": answers, "config": {"model": results["config"]["model"]}}
+
+
+def main(directory, how):
+    rank = int(os.environ.get("RANK", "0"))
+    outcome = {"results": None}
+
+    def write():
+        outcome["group"] = dist.is_initialized()
+        (Path(directory) / f"{rank}.json").write_text(json.dumps(outcome))
+
+    atexit.register(write)
+    if how == "name":
+        outcome["results"] = numbers_of(evaluate("ddp_eval", model_args="pretrained=demo,batch_size=4", device="cpu"))
+        outcome["after"] = True
+        return
+    if how == "borrowed":
+        dist.init_process_group("gloo")
+    try:
+        lm = launch(pretrained="nowhere/at/all" if how == "wrong" else "demo", device="cpu")
+    except UserError as error:
+        outcome["error"] = str(error)
+        return
+    if lm is not None:
+        with lm:
+            outcome["results"] = numbers_of(evaluate(lm))
+        try:
+            lm.loglikelihood([])
+        except UserError as error:
+            outcome["closed"] = str(error)
+    outcome["after"] = True
+    if how == "borrowed":
+        dist.barrier()  # the caller's group still works
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

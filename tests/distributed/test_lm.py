@@ -1,0 +1,51 @@
+"""`ddp_eval.lm`: lm_eval leads, two ranks compute, and the numbers are the command's."""
+
+import json
+from pathlib import Path
+
+import lm_main
+import pytest
+from launch import QUICK, launch
+
+from ddp_eval import results
+
+MAIN = (str(Path(__file__).with_name("lm_main.py")),)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """(results, scores) of the command, on one rank."""
+    path = tmp_path_factory.mktemp("command")
+    flags = ("--model_args", "pretrained=demo", "--tasks", *lm_main.TASKS, "--limit", 3, "--device", "cpu", "-o", path)
+    finished = launch(0, *flags, program=QUICK)
+    assert finished.returncode == 0, str(finished)
+    return json.loads((path / results.RESULTS).read_text()), results.read_scores(path / results.SCORES)
+
+
+@pytest.mark.parametrize("how", ["object", *(pytest.param(how, marks=pytest.mark.slow) for how in ("name", "borrowed"))])
+def test_lm_eval_leads_and_two_ranks_compute(how, command, tmp_path):
+    """Catches a rank that computes alone, one that is left behind, prompts drawn by rank, and a group that is not given back."""
+    finished = launch(2, tmp_path, how, program=MAIN)
+    assert finished.returncode == 0, str(finished)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    theirs, scores = command
+    for task, metrics in first["results"]["metrics"].items():
+        for name, value in metrics.items():
+            if "stderr" in name:  # no resampling there
+                continue
+            expected = theirs["results"][task][name]
+            assert value == (pytest.approx(expected, rel=1e-6) if isinstance(expected, float) else expected), (task, name)
+    answers = [answer for task in lm_main.TASKS for one in first["results"]["answers"][task] for (answer,) in one]
+    values = [answer[0] if isinstance(answer, list) else answer for answer in answers]
+    assert values == pytest.approx(list(scores.loglikelihood), abs=1e-3, rel=1e-6)
+    assert second["results"] is None and ("after" in second) == (how != "name")
+    assert first["group"] == second["group"] == (how == "borrowed")
+    assert ("closed" in first) == (how != "name")
+
+
+def test_a_mistake_is_told_on_every_rank(tmp_path):
+    """Catches ranks that wait for a leader that has failed."""
+    finished = launch(2, tmp_path, "wrong", program=MAIN)
+    assert finished.returncode == 0, str(finished)
+    errors = [json.loads((tmp_path / f"{rank}.json").read_text())["error"] for rank in (0, 1)]
+    assert errors == ["the model directory nowhere/at/all does not exist"] * 2

@@ -111,12 +111,10 @@ def _tidy_up(state: str, reason: str, first_hand: bool) -> None:
             _last_deed()
 
 
-def _within(limit_s: float, deed: Callable[[], None]) -> bool:
-    """Whether it was done in time."""
+def _within(limit_s: float, deed: Callable[[], None]) -> None:
     thread = threading.Thread(target=deed, daemon=True)
     thread.start()
     thread.join(limit_s)
-    return not thread.is_alive()
 
 
 def note_failure(reason: str) -> None:
@@ -196,8 +194,10 @@ class Watch:
 
     def _tell(self, sentence: str) -> None:
         """From one rank only, the first that has something to say."""
-        if self._report is None or not _within(_TELL_S, lambda: self._report(sentence)):
+        if self._report is None:
             _say(sentence, self.rank)
+        else:
+            _within(_TELL_S, lambda: self._report(sentence))
 
     def _watch(self) -> None:
         while True:

@@ -196,8 +196,10 @@ class Watch:
 
     def _tell(self, sentence: str) -> None:
         """From one rank only, the first that has something to say."""
-        if self._report is None or not _within(_TELL_S, lambda: self._report(sentence)):
+        if self._report is None:
             _say(sentence, self.rank)
+        else:
+            _within(_TELL_S, lambda: self._report(sentence))
 
     def _watch(self) -> None:
         while True:

@@ -41,7 +41,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
         Progress(world, work.name, int(plan.num_requests[work.left].sum()), silent=work.silent) as progress,
     ):
         try:
-            with phases("trial" if work.silent else "forward"):
+            with phases("trial" if work.trial else "measure" if work.silent else "forward"):
                 for index, pieces in _run_packs(world, engine, work, progress, own):
                     if not engine.bears_results:
                         continue

@@ -14,9 +14,7 @@ complete or not at all. No environment variable, host name or token may get in h
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_eval.errors import UserError
+from ddp_eval.files import TEMPORARY_SUFFIX, replace_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -39,7 +38,6 @@ DOCUMENTS = "documents.parquet"
 MANIFEST = "manifest.json"
 TELEMETRY = "telemetry.json"
 REPORT = "report.html"
-TEMPORARY_SUFFIX = ".ddp_eval.tmp"
 
 
 _ROWS_PER_GROUP = 2**20
@@ -200,32 +198,11 @@ def run_files(directory: Path) -> list[Path]:
 
 
 def _replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+        replace_file(path, chunks)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path} could not be written ({reason}): make room, or give another --output_path") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power cut, on file systems that can."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _scores_schema() -> pyarrow.Schema:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ddp_eval.distributed import World
     from ddp_eval.preflight import Passed
 
+_DEATH_S = 1.0
 LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
 # Subcommands that run on one process: the first word -> the module whose main(argv) returns an exit code.
 _TOOLS = {
@@ -102,7 +104,9 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
 
         pids = distributed.all_gather_rows(world, np.array([[os.getpid()]]))[:, 0].tolist()
         store, local_ranks = distributed.common_store(world), distributed.local_ranks(world)
-        watching.join_ranks(world.rank, store, pids, local_ranks, config.timeout, distributed.report_once)
+        watching.join_ranks(
+            world.rank, store, pids, local_ranks, config.timeout, functools.partial(distributed.report_once, shared=True)
+        )
         if checks is not None and config.preflight:
             watching.stop()
             _report_checks(checks, world)
@@ -114,9 +118,11 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
     except UserError as error:  # not for @record: it would add a traceback
         _report_and_leave(error)
     except distributed.LostContact as error:
-        distributed.report_once(str(error))
+        # Ranks on the node of the one that died know more; the launcher may be a moment late to see it go.
+        sentence = watching.await_death(_DEATH_S) or str(error)
+        distributed.report_once(sentence, shared=True)
         time.sleep(2)  # let the launcher see the rank that failed first go first
-        watch.leave(1, status.FAILED, str(error), first_hand=False)
+        watch.leave(1, status.FAILED, sentence, first_hand=False)
     except Exception as error:
         watch.note_failure(f"{type(error).__name__}: {error}")
         raise

@@ -10,11 +10,13 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from ddp_eval import watch
 
 CHUNK = 1000  # resamples of one seed, lm_eval's number
 PATIENCE_S = 10.0  # a bootstrap that would take longer than this on one core is spread over all
@@ -29,17 +31,25 @@ def bootstrap_stderr(statistic: Callable[[Sequence[Any]], float], samples: Seque
     chunks = iters // per_chunk
     if getattr(statistic, "__name__", "") == "perplexity":
         values = np.asarray(samples, dtype=np.float64)
-        return float(np.std([x for seed in range(chunks) for x in np.exp(-_resampled_means(values, seed, per_chunk))], ddof=1))
+        means = (_resampled_means(values, seed, per_chunk) for seed in range(chunks))
+        return float(np.std([x for chunk in _renewing(means) for x in np.exp(-chunk)], ddof=1))
     started = time.perf_counter()
     drawn = _resample(statistic, samples, 0, per_chunk)
     if (chunks - 1) * (time.perf_counter() - started) <= PATIENCE_S:
-        rest = [_resample(statistic, samples, seed, per_chunk) for seed in range(1, chunks)]
+        rest = list(_renewing(_resample(statistic, samples, seed, per_chunk) for seed in range(1, chunks)))
     else:
         import joblib  # with scikit-learn, which lm_eval needs; its workers are new processes
 
         tasks = (joblib.delayed(_resample)(statistic, samples, seed, per_chunk) for seed in range(1, chunks))
-        rest = joblib.Parallel(n_jobs=os.cpu_count())(tasks)
+        rest = list(_renewing(joblib.Parallel(n_jobs=os.cpu_count(), return_as="generator")(tasks)))
     return statistics.stdev([*drawn, *(value for chunk in rest for value in chunk)])
+
+
+def _renewing(chunks: Iterable[Any]) -> Iterator[Any]:
+    """Every chunk that is done may be followed by one that takes --timeout."""
+    for chunk in chunks:
+        watch.renew()
+        yield chunk
 
 
 def _resample(statistic: Callable[[Sequence[Any]], float], samples: Sequence[Any], seed: int, count: int) -> list[float]:

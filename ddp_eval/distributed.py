@@ -18,6 +18,7 @@ import os
 import pickle
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,20 +105,53 @@ def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
     """Every rank's `text` in rank order, through the group's store, or the launcher's before the group is joined.
 
     None for a rank that has given none in that time, and for all others where there is no common store.
-    A key may hold the word of an earlier attempt of torchrun's: attempts are not counted alike on all nodes.
     """
     rank, world_size = launch_rank(), _environment_int("WORLD_SIZE", 1)
     texts: list[str | None] = [None] * world_size
     texts[rank] = text
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _agent_store()
-    if store is None:
-        return texts
-    store.set(f"{name}/{rank}", text)
+    return texts if store is None else exchange_through(store, rank, world_size, name, text, timeout_s)
+
+
+def exchange_through(store: Any, rank: int, world_size: int, name: str, text: str, timeout_s: float) -> list[str | None]:
+    """`exchange` through any store, which may still hold what ranks of an earlier attempt of torchrun's said.
+
+    Attempts are not counted alike on all nodes. So each rank asks rank 0 by a word of its own, never used before, and gets
+    the common word under which this exchange goes; an earlier rank's question is answered too, and its answer read by nobody.
+    """
     deadline = time.monotonic() + timeout_s
+    texts: list[str | None] = [None] * world_size
+    texts[rank] = text
+
+    def left() -> datetime.timedelta:
+        return datetime.timedelta(seconds=max(0.01, deadline - time.monotonic()))
+
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set(f"{name}/{mine}/0", text)
+        answered: set[str] = set()
+        while time.monotonic() < deadline:
+            silent = [other for other in range(1, world_size) if not store.check([f"{name}/{mine}/{other}"])]
+            for other in silent:
+                if store.check([f"{name}/ask/{other}"]) and (asked := store.get(f"{name}/ask/{other}").decode()) not in answered:
+                    store.set(f"{name}/answer/{asked}", mine)
+                    answered.add(asked)
+            if not silent:
+                break
+            time.sleep(0.02)
+        common = mine
+    else:
+        store.set(f"{name}/ask/{rank}", mine)
+        try:
+            store.wait([f"{name}/answer/{mine}"], left())
+        except dist.DistStoreError:
+            return texts
+        common = store.get(f"{name}/answer/{mine}").decode()
+        store.set(f"{name}/{common}/{rank}", text)
     for other in range(world_size):
         with contextlib.suppress(dist.DistStoreError):
-            store.wait([f"{name}/{other}"], datetime.timedelta(seconds=max(0.01, deadline - time.monotonic())))
-            texts[other] = store.get(f"{name}/{other}").decode()
+            store.wait([f"{name}/{common}/{other}"], left())
+            texts[other] = store.get(f"{name}/{common}/{other}").decode()
     return texts
 
 
@@ -357,21 +391,27 @@ class Tally:
         return int(self._total)
 
 
-def report_once(message: str) -> None:
+def report_once(message: str, shared: bool = False) -> None:
     """Print `message` on stderr from exactly one of the ranks that fail with an error of their own.
 
     The first rank to claim the word prints. The others wait until it has: the launcher ends everybody as soon as one rank is
-    gone, and might else end the speaker first.
+    gone, and might else end the speaker first. Never raises.
+
+    shared: many ranks have this to say; if the store has died with its host, the first rank of each node does.
     """
     store = _error_store()
     if store is None and 0 < launch_rank() < _environment_int("WORLD_SIZE", 1):
         return  # no common store: what is wrong with the command is wrong on rank 0 too
-    if store is None or store.add("ddp_eval/error/claim", 1) == 1:
+    try:
+        mine = store is None or store.add("ddp_eval/error/claim", 1) == 1
+    except RuntimeError:
+        store, mine = None, not shared or launch_local_rank() == 0
+    if mine:
         print(f"ddp_eval: {message}", file=sys.stderr, flush=True)
-        if store is not None:
+    with contextlib.suppress(Exception):
+        if store is not None and mine:
             store.set("ddp_eval/error/printed", "yes")
-    else:
-        with contextlib.suppress(Exception):
+        elif store is not None:
             store.wait(["ddp_eval/error/printed"], datetime.timedelta(seconds=5))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddp_eval import distributed, journal, machine, watch
+from ddp_eval import distributed, journal, machine, preflight, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError
@@ -106,7 +106,7 @@ def _run_packs(
 @contextlib.contextmanager
 def _own_journal(world: World, work: Work, journals: Journals | None) -> Iterator[journal.Journal | None]:
     """This rank's file among the journals; None where none are kept, or where this machine does not see the run directory."""
-    if journals is None or not journals.directory.is_dir():
+    if journals is None or not preflight.sees(str(journals.directory)):
         if journals is not None:
             print(
                 f"ddp_eval: rank {world.rank} does not see {journals.directory}: its packs are not kept for a resume",

@@ -13,7 +13,7 @@ import glob
 import logging
 import os
 import unittest.mock
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -24,10 +24,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import make_table, sanitize_model_name
 
-from ddp_eval import hub
+from ddp_eval import hub, watch
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.compare.reading import document_metrics, shared_context
@@ -71,12 +72,14 @@ def evaluate_tasks(
     phases: Phases,
     include_paths: Sequence[str] = (),
     inspect: Callable[[dict[str, Any]], None] | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Build the tasks' requests, have them scored, and return lm_eval's results.
 
     inspect: given `describe_prompts` before anything is scored; may raise UserError.
     score: given all requests at once, returns (N,) float64 summed log-probabilities and (N,) bool all-argmax.
     keep: given the scores before metrics are computed, which run the tasks' own code and may fail.
+    go_on: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
     Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
     """
     phases.switch("tasks")
@@ -97,9 +100,11 @@ def evaluate_tasks(
     commit = git_commit(os.getcwd())
     quiet_git = unittest.mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"])
     bootstrap = unittest.mock.patch("lm_eval.api.metrics.bootstrap_stderr", bootstrap_stderr)
-    bar = unittest.mock.patch("lm_eval.api.task.tqdm", prompt_bar)
+    go_on = _unharmed(go_on)
+    bar = unittest.mock.patch("lm_eval.api.task.tqdm", lambda documents, total: prompt_bar(_between(go_on, documents), total))
+    step_by_step = unittest.mock.patch.object(TaskFactory, "_build_task", _behind(go_on, TaskFactory._build_task))
     try:
-        with quiet_git, bootstrap, bar, less_chatter():
+        with quiet_git, bootstrap, bar, step_by_step, less_chatter():
             results: Any = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=config.model_args,
@@ -193,6 +198,32 @@ class _Scoring(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def _unharmed(deed: Callable[[], None]) -> Callable[[], None]:
+    """`deed` whose errors lm_eval cannot mistake for its own."""
+
+    def do() -> None:
+        try:
+            deed()
+        except BaseException as error:
+            raise _Scoring(error) from error
+
+    return do
+
+
+def _behind(deed: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+    def do(*args: Any, **options: Any) -> Any:
+        deed()
+        return function(*args, **options)
+
+    return do
+
+
+def _between(deed: Callable[[], None], documents: Iterable[Any]) -> Iterator[Any]:
+    for document in documents:
+        deed()
+        yield document
 
 
 class _LeaderLM(TemplateLM):
@@ -300,6 +331,7 @@ class _LeaderLM(TemplateLM):
         self.prompts = describe_prompts(instances, self.tasks)
         if self._inspect is not None:
             self._inspect(self.prompts)
+        watch.renew()
         with self._phases("tokenize"):
             encoded_pairs = self.encoder.encode_pairs([instance.args for instance in pairs])
             encoded_texts = self.encoder.encode_rolling([instance.args[0] for instance in texts])
@@ -410,6 +442,7 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
         loaded = load(specs)
         for name, task in loaded["tasks"].items():
             _check_task(name, task)
+            task.process_results = _behind(watch.renew, task.process_results)  # every document's metrics
         for name in lm.chosen:
             if name not in loaded["tasks"]:
                 raise UserError(f"--samples names the task {name}, which is not evaluated: {_list_close(name, loaded['tasks'])}")

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddp_eval.distributed import LostContact
 from ddp_eval.engines import Engine
-from ddp_eval.errors import one_line
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.packing import IntArray, Plan, Requests, build_pack, plan_one_tree, plan_packs, plan_rows, requests_from_lists
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
@@ -91,6 +92,8 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
 
     try:
         packed = score(*plan_one_tree(requests))
+    except (LostContact, UserError):
+        raise  # no word on packs
     except Exception as error:
         return f"it fails on packs ({type(error).__name__}: {one_line(error, 200)})"
     alone = score(*plan_rows(requests, max_tokens=1))

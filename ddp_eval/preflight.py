@@ -239,7 +239,7 @@ def _probe(facts: Sequence[dict[str, Any]], mine: dict[str, Any]) -> dict[str, A
         others = _next_node(facts, mine)
         if others and not interfaces.can_reach(others["address"], others["port"]):
             unreachable = f"node {others['node']} at {others['address']}"
-        sees_marker = _sees(facts[0]["marker"])
+        sees_marker = sees(facts[0]["marker"])
     return {"time": now, "unreachable": unreachable, "sees_marker": sees_marker}
 
 
@@ -250,7 +250,8 @@ def _next_node(facts: Sequence[dict[str, Any]], mine: dict[str, Any]) -> dict[st
     return firsts[(here + 1) % len(firsts)] if len(firsts) > 1 else None
 
 
-def _sees(marker: str | None) -> bool:
+def sees(marker: str | None) -> bool:
+    """Whether this node sees a file or folder that another may have made this moment; waits some seconds for it."""
     deadline = time.monotonic() + _NFS_S
     while marker is not None and not os.path.exists(marker):
         if time.monotonic() > deadline:

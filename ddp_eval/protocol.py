@@ -114,6 +114,9 @@ class Followers:
         # Ranks that are in a collective hear no message: a leader that leaves, or all_gather_rows, tells them.
         if not self._listening or isinstance(error, distributed.LostContact):
             return
+        # A message is out when all listen: the user would wait for the slowest to load. The end of this process tells them too.
+        if error is not None and not self.world.borrowed:
+            return
         message = None if error is None else Abort(str(error) or type(error).__name__, isinstance(error, UserError))
         distributed.send_message(self.world, message)
 

@@ -160,7 +160,13 @@ def _load_and_lead(
         from ddp_eval import harness  # noqa: F401
 
     threading.Thread(target=load, daemon=True).start()
-    return _lead(config, directory, followers, model_config, tokenizer, seated.result, digests.result, inspect)
+
+    def go_on() -> None:
+        watch.renew()
+        if seated.done():
+            seated.result()
+
+    return _lead(config, directory, followers, model_config, tokenizer, seated.result, digests.result, inspect, go_on)
 
 
 def _prepare_output(config: Config) -> None:
@@ -177,10 +183,12 @@ def _lead(
     get_seated: Callable[[], Seated],
     get_digests: Callable[[], dict[str, Any]],
     inspect: Inspect | None = None,
+    go_on: Callable[[], None] = watch.renew,
 ) -> dict[str, Any]:
     """Build the requests, have all ranks score them, compute metrics and write the run directory.
 
     directory: where finished packs are kept and found; None keeps none.
+    go_on: called often while the prompts are built; may raise what another thread failed of.
     inspect: given {"model": digests, "packages": versions, and `harness.describe_prompts`} before anything is scored.
     """
     from ddp_eval import harness
@@ -259,7 +267,7 @@ def _lead(
         if config.output_path:
             results.write_scores(config.output_path, scores)
 
-    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look)
+    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look, go_on)
     samples = outcome.results.pop("samples")
     outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
     facts["prompts_sha256"] = outcome.prompts["prompts_sha256"]

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ddp_eval import status
+from ddp_eval.processes import birth
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 EXIT_INTERRUPTED = 130
@@ -31,6 +32,7 @@ WAITING = ""  # the step of a rank that others are to blame for
 
 _GRACE_S = 3.0  # for the pack in hand
 _DISK_S = 4.0  # for a disk that does not answer
+_TELL_S = 2.0  # for a store that does not
 _TICK_S = 0.5
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _BEAT_S = 2.0
@@ -61,6 +63,12 @@ def step(name: str, pack: int | None = None) -> None:
     """This rank begins something that must end within --timeout; WAITING: it waits for others."""
     global _place
     _place = _Place(name, pack)
+
+
+def renew() -> None:
+    """The step under way has come further: it may take --timeout from now on. Cheap enough for every document."""
+    if _place.step != WAITING:
+        step(_place.step, _place.pack)
 
 
 def of_run(directory: Path | None) -> None:
@@ -103,10 +111,12 @@ def _tidy_up(state: str, reason: str, first_hand: bool) -> None:
             _last_deed()
 
 
-def _within(limit_s: float, deed: Callable[[], None]) -> None:
+def _within(limit_s: float, deed: Callable[[], None]) -> bool:
+    """Whether it was done in time."""
     thread = threading.Thread(target=deed, daemon=True)
     thread.start()
     thread.join(limit_s)
+    return not thread.is_alive()
 
 
 def note_failure(reason: str) -> None:
@@ -122,7 +132,8 @@ class Watch:
         self.timeout_s = float("inf")
         self.rank = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdigit() else 0
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._siblings: list[int] = []
+        self._siblings: dict[int, int] = {}
+        self._report: Any = None
         self._stopped = threading.Event()
         self._beats: _Beats | None = None
         self._wakeup, self._signalled = os.pipe()
@@ -154,7 +165,8 @@ class Watch:
 
         store: they all reach it. pids: of all ranks. local_ranks: those of this node. report: says a sentence from one rank.
         """
-        self.timeout_s, self._siblings = timeout_s, [pids[other] for other in local_ranks if other != rank]
+        self.timeout_s, self._siblings = timeout_s, {other: pids[other] for other in local_ranks if other != rank}
+        self._report = report
         if self._launcher is not None:
             self._begin()
         if store is not None:
@@ -166,6 +178,26 @@ class Watch:
         self._stopped.set()
         if self._beats is not None:  # it must not be inside of torch when the interpreter ends
             self._beats.thread.join(10)
+
+    def await_death(self, limit_s: float) -> str | None:
+        """A sentence about a rank of this node that has died, as soon as one has; None if all live on for so long."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            for rank, pid in self._siblings.items():
+                if not _is_there(pid):
+                    again = "the same command resumes from the finished packs" if _directory is not None else "start it again"
+                    return (
+                        f"rank {rank} (process {pid} on {socket.gethostname()}) has died, of what its own words above or the "
+                        f"launcher's below may say: the run ends; {again}"
+                    )
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.02)
+
+    def _tell(self, sentence: str) -> None:
+        """From one rank only, the first that has something to say."""
+        if self._report is None or not _within(_TELL_S, lambda: self._report(sentence)):
+            _say(sentence, self.rank)
 
     def _watch(self) -> None:
         while True:
@@ -183,19 +215,22 @@ class Watch:
     def _obey(self, number: int) -> None:
         """Finish or abandon the pack in hand, and leave."""
         name = signal.Signals(number).name
+        # At once: soon ranks that were told to stop, as this one was, will be gone too.
+        death = self.await_death(0) if number == signal.SIGTERM else None
         if _journal is not None and _place.step == PACKS:
             _journal.wait_for_pack(_GRACE_S)
-        if number == signal.SIGTERM and any(not _is_there(pid) for pid in self._siblings):
-            leave(1, status.FAILED, "a rank has died; the same command resumes", first_hand=False)
+        if death is not None:
+            self._tell(death)
+            leave(1, status.FAILED, death, first_hand=False)
         kept = "finished packs are kept and " if _directory is not None else ""
         again = f"{kept}the same command {'resumes' if kept else 'starts over'}"
-        _say(f"stopped by {name} while {_doing(_place)}: {again}", self.rank)
+        self._tell(f"stopped by {name} while {_doing(_place)}: {again}")
         code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
         leave(code, status.PREEMPTED, f"stopped by {name}; the same command resumes")
 
 
 class _Beats:
-    """Tells the others through a store where this rank is. Rank 0 looks after all others, rank 1 after rank 0."""
+    """Tells the others through a store where this rank is. Rank 0 looks after all others, and each of them after rank 0."""
 
     def __init__(self, rank: int, ranks: int, store: Any, timeout_s: float, report: Any, stopped: threading.Event) -> None:
         self.rank = rank
@@ -203,7 +238,8 @@ class _Beats:
         self._store = store
         self._timeout_s = timeout_s
         self._stopped = stopped
-        self._others = list(range(1, ranks)) if rank == 0 else [0] if rank == 1 else []
+        self._others = list(range(1, ranks)) if rank == 0 else [0]
+        self._heard: set[int] = set()
         self._seen: dict[int, tuple[str, float]] = {}
         self.thread = threading.Thread(target=self._run, daemon=True, name="ddp_eval beats")
 
@@ -224,10 +260,12 @@ class _Beats:
     def _look_after(self) -> None:
         now = time.monotonic()
         for rank in self._others:
-            if not self._store.check([_beat_key(rank)]):
-                text = json.dumps([-1, "an unknown host", "starting"])
-            else:
+            if rank not in self._heard and self._store.check([_beat_key(rank)]):
+                self._heard.add(rank)
+            if rank in self._heard:
                 text = self._store.get(_beat_key(rank)).decode()
+            else:
+                text = json.dumps([-1, "an unknown host", "starting"])
             before, since = self._seen.get(rank, ("", now))
             if text != before:
                 self._seen[rank] = text, now
@@ -274,7 +312,9 @@ def _doing(place: _Place) -> str:
 
 
 def _is_there(pid: int) -> bool:
-    """A process that has ended is there until its parent has taken notice."""
+    """One that has ended is not, though its parent may not have taken notice yet."""
+    if os.path.exists("/proc/self/stat"):
+        return birth(pid) is not None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

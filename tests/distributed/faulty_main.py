@@ -1,6 +1,7 @@
 """`quick_main` with a fault on one rank: FAULT_RANK has FAULT happen to it, unless torchrun has restarted it.
 
 load_user_error    its checkpoint cannot be used
+load_user_error_early  the same, while the others take a minute to load theirs
 load_crash         a defect while it loads the model
 forward_crash      a defect in its second pack
 forward_no_memory  its second pack does not fit, nor any piece of it
@@ -23,7 +24,7 @@ from ddp_eval.errors import UserError
 
 
 def fail_to_load(*args, **kwargs):
-    if os.environ["FAULT"] == "load_user_error":
+    if os.environ["FAULT"].startswith("load_user_error"):
         raise UserError("the checkpoint has fallen off the shelf")
     raise RuntimeError("a defect in the loader")
 
@@ -80,7 +81,13 @@ def fill_disk():
     journal.Journal.append = append_or_fail
 
 
+def load_slowly(*args, **kwargs):
+    time.sleep(60)
+
+
 if __name__ == "__main__":
+    if os.environ["FAULT"] == "load_user_error_early":
+        hf.load_engine = load_slowly
     if os.environ["RANK"] == os.environ["FAULT_RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         if os.environ["FAULT"] == "journal_full":
             fill_disk()

@@ -112,10 +112,13 @@ def test_torchrun_killed(stuck):
 
 
 def test_killed_rank_is_no_preemption(stuck, tmp_path):
-    """Catches a scheduler's script that starts a run again and again that always runs out of memory."""
+    """Catches a scheduler's script that starts a run again and again that always runs out of memory, and an untold death."""
     running, pid = stuck(2, 1)
     os.kill(pid, signal.SIGKILL)
-    finish_in_time(running)
+    finished = finish_in_time(running)
+    (said,) = finished.sentences()
+    assert f"rank 1 (process {pid} on {socket.gethostname()}) has died" in said, str(finished)
+    assert said.endswith("the same command resumes from the finished packs"), str(finished)
     assert status.read_status(tmp_path / "run")["state"] == status.FAILED
 
 
@@ -155,6 +158,22 @@ def test_frozen_rank_is_named(rank, stuck, tmp_path):
     said = [line for line in finished.sentences() if "has shown no progress" in line]
     assert len(said) == 1, str(finished)
     assert f"rank {rank} on {socket.gethostname()} has shown no progress for " in said[0], str(finished)
+
+
+@pytest.mark.slow
+def test_frozen_ranks_0_and_1_are_noticed(stuck):
+    """Catches a run that stands for ever because the two that look after each other are the two that are frozen."""
+    running, pid = stuck(3, 0, "--timeout", "40")
+    second = next(other for other in running.processes() if b"RANK=1" in variables_of(other))
+    for frozen in (pid, second):
+        os.kill(frozen, signal.SIGSTOP)
+    finished = running.finish(timeout_s=150)
+    (said,) = [line for line in finished.sentences() if "has shown no progress" in line]
+    assert f"rank 0 on {socket.gethostname()} has shown no progress for " in said, str(finished)
+
+
+def variables_of(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def test_full_disk(tmp_path, undisturbed):

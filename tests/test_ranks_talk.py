@@ -1,0 +1,117 @@
+"""What ranks tell each other through a store: not what ranks of an earlier attempt said, and not into a dead store in vain."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ddp_eval import distributed, execution, planning, protocol
+from ddp_eval.distributed import LostContact, World, exchange_through
+from ddp_eval.errors import UserError
+from ddp_eval.packing import requests_from_lists
+from ddp_eval.protocol import Followers, Journals, Work
+
+
+def exchange_all(store, texts, timeout_s=10.0):
+    """What each rank has heard; a rank whose text is None does not come."""
+    heard = [None] * len(texts)
+
+    def one(rank):
+        heard[rank] = exchange_through(store, rank, len(texts), "facts", texts[rank], timeout_s)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank, text in enumerate(texts) if text is not None]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return heard
+
+
+def test_exchange_after_a_restart():
+    """Catches the facts of the nodes before an elastic restart taken for those of now: a bad node that was replaced stays bad."""
+    store = dist.HashStore()
+    assert exchange_all(store, ["a0", "a1", "a2"]) == [["a0", "a1", "a2"]] * 3
+    assert exchange_all(store, ["b0", "b1", "b2"]) == [["b0", "b1", "b2"]] * 3
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_exchange_names_the_silent(silent):
+    """Catches a rank that died passed off as present because an earlier attempt of it spoke."""
+    store = dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=1))
+    exchange_all(store, ["a0", "a1"])
+    texts = ["b0", "b1"]
+    texts[silent] = None
+    heard = exchange_all(store, texts, timeout_s=0.5)
+    assert heard[1 - silent][silent] is None and heard[1 - silent][1 - silent] == f"b{1 - silent}"
+
+
+class DeadStore:
+    def add(self, *args):
+        raise RuntimeError("failed to recv, got 0 bytes")
+
+    set = wait = add
+
+
+@pytest.mark.parametrize(("local_rank", "shared", "said"), [("0", True, 1), ("3", True, 0), ("3", False, 1)])
+def test_report_when_the_store_is_gone(local_rank, shared, said, monkeypatch, capsys):
+    """Catches a traceback in place of the sentence when the store's host has gone first, and one from each of 64 ranks."""
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(distributed, "_error_store", DeadStore)
+    distributed.report_once("what to do", shared=shared)
+    assert capsys.readouterr().err.count("ddp_eval: what to do") == said
+
+
+def make_world(**more):
+    return World(0, 0, 2, torch.device("cpu"), **more)
+
+
+@pytest.mark.parametrize(
+    ("borrowed", "error", "sent"),
+    [(False, UserError, 0), (False, RuntimeError, 0), (True, UserError, 1), (False, None, 1)],
+)
+def test_leaders_error_waits_for_nobody(borrowed, error, sent, monkeypatch):
+    """Catches a user's mistake told when the slowest rank has loaded; a caller's group must work on, so there it must be sent."""
+    messages = []
+    monkeypatch.setattr(protocol.distributed, "send_message", lambda world, message: messages.append(message))
+
+    def lead():
+        with Followers(make_world(borrowed=borrowed)):
+            if error:
+                raise error("a mistake")
+
+    if error:
+        with pytest.raises(error):
+            lead()
+    else:
+        lead()
+    assert len(messages) == sent
+
+
+@pytest.mark.parametrize("error", [LostContact("rank 1 is gone"), UserError("rank 0 ran out of memory")])
+def test_trial_that_fails_of_something_else(error):
+    """Catches a dead rank or a full device passed off as a model that cannot take packs."""
+
+    def fail(plan):
+        raise error
+
+    requests = requests_from_lists([[1, 2, 3], [1, 2, 4]], [1, 1])
+    with pytest.raises(type(error)):
+        planning.check_packs(None, requests, fail)
+
+
+def test_journal_directory_that_shows_late(tmp_path):
+    """Catches a node whose packs are kept nowhere, all run long, because NFS showed the new directory a second late."""
+    directory = tmp_path / "journal"
+    threading.Timer(0.5, directory.mkdir).start()
+    world = World(1, 0, 2, torch.device("cpu"))
+    journals = Journals(directory, b"k" * 32)
+    work = Work(None, np.zeros(0, dtype=np.int64), "work", journals)
+    with execution._own_journal(world, work, journals) as own:
+        assert own is not None and own.path == Path(directory / "work-00001.journal")

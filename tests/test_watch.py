@@ -1,0 +1,122 @@
+"""The watching threads, without processes: who looks after whom, what counts as progress, who has died."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from ddp_eval import bootstrap, harness, watch
+from ddp_eval.watch import Watch, _Beats
+
+
+class Hanging(Exception):
+    pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock(seconds): time passes. A rank that is found hanging raises Hanging with its number."""
+    now = [1000.0]
+    monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def leave_hanging(rank, host, place, late_s, report):
+        raise Hanging(rank)
+
+    monkeypatch.setattr(watch, "_leave_hanging", leave_hanging)
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_every_rank_looks_after_the_leader(rank, clock):
+    """Catches ranks 0 and 1 frozen together, which nobody notices: the run stands for ever."""
+    store = dist.HashStore()
+    beats = _Beats(rank, 4, store, 60.0, None, threading.Event())
+    store.set("ddp_eval/beat/0", '[1, "n1", "running packs, in pack 3"]')
+    beats._look_after()
+    clock(26)
+    with pytest.raises(Hanging, match="0"):
+        beats._look_after()
+
+
+def test_living_leader_is_left_alone(clock):
+    """Catches a healthy run ended by its own watch."""
+    store = dist.HashStore()
+    beats = _Beats(2, 4, store, 60.0, None, threading.Event())
+    for count in range(10):
+        store.set("ddp_eval/beat/0", f'[{count}, "n1", "building the prompts"]')
+        beats._look_after()
+        clock(50)
+
+
+def test_leader_that_never_began(clock):
+    """Catches a look that waits for a key that never comes."""
+    beats = _Beats(2, 4, dist.HashStore(), 60.0, None, threading.Event())
+    beats._look_after()
+    clock(61)
+    with pytest.raises(Hanging, match="0"):
+        beats._look_after()
+
+
+@pytest.fixture
+def renewed(monkeypatch):
+    """How often a step was renewed."""
+    calls = []
+    monkeypatch.setattr(watch, "renew", lambda: calls.append(None))
+    return calls
+
+
+@pytest.mark.parametrize("step", ["building the prompts", watch.WAITING])
+def test_renewed_step_begins_anew(step, monkeypatch):
+    """Catches a leader that is killed for building prompts longer than --timeout, document after document."""
+    monkeypatch.setattr(watch, "_place", watch._Place(step, since=0.0))
+    watch.renew()
+    assert watch._place.step == step
+    assert (watch._place.since > 0) is (step != watch.WAITING)
+
+
+@pytest.mark.parametrize("patience_s", [100.0, 0.0])
+def test_bootstraps_chunks_are_progress(patience_s, renewed, monkeypatch):
+    """Catches 100,000 resamples of a slow metric taken for a hang, in one process and over several."""
+    monkeypatch.setattr(bootstrap, "PATIENCE_S", patience_s)
+    bootstrap.bootstrap_stderr(np.mean, [0.0, 1.0, 2.0], 3000)
+    assert len(renewed) == 2
+    renewed.clear()
+
+    def perplexity(values):
+        raise AssertionError("computed in numpy")
+
+    bootstrap.bootstrap_stderr(perplexity, [0.0, 1.0, 2.0], 3000)
+    assert len(renewed) == 3
+
+
+def test_between_keeps_the_documents():
+    """Catches documents lost or built twice by the one who counts them, and an error that lm_eval takes for a task's."""
+    calls = []
+    assert list(harness._between(lambda: calls.append(None), range(3))) == [0, 1, 2] and len(calls) == 3
+
+    def fail():
+        raise RuntimeError("the loader has failed")
+
+    with pytest.raises(harness._Scoring, match="the loader has failed"):
+        list(harness._between(harness._unharmed(fail), range(3)))
+
+
+def test_dead_sibling_is_named():
+    """Catches a killed rank that nobody names: the screen shows torchrun's summary alone."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    watching = Watch()
+    watching._siblings = {3: process.pid}
+    try:
+        assert watching.await_death(0) is None
+        process.kill()
+        said = watching.await_death(5)  # nobody has asked for its exit code yet: it is a zombie
+        assert said.startswith(f"rank 3 (process {process.pid} on ") and said.endswith("the run ends; start it again")
+    finally:
+        process.kill()
+        process.wait()

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ddp_eval import distributed, journal, preflight, results, watch
+from ddp_eval import distributed, journal, machine, preflight, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError
 from ddp_eval.generation import Batch, build_batch
 from ddp_eval.packing import Pack, build_pack, halve
+from ddp_eval.progress import Progress
 from ddp_eval.protocol import Journals, Work
-from ddp_eval.telemetry import Progress
 
 
 class Gathered(NamedTuple):
@@ -52,7 +52,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
         Progress(world, work.name, int(num_requests), silent=work.silent) as progress,
     ):
         try:
-            with phases("trial" if work.silent else "forward"):
+            with phases("trial" if work.trial else "measure" if work.silent else "forward"):
                 for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
                     if engine.bears_results:
                         if divided > 1:
@@ -203,7 +203,7 @@ def describe_origin(world: World) -> str:
     """The hardware that decides the last bits of this rank's numbers."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    return f"{results.cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _launch(world: World, engine: Engine, pack: Pack) -> list[Any]:

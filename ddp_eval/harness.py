@@ -38,11 +38,13 @@ from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.compare.reading import document_metrics, shared_context
 from ddp_eval.config import Config
+from ddp_eval.digests import digest_strings
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import Prompts
+from ddp_eval.machine import git_commit
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
-from ddp_eval.results import Scores, Texts, digest_strings, git_commit
+from ddp_eval.results import Scores, Texts
 from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
 from ddp_eval.thinking import template_arguments
 from ddp_eval.tokenization import Encoded, Encoder

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddp_eval.errors import UserError
+from ddp_eval.files import sync_directory
 
 SUFFIX = ".journal"
 MAGIC = b"ddp_eval journal 2\n"
@@ -282,13 +283,3 @@ def decode_records(
 
 def _checksum(key: bytes, body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES, key=key).digest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a new file's name survive a power cut, on file systems that can."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

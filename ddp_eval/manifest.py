@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddp_eval import results
+from ddp_eval import digests, machine
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
@@ -39,9 +39,9 @@ def describe_run(
         **facts,
         "ranks": {"world_size": world.world_size, "device": world.device.type},
         "seeds": dict(zip(("random", "numpy", "torch", "fewshot"), config.seed, strict=True)),
-        "packages": results.describe_packages(),
-        "hardware": results.describe_hardware(),
-        "git": results.git_commit(os.path.dirname(__file__)),
+        "packages": machine.describe_packages(),
+        "hardware": machine.describe_hardware(),
+        "git": machine.git_commit(os.path.dirname(__file__)),
     }
 
 
@@ -78,7 +78,7 @@ def see_model(model_args: dict[str, Any]) -> str | None:
                     facts.append(f"{path.absolute()} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}")
     except Exception:
         return None
-    return results.digest_strings(facts)
+    return digests.digest_strings(facts)
 
 
 def is_same_model(manifest: dict[str, Any], model_args: dict[str, Any]) -> bool:
@@ -115,7 +115,7 @@ def _digest_weights(weights: dict[str, torch.Tensor]) -> str:
 
 def _digest(name: str, model_args: dict[str, Any], files: tuple[str, ...] | None) -> dict[str, Any] | None:
     try:
-        return results.digest_directory(_folder(name, model_args), files)
+        return digests.digest_directory(_folder(name, model_args), files)
     except Exception as error:
         log.warning("the files of %s are not in the manifest: %s", name, one_line(error, 200))
         return None

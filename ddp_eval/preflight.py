@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_eval import distributed, interfaces, results
+from ddp_eval import digests, distributed, interfaces, machine, results
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
@@ -136,7 +136,7 @@ def _local_facts(config: Config) -> dict[str, Any]:
         "machine": interfaces.machine(),
         "address": interfaces.gloo_address(),
         "interfaces": interfaces.describe(),
-        "versions": results.describe_packages() | {"ddp_eval's code": results.digest_code()},
+        "versions": machine.describe_packages() | {"ddp_eval's code": digests.digest_code()},
         "gpu": None,
         "model": None,
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ddp_eval.compare.difference import NEAR_TIE_NATS, answers_of, compare_runs
 from ddp_eval.compare.paired import TRANSFORMS
 from ddp_eval.compare.reading import Run, read_run, read_samples
 from ddp_eval.errors import UserError
+from ddp_eval.files import replace_file
 from ddp_eval.subcommand import SubcommandParser
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -37,10 +37,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("the first run must be a directory of ddp_eval, or give --output FILE")
     target = Path(options.output) if options.output else runs[0].path / "report.html"
     page = render(runs, options.samples)
-    temporary = target.with_name(f".{target.name}.ddp_eval.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, target)
+        replace_file(target, [page.encode("utf-8", errors="backslashreplace")])
     except OSError as error:
         raise UserError(f"{target} could not be written: {error.strerror or error}") from None
     print(f"ddp_eval: the report is in {target}")

@@ -15,17 +15,10 @@ complete or not at all. No environment variable, host name or token may get in h
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import errno
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_eval.errors import UserError
+from ddp_eval.files import TEMPORARY_SUFFIX, replace_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -46,26 +40,8 @@ DOCUMENTS = "documents.parquet"
 MANIFEST = "manifest.json"
 TELEMETRY = "telemetry.json"
 REPORT = "report.html"
-TEMPORARY_SUFFIX = ".ddp_eval.tmp"
 
-PACKAGES = (
-    "ddp_eval",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "lm_eval",
-    "numpy",
-    "peft",
-    "pyarrow",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "vllm",
-)
 
-_BLOCK_BYTES = 8 * 2**20
-_DIGESTS_AT_ONCE = 4
 _ROWS_PER_GROUP = 2**20
 
 
@@ -243,86 +219,6 @@ def read_scores(path: str | os.PathLike[str]) -> Scores:
     return Scores(task=table["task"].to_pylist(), is_greedy=table["is_greedy"].to_pylist(), **numbers)
 
 
-def describe_packages() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers; those not installed are left out."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def describe_hardware() -> dict[str, Any]:
-    """What this process runs on. GPUs are those visible to it; memory in bytes."""
-    import torch
-
-    hardware: dict[str, Any] = {
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpu": cpu_name(),
-        "cpu_cores": os.cpu_count(),
-        "usable_cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [],
-    }
-    if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        hardware["gpus"] = [{"name": device.name, "memory_bytes": device.total_memory} for device in devices]
-        hardware["cuda"] = torch.version.cuda
-        hardware["gpu_driver"] = _gpu_driver()
-    return hardware
-
-
-def git_commit(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """{"commit": hash, "dirty": whether tracked files differ from it} for the files in directory `path`, or None.
-
-    A directory with no tracked file (a virtual environment inside someone's repository) belongs to no commit. Never raises.
-    """
-    if _git(path, "ls-files", "--error-unmatch", ".") is None:
-        return None
-    commit = _git(path, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    changes = _git(path, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
-
-
-def digest_directory(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Any]:
-    """SHA-256 of the files of a model or tokenizer directory: {"sha256": over all, "files": {name: sha256}}, names sorted.
-
-    names: which files, relative to `path`; those that are absent are passed over. None: every visible file at the top level.
-    A snapshot in the Hugging Face cache and a plain copy of it give the same digests: the blobs of large files are named
-    by their SHA-256, which is taken at its word instead of reading the file.
-    """
-    directory = Path(path)
-    if names is None:
-        names = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
-    found = [name for name in sorted(set(names)) if (directory / name).is_file()]
-    with concurrent.futures.ThreadPoolExecutor(_DIGESTS_AT_ONCE) as pool:  # the parts of a large model
-        files = dict(zip(found, pool.map(lambda name: _digest_file(directory / name), found), strict=True))
-    return {"sha256": digest_strings(part for item in files.items() for part in item), "files": files}
-
-
-def digest_code(names: Iterable[str] = ("",)) -> str:
-    """A few letters that differ when modules of this package do, or those of the modules and folders that are named."""
-    package = Path(__file__).parent
-    places = [package / name for name in names]
-    digest = hashlib.sha256()
-    for path in sorted({path for place in places for path in (place.rglob("*.py") if place.is_dir() else [place])}):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def digest_strings(strings: Iterable[str]) -> str:
-    """One SHA-256, in hex, of strings in order; each is prefixed by its length, so ["ab", "c"] differs from ["a", "bc"]."""
-    digest = hashlib.sha256()
-    for string in strings:
-        data = string.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
-
-
 def _try_writing(directory: Path) -> None:
     """Permission bits don't tell (root, read-only mounts, full disks): create a file."""
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".", suffix=TEMPORARY_SUFFIX) as file:
@@ -338,32 +234,11 @@ def run_files(directory: Path) -> list[Path]:
 
 
 def _replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+        replace_file(path, chunks)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path} could not be written ({reason}): make room, or give another --output_path") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename survive a power cut, on file systems that can."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _scores_schema() -> pyarrow.Schema:
@@ -490,55 +365,3 @@ def _sample_lines(samples: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
 def _nested_strings(value: Any) -> Any:
     """lm_eval.utils.sanitize_list: every leaf of nested lists and tuples as a string, so that `datasets` can load them."""
     return [_nested_strings(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
-
-
-def _digest_file(path: Path) -> str:
-    blob = Path(os.path.realpath(path))
-    if path.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
-        return blob.name
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _git(path: str | os.PathLike[str], *arguments: str) -> str | None:
-    """Output of a git command in `path`, or None if it fails, hangs, or there is no git."""
-    # GIT_DIR and its kin, set inside a hook, would point to another repository.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    environment["GIT_OPTIONAL_LOCKS"] = "0"
-    try:
-        command = ["git", *arguments]
-        finished = subprocess.run(command, cwd=path, env=environment, capture_output=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return finished.stdout.decode("utf-8", "replace").strip()
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or "unknown"
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _gpu_driver() -> str | None:
-    with contextlib.suppress(OSError):
-        return _driver_version(Path("/proc/driver/nvidia/version").read_text())
-    return None
-
-
-def _driver_version(text: str) -> str | None:
-    """The version in "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build …"."""
-    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", text)
-    return found[1] if found else None

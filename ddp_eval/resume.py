@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import transformers
 
+from ddp_eval.digests import digest_code
 from ddp_eval.distributed import World
 from ddp_eval.execution import describe_origin
 from ddp_eval.generation import TextPlan
 from ddp_eval.journal import Found, work_key
 from ddp_eval.packing import Plan
-from ddp_eval.results import digest_code
 
 log = logging.getLogger("ddp_eval")
 

@@ -20,6 +20,7 @@ from typing import Any
 from ddp_eval import journal, restart, results, status
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
+from ddp_eval.files import read_object, replace_json
 from ddp_eval.lock import Held, Lock
 
 JOURNALS = "journal"
@@ -58,7 +59,7 @@ class RunDirectory:
     @property
     def layout(self) -> str | None:
         """How the model lay over the ranks when the unfinished work was begun."""
-        found = _read_json(self.journals / _RUN).get("layout")
+        found = read_object(self.journals / _RUN).get("layout")
         return found if isinstance(found, str) else None
 
     def obeyed(self, config: Config, layout: str | None = None) -> None:
@@ -67,7 +68,7 @@ class RunDirectory:
         layout: the one that was chosen, which a resume keeps.
         """
         try:
-            status.replace_json(
+            replace_json(
                 self.journals / _RUN, {"flags": _flags(config), "launch": restart.launches(), "layout": layout or self.layout}
             )
         except OSError as error:
@@ -103,7 +104,7 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
         return None
     if not os.path.isfile(directory / results.MANIFEST):
         return None
-    manifest, found = _read_json(directory / results.MANIFEST), _read_json(directory / results.RESULTS)
+    manifest, found = read_object(directory / results.MANIFEST), read_object(directory / results.RESULTS)
     difference = _difference(manifest.get("config"), config, _NO_MATTER)
     if difference is None and not is_same_model(manifest):
         difference = "the files of the model have changed since"
@@ -153,7 +154,7 @@ def _is_obeyed(directory: Path) -> bool:
     """Whether an earlier start of this very launch has done what --fresh and --overwrite ask for, or the whole run."""
     stands = status.read_status(directory)
     marks = [
-        _read_json(directory / JOURNALS / _RUN).get("launch"),
+        read_object(directory / JOURNALS / _RUN).get("launch"),
         stands.get("launch") if stands.get("state") == status.DONE else None,
     ]
     return any(restart.is_restart_of(mark) for mark in marks)
@@ -161,7 +162,7 @@ def _is_obeyed(directory: Path) -> bool:
 
 def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, replace: bool) -> None:
     files = results.run_files(directory.path)
-    flags = _read_json(directory.journals / _RUN).get("flags")  # lost or unreadable, the key of each journal decides
+    flags = read_object(directory.journals / _RUN).get("flags")  # lost or unreadable, the key of each journal decides
     begun = isinstance(flags, dict) or any(directory.journals.glob(f"*{journal.SUFFIX}"))
     complete = (directory.path / results.MANIFEST).is_file()
     difference = None
@@ -180,8 +181,8 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
     for file in directory.path.glob(f".*{results.TEMPORARY_SUFFIX}"):
         file.unlink(missing_ok=True)
     directory.journals.mkdir(exist_ok=True)
-    launch = None if replace else _read_json(directory.journals / _RUN).get("launch")
-    status.replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch, "layout": directory.layout})
+    launch = None if replace else read_object(directory.journals / _RUN).get("launch")
+    replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch, "layout": directory.layout})
 
 
 def _refuse(directory: Path, why: str) -> UserError:
@@ -208,11 +209,3 @@ def _flags(config: Config) -> dict[str, Any]:
     """The flags as they come back out of JSON."""
     flags: dict[str, Any] = json.loads(json.dumps(config.recorded, default=str))
     return flags
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

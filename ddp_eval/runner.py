@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import demo, distributed, results, run_directory, status, telemetry, trackers, watch
+from ddp_eval import demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
 from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
@@ -219,7 +219,7 @@ def _lead(
 
     def look(prompts: dict[str, Any]) -> None:
         if inspect is not None:
-            inspect({"model": get_digests(), "packages": results.describe_packages(), **prompts})
+            inspect({"model": get_digests(), "packages": machine.describe_packages(), **prompts})
 
     def score(requests: Requests, prompts: Prompts) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
         if len(prompts) and followers.layout is not None and followers.layout.kind == layouts.LAYERS:

@@ -1,4 +1,4 @@
-"""How a run is going and where its time went: one progress bar for all ranks, samples of utilisation, and telemetry.json."""
+"""How a run went and where its time went: samples of utilisation, and telemetry.json."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ddp_eval.distributed import Tally, World
+from ddp_eval.distributed import World
 from ddp_eval.packing import Plan
 
 # Of one sample: seconds since the rank's start; cores in use; resident bytes; and of the GPU: share busy, bytes used, watts.
@@ -286,80 +285,3 @@ def _utilisation(telemetry: dict[str, Any]) -> list[str]:
 
 def _ratio(amount: float, whole: float) -> float | None:
     return amount / whole if whole else None
-
-
-class Progress:
-    """Counts finished requests and tokens of all ranks; on the leader, shows them until the block ends.
-
-    On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end. With `silent`, nothing.
-    """
-
-    PUSH_S = 0.5  # a rank tells its counts at most this often
-
-    def __init__(
-        self, world: World, name: str, requests: int, stream: TextIO | None = None, quiet_s: float = 30.0, silent: bool = False
-    ) -> None:
-        self._requests, self._tokens = Tally(world, f"{name}/requests"), Tally(world, f"{name}/tokens")
-        self._total = requests
-        self._stream = stream or sys.stderr
-        self._quiet_s = quiet_s
-        self._unsent = [0, 0]
-        self._pushed_at = self._started = time.monotonic()
-        self._finished = threading.Event()
-        self._shower = threading.Thread(target=self._show, daemon=True) if world.is_leader and not silent else None
-
-    def __enter__(self) -> Progress:
-        if self._shower:
-            self._shower.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._finished.set()
-        if self._shower:
-            self._shower.join()
-
-    def add(self, requests: int, tokens: int) -> None:
-        """Some more are done on this rank."""
-        self._unsent[0] += requests
-        self._unsent[1] += tokens
-        if time.monotonic() - self._pushed_at >= self.PUSH_S:
-            self.push()
-
-    def push(self) -> None:
-        """Tell what is not told yet: call it when this rank has nothing left to add."""
-        for tally, amount in zip((self._requests, self._tokens), self._unsent, strict=True):
-            if amount:
-                tally.add(amount)
-        self._unsent = [0, 0]
-        self._pushed_at = time.monotonic()
-
-    def _show(self) -> None:
-        if self._stream.isatty():
-            with tqdm(total=self._total, unit=" requests", file=self._stream, desc="ddp_eval", dynamic_ncols=True) as bar:
-                while not self._finished.wait(self.PUSH_S):
-                    self._update(bar)
-                self._update(bar)
-        else:
-            while not self._finished.wait(self._quiet_s):
-                self._print_line()
-            self._print_line()
-
-    def _read(self) -> tuple[int, float]:
-        """Requests done (the sampler's repeats do not count) and tokens per second so far."""
-        elapsed_s = max(time.monotonic() - self._started, 1e-9)
-        return min(self._requests.read(), self._total), self._tokens.read() / elapsed_s
-
-    def _update(self, bar: Any) -> None:
-        done, rate = self._read()
-        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        bar.update(done - bar.n)
-
-    def _print_line(self) -> None:
-        done, rate = self._read()
-        elapsed_s = time.monotonic() - self._started
-        left = f"{elapsed_s * (self._total - done) / done:.0f} s left" if done else "time left unknown"
-        print(
-            f"ddp_eval: {done:,} of {self._total:,} requests, {rate:,.0f} tokens/s, {elapsed_s:.0f} s so far, {left}",
-            file=self._stream,
-            flush=True,
-        )

@@ -347,7 +347,7 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> dict[str, Any]:
-    from ddp_eval.results import describe_hardware, describe_packages
+    from ddp_eval.machine import describe_hardware, describe_packages
 
     repository = Path(__file__).resolve().parent.parent
     commit = subprocess.run(

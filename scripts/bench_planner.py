@@ -123,7 +123,7 @@ def rss() -> int:
 
 
 def format_report(rows: list[dict]) -> str:
-    from ddp_eval.results import describe_hardware
+    from ddp_eval.machine import describe_hardware
 
     slopes = [math.log(b["plan_s"] / a["plan_s"]) / math.log(b["tokens"] / a["tokens"]) for a, b in itertools.pairwise(rows)]
     cpu = describe_hardware()["cpu"]

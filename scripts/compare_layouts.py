@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_eval import results
+from ddp_eval import machine, results
 
 # ranks, flags, whether its numbers must be those of one rank to the bit
 HF_RUNS: dict[str, tuple[int, list[str], bool]] = {
@@ -52,9 +52,9 @@ def main() -> int:
     record = {
         "command": " ".join(["python", "scripts/compare_layouts.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": results.describe_hardware(),
-        "packages": results.describe_packages(),
-        "git": results.git_commit(os.path.dirname(os.path.abspath(__file__))),
+        "hardware": machine.describe_hardware(),
+        "packages": machine.describe_packages(),
+        "git": machine.git_commit(os.path.dirname(os.path.abspath(__file__))),
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from ddp_eval import distributed, results, runner
+from ddp_eval import distributed, machine, results, runner
 from ddp_eval.compare.difference import compare_runs
 from ddp_eval.compare.reading import read_run
 from ddp_eval.config import Config
@@ -81,8 +81,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "model": Path(options.model).name,
         "tasks": options.tasks,
         "limit": options.limit,
-        "packages": results.describe_packages(),
-        "hardware": results.describe_hardware(),
+        "packages": machine.describe_packages(),
+        "hardware": machine.describe_hardware(),
         "rows": rows,
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval import results, resume
+from ddp_eval import digests, results, resume
 from ddp_eval.distributed import World
 from ddp_eval.manifest import describe_model, is_same_model, see_model
 from ddp_eval.packing import CostModel, plan_packs, requests_from_lists
@@ -78,7 +78,7 @@ def test_untouched_files_are_not_read(checkpoint, monkeypatch):
     """Catches a finished run that takes minutes to say that it is finished."""
     folder = checkpoint()
     manifest = manifest_of(folder)
-    monkeypatch.setattr(results, "digest_directory", lambda *names: pytest.fail("the files were read"))
+    monkeypatch.setattr(digests, "digest_directory", lambda *names: pytest.fail("the files were read"))
     assert is_same_model(manifest, args(folder))
 
 
@@ -116,7 +116,7 @@ def test_key_of_other_code(module, matters, key, checkpoint, tmp_path, monkeypat
     before = key(folder)
     package = tmp_path / "ddp_eval"
     shutil.copytree(Path(results.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+    monkeypatch.setattr(digests, "__file__", str(package / "digests.py"))
     assert key(folder) == before
     with open(package / module, "a") as file:
         file.write("# mended\n")

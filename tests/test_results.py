@@ -16,13 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddp_eval import results
+from ddp_eval import machine, results
+from ddp_eval.digests import digest_directory, digest_strings
 from ddp_eval.errors import UserError
+from ddp_eval.machine import git_commit
 from ddp_eval.results import (
     Scores,
-    digest_directory,
-    digest_strings,
-    git_commit,
     prepare_directory,
     read_scores,
     write_run,
@@ -330,7 +329,7 @@ def test_git_commit_of_tracked_files_only(tmp_path, monkeypatch):
 def test_packages_and_hardware_tell_no_secrets(monkeypatch):
     """Would catch an environment variable in the manifest, and a fact that json can't write."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    packages, hardware = results.describe_packages(), results.describe_hardware()
+    packages, hardware = machine.describe_packages(), machine.describe_hardware()
     assert packages["python"] == sys.version.split()[0]
     assert {"torch", "transformers", "numpy"} <= set(packages)
     assert hardware["usable_cpu_cores"] <= hardware["cpu_cores"]
@@ -342,7 +341,7 @@ def test_packages_and_hardware_tell_no_secrets(monkeypatch):
 def test_driver_version_of_both_kernel_modules(kind):
     """Would catch the 86 of x86_64, or nothing, taken for the version of the open driver."""
     text = f"NVRM version: NVIDIA UNIX {kind}550.54.15  Release Build  Tue Feb 1 00:00:00 UTC 2024\nGCC version: gcc 12.3.0"
-    assert results._driver_version(text) == "550.54.15"
+    assert machine._driver_version(text) == "550.54.15"
 
 
 def test_import_is_light():

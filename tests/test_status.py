@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ddp_eval import status
+from ddp_eval import files, status
 
 
 @pytest.mark.parametrize("first_hand", [True, False])
@@ -19,14 +19,14 @@ def test_done_is_never_replaced(first_hand, tmp_path):
 def test_done_that_comes_meanwhile_stays(tmp_path, monkeypatch):
     """Catches a rank that looks, finds the run at work, and writes its word over the leader's that has come in between."""
     status.write_status(tmp_path, status.RUNNING, "at work")
-    sync = status.os.fsync
+    sync = files.os.fsync
 
     def finish_meanwhile(descriptor):
-        monkeypatch.setattr(status.os, "fsync", sync)
+        monkeypatch.setattr(files.os, "fsync", sync)
         sync(descriptor)
         (tmp_path / status.STATUS).write_text('{"state": "done"}')
 
-    monkeypatch.setattr(status.os, "fsync", finish_meanwhile)
+    monkeypatch.setattr(files.os, "fsync", finish_meanwhile)
     status.note_end(tmp_path, status.PREEMPTED, "stopped by SIGTERM", first_hand=True)
     assert status.read_status(tmp_path)["state"] == status.DONE
 

@@ -127,3 +127,5 @@ def test_measure_tries_what_fits_and_goes_on_with_the_quickest(run):
     one = scores(run(0, "replicas", extra="--max_pack_tokens 256"))
     drift = np.abs(np.array(one.loglikelihood) - np.array(scores((path, finished)).loglikelihood))
     assert drift.max() < 2e-3
+    ranks = json.loads((path / results.TELEMETRY).read_text())["ranks"]
+    assert all(rank["phases_s"]["measure"] > 0 for rank in ranks), "what measuring takes is no trial of packs"

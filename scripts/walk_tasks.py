@@ -313,8 +313,7 @@ class Walk:
         groups = collections.defaultdict(list)
         for name in self.manager.all_subtasks:
             entry = self.manager.task_index[name]
-            leaf = next(iter(find_leaves(name, self.manager.task_index)), None)
-            kind = (leaf.output_type if leaf else None) or "class"
+            kind = self.type_of(name)
             parts = Path(entry.yaml_path).parts if entry.yaml_path else ("", "tasks", "?")
             directory = parts[parts.index("tasks") + 1] if "tasks" in parts else "?"
             groups[directory, kind].append((name, kind))
@@ -324,6 +323,10 @@ class Walk:
             for group in sorted(groups)
             for one in chance.sample(sorted(groups[group]), min(per_directory, len(groups[group])))
         ]
+
+    def type_of(self, name: str) -> str:
+        leaf = next(iter(find_leaves(name, self.manager.task_index)), None)
+        return (leaf.output_type if leaf else None) or "class"
 
     def visit(self, name: str, kind: str) -> Outcome:
         leaf = next(iter(find_leaves(name, self.manager.task_index)), None)
@@ -345,8 +348,12 @@ class Walk:
                     if "shows images or sound" in str(error):
                         return Outcome(name, kind, "refused: multimodal", tries=tries)
                     cause = error.__cause__ or error
+                    if isinstance(cause, SystemExit):
+                        return Outcome(name, kind, "missing package", one_line(error, 150), tries=tries)
                 except TooLong as error:
                     return Outcome(name, kind, "stand-in rows do not fit", str(error), tries=tries)
+                except SystemExit as error:
+                    return Outcome(name, kind, "missing package", f"its code ends the program: {error.code}", tries=tries)
                 except Exception as error:
                     cause = error
                 first = first or (cause, columns)
@@ -431,20 +438,16 @@ def missing(error: BaseException) -> tuple[str, str] | None:
             break
         if isinstance(seen, ModuleNotFoundError):
             return "missing package", seen.name or one_line(seen, 150)
-        text = f"{type(seen).__name__}: {one_line(seen, 150)}"
-        if (
-            match := re.search(r"(?:pip install|requires?|install) [`'\"]?([\w.-]+)", str(seen))
-            if isinstance(seen, ImportError)
-            else None
-        ):
-            return "missing package", match[1]
+        text = f"{type(seen).__name__}: {one_line(seen, 150)}".replace(f"{Path.cwd()}/", "")
+        if isinstance(seen, ImportError) and re.search("install|require", str(seen)):
+            return "missing package", one_line(seen, 150)
         network = ("ConnectionError", "MaxRetryError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "URLError", "gaierror")
         if type(seen).__name__ in network or "offline mode" in str(seen).lower() or "couldn't connect to" in str(seen):
-            return "missing data (fetched by the task's own code)", text
+            return "missing data or metric (fetched by the task's own code)", text
         if isinstance(seen, FileNotFoundError):
-            return "missing data (fetched by the task's own code)", text
+            return "missing data or metric (fetched by the task's own code)", text
         if isinstance(seen, LookupError) and "nltk" in str(seen).lower():
-            return "missing data (fetched by the task's own code)", "nltk"
+            return "missing data or metric (fetched by the task's own code)", "nltk"
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -494,19 +497,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.report:
         lines = [json.loads(line) for path in options.report for line in path.read_text(encoding="utf-8").splitlines()]
-        write(
-            sorted(Outcome(*line["outcome"]) for line in lines),
-            lines[0]["total"],
-            sum(line["elapsed_s"] for line in lines),
-            options.output,
-        )
+        latest = {line["outcome"][0]: Outcome(*line["outcome"]) for line in lines}
+        write(sorted(latest.values()), lines[0]["total"], sum(line["elapsed_s"] for line in lines), options.output)
         return
     logging.disable(logging.ERROR)
     datasets.disable_progress_bars()
     np.seterr(all="ignore")
     walk = Walk()
     total = len(walk.manager.all_subtasks)
-    chosen = [(name, "?") for name in options.names] if options.names else walk.choose(options.per_directory)
+    chosen = [(name, walk.type_of(name)) for name in options.names] if options.names else walk.choose(options.per_directory)
     chosen = chosen[options.part[0] :: options.part[1]]
     outcomes, elapsed_s = [], 0.0
     for index, (name, kind) in enumerate(chosen):

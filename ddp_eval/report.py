@@ -208,7 +208,7 @@ def _show_sample(sample: dict[str, Any]) -> dict[str, Any]:
     arguments = [list(argument.values()) for argument in sample["arguments"].values()]
     contexts = [str(argument[0]) for argument in arguments]
     alike = len(set(contexts)) == 1
-    choices = []
+    choices: list[dict[str, Any]] = []
     for argument, resps in zip(arguments, sample["resps"], strict=True):
         if len(argument) > 1 and not isinstance(resps[0], list):  # generated
             choices += [{"text": str(text)[-_PROMPT_CHARACTERS:], "nats": "", "greedy": None} for text in resps]

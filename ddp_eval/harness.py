@@ -144,6 +144,8 @@ def evaluate_tasks(
         raise scoring.error from None
     except UserError:
         raise
+    except SystemExit as error:  # some tasks do, where a program of theirs is missing
+        raise UserError(f"the code of {_name_some(config.tasks)} ends the program: what it has printed says why") from error
     except Exception as error:
         if lm.phase == COMPUTING_METRICS:
             raise  # the scores are kept; what a task's own code did wrong shows in its traceback

@@ -94,9 +94,13 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
 
 
 def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
-    """Build and cut the requests of config.tasks, as a run would; no weight is needed for it."""
+    """Build and cut the requests of config.tasks, as a run would; no weight is needed.
+
+    Answers count as long as they may be.
+    """
     from ddp_eval import demo, harness
     from ddp_eval.engines import hf
+    from ddp_eval.generation import plan_batches
     from ddp_eval.meter import Phases
     from ddp_eval.packing import Requests, plan_packs, plan_rows
     from ddp_eval.tokenization import Encoder
@@ -105,7 +109,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
         """Carries the requests out of lm_eval, which would go on to score."""
 
     def stop(requests: Requests, prompts: Any) -> Any:
-        raise Counted(requests)
+        raise Counted(requests, prompts)
 
     tokenizer = hf.load_tokenizer(config.loader_args)
     max_length = harness.max_length_of(config.model_args, model_config, tokenizer)
@@ -113,7 +117,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     try:
         harness.evaluate_tasks(config, encoder, model_config, stop, lambda scores, texts: None, Phases(), [demo.TASKS_PATH])
     except Counted as counted:
-        requests = counted.args[0]
+        requests, prompts = counted.args
 
     class Unloaded(hf.HFEngine):
         splits_head = True  # not to be asked of a model without weights
@@ -125,7 +129,9 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     else:
         in_tree = min(max_tokens, engine.largest_tree or max_tokens)
         plan, _ = plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
-    return Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
+    texts, _ = plan_batches(prompts, engine.generation_sizes(), [False] * len(prompts.settings))
+    answers = int(texts.limits.sum())
+    return Amount(len(plan.tokens) + len(texts.tokens) + answers, len(plan.targets) + answers, plan.num_packs + texts.num_batches)
 
 
 def _table(candidates: list[Candidate], world_size: int) -> list[str]:

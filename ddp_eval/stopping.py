@@ -14,7 +14,7 @@ class StopRule:
     """The stop strings of one kind of request, for one tokenizer."""
 
     def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
-        self._decode = _decoder(tokenizer)
+        self._tokenizer = tokenizer
         self._by_window: dict[int, list[str]] = {}
         for text in until:
             window = len(tokenizer.encode(text, add_special_tokens=False)) + 2
@@ -24,16 +24,7 @@ class StopRule:
         """Whether each answer, as long as it is now, has just come to a stop string."""
         found = [False] * len(answers)
         for window, texts in self._by_window.items():
-            decoded = self._decode([answer[-window:] for answer in answers])
+            decoded = self._tokenizer.batch_decode([answer[-window:] for answer in answers])
             for row, tail in enumerate(decoded):
                 found[row] = found[row] or any(text in tail for text in texts)
         return found
-
-
-def _decoder(tokenizer: Any) -> Any:
-    """[token ids] -> [text], special tokens included. The Rust tokenizers decode a batch at once, where nothing follows that."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    plain = backend is not None and type(tokenizer).__name__ in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    if plain and not getattr(tokenizer, "clean_up_tokenization_spaces", True):
-        return lambda rows: backend.decode_batch(rows, skip_special_tokens=False)
-    return tokenizer.batch_decode

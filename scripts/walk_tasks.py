@@ -19,6 +19,7 @@ import contextlib
 import copy
 import datetime
 import itertools
+import json
 import logging
 import random
 import re
@@ -305,15 +306,14 @@ class Walk:
     def __init__(self) -> None:
         self.manager = harness.TaskManager(include_path=[demo.TASKS_PATH], metadata={})
         self.config = transformers.AutoConfig.from_pretrained(demo.MODEL_PATH)
-        self.encoder = Encoder(transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH), 2048)
+        self.encoder = Encoder(transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH), 2**20)  # room for any answer
 
     def choose(self, per_directory: int) -> list[tuple[str, str]]:
         """(name, type) of some tasks of each directory and type."""
         groups = collections.defaultdict(list)
         for name in self.manager.all_subtasks:
             entry = self.manager.task_index[name]
-            leaf = next(iter(find_leaves(name, self.manager.task_index)), None)
-            kind = (leaf.output_type if leaf else None) or "class"
+            kind = self.type_of(name)
             parts = Path(entry.yaml_path).parts if entry.yaml_path else ("", "tasks", "?")
             directory = parts[parts.index("tasks") + 1] if "tasks" in parts else "?"
             groups[directory, kind].append((name, kind))
@@ -323,6 +323,10 @@ class Walk:
             for group in sorted(groups)
             for one in chance.sample(sorted(groups[group]), min(per_directory, len(groups[group])))
         ]
+
+    def type_of(self, name: str) -> str:
+        leaf = next(iter(find_leaves(name, self.manager.task_index)), None)
+        return (leaf.output_type if leaf else None) or "class"
 
     def visit(self, name: str, kind: str) -> Outcome:
         leaf = next(iter(find_leaves(name, self.manager.task_index)), None)
@@ -344,8 +348,12 @@ class Walk:
                     if "shows images or sound" in str(error):
                         return Outcome(name, kind, "refused: multimodal", tries=tries)
                     cause = error.__cause__ or error
+                    if isinstance(cause, SystemExit):
+                        return Outcome(name, kind, "missing package", one_line(error, 150), tries=tries)
                 except TooLong as error:
                     return Outcome(name, kind, "stand-in rows do not fit", str(error), tries=tries)
+                except SystemExit as error:
+                    return Outcome(name, kind, "missing package", f"its code ends the program: {error.code}", tries=tries)
                 except Exception as error:
                     cause = error
                 first = first or (cause, columns)
@@ -363,6 +371,10 @@ class Walk:
             self._build(name, columns, CONTENTS[0], self._theirs)
         except (Exception, TooLong) as error:
             told = f"{type(error).__name__}: {one_line(error, 150)}"
+            if isinstance(error, ImportError):
+                return Outcome(
+                    name, kind, "code of the task's own does not import (lm_eval alone fails alike)", told, tries=tries
+                )
             return Outcome(name, kind, "stand-in rows do not fit (lm_eval alone fails alike)", told, tries=tries)
         return Outcome(
             name, kind, "DEFECT: fails here, not in lm_eval alone", f"{type(cause).__name__}: {one_line(cause, 150)}", tries=tries
@@ -426,20 +438,16 @@ def missing(error: BaseException) -> tuple[str, str] | None:
             break
         if isinstance(seen, ModuleNotFoundError):
             return "missing package", seen.name or one_line(seen, 150)
-        text = f"{type(seen).__name__}: {one_line(seen, 150)}"
-        if (
-            match := re.search(r"(?:pip install|requires?|install) [`'\"]?([\w.-]+)", str(seen))
-            if isinstance(seen, ImportError)
-            else None
-        ):
-            return "missing package", match[1]
+        text = f"{type(seen).__name__}: {one_line(seen, 150)}".replace(f"{Path.cwd()}/", "")
+        if isinstance(seen, ImportError) and re.search("install|require", str(seen)):
+            return "missing package", one_line(seen, 150)
         network = ("ConnectionError", "MaxRetryError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "URLError", "gaierror")
         if type(seen).__name__ in network or "offline mode" in str(seen).lower() or "couldn't connect to" in str(seen):
-            return "missing data (fetched by the task's own code)", text
+            return "missing data or metric (fetched by the task's own code)", text
         if isinstance(seen, FileNotFoundError):
-            return "missing data (fetched by the task's own code)", text
+            return "missing data or metric (fetched by the task's own code)", text
         if isinstance(seen, LookupError) and "nltk" in str(seen).lower():
-            return "missing data (fetched by the task's own code)", "nltk"
+            return "missing data or metric (fetched by the task's own code)", "nltk"
         seen = seen.__cause__ or seen.__context__
     return None
 
@@ -452,7 +460,7 @@ def format_report(outcomes: list[Outcome], sample: int, total: int, elapsed_s: f
         "# Walk through lm_eval's tasks",
         "",
         f"{sample} of the {total:,} tasks in the index of lm_eval {lm_eval.__version__}, each loaded through ddp_eval's own path "
-        f"to its requests, without data sets (`scripts/walk_tasks.py`; {datetime.date.today()}, {elapsed_s:.0f} s on one core). "
+        f"to its requests, without data sets (`scripts/walk_tasks.py`; {datetime.date.today()}, {elapsed_s:.0f} s). "
         "`class`: a task written in Python, which tells its type only once it is made.",
         "",
         f"| outcome | all | {' | '.join(types)} |",
@@ -480,26 +488,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per_directory", type=int, default=2, help="tasks of each type from each directory of the index")
     parser.add_argument("--names", nargs="+", help="these tasks instead")
+    parser.add_argument(
+        "--part", nargs=2, type=int, default=(0, 1), metavar=("K", "N"), help="every Nth of them, from the Kth on"
+    )
+    parser.add_argument("--outcomes", type=Path, help="also write each outcome to this file, a line of JSON each")
+    parser.add_argument("--report", nargs="+", type=Path, help="walk nowhere: report what several parts have written")
     parser.add_argument("--output", type=Path, help="where the report goes (default: stdout)")
     options = parser.parse_args()
+    if options.report:
+        lines = [json.loads(line) for path in options.report for line in path.read_text(encoding="utf-8").splitlines()]
+        latest = {line["outcome"][0]: Outcome(*line["outcome"]) for line in lines}
+        write(sorted(latest.values()), lines[0]["total"], sum(line["elapsed_s"] for line in lines), options.output)
+        return
     logging.disable(logging.ERROR)
     datasets.disable_progress_bars()
     np.seterr(all="ignore")
-    started = time.monotonic()
     walk = Walk()
     total = len(walk.manager.all_subtasks)
-    chosen = [(name, "?") for name in options.names] if options.names else walk.choose(options.per_directory)
-    outcomes = []
+    chosen = [(name, walk.type_of(name)) for name in options.names] if options.names else walk.choose(options.per_directory)
+    chosen = chosen[options.part[0] :: options.part[1]]
+    outcomes, elapsed_s = [], 0.0
     for index, (name, kind) in enumerate(chosen):
-        outcome = walk.visit(name, kind)
-        outcomes.append(outcome)
-        print(f"{index + 1}/{len(chosen)} {outcome.kind} {name} {outcome.detail}", file=sys.stderr, flush=True)
-    report = format_report(outcomes, len(outcomes), total, time.monotonic() - started)
-    if options.output:
-        options.output.write_text(report, encoding="utf-8")
+        started = time.monotonic()
+        outcomes.append(walk.visit(name, kind))
+        took_s = time.monotonic() - started
+        elapsed_s += took_s
+        print(f"{index + 1}/{len(chosen)} {outcomes[-1].kind} {name} {outcomes[-1].detail}", file=sys.stderr, flush=True)
+        if options.outcomes:
+            with options.outcomes.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"outcome": outcomes[-1], "total": total, "elapsed_s": took_s}) + "\n")
+    write(outcomes, total, elapsed_s, options.output)
+
+
+def write(outcomes: list[Outcome], total: int, elapsed_s: float, output: Path | None) -> None:
+    report = format_report(outcomes, len(outcomes), total, elapsed_s)
+    if output:
+        output.write_text(report, encoding="utf-8")
     else:
         print(report)
-    sys.exit(any(one.kind.startswith("DEFECT") for one in outcomes))
+    if any(one.kind.startswith("DEFECT") for one in outcomes):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

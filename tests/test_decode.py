@@ -12,9 +12,11 @@ import tiny_models
 import torch
 
 import ddp_eval
-from ddp_eval import generation
+from ddp_eval import execution, generation
+from ddp_eval.distributed import World
 from ddp_eval.engines import decode
 from ddp_eval.engines.hf import HFEngine
+from ddp_eval.errors import UserError
 from ddp_eval.generation import Prompts, Settings, build_batch, plan_batches
 
 TASKS = str(Path(__file__).with_name("generation_tasks"))
@@ -64,8 +66,8 @@ def answers(results: dict[str, Any]) -> dict[Any, Any]:
 def test_greedy_texts_are_lm_evals(kind: str, evaluate: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
     """Catches a wrong mask, position, window or slot, an answer that ends too early or too late, and a cut in another place."""
     model, tasks = tiny_model(kind), ["gen_boolean", "gen_story"]
-    theirs = lm_eval_texts(model, tasks, limit=7)
-    ours = evaluate(model, tasks, limit=7)
+    theirs = lm_eval_texts(model, tasks, limit=5)
+    ours = evaluate(model, tasks, limit=5)
     assert answers(ours) == answers(theirs)
     assert (ours["ddp_eval"]["generation"]["why_one_by_one"] is None) == (kind in tiny_models.TREE_KINDS)
     for task in tasks:
@@ -159,3 +161,24 @@ def test_a_model_that_decodes_wrongly_is_found_out(tiny_model: Callable[..., Any
     whole = model.transformer.forward
     model.transformer.forward = lambda *args, position_ids=None, **kwargs: whole(*args, **kwargs)
     assert "batched and plain runs differ" in str(HFEngine(model, CPU).why_not_batches)
+
+
+def test_slots_are_halved_when_memory_is_short(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches a run that ends where fewer rows at once would do, and one that goes on for ever."""
+    engine = HFEngine(tiny_model("llama"), CPU)
+    prompts = Prompts([np.arange(2, 9 + n) for n in range(8)], [0] * 8, [6] * 8, [0] * 8, [Settings((), {})], ["task"] * 8)
+    plan, _ = plan_batches(prompts, generation.Sizes(10**6, 8, 8), [False])
+    batch, generate, room = build_batch(plan, 0), engine.generate, 2
+
+    def refuse(batch: Any, *rest: Any) -> Any:
+        if batch.slots > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(batch, *rest)
+
+    world = World(0, 0, 1, CPU)
+    wanted = generate(batch, tiny_tokenizer, lambda *told: None)
+    engine.generate = refuse  # type: ignore[method-assign]
+    assert execution._generate(world, engine, batch, tiny_tokenizer, lambda *told: None) == (wanted, 4)
+    room = 0
+    with pytest.raises(UserError, match="ran out of memory on cpu with 1 prompts and answers of up to"):
+        execution._generate(world, engine, batch, tiny_tokenizer, lambda *told: None)

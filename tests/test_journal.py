@@ -13,6 +13,7 @@ import pytest
 
 from ddp_eval import journal
 from ddp_eval.errors import UserError
+from ddp_eval.execution import fill_texts
 from ddp_eval.journal import Journal, OtherWork, read_journals, work_key
 
 KEY = work_key({"plan": "a"})
@@ -207,3 +208,41 @@ def test_journal_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "a.journal").mkdir()
     with pytest.raises(UserError, match=r"a\.journal cannot be read \(Is a directory\)"):
         read_journals(tmp_path, KEY, ITEM_STARTS)
+
+
+TEXT_STARTS = np.array([0, 3, 5])  # two batches of texts, numbered 4 and 5
+TEXTS = {4: [[7, 8, 9], [], [2**31 - 1]], 5: [[1], [2, 3]]}
+
+
+def test_texts_come_back_whole(tmp_path):
+    """Catches answers that change places, an empty one that swallows the next, and texts taken for scores."""
+    own = Journal(tmp_path / "a.journal", KEY, "cpu")
+    own.append_texts(5, TEXTS[5])
+    add(own, 3)
+    own.append_texts(4, TEXTS[4], pieces=2)
+    own.close()
+    found = read_journals(tmp_path, KEY, ITEM_STARTS, TEXT_STARTS)
+    assert found.packs.tolist() == [3, 4, 5]
+    assert found.rows.tobytes() == rows_of([3])
+    assert found.halved.tolist() == [[4, 2]]
+    texts, differing = fill_texts(found.lengths, found.answers, 5)
+    assert (texts, differing) == ([*TEXTS[4], *TEXTS[5]], 0)
+
+
+def test_texts_that_do_not_fit_the_plan(tmp_path):
+    """Catches lengths that are not those of the tokens behind them, and a batch that the plan does not have."""
+    for name, unit, answers in (("a", 4, TEXTS[5]), ("b", 6, TEXTS[4]), ("c", 3, TEXTS[5])):
+        own = Journal(tmp_path / f"{name}.journal", KEY, "cpu")
+        own.append_texts(unit, answers)
+        own.close()
+    found = read_journals(tmp_path, KEY, ITEM_STARTS, TEXT_STARTS)
+    assert len(found.packs) == len(found.lengths) == len(found.answers) == 0
+    assert len(found.notes) == 3
+
+
+def test_answers_in_their_slots():
+    """Catches an answer that no rank has brought, and two ranks' different answers taken for one."""
+    lengths, answers = np.array([[1, 2], [0, 1], [1, 2]]), np.array([[5], [6], [7], [5], [8]])
+    assert fill_texts(lengths, answers, 2) == ([[7], [5, 6]], 1)
+    with pytest.raises(RuntimeError, match="1 of 3 answers came back from no rank, the first of them answer 2"):
+        fill_texts(lengths, answers, 3)

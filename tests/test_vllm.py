@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import tiny_models
 import torch
 import transformers
 
+from ddp_eval import generation
+from ddp_eval.distributed import World
 from ddp_eval.engines import vllm
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
@@ -151,3 +154,51 @@ def test_vllm_gives_the_numbers_of_transformers(ranks, size, scores_of):
     assert found.task == expected.task and found.is_greedy == expected.is_greedy
     drift = np.abs(np.array(found.loglikelihood) - np.array(expected.loglikelihood))
     assert (drift / np.array(expected.num_tokens)).max() < 1e-4
+
+
+class CountingModel:
+    """Stands in for vllm.LLM: the token after another is 7 more, modulo 400; it ends at token 1, as vLLM does at EOS."""
+
+    def __init__(self):
+        self.asked = []
+        cache = SimpleNamespace(enable_prefix_caching=True)
+        self.llm_engine = SimpleNamespace(
+            model_config=SimpleNamespace(dtype=torch.float32), vllm_config=SimpleNamespace(cache_config=cache)
+        )
+
+    def generate(self, inputs, settings, use_tqdm):
+        self.asked.append(len(inputs))
+        return [
+            self._answer(prompt["prompt_token_ids"][-1], setting.max_tokens)
+            for prompt, setting in zip(inputs, settings, strict=True)
+        ]
+
+    def _answer(self, last, most):
+        tokens = []
+        while len(tokens) < most and (not tokens or tokens[-1] != 1):
+            last = (last + 7) % 400
+            tokens.append(last)
+        reason = "stop" if tokens[-1] == 1 else "length"
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, finish_reason=reason)])
+
+
+def test_rounds_of_generation(monkeypatch):
+    """Catches tokens kept behind a stop string or EOS, a limit that is passed, and answers that are asked for again."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
+    tokenizer, llm = tiny_models.make_tokenizer(), CountingModel()
+    engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+    stop = tokenizer.decode([(50 + 7 * 40) % 400])  # 40 tokens behind the prompt that ends in 50
+    settings = generation.Settings((stop,), {"do_sample": False, "temperature": 0.0})
+    prompts = generation.Prompts(
+        [np.array([5, last]) for last in (50, 3, 394)], [0] * 3, [90, 70, 90], [0] * 3, [settings], ["task"] * 3
+    )
+    plan, items = generation.plan_batches(prompts, engine.generation_sizes(), [False])
+    answers = engine.generate(generation.build_batch(plan, 0), tokenizer, lambda *told: None)
+    by_prompt = [answers[item] for item in items.tolist()]
+    ends = [tokenizer.decode([token]) for token in by_prompt[0]]
+    assert any(stop in end for end in ends[-3:]) and len(by_prompt[0]) <= 40
+    assert by_prompt[2] == [1]
+    assert len(by_prompt[1]) <= 70
+    for prompt, answer in zip((50, 3, 394), by_prompt, strict=True):
+        assert answer == [(prompt + 7 * step) % 400 for step in range(1, len(answer) + 1)]
+    assert llm.asked[0] == 3 and llm.asked[-1] < 3

@@ -40,7 +40,9 @@ def _is_served(engine: Engine, settings: Settings, pad: int | None, task: str | 
     try:
         return engine.check_settings(settings, pad)
     except (ValueError, TypeError) as error:
-        raise UserError(f"the task {task} cannot generate with {settings.options}: {one_line(error, 300)}") from None
+        raise UserError(
+            f"the task {task} cannot generate with {dict(sorted(settings.options.items()))}: {one_line(error, 300)}"
+        ) from None
 
 
 def describe_texts(decision: TextDecision, prompts: Prompts) -> dict[str, Any]:

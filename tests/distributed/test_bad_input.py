@@ -110,11 +110,11 @@ CASES = {
     ),
     "settings of generation that nobody knows": (
         DEMO + "--include_path {place}/tasks --tasks generates --gen_kwargs colour=1 --limit 1",
-        "the task generates cannot generate with {{'do_sample': False",
+        "the task generates cannot generate with {{'colour': 1",
     ),
     "a temperature that cannot be": (
         DEMO + "--include_path {place}/tasks --tasks generates --gen_kwargs do_sample=true,temperature=0.0 --limit 1",
-        "the task generates cannot generate with {{'do_sample': True",
+        "the task generates cannot generate with {{'do_sample': True, 'temperature': 0.0}}",
     ),
     "task given twice": (
         DEMO + "--tasks demo demo_lambada",

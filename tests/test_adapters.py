@@ -17,7 +17,7 @@ from ddp_eval import demo
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
-from ddp_eval.manifest import describe_model, fingerprint_model
+from ddp_eval.manifest import describe_model, see_model
 from ddp_eval.results import read_scores
 from ddp_eval.runner import evaluate, run
 
@@ -127,7 +127,7 @@ def test_the_manifest_knows_the_adapter(tiny_model_path: Callable[[str], Path], 
     """Catches two adapters taken for the same run: work of one would be resumed with the other."""
     model = str(tiny_model_path("llama"))
     first, second = (save_adapter(Path(model), tmp_path / str(seed), seed=seed) for seed in (1, 2))
-    prints = [fingerprint_model({"pretrained": model, **({"peft": str(p)} if p else {})}) for p in (None, first, second)]
+    prints = [see_model({"pretrained": model, **({"peft": str(p)} if p else {})}) for p in (None, first, second)]
     assert len(set(prints)) == 3 and None not in prints
     described = describe_model(model, {"pretrained": model, "peft": str(first)}, None)
     assert "adapter_model.safetensors" in described["adapter_files"]["files"]

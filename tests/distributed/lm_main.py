@@ -1,4 +1,4 @@
-"""What `test_lm.py` runs: a program that has lm_eval evaluate on all ranks. Rank R writes what it came to to DIRECTORY/R.json."""
+"""What `test_lm_ranks.py` runs: lm_eval evaluates on all ranks. Rank R writes what it came to to DIRECTORY/R.json."""
 
 import atexit
 import json

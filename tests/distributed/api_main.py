@@ -15,20 +15,20 @@ import torch.distributed as dist
 import transformers
 
 import ddp_eval
-from ddp_eval import demo, telemetry
+from ddp_eval import demo, distributed
 
 TASKS = ["demo_hellaswag", "demo_lambada", "demo_wikitext"]
 
 
 def watch_tallies():
     """What the progress bar reads from now on."""
-    read, values = telemetry.Tally.read, []
+    read, values = distributed.Tally.read, []
 
     def read_and_note(tally):
         values.append(read(tally))
         return values[-1]
 
-    telemetry.Tally.read = read_and_note
+    distributed.Tally.read = read_and_note
     return values
 
 

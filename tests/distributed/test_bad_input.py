@@ -395,7 +395,7 @@ def test_as_a_command(case, program, place):
         ("model that is not there", COMMAND),
         ("output path that holds a run", COMMAND),
         ("unknown task", QUICK),
-        ("task that generates", QUICK),
+        ("settings of generation that nobody knows", QUICK),
         ("corrupt checkpoint", QUICK),
     ],
 )
@@ -403,5 +403,15 @@ def test_under_torchrun(case, program, place):
     """Catches a sentence that comes twice or is followed by frames of ours, and ranks that wait for one that has failed."""
     arguments, text = arguments_of(case, place)
     finished = launch(2, *arguments, program=program, cwd=place / "tasks")
+    check(finished, 1, text)
+    assert finished.seconds_after(text) < END_S, str(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_all_under_torchrun(case, place):
+    """Catches a mistake that one process reports well and two do not."""
+    arguments, text = arguments_of(case, place)
+    finished = launch(2, *arguments, program=QUICK, cwd=place / "tasks")
     check(finished, 1, text)
     assert finished.seconds_after(text) < END_S, str(finished)

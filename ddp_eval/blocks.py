@@ -16,6 +16,7 @@ Pure tensors but for `attend`, the function that transformers calls in place of 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -151,24 +152,29 @@ def attend(
     if groups > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     output = torch.zeros((1, query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
-    # The keys and values of the block at hand: what it has in common with the one before stays there.
-    most = max((block.held + len(block.keys) for block in blocks if block.keys is not None), default=0)
-    near_keys, near_values = (part.new_empty((*part.shape[:2], most, part.shape[3])) for part in (key, value))
-    for block in blocks:
-        span = slice(block.start, block.stop)
-        if block.keys is None:
-            keys, values = key[:, :, span], value[:, :, span]
-        else:
-            count = block.held + len(block.keys)
-            keys, values = near_keys[:, :, :count], near_values[:, :, :count]
-            keys[:, :, block.held :] = key.index_select(2, block.keys)
-            values[:, :, block.held :] = value.index_select(2, block.keys)
-        asked = span if block.queries is None else block.queries
+    for block, keys, values in with_keys(blocks, key, value):
+        asked = slice(block.start, block.stop) if block.queries is None else block.queries
         result = torch.nn.functional.scaled_dot_product_attention(
             query[:, :, asked], keys, values, attn_mask=block.bias, scale=scaling, is_causal=block.bias is None
         )
         output[:, asked] = result.transpose(1, 2)
     return output, None
+
+
+def with_keys(blocks: list[Block], key: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[Block, torch.Tensor, torch.Tensor]]:
+    """Each block with the keys and values of its queries: (1, heads, K, head size), good until the next block is asked for."""
+    # What a block has in common with the one before stays where it is.
+    most = max((block.held + len(block.keys) for block in blocks if block.keys is not None), default=0)
+    near_keys, near_values = (part.new_empty((*part.shape[:2], most, part.shape[3])) for part in (key, value))
+    for block in blocks:
+        if block.keys is None:
+            yield block, key[:, :, block.start : block.stop], value[:, :, block.start : block.stop]
+            continue
+        count = block.held + len(block.keys)
+        keys, values = near_keys[:, :, :count], near_values[:, :, :count]
+        keys[:, :, block.held :] = key.index_select(2, block.keys)
+        values[:, :, block.held :] = value.index_select(2, block.keys)
+        yield block, keys, values
 
 
 def carry(blocks: list[Block], blocks_of_layer: dict[int | None, list[Block]], device: torch.device) -> torch.Tensor:

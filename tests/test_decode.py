@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,23 @@ def test_draws_follow_the_distribution(tiny_model: Callable[..., Any]) -> None:
     assert shares == pytest.approx([0.1 / 0.85, 0.5 / 0.85, 0.0, 0.25 / 0.85, 0.0], abs=0.01)
 
 
+@pytest.fixture
+def load(tiny_model: Callable[..., Any]) -> Iterator[Callable[[str], HFEngine]]:
+    """An engine over a model that others use after it."""
+    with contextlib.ExitStack() as loaded:
+
+        def load(kind: str) -> HFEngine:
+            engine = HFEngine(tiny_model(kind), CPU)
+            loaded.callback(engine.close)
+            return engine
+
+        yield load
+
+
 @pytest.mark.usefixtures("few")
-def test_a_row_alone_and_in_company(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_a_row_alone_and_in_company(load: Callable[[str], HFEngine], tiny_tokenizer: Any) -> None:
     """Catches a row that reads a neighbour's keys: its text would change with who is there."""
-    engine, random = HFEngine(tiny_model("gemma3"), CPU), np.random.default_rng(0)
+    engine, random = load("gemma3"), np.random.default_rng(0)
     settings = Settings(("zq",), {"do_sample": True, "temperature": 1.5})
     head = random.integers(2, 400, 40)
     tokens = [np.concatenate([head, random.integers(2, 400, size)]) for size in random.integers(1, 30, 9)]
@@ -153,7 +167,7 @@ def test_a_row_alone_and_in_company(tiny_model: Callable[..., Any], tiny_tokeniz
     assert [len(text) for text in together] == [5 + index for index in range(9)]
 
 
-def test_a_model_that_decodes_wrongly_is_found_out(tiny_model: Callable[..., Any]) -> None:
+def test_a_model_that_decodes_wrongly_is_found_out() -> None:
     """Catches a self-check that passes whatever comes: here the positions are ignored."""
     model = tiny_models.make_model("gpt2")
     engine = HFEngine(model, CPU)
@@ -163,9 +177,9 @@ def test_a_model_that_decodes_wrongly_is_found_out(tiny_model: Callable[..., Any
     assert "batched and plain runs differ" in str(HFEngine(model, CPU).why_not_batches)
 
 
-def test_slots_are_halved_when_memory_is_short(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_slots_are_halved_when_memory_is_short(load: Callable[[str], HFEngine], tiny_tokenizer: Any) -> None:
     """Catches a run that ends where fewer rows at once would do, and one that goes on for ever."""
-    engine = HFEngine(tiny_model("llama"), CPU)
+    engine = load("llama")
     prompts = Prompts([np.arange(2, 9 + n) for n in range(8)], [0] * 8, [6] * 8, [0] * 8, [Settings((), {})], ["task"] * 8)
     plan, _ = plan_batches(prompts, generation.Sizes(10**6, 8, 8), [False])
     batch, generate, room = build_batch(plan, 0), engine.generate, 2

@@ -480,10 +480,8 @@ def _attend_blocks(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
-    for block in cut:
-        span, keyed = slice(block.start - behind, block.stop - behind), slice(block.start, block.stop)
-        keys = key[:, :, keyed] if block.keys is None else key.index_select(2, block.keys)
-        values = value[:, :, keyed] if block.keys is None else value.index_select(2, block.keys)
+    for block, keys, values in blocks.with_keys(cut, key, value):
+        span = slice(block.start - behind, block.stop - behind)
         queries = query[:, :, span]
         if softcap is None:
             result = torch.nn.functional.scaled_dot_product_attention(

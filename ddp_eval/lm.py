@@ -78,7 +78,7 @@ class DDPEvalLM(_LeaderLM):
             world = distributed.adopt_group(distributed.choose_device(device, distributed.launch_local_rank()))
         else:
             world = distributed.join_group(device, config.timeout)
-        self._world, self._borrowed, self._followers = world, borrowed, Followers(world)
+        self._world, self._borrowed, self._followers = world, borrowed, Followers(world, stays=True)
         model_args = config.loader_args
         try:
             if not world.is_leader:

@@ -74,10 +74,14 @@ class Measure:
 
 
 class Followers:
-    """The other ranks, as the leader sees them: told what to do, and told to stop when the block ends, well or not."""
+    """The other ranks, as the leader sees them: told what to do, and told to stop when the block ends, well or not.
 
-    def __init__(self, world: World) -> None:
+    stays: this process goes on after a failure, so that its end does not tell them; if not given, as in a caller's group.
+    """
+
+    def __init__(self, world: World, stays: bool | None = None) -> None:
         self.world = world
+        self._stays = world.borrowed if stays is None else stays
         self.layout: Layout | None = None  # in which the model was loaded last
         self._listening = True
 
@@ -124,7 +128,7 @@ class Followers:
         if not self._listening or isinstance(error, distributed.LostContact):
             return
         # A message is out when all listen: the user would wait for the slowest to load. The end of this process tells them too.
-        if error is not None and not self.world.borrowed:
+        if error is not None and not self._stays:
             return
         message = None if error is None else Abort(str(error) or type(error).__name__, isinstance(error, UserError))
         distributed.send_message(self.world, message)

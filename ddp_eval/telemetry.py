@@ -145,7 +145,8 @@ def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[
         rank; "peak" (see `peak_flops`); "generation" of `text_planning.describe_texts`, where texts are generated.
 
     The share of peak is that of the operations that a rank's packs need: of the layers for each token, of attention for each
-    visible pair, of the head for each read. scripts/bench.py counts alike, but a prefix that several packs repeat only once.
+    visible pair, of the head for each read. scripts/bench.py counts alike, but a prefix that several packs repeat only once, and
+    not what the last layer leaves out where it is not read.
     """
     units = {"computed_tokens": "flops_per_token", "visible_pairs": "flops_per_pair", "reads": "flops_per_read"}
     generation = facts.get("generation") or {"asked_tokens": 0, "prompt_tokens": 0, "generated_tokens": 0}

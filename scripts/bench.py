@@ -15,7 +15,8 @@ measured beside it in the same process, dtype and threads:
     useful work = 2 * (weights of the layers) * (distinct tokens) + 4 * (query width) * (layers) * (visible pairs)
                   + 2 * (hidden size) * (vocabulary) * (distinct reads)
 
-with every token of the requests' prefix tree counted once, nothing repeated or padded. Prints a table and, with --out, writes
+with every token of the requests' prefix tree counted once, nothing repeated or padded, and what ddp_eval leaves out of the last
+layer at tokens that are not read (feed-forward part, attention) not counted. Prints a table and, with --out, writes
 NAME.md and NAME.json.
 """
 
@@ -303,11 +304,14 @@ def count_useful(engine: Any, requests: Any) -> dict[str, float]:
     tree = build_pack(plan_one_tree(requests)[0], 0)
     cost = engine.cost_model()
     tokens, pairs, reads = len(tree), float((tree.depth + 1.0).sum()), len(tree.reads)
+    at_token, at_pair = engine.flops_left_out()
+    unread_pairs = pairs - float((tree.depth[tree.reads] + 1.0).sum())
+    left_out = at_token * (tokens - reads) + at_pair * unread_pairs
     return {
         "distinct_tokens": tokens,
         "visible_pairs": pairs,
         "distinct_reads": reads,
-        "flops": cost.token * tokens + cost.pair / cost.slowdown * pairs + cost.read * reads,
+        "flops": cost.token * tokens + cost.pair * pairs + cost.read * reads - left_out,
     }
 
 

@@ -20,19 +20,21 @@ def test_useful_work_of_many_requests_by_hand():
     stem, tail, count = 4, 20, 1500
     sequences = [[1, 2, 3, 4, 10 + index, *range(1, tail), 9] for index in range(count)]
     cost = CostModel(token=1000.0, pair=10.0, read=1.0, slowdown=2.0)
-    found = bench.count_useful(types.SimpleNamespace(cost_model=lambda: cost), requests_from_lists(sequences, [tail + 1] * count))
+    engine = types.SimpleNamespace(cost_model=lambda: cost, flops_left_out=lambda: (100.0, 2.0))
+    found = bench.count_useful(engine, requests_from_lists(sequences, [tail + 1] * count))
     # The stem once, behind it a branch for each request; read at the stem's last token, once, and all along the branches.
     tokens, reads = stem + tail * count, 1 + tail * count
     pairs = sum(range(1, stem + 1)) + count * sum(range(stem + 1, stem + tail + 1))
     assert (found["distinct_tokens"], found["visible_pairs"], found["distinct_reads"]) == (tokens, pairs, reads)
-    assert found["flops"] == pytest.approx(1000 * tokens + 5 * pairs + reads)
+    unread_pairs = sum(range(1, stem))
+    assert found["flops"] == pytest.approx(1000 * tokens + 10 * pairs + reads - 100 * (tokens - reads) - 2 * unread_pairs)
 
 
 def test_useful_work_does_not_depend_on_order():
     """Catches a request counted twice because its kin stand elsewhere in the list."""
     random = np.random.default_rng(0)
     sequences = [random.integers(0, 3, random.integers(2, 9)).tolist() for _ in range(1200)]
-    engine = types.SimpleNamespace(cost_model=CostModel)
+    engine = types.SimpleNamespace(cost_model=CostModel, flops_left_out=lambda: (0.0, 0.0))
     distinct = len({tuple(one[:end]) for one in sequences for end in range(1, len(one))})
     for order in (sequences, sequences[::-1]):
         assert bench.count_useful(engine, requests_from_lists(order, [1] * 1200))["distinct_tokens"] == distinct

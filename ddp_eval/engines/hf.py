@@ -236,6 +236,14 @@ class HFEngine:
     def flops_per_token(self) -> float:
         return 2.0 * active_parameters(self.whole, self.config)
 
+    def flops_left_out(self) -> tuple[float, float]:
+        """What the last layer saves at a token that is not read: of `flops_per_token`, and for each token that it would see."""
+        if not self.skips_unread:
+            return 0.0, 0.0
+        cost = self.cost_model()
+        at_pair = cost.pair / self.config.num_hidden_layers if self.tree_attention == blocks.NAME else 0.0
+        return 2.0 * active_parameters(self.last_layer.feed_forward, self.config), at_pair
+
     def input_shape(self, pack: Pack) -> tuple[int, int]:
         """(B, L) of the token ids that a pack's forward is given."""
         if pack.rows:

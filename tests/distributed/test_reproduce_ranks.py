@@ -58,13 +58,13 @@ def test_phases_add_up_to_the_wall_time(earlier):
 
 
 def test_bytes_of_a_run_by_hand(earlier):
-    """Catches a collective that is not counted: 20 requests, one item each, padded to the packs that each rank has."""
+    """Catches a collective that is not counted: 20 requests, one item each, padded to the packs that each rank has; no texts."""
     ranks = json.loads((earlier[0] / "run" / results.TELEMETRY).read_text())["ranks"]
     sent = [rank["collectives"]["all_gather (rows)"] for rank in ranks]
     assert len({one["sent_bytes"] for one in sent}) == 1
-    assert all(one["calls"] == 3 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
+    assert all(one["calls"] == 5 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
     most = max(rank["counts"]["requests"] for rank in ranks)
-    assert sent[0]["sent_bytes"] == 8 + most * 3 * 8, "process id; item, bits, flag of the rank with the most; no pack was halved"
+    assert sent[0]["sent_bytes"] == 8 + most * 3 * 8, "process id; item, bits, flag of the rank with the most; none halved, no texts"
 
 
 def test_the_summary_is_printed(earlier):

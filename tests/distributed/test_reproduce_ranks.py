@@ -64,7 +64,7 @@ def test_bytes_of_a_run_by_hand(earlier):
     assert len({one["sent_bytes"] for one in sent}) == 1
     assert all(one["calls"] == 5 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
     most = max(rank["counts"]["requests"] for rank in ranks)
-    assert sent[0]["sent_bytes"] == 8 + most * 3 * 8, "process id; item, bits, flag of the rank with the most; none halved, no texts"
+    assert sent[0]["sent_bytes"] == 8 + most * 3 * 8, "process id; item, bits, flag of the rank with most; none halved, no texts"
 
 
 def test_the_summary_is_printed(earlier):

@@ -20,7 +20,7 @@ log = logging.getLogger("ddp_eval")
 
 
 # What of this package decides numbers, given a plan: a mended report need not undo hours of packs.
-_CODE = ("attention.py", "blocks.py", "engines", "execution.py", "generation.py", "packing.py")
+_CODE = ("attention.py", "blocks.py", "engines", "execution.py", "generation.py", "packing.py", "stopping.py")
 
 
 def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World, model: dict[str, Any]) -> bytes:

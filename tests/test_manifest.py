@@ -12,6 +12,7 @@ import torch
 
 from ddp_eval import digests, results, resume
 from ddp_eval.distributed import World
+from ddp_eval.generation import NO_TEXTS
 from ddp_eval.manifest import describe_model, is_same_model, see_model
 from ddp_eval.packing import CostModel, plan_packs, requests_from_lists
 from ddp_eval.resume import name_work
@@ -94,7 +95,7 @@ def key():
     requests = requests_from_lists([[1, 2, 3], [1, 2, 4]], [1, 1])
     plan = plan_packs(requests, CostModel(forward=1e30, dense=False), 100)[0]
     world = World(0, 0, 1, torch.device("cpu"))
-    return lambda folder: name_work(plan, {"class": "HFEngine"}, world, describe_model(str(folder), args(folder), None))
+    return lambda folder: name_work(plan, NO_TEXTS, {"class": "HFEngine"}, world, describe_model(str(folder), args(folder), None))
 
 
 def test_key_of_a_copy(key, checkpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import types
@@ -12,9 +13,11 @@ import torch
 
 from ddp_eval import runner, telemetry
 from ddp_eval.distributed import World
+from ddp_eval.generation import NO_PROMPTS, NO_TEXTS
 from ddp_eval.meter import Meter, Phases, process_age_s
 from ddp_eval.packing import CostModel, plan_packs, plan_rows, requests_from_lists
 from ddp_eval.planning import Decision
+from ddp_eval.text_planning import TextDecision
 
 
 def test_phases_add_up_to_the_wall_time():
@@ -103,11 +106,13 @@ def test_what_is_left_of_a_plan_by_hand():
     decision = Decision(*plan_packs(requests, CostModel(), 5), None)
     plan = decision.plan
     assert plan.num_packs == 2
-    everything = runner._describe_left(decision, requests, np.array([0, 1]))
+    no_texts = TextDecision(NO_TEXTS, np.zeros(0, dtype=np.int64), None)
+    describe_left = functools.partial(runner._describe_left, decision, requests, no_texts, NO_PROMPTS)
+    everything = describe_left(np.array([0, 1]))
     assert everything == {"left_tokens": 3 + 5, "left_request_tokens": 3 + 5 + 2 + 2}
     small = int(np.argmin(np.diff(plan.token_starts)))
-    assert runner._describe_left(decision, requests, np.array([small])) == {"left_tokens": 3, "left_request_tokens": 3 + 2 + 2}
-    assert runner._describe_left(decision, requests, np.array([], dtype=np.int64)) == {"left_tokens": 0, "left_request_tokens": 0}
+    assert describe_left(np.array([small])) == {"left_tokens": 3, "left_request_tokens": 3 + 2 + 2}
+    assert describe_left(np.array([], dtype=np.int64)) == {"left_tokens": 0, "left_request_tokens": 0}
 
 
 def test_advice_names_the_cause():

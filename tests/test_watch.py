@@ -107,8 +107,9 @@ def test_between_keeps_the_documents():
         list(harness._between(harness._unharmed(fail), range(3)))
 
 
-def test_dead_sibling_is_named():
+def test_dead_sibling_is_named(monkeypatch):
     """Catches a killed rank that nobody names: the screen shows torchrun's summary alone."""
+    monkeypatch.setattr(watch, "_directory", None)  # a run before this may have had one
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     watching = Watch()
     watching._siblings = {3: process.pid}

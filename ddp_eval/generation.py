@@ -14,7 +14,6 @@ Letters: N prompts as they were asked for, M items (distinct ones: a greedy answ
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.integer]
+from ddp_eval.packing import IntArray, digest_arrays
 
 LEAST_SHARED = 32  # tokens that make prompts a family
 LEAST_FAMILY = 4  # prompts that are worth a batch of their own
@@ -124,12 +123,7 @@ class TextPlan:
 
     def digest(self) -> str:
         """A name for exactly this work."""
-        hasher = hashlib.sha256("\n".join(kind.name() for kind in self.settings).encode("utf-8", "surrogatepass"))
-        for field in dataclasses.fields(self)[:-1]:
-            array = np.ascontiguousarray(getattr(self, field.name))
-            hasher.update(f"{field.name} {array.dtype.str} {array.size} ".encode())
-            hasher.update(array.tobytes())
-        return hasher.hexdigest()
+        return digest_arrays("\n".join(kind.name() for kind in self.settings).encode("utf-8", "surrogatepass"), self)
 
 
 @dataclasses.dataclass(frozen=True)

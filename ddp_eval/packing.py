@@ -127,12 +127,17 @@ class Plan:
 
     def digest(self) -> str:
         """A name for exactly this work: equal plans have equal digests."""
-        hasher = hashlib.sha256(b"rows" if self.rows else b"packs")
-        for field in dataclasses.fields(self)[:-1]:
-            array = np.ascontiguousarray(getattr(self, field.name))
-            hasher.update(f"{field.name} {array.dtype.str} {array.size} ".encode())
-            hasher.update(array.tobytes())
-        return hasher.hexdigest()
+        return digest_arrays(b"rows" if self.rows else b"packs", self)
+
+
+def digest_arrays(kind: bytes, plan: Any) -> str:
+    """SHA-256 of what `kind` says of a plan and of its fields but the last, all of them arrays: names, types and content."""
+    hasher = hashlib.sha256(kind)
+    for field in dataclasses.fields(plan)[:-1]:
+        array = np.ascontiguousarray(getattr(plan, field.name))
+        hasher.update(f"{field.name} {array.dtype.str} {array.size} ".encode())
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

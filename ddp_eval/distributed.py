@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its functions keep, for good, the group that there is when they are imported: none yet
 from torch.utils.data import DistributedSampler
 
 from ddp_eval.errors import UserError
@@ -36,11 +37,22 @@ JOIN_TIMEOUT_S = 1800.0
 LEADER_TIMEOUT = datetime.timedelta(hours=24)
 
 
+@dataclasses.dataclass
+class Held:
+    """The one reference to a process group.
+
+    Its threads live as long as there is one. They must be gone when the interpreter ends: one that lets go of a tensor of
+    Python's then would abort the process.
+    """
+
+    group: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """This process among all.
 
-    messages: the group for words from the leader; None when there is one rank.
+    messages: the group for words from the leader; holds None when there is one rank, or none any more.
     borrowed: the process group belongs to the caller, and must be usable after a failure of ours.
     ranks_per_node: how many ranks share this machine.
     ranks_per_replica: how many neighbouring ranks hold one copy of the model (layout.py).
@@ -51,7 +63,7 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
-    messages: Any = None
+    messages: Held = dataclasses.field(default_factory=Held, compare=False, repr=False)
     borrowed: bool = False
     ranks_per_node: int = 1
     ranks_per_replica: int = 1
@@ -209,8 +221,9 @@ def adopt_group(device: torch.device) -> World:
 
 def release_group(world: World) -> None:
     """Leave the caller's process group as `adopt_group` found it."""
-    if world.messages is not None:
-        dist.destroy_process_group(world.messages)
+    group, world.messages.group = world.messages.group, None
+    if group is not None:
+        dist.destroy_process_group(group)
 
 
 def leave_group(world: World) -> None:
@@ -218,6 +231,7 @@ def leave_group(world: World) -> None:
     if world.world_size > 1 and dist.is_initialized():
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+    world.messages.group = None
 
 
 def send_message(world: World, message: Any) -> None:
@@ -228,9 +242,9 @@ def send_message(world: World, message: Any) -> None:
             pickle.dump(message, buffer)
             data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
             with world.meter.collective("broadcast (size)", 8, 0):
-                dist.broadcast(torch.tensor([len(data)]), src=0, group=world.messages)
+                dist.broadcast(torch.tensor([len(data)]), src=0, group=world.messages.group)
             with world.meter.collective("broadcast (message)", len(data), 0):
-                dist.broadcast(data, src=0, group=world.messages)
+                dist.broadcast(data, src=0, group=world.messages.group)
 
 
 def receive_message(world: World) -> Any:
@@ -238,10 +252,10 @@ def receive_message(world: World) -> Any:
     with _naming_lost_ranks("waiting for rank 0"), world.meter.phases("wait"):
         size = torch.zeros(1, dtype=torch.int64)
         with world.meter.collective("broadcast (size)", 0, 8):
-            dist.broadcast(size, src=0, group=world.messages)
+            dist.broadcast(size, src=0, group=world.messages.group)
         data = torch.empty(int(size), dtype=torch.uint8)
         with world.meter.collective("broadcast (message)", 0, len(data)):
-            dist.broadcast(data, src=0, group=world.messages)
+            dist.broadcast(data, src=0, group=world.messages.group)
     return pickle.loads(data.numpy().data)  # from rank 0 of this very launch
 
 
@@ -251,7 +265,7 @@ def gather_reports(world: World, report: Any) -> list[Any] | None:
         return [report]
     everyone: list[Any] | None = [None] * world.world_size if world.is_leader else None
     with _naming_lost_ranks("gathering reports"):
-        dist.gather_object(report, everyone, dst=0, group=world.messages)
+        dist.gather_object(report, everyone, dst=0, group=world.messages.group)
     return everyone
 
 
@@ -343,7 +357,7 @@ def _all_gather(world: World, tensor: torch.Tensor, what: str) -> torch.Tensor:
     everyone = [torch.empty_like(tensor) for _ in range(world.world_size)]
     with world.meter.collective(f"all_gather ({what})", tensor.nbytes, tensor.nbytes * (world.world_size - 1)):
         # A borrowed group may have no backend for the CPU, and ranks may wait here for longer than in a computation.
-        dist.all_gather(everyone, tensor, group=world.messages)
+        dist.all_gather(everyone, tensor, group=world.messages.group)
     return torch.stack(everyone)
 
 
@@ -436,8 +450,8 @@ def _agent_store() -> Any:
     return None
 
 
-def _message_group() -> Any:
-    return dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT)
+def _message_group() -> Held:
+    return Held(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
 
 
 @contextlib.contextmanager

@@ -212,6 +212,8 @@ trap on_time_limit USR1
 trap on_stop TERM
 
 for ((attempt = 0; ; attempt++)); do
+    # A signal that came when no rank ran.
+    [[ -z "$stopping" ]] || requeue_and_leave "stopped: $stopping"
     run_step "$@"
     code=$?
     # srun also returns 0 when it has lost the only node, and another code when a signal came behind the last word.

@@ -14,7 +14,10 @@ echo "$@" >>"$FAKE/asked"
 case "$1 $2" in
     "show node") echo "NodeName=n1 Arch=x NodeAddr=127.0.0.1 NodeHostName=n1" ;;
     "show hostnames") echo n1 ;;
-    "show job") [[ -s "$FAKE/job" ]] && cat "$FAKE/job" ;;
+    "show job")
+        [[ -e "$FAKE/meanwhile" ]] && source "$FAKE/meanwhile"
+        [[ -s "$FAKE/job" ]] && cat "$FAKE/job"
+        ;;
     requeue*) [[ ! -e "$FAKE/refuse" ]] ;;
 esac
 """
@@ -68,6 +71,14 @@ def test_time_limit_of_an_array_element(evaluate, tmp_path):
     finished = evaluate("kill -USR1 $PPID; /bin/sleep 1; exit 1", **ELEMENT)
     assert finished.returncode == 0 and "the time limit is near; requeued" in finished.stdout, finished.stdout
     assert "--signal=TERM 7_3" in lines(tmp_path / "asked")
+
+
+def test_time_limit_between_two_starts(evaluate, tmp_path):
+    """Catches a warning that comes when no rank runs: another start would run into the limit, and SLURM end the job for good."""
+    (tmp_path / "meanwhile").write_text('kill -USR1 "$(cat "$FAKE/pid")"')
+    finished = evaluate('echo "$PPID" >"$FAKE/pid"; exit 1')
+    assert finished.returncode == 0 and "the time limit is near; requeued" in finished.stdout, finished.stdout
+    assert len(lines(tmp_path / "runs")) == 1
 
 
 def test_silent_controller(evaluate, tmp_path):

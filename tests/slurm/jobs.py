@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ddp_eval import journal
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ROOT / "tests" / "distributed" / "quick_main.py"
 
@@ -19,6 +21,18 @@ def edit(script: Path, copy: Path, **lines: object) -> Path:
         assert count == 1, f"{script.name} has {count} lines {name}="
     copy.write_text(text)
     return copy
+
+
+def packs_done(run: Path) -> int:
+    """How many packs are in the journals of a run, which may be at work."""
+    count = 0
+    for path in (run / "journal").glob(f"*{journal.SUFFIX}"):
+        data = path.read_bytes()
+        header = journal.decode_header(data)
+        if header is not None:
+            key, _, start = header
+            count += len(list(journal.decode_records(data, start, key)))
+    return count
 
 
 def logs(run: Path) -> str:

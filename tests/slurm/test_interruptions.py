@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-from jobs import QUICK, logs
+from jobs import QUICK, logs, packs_done
 from launch import launch
 
 from ddp_eval import results, status
@@ -31,16 +31,11 @@ def plain_scores(tmp_path_factory, cluster):
 
 @pytest.fixture
 def slow_job(cluster, evaluate, tmp_path):
-    """slow_job(sbatch options) -> a job in the middle of its packs."""
+    """slow_job(sbatch options, pack_s) -> a job with two packs done. Ten on each rank, of pack_s seconds, are left at least."""
 
-    def start(options=TWO_NODES, pack_s=1.0):
+    def start(options=TWO_NODES, pack_s=2.5):
         job = evaluate(options, *RUN, "--output_path", tmp_path / "run", program=SLOW, SLOW_PACK_S=str(pack_s))
-        journals = tmp_path / "run" / "journal"
-        cluster.wait(
-            lambda: sum(path.stat().st_size for path in journals.glob("*.journal")) > 500 or job_ended(cluster, job),
-            f"packs to be done\n{job.words()}",
-            120,
-        )
+        cluster.wait(lambda: packs_done(tmp_path / "run") >= 2 or job_ended(cluster, job), "packs to be done", 120)
         assert not job_ended(cluster, job), job.words() + logs(tmp_path / "run")
         return job
 
@@ -48,7 +43,7 @@ def slow_job(cluster, evaluate, tmp_path):
 
 
 def job_ended(cluster, job):
-    return cluster.state(job) not in ("PENDING", "RUNNING", "CONFIGURING")
+    return cluster.state(job) not in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING")
 
 
 @pytest.fixture
@@ -112,11 +107,12 @@ def test_requeued_by_hand(cluster, slow_job, check_done):
 @pytest.mark.timeout(600)
 def test_time_limit(cluster, slow_job, check_done):
     """Catches a job that SLURM kills at its time limit, for good."""
-    job = slow_job(f"{TWO_NODES} --time=20 --signal=B:USR1@30", pack_s=5.0)
+    # SLURM looks each half minute whether to warn: 60 to 90 s before the end, and at most 90 s from here; the packs take longer.
+    job = slow_job(f"{TWO_NODES} --time=20 --signal=B:USR1@60", pack_s=15.0)
     hours, minutes, seconds = map(int, cluster.facts(job)["RunTime"].split(":"))
-    soon = hours * 60 + minutes + (2 if seconds > 20 else 1)  # limits are in whole minutes
+    soon = hours * 60 + minutes + (2 if seconds <= 30 else 3)  # whole minutes, the end of which is 90 to 150 s away
     cluster.run("scontrol", "update", f"jobid={job.number}", f"timelimit={soon}")
-    cluster.wait(lambda: cluster.facts(job)["Restarts"] == "1", "the time limit", 200)
+    cluster.wait(lambda: cluster.facts(job)["Restarts"] == "1" or job_ended(cluster, job), "the time limit", 200)
     cluster.run("scontrol", "update", f"jobid={job.number}", "timelimit=20")
     said = [
         "the time limit is near: telling the ranks to stop",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import QUICK, edit
+from jobs import QUICK, edit, packs_done
 from launch import ROOT, launch
 
 from ddp_eval import demo, results, status
@@ -36,7 +36,7 @@ def sweep(cluster, tmp_path):
     (tmp_path / "list.txt").write_text(LIST.format(place=tmp_path))
     shutil.copytree(demo.MODEL_PATH, tmp_path / "two models")
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1", "SLOW_PACK_S": "1"}
+    variables = {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1", "SLOW_PACK_S": "2.5"}
 
     def submit(*options):
         command = [tmp_path / "sweep.sh", tmp_path / "list.txt", tmp_path / "out", *options]
@@ -57,9 +57,11 @@ def words(place):
 
 def kill_a_rank(cluster, element):
     number = cluster.run("squeue", "-h", "-r", "-j", element, "-o", "%A")
-    for pid, (command, environment) in cluster.processes(number).items():
-        if environment.get("RANK") == "1" and "slow_main.py" in command:
-            os.kill(pid, signal.SIGKILL)
+    processes = cluster.processes(number)
+    ranks = [pid for pid, (command, environment) in processes.items() if environment.get("RANK") == "1" and "slow_main.py" in command]
+    assert ranks, processes.keys()
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -68,13 +70,11 @@ def test_array(cluster, sweep, tmp_path):
     """Catches pairs that are mixed up, an element that is lost when a process dies, and a report that comes too early."""
     array, report = sweep("--at-once=2", "--nodes=1", "--ntasks-per-node=2")
     out = tmp_path / "out"
-    journals = out / "one" / "logic" / "journal"
-    cluster.wait(lambda: sum(path.stat().st_size for path in journals.glob("*.journal")) > 400, "element 1 to be at work", 200)
+    cluster.wait(lambda: packs_done(out / "one" / "logic") >= 2, "element 1 to be at work", 200)
     states = cluster.run("squeue", "-h", "-r", "-j", array, "-o", "%K %T").split("\n")
     assert sum("RUNNING" in state for state in states) <= 2, states
     kill_a_rank(cluster, f"{array}_1")
-    journals = out / "two" / "logic" / "journal"
-    cluster.wait(lambda: sum(path.stat().st_size for path in journals.glob("*.journal")) > 400, "element 3 to be at work", 400)
+    cluster.wait(lambda: packs_done(out / "two" / "logic") >= 2, "element 3 to be at work", 400)
     kill_a_rank(cluster, f"{array}_3")  # the last one, whose own id is that of the array
     cluster.wait(lambda: cluster.state(report) in ("COMPLETED", "FAILED"), "the report", 600)
     for model in ("one", "two"):

@@ -58,7 +58,9 @@ def words(place):
 def kill_a_rank(cluster, element):
     number = cluster.run("squeue", "-h", "-r", "-j", element, "-o", "%A")
     processes = cluster.processes(number)
-    ranks = [pid for pid, (command, environment) in processes.items() if environment.get("RANK") == "1" and "slow_main.py" in command]
+    ranks = [
+        pid for pid, (command, environment) in processes.items() if environment.get("RANK") == "1" and "slow_main.py" in command
+    ]
     assert ranks, processes.keys()
     for pid in ranks:
         os.kill(pid, signal.SIGKILL)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ddp_eval.distributed import World
 from ddp_eval.packing import Plan
+from ddp_eval.sizing import format_bytes
 
 # Of one sample: seconds since the rank's start; cores in use; resident bytes; and of the GPU: share busy, bytes used, watts.
 COLUMNS = ("at_s", "cpu_cores", "rss_bytes", "gpu_busy", "gpu_memory_bytes", "gpu_power_w")
@@ -284,7 +285,7 @@ def _utilisation(telemetry: dict[str, Any]) -> list[str]:
     if not samples:
         return []
     cores, most = sum(sample[1] for sample in samples) / len(samples), max(sample[2] for sample in samples)
-    return [f"{cores:.2f} cores in use by a rank", f"{most / 2**20:,.0f} MiB resident"]
+    return [f"{cores:.2f} cores in use by a rank", f"{format_bytes(int(most))} resident"]
 
 
 def _ratio(amount: float, whole: float) -> float | None:

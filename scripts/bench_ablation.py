@@ -152,17 +152,11 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def format_report(rows: list[dict[str, Any]], args: argparse.Namespace, model: Any) -> str:
-    from bench import describe_conditions
+    from sides import describe_conditions, format_conditions
 
-    conditions = describe_conditions(args, model, model.device)
-    packages = ", ".join(f"{name} {version}" for name, version in conditions["packages"].items())
     return "\n".join(
         [
-            f"{conditions['date']}, commit {conditions['commit']}, on {conditions['device']} with {args.threads} thread(s).",
-            f"Model: {conditions['model']}.",
-            f"Hardware: {json.dumps(conditions['hardware'])}. Packages: {packages}.",
-            f"Command: `{conditions['command']}`",
-            "",
+            *format_conditions(describe_conditions(args, model, model.device)),
             "Seconds to plan and run (times faster than padded, tokens through the model):",
             "",
             f"| task | {' | '.join(COLUMNS)} |",

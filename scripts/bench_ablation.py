@@ -113,8 +113,9 @@ def run_variant(name: str, model: Any, device: Any, requests: Any) -> tuple[floa
     from ddp_eval.engines.hf import HFEngine
 
     with contextlib.closing(HFEngine(model, device, keep_attention=name == "few-shot")) as engine:
-        engine.splits_head = engine.splits_head and name != "padded"  # asked, and then decided by the variant
-        engine._keeps_reads = engine._keeps_reads and name != "padded"
+        shortcuts = engine._shortcuts  # the model is asked before the clock starts
+        if name == "padded":
+            engine._shortcuts, engine._keeps_reads = (False,) * len(shortcuts), False
         started = time.perf_counter()
         if name in ("padded", "reads only"):
             plan, _ = packing.plan_rows(requests, engine.max_tokens(), max(1, 2**28 // engine.vocab_size))

@@ -127,7 +127,7 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
         time.sleep(2)  # let the launcher see the rank that failed first go first
         watch.leave(1, status.FAILED, sentence, first_hand=False)
     except Exception as error:
-        watch.note_failure(f"{type(error).__name__}: {error}")
+        distributed.report_once(watch.note_failure(distributed.launch_rank(), error))  # before other ranks see this one die
         raise
     watching.stop()
     distributed.leave_group(world)

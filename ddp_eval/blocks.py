@@ -30,7 +30,11 @@ NAME = "ddp_eval_blocks"  # the attention implementation's name towards transfor
 # What one more block costs beside its pairs (a kernel's launch, slices, Python), in pairs of one head.
 BLOCK_OVERHEAD = 4096
 # A run without branches may be split at multiples of this, so that a long one does not pay for its upper triangle.
-CHAIN_STEP = 128
+CHAIN_STEP = 64
+# torch's causal attention skips the upper triangle in tiles of this many keys: at 512 tokens it computes the whole square (on a
+# CPU 40 GFLOP/s of visible pairs at 512 tokens, 55 at 1,024, 66 at 2,048; 82 where all are visible).
+CAUSAL_TILE = 512
+MASKED = 1.2  # what a pair costs behind an additive mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +42,12 @@ class Block:
     """Queries start … stop-1, or of them only `queries` (Q,). bias: (Q, K) additive mask, or None for plain causal attention.
 
     keys: their K key positions without the first `held`, which are the first ones of the block before that has any, too;
-    None where the keys are a slice, the queries' own.
+    None where the keys are a slice, first … stop-1.
     """
 
     start: int
     stop: int
+    first: int
     keys: torch.Tensor | None
     bias: torch.Tensor | None
     queries: torch.Tensor | None = None
@@ -66,9 +71,10 @@ def split(depth: npt.NDArray[Any]) -> list[tuple[int, int]]:
         starts = edges[:index]
         queries = edges[index] - starts
         pairs = queries * (heads[:index] + queries).astype(np.float64)
-        # A run that is a chain from a root is plain causal attention, at half the price.
+        # A run that is a chain from a root is plain causal attention.
         chain = (heads[:index] == 0) & (branches_to[edges[index] - 1] == branches_to[starts])
-        total = best[:index] + np.where(chain, pairs / 2, pairs) + BLOCK_OVERHEAD
+        causal = queries * (queries + np.minimum(queries, CAUSAL_TILE)) / 2
+        total = best[:index] + np.where(chain, causal, MASKED * pairs) + BLOCK_OVERHEAD
         choice[index] = int(total.argmin())
         best[index] = total[choice[index]]
     runs = []
@@ -104,8 +110,9 @@ def make_blocks(
             ancestors = ancestors[depth[ancestors] > depth[start:stop].min() - rule.window]
         chain = bool((np.diff(depth[start:stop]) == 1).all())
         short = rule.window is None or stop - start <= rule.window
-        if chain and not len(ancestors) and short and rule.chunk is None and wanted is None:
-            blocks.append(Block(start, stop, None, None))
+        most = wanted is None or 2 * len(wanted) > stop - start
+        if chain and not len(ancestors) and short and rule.chunk is None and most:
+            blocks.append(Block(start, stop, start, None, None))
             continue
         keys = np.concatenate([ancestors, index[start:stop]])
         at_keys = torch.from_numpy(keys)
@@ -113,12 +120,13 @@ def make_blocks(
         seen = visible(torch.from_numpy(depth), torch.from_numpy(end), rule, queries, at_keys)
         bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
         chosen = None if wanted is None else queries.to(device)
-        if not len(ancestors):
-            blocks.append(Block(start, stop, None, bias, chosen))
+        first = int(keys[0])
+        if len(keys) == stop - first:
+            blocks.append(Block(start, stop, first, None, bias, chosen))
             continue
         both = min(len(keys), len(latest))
         held = int(np.argmin(np.append(keys[:both] == latest[:both], False)))
-        blocks.append(Block(start, stop, at_keys[held:].to(device), bias, chosen, held))
+        blocks.append(Block(start, stop, first, at_keys[held:].to(device), bias, chosen, held))
         latest = keys
     return blocks
 
@@ -168,7 +176,7 @@ def with_keys(blocks: list[Block], key: torch.Tensor, value: torch.Tensor) -> It
     near_keys, near_values = (part.new_empty((*part.shape[:2], most, part.shape[3])) for part in (key, value))
     for block in blocks:
         if block.keys is None:
-            yield block, key[:, :, block.start : block.stop], value[:, :, block.start : block.stop]
+            yield block, key[:, :, block.first : block.stop], value[:, :, block.first : block.stop]
             continue
         count = block.held + len(block.keys)
         keys, values = near_keys[:, :, :count], near_values[:, :, :count]

@@ -1,10 +1,11 @@
-"""What lm_eval says while it builds prompts, less what asks for nothing; for the command and the API alike."""
+"""What other libraries say, less what asks for nothing, and put back as it was: for processes that are a caller's."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,6 +36,30 @@ def less_chatter() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(_matters)
+
+
+@contextlib.contextmanager
+def one_rank_speaks(speaks: bool) -> Iterator[None]:
+    """While weights load: no bars but where somebody watches the one rank that speaks; of the others no warnings either."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging as transformers
+
+    bars, no_bars_of_hub = transformers.is_progress_bar_enabled(), are_progress_bars_disabled()
+    loggers = [] if speaks else [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "ddp_eval")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if not (speaks and sys.stderr.isatty()):
+        transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            transformers.enable_progress_bar()  # those of the hub, too
+        if no_bars_of_hub:
+            disable_progress_bars()
 
 
 def _matters(record: logging.LogRecord) -> bool:

@@ -12,7 +12,7 @@ from ddp_eval.engines import hf, quantised, vllm
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import LAYERS, REPLICAS, Layout
 from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
-from ddp_eval.sizing import GIB, ModelSizes, check_possible, measure_model, memory_of_rank, rank_bytes, stage_spans
+from ddp_eval.sizing import ModelSizes, check_possible, format_bytes, measure_model, memory_of_rank, rank_bytes, stage_spans
 
 LARGEST_PACK = 8192  # tokens that the engines plan for, unless told
 # What is reckoned with while the work is not known yet.
@@ -99,8 +99,9 @@ def fewest_local_layers(candidates: list[Candidate], ranks_per_node: int) -> Can
 
 def say_memory(candidate: Candidate) -> str:
     """For the line that a run says of its layout."""
-    need = f"{(candidate.weights + candidate.room) / GIB:.1f} GiB a rank"
-    return f"{need}, {candidate.spare / GIB:.1f} to spare" if candidate.fits else f"{need}, {-candidate.spare / GIB:.1f} too many"
+    need = f"{format_bytes(candidate.weights + candidate.room)} a rank"
+    spare = format_bytes(abs(candidate.spare))
+    return f"{need}, {spare} to spare" if candidate.fits else f"{need}, {spare} too many"
 
 
 def choose_layout(config: Config, model_config: Any, world: World, earlier: str | None = None) -> tuple[Layout, str]:

@@ -24,6 +24,11 @@ DEFAULT_SEED = (0, 1234, 1234, 1234)
 TRACKER_FLAGS = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
 CACHE_REQUESTS = ("true", "refresh", "delete")
 
+# Of no use to a caller of the API, who has a loaded model and a process of his own.
+_OF_COMMANDS = (
+    "model", "device", "fresh", "show_config", "trust_remote_code", "layout", "load", "preflight", "timeout", *TRACKER_FLAGS,
+)  # fmt: skip
+
 # fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
 NUMERICS = ("fast", "fp32", "alone")
 
@@ -156,15 +161,17 @@ def _check_numerics(level: str, dtype: Any, max_pack_tokens: int | None) -> None
         raise UserError("--numerics alone and --max_pack_tokens exclude each other: every input has a forward of its own")
 
 
-def config_from_options(**options: Any) -> Config:
-    """A Config from the options that a caller of the API gave. Raises UserError for one that does not exist."""
-    known = [field.name for field in dataclasses.fields(Config)]
+def config_from_options(tasks: list[Any], **options: Any) -> Config:
+    """A Config from the options that a caller of `evaluate` gave. Raises UserError for one that does not exist there."""
+    known = [field.name for field in dataclasses.fields(Config) if field.name not in {"tasks", *_OF_COMMANDS}]
     for name in options:
+        if name in _OF_COMMANDS:
+            raise UserError(f"evaluate takes no option {name}, which is for the command: the model is loaded, the ranks have met")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-            raise UserError(f"unknown option {name}: {hint}")
-    return Config(**options)
+            raise UserError(f"evaluate takes no option {name}: {hint}")
+    return Config(tasks=tasks, **options)
 
 
 def _check_at_least(flag: str, value: int | None, least: int) -> None:

@@ -206,8 +206,10 @@ def format_tables(results: dict[str, Any]) -> str:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """The results and the settings of every task, as `lm-eval run --show_config` prints them."""
+    """The results and the settings of every task, as `lm-eval run --show_config` prints them; what results.json holds."""
     shown = {key: value for key, value in results.items() if key != "samples"}
+    if "ddp_eval" in shown:
+        shown["ddp_eval"] = {key: value for key, value in shown["ddp_eval"].items() if key != "telemetry"}
     return json.dumps(shown, indent=2, default=handle_non_serializable, ensure_ascii=False)
 
 

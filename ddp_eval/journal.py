@@ -62,7 +62,6 @@ class Journal:
 
     def __init__(self, path: Path, key: bytes, origin: str) -> None:
         self.path = path
-        self.packs = 0
         self._key = key
         self._origin = origin
         self._file: int | None = None
@@ -93,7 +92,6 @@ class Journal:
                 if self._file is None:
                     self._open()
                 self._write(body + _checksum(self._key, body))
-            self.packs += 1
             self._unsynced = True
             self._lock.notify_all()
 

@@ -15,6 +15,7 @@ own; there is no run directory, no journal, and no watch over ranks that hang.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 from typing import Any
 
@@ -25,6 +26,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token
 
 from ddp_eval import cli, distributed
+from ddp_eval.chatter import less_chatter, one_rank_speaks
 from ddp_eval.choice import choose_layout
 from ddp_eval.engines import hf
 from ddp_eval.engines.load import lay_out, load_replica
@@ -80,14 +82,18 @@ class DDPEvalLM(_LeaderLM):
             world = distributed.join_group(device, config.timeout)
         self._world, self._borrowed, self._followers = world, borrowed, Followers(world, stays=True)
         model_args = config.loader_args
+        self._quiet = contextlib.ExitStack()
         try:
             if not world.is_leader:
-                follow(world, lambda world, layout: load_replica(config, hf.load_config(model_args), world, layout))
+                with one_rank_speaks(False):
+                    follow(world, lambda world, layout: load_replica(config, hf.load_config(model_args), world, layout))
                 raise Served(0)
             for note in notes:
                 log.warning("%s", note)
             self._settings = config
-            self._load(model_args)
+            with one_rank_speaks(True):
+                self._load(model_args)
+            self._quiet.enter_context(less_chatter())
         except BaseException as error:
             self._leave(error)
             raise
@@ -123,6 +129,7 @@ class DDPEvalLM(_LeaderLM):
         followers, self._followers = self._followers, None  # type: ignore[assignment]
         if followers is None:
             return
+        self._quiet.close()
         if self._world.is_leader:
             followers.__exit__(type(error), error, None)
         if self._borrowed:

@@ -35,7 +35,6 @@ class Lock:
 
     def __init__(self, path: Path, on_lost: Callable[[], None]) -> None:
         self.path = path
-        self.taken_over: str | None = None
         self._on_lost = on_lost
         self._me = {**_describe_process(), "token": uuid.uuid4().hex}
         self._released = threading.Event()
@@ -54,7 +53,6 @@ class Lock:
             if stale is False:
                 raise Held(f"process {holder.get('pid')} on {holder.get('host')}")
             if stale and self._take_over(holder):
-                self.taken_over = f"process {holder.get('pid')} on {holder.get('host')}"
                 break
         self._beating.start()
 

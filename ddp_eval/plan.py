@@ -17,7 +17,7 @@ from ddp_eval.choice import LARGEST_PACK, TYPICAL, Candidate, Ranks, consider, r
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.prediction import CUDA_SPEEDS, Amount
-from ddp_eval.sizing import GIB, measure_model, usable_bytes
+from ddp_eval.sizing import GIB, format_bytes, measure_model, usable_bytes
 from ddp_eval.subcommand import SubcommandParser
 
 _ABOUT = """\
@@ -79,8 +79,8 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     speeds = CUDA_SPEEDS
     lines = [
         f"{type(whole).__name__}: {whole.num_parameters():,} parameters in {dtype}, {sizes.weights:,} bytes of weights "
-        f"({sizes.weights / GIB:.2f} GiB)",
-        f"{nodes} x {gpus} GPUs of {gpu_memory / GIB:.1f} GiB, {usable_bytes(gpu_memory) / GIB:.1f} of them usable; "
+        f"({format_bytes(sizes.weights)})",
+        f"{nodes} x {gpus} GPUs of {format_bytes(gpu_memory)}, {format_bytes(usable_bytes(gpu_memory))} of them usable; "
         f"packs of up to {max_tokens:,} tokens",
         f"work: {amount.tokens:,} tokens in {amount.packs:,} packs ({work})",
         f"seconds at {speeds.flops / 1e12:.0f} TFLOP/s a GPU, {speeds.link / 1e9:.0f} GB/s within a node, "
@@ -142,10 +142,10 @@ def _table(candidates: list[Candidate], world_size: int) -> list[str]:
             rows.append((str(one.layout), copies, "", "", "impossible", "", "", "", one.impossible))
             continue
         assert one.prediction is not None
-        spare = f"{one.spare / GIB:.1f} GiB left" if one.fits else f"{-one.spare / GIB:.1f} GiB too few"
+        spare = f"{format_bytes(abs(one.spare))} {'left' if one.fits else 'too few'}"
         rows.append(
             (
-                str(one.layout), copies, f"{one.weights / GIB:.1f} GiB", f"{one.room / GIB:.1f} GiB", spare,
+                str(one.layout), copies, format_bytes(one.weights), format_bytes(one.room), spare,
                 f"{one.prediction.load_s:.0f} s", f"{one.prediction.run_s:.1f} s", f"{one.prediction.idle_share:.0%}",
                 one.prediction.why,
             )
@@ -156,7 +156,7 @@ def _table(candidates: list[Candidate], world_size: int) -> list[str]:
 
 def _advice(words: list[str], best: Candidate, gpus: int, nodes: int) -> list[str]:
     if not best.fits:
-        return [f"nothing fits: {best.layout} lacks least, {-best.spare / GIB:.1f} GiB a GPU; take more GPUs, or larger ones"]
+        return [f"nothing fits: {best.layout} lacks least, {format_bytes(-best.spare)} a GPU; take more GPUs, or larger ones"]
     flags = [*_without_layout(words), "--layout", str(best.layout)]
     lines = [f"recommended: {best.layout}"]
     if nodes == 1:

@@ -15,7 +15,7 @@ from ddp_eval.distributed import Tally, World
 class Progress:
     """Counts finished requests and tokens of all ranks; on the leader, shows them until the block ends.
 
-    On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end. With `silent`, nothing.
+    On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end. With `silent`, or no requests, nothing.
     """
 
     PUSH_S = 0.5  # a rank tells its counts at most this often
@@ -30,7 +30,8 @@ class Progress:
         self._unsent = [0, 0]
         self._pushed_at = self._started = time.monotonic()
         self._finished = threading.Event()
-        self._shower = threading.Thread(target=self._show, daemon=True) if world.is_leader and not silent else None
+        shown = world.is_leader and requests and not silent
+        self._shower = threading.Thread(target=self._show, daemon=True) if shown else None
 
     def __enter__(self) -> Progress:
         if self._shower:

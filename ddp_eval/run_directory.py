@@ -27,8 +27,12 @@ JOURNALS = "journal"
 LOCK = ".ddp_eval.lock"
 _RUN = "run.json"
 
-_NO_MATTER = {"output_path", "overwrite", "fresh", "timeout", "load", "preflight", "show_config", "cache_requests"}  # to any run
+_NO_MATTER = {  # to any run
+    "output_path", "overwrite", "fresh", "timeout", "load", "preflight", "show_config", "cache_requests",
+    "confirm_run_unsafe_code",
+}  # fmt: skip
 _FOR_METRICS = {"log_samples", "predict_only", "write_out", "bootstrap_iters"}  # to the scores of an unfinished one
+_MORE = {"log_samples", "write_out"}  # add to what a run gives: one that has given more serves who asks for less
 
 
 class RunDirectory:
@@ -92,10 +96,10 @@ class RunDirectory:
 
 
 def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-    """The results of the complete run that --output_path holds, if it is one of these very flags and nobody asks to replace it.
+    """The results of the complete run that --output_path holds, if it is what these flags ask for and nobody asks to replace it.
 
     is_same_model: whether the model's files are still those of a manifest.
-    Raises UserError if it holds a complete run of other flags or another model.
+    Raises UserError if it holds a complete run of other flags or another model, or one without the samples that are asked for.
     """
     if not config.output_path:
         return None
@@ -105,10 +109,14 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
     if not os.path.isfile(directory / results.MANIFEST):
         return None
     manifest, found = read_object(directory / results.MANIFEST), read_object(directory / results.RESULTS)
-    difference = _difference(manifest.get("config"), config, _NO_MATTER)
-    if difference is None and not is_same_model(manifest):
+    flags = manifest.get("config")
+    if not isinstance(flags, dict):
+        raise _refuse(directory, f"its {results.MANIFEST} cannot be read")
+    has = {name for name in _MORE if flags.get(name)}
+    difference = _difference(flags, config, _NO_MATTER | has)
+    if not difference and not is_same_model(manifest):  # it may read all files: only where nothing else tells
         difference = "the files of the model have changed since"
-    if difference is None and not found:
+    if not difference and not found:
         difference = f"its {results.RESULTS} cannot be read"
     if difference:
         raise _refuse(directory, difference)
@@ -165,7 +173,7 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
     flags = read_object(directory.journals / _RUN).get("flags")  # lost or unreadable, the key of each journal decides
     begun = isinstance(flags, dict) or any(directory.journals.glob(f"*{journal.SUFFIX}"))
     complete = (directory.path / results.MANIFEST).is_file()
-    difference = None
+    difference = ""
     if complete:
         difference = "complete"
     elif isinstance(flags, dict):
@@ -194,15 +202,13 @@ def _refuse(directory: Path, why: str) -> UserError:
     )
 
 
-def _difference(earlier: Any, config: Config, ignored: set[str]) -> str | None:
-    """How the flags of an earlier run differ, in a phrase. Flags that it did not know had their default."""
+def _difference(earlier: dict[str, Any], config: Config, ignored: set[str]) -> str:
+    """A phrase for each flag in which an earlier run differs, "" if none does. Flags that it did not know had their default."""
     now = _flags(config)
-    defaults = _flags(Config())
-    before = {**defaults, **earlier} if isinstance(earlier, dict) else {}
-    for name in now:
-        if name not in ignored and before.get(name) != now[name]:
-            return f"there {name} was {json.dumps(before.get(name))}, here it is {json.dumps(now[name])}"
-    return None
+    before = {**_flags(Config()), **earlier}
+    phrases = {name: f"there {name} was {json.dumps(before[name])}, here it is {json.dumps(now[name])}" for name in now}
+    phrases["log_samples"] = "it has no samples, and --log_samples cannot make them from what it keeps"
+    return "; ".join(phrases[name] for name in now if name not in ignored and before[name] != now[name])
 
 
 def _flags(config: Config) -> dict[str, Any]:

@@ -87,13 +87,14 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     model:      a transformers model, causal or an encoder-decoder, on this rank's device.
     tokenizer:  its tokenizer; only rank 0 uses it.
     tasks:      lm_eval task names or task configs.
-    options:    fields of `Config`: num_fewshot, limit, output_path, include_path, model_args={"max_length": …}, …
-                They are the command's flags, and errors call them so. log_samples=True puts the samples into the result, too.
+    options:    fields of `Config` that are not about loading a model or resuming: num_fewshot, limit, output_path, include_path,
+                model_args={"max_length": …}, … They are the command's flags, and errors call them so. log_samples=True puts
+                the samples into the result, too.
 
     Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
     """
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    config = config_from_options(tasks=names, **options)
+    config = config_from_options(names, **options)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
@@ -104,8 +105,6 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
                 return None
             with Followers(world) as followers:
                 _prepare_output(config)
-                if config.layout not in (layouts.AUTO, layouts.REPLICAS):
-                    raise UserError(f"evaluate needs a whole copy of the model on every rank, got the layout {config.layout}")
                 followers.load(layouts.WHOLE_COPIES)
                 seated = Seated(world, layouts.WHOLE_COPIES, engine)
                 return _lead(config, None, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))

@@ -150,6 +150,15 @@ def check_possible(whole: Any, layout: Layout) -> None:
         stage_spans(whole, layout)
 
 
+def format_bytes(count: int) -> str:
+    """For people.
+
+    >>> format_bytes(3 * 2**29), format_bytes(5 * 2**20)
+    ('1.5 GiB', '5.0 MiB')
+    """
+    return f"{count / GIB:,.1f} GiB" if abs(count) >= GIB else f"{count / 2**20:.1f} MiB"
+
+
 def usable_bytes(card_bytes: int) -> int:
     """What of a GPU's memory a model and its packs can have."""
     return int((card_bytes - _CONTEXT_BYTES) * _ALLOCATOR_SHARE)

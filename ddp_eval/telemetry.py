@@ -15,6 +15,7 @@ import numpy as np
 
 from ddp_eval.distributed import World
 from ddp_eval.packing import Plan
+from ddp_eval.sizing import format_bytes
 
 # Of one sample: seconds since the rank's start; cores in use; resident bytes; and of the GPU: share busy, bytes used, watts.
 COLUMNS = ("at_s", "cpu_cores", "rss_bytes", "gpu_busy", "gpu_memory_bytes", "gpu_power_w")
@@ -162,20 +163,20 @@ def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[
         {
             "rank": rank,
             **report,
-            "tokens_per_s": _ratio(tokens, seconds),
-            "share_of_peak": _ratio(flops, seconds * peak["per_s"]) if peak else None,
+            "tokens_per_s": _rate(tokens, seconds),
+            "share_of_peak": _rate(flops, seconds * peak["per_s"]) if peak else None,
             "sampling_share": _ratio(report["sampling_s"], report["wall_s"]),
         }
         for rank, (report, tokens, flops, seconds) in enumerate(zip(reports, done_tokens, done_flops, forward_s, strict=True))
     ]
     return {
         "wall_s": wall_s,
-        "tokens_per_s": _ratio(facts["left_tokens"] + fresh, busy_s),
-        "useful_tokens_per_s": _ratio(facts["left_request_tokens"] + fresh, busy_s),
-        "generated_tokens_per_s": _ratio(fresh, busy_s) if fresh else None,
+        "tokens_per_s": _rate(facts["left_tokens"] + fresh, busy_s),
+        "useful_tokens_per_s": _rate(facts["left_request_tokens"] + fresh, busy_s),
+        "generated_tokens_per_s": _rate(fresh, busy_s),
         "sharing": _ratio(asked, computed),
         "padding": _ratio(facts["fed_tokens"] + texts, computed),
-        "imbalance": _ratio(busy_s - mean_s, mean_s),
+        "imbalance": _ratio(busy_s - mean_s, mean_s) if facts["left_tokens"] + fresh else None,
         "idle_share": sum(report["phases_s"].get("wait", 0.0) for report in reports) / sum(one["wall_s"] for one in reports),
         "peak": peak,
         **{unit: facts[unit] for unit in units.values()},
@@ -247,14 +248,17 @@ def format_summary(telemetry: dict[str, Any]) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in shown]
     sent = sum(one["sent_bytes"] for rank in ranks for one in rank["collectives"].values())
     peaks = [rank["share_of_peak"] for rank in ranks if rank["share_of_peak"] is not None]
+    ran = telemetry["tokens_per_s"] is not None
     parts = [
-        f"{telemetry['tokens_per_s'] or 0:,.0f} tokens/s ({telemetry['useful_tokens_per_s'] or 0:,.0f} useful)",
+        f"{telemetry['tokens_per_s']:,.0f} tokens/s ({telemetry['useful_tokens_per_s'] or 0:,.0f} useful)"
+        if ran
+        else "nothing was left to run",
         *([f"{telemetry['generated_tokens_per_s']:,.0f} generated tokens/s"] if telemetry["generated_tokens_per_s"] else []),
         f"sharing {telemetry['sharing'] or 1:.2f}",
         f"padding {telemetry['padding'] or 1:.2f}",
         *([f"{sum(peaks) / len(peaks):.0%} of peak"] if peaks else []),
         *_utilisation(telemetry),
-        f"imbalance {telemetry['imbalance'] or 0:.0%}",
+        *([f"imbalance {telemetry['imbalance'] or 0:.0%}"] if ran else []),
         f"idle {telemetry['idle_share']:.0%}",
         f"sent {sent:,} bytes",
         f"sampling {max(rank['sampling_share'] or 0.0 for rank in ranks):.2%}",
@@ -281,8 +285,13 @@ def _utilisation(telemetry: dict[str, Any]) -> list[str]:
     if not samples:
         return []
     cores, most = sum(sample[1] for sample in samples) / len(samples), max(sample[2] for sample in samples)
-    return [f"{cores:.2f} cores in use by a rank", f"{most / 2**20:,.0f} MiB resident"]
+    return [f"{cores:.2f} cores in use by a rank", f"{format_bytes(int(most))} resident"]
 
 
 def _ratio(amount: float, whole: float) -> float | None:
     return amount / whole if whole else None
+
+
+def _rate(amount: float, seconds: float) -> float | None:
+    """None where nothing was done: no speed is known of it."""
+    return amount / seconds if amount and seconds else None

@@ -71,9 +71,8 @@ class Encoder:
         for special in (True, False, None):
             strings = list(dict.fromkeys(text for text, rule in wanted if rule is special))
             if strings:
-                options = {} if special is None else {"add_special_tokens": special}
-                ids = self.tokenizer(strings, return_attention_mask=False, verbose=False, **options)["input_ids"]
-                known.update(((text, special), list(row)) for text, row in zip(strings, ids, strict=True))
+                ids = _tokenize(self.tokenizer, strings, special)
+                known.update(((text, special), row) for text, row in zip(strings, ids, strict=True))
         return [known[key] for key in wanted]
 
     def _special(self, text: str, asked: bool | None) -> bool | None:
@@ -90,11 +89,10 @@ class Encoder:
             keys = [(text, None) for text in texts]
         for special in (True, False, None):
             strings = list(dict.fromkeys(text for text, rule in keys if rule is special))
-            options = {} if special is None else {"add_special_tokens": special}
             for start in range(0, len(strings), BATCH):
                 part = strings[start : start + BATCH]
-                ids = self.tokenizer(part, return_attention_mask=False, verbose=False, **options)["input_ids"]
-                known.update(((text, special), list(row) or [self.prefix_token_id]) for text, row in zip(part, ids, strict=True))
+                ids = _tokenize(self.tokenizer, part, special)
+                known.update(((text, special), row or [self.prefix_token_id]) for text, row in zip(part, ids, strict=True))
         return [known[key] for key in keys]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
@@ -155,6 +153,33 @@ class Encoder:
         if continuation[:1] == [self.prefix_token_id]:
             return continuation[:1], continuation[1:]
         return [self.prefix_token_id], continuation
+
+
+def _tokenize(tokenizer: Any, texts: list[str], special: bool | None) -> list[list[int]]:
+    """Token ids of each text. special: as `add_special_tokens`; None: the tokenizer's default."""
+    options = {} if special is None else {"add_special_tokens": special}
+
+    def ask(part: list[str]) -> list[list[int]]:
+        return [list(row) for row in tokenizer(part, return_attention_mask=False, verbose=False, **options)["input_ids"]]
+
+    if not _is_plain_backend(tokenizer):
+        return ask(texts)
+    # What the library beneath has besides ids (offsets, words, masks) takes longer than the ids. Asking for the first text the
+    # long way sets it up as the tokenizer's own settings have it.
+    first = ask(texts[:1])
+    found = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=True if special is None else special)
+    ids = [encoding.ids for encoding in found]
+    return ids if ids[:1] == first else ask(texts)
+
+
+def _is_plain_backend(tokenizer: Any) -> bool:
+    """Whether all that a tokenizer does with texts is to hand them to the `tokenizers` library."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) for name in ("__call__", "_encode_plus")
+    )
 
 
 def rolling_windows(tokens: list[int], prefix_token: int, max_length: int) -> Iterable[tuple[list[int], list[int]]]:

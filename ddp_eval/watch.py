@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ddp_eval import status
+from ddp_eval.errors import one_line
 from ddp_eval.processes import birth
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
@@ -119,10 +120,16 @@ def _within(limit_s: float, deed: Callable[[], None]) -> bool:
     return not thread.is_alive()
 
 
-def note_failure(reason: str) -> None:
-    """A defect that ends this process by its own traceback."""
+def note_failure(rank: int, error: Exception) -> str:
+    """Mark the run directory: a defect ends this process, by its own traceback. Returns what to say of it, in one sentence."""
+    sentence = (
+        f"rank {rank} on {socket.gethostname()} has failed while {_doing(_place)} "
+        f"({type(error).__name__}: {one_line(error, 200)}): its traceback says where"
+    )
     if _directory is not None:
-        status.note_end(_directory, status.FAILED, reason, first_hand=True)
+        sentence += "; finished packs are kept, but the same command may well fail there again"
+        status.note_end(_directory, status.FAILED, sentence, first_hand=True)
+    return sentence
 
 
 class Watch:

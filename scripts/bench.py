@@ -24,26 +24,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
-import logging
 import math
-import multiprocessing
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import unittest.mock
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sides import Job, Side, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
 
+CALLS = ("loglikelihood", "loglikelihood_rolling")
 EIGHT_TASKS = [
     f"local_{name}"
     for name in ["hellaswag", "arc_challenge", "mmlu", "truthfulqa_mc1", "winogrande", "piqa", "boolq", "lambada_openai"]
@@ -54,9 +48,10 @@ def main() -> None:
     args = read_arguments()
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
     sizes = [int(size) for size in args.batch_sizes.split(",")]
+    job = Job(load_model, run_ours, run_lm_eval, no_memory=(math.inf, None))
     with contextlib.ExitStack() as sides:
-        lm_eval_side = sides.enter_context(Side("lm_eval", args)) if args.peer == "lm_eval" else None
-        our_side = sides.enter_context(Side("ours", args))
+        lm_eval_side = sides.enter_context(Side("lm_eval", args, job)) if args.peer == "lm_eval" else None
+        our_side = sides.enter_context(Side("ours", args, job))
         rows = []
         for task in args.tasks.split(","):
             rows.append(measure_task(lm_eval_side, our_side, task, sizes, args.repeats))
@@ -67,71 +62,6 @@ def main() -> None:
     if args.out:
         Path(f"{args.out}.md").write_text(text + "\n")
         Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-class Side:
-    """A process that holds the model and scores tasks for one of the two sides when asked."""
-
-    def __init__(self, name: str, args: argparse.Namespace, life: Any = None) -> None:
-        """life: what the process runs instead of `serve`; it takes the same arguments."""
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=life or serve, args=(name, args, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def ask(self, *question: Any) -> Any:
-        self._connection.send(question)
-        answer = self._connection.recv()
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-    def __enter__(self) -> Side:
-        self.ask("ready")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._process.terminate()
-        self._process.join()
-
-
-def serve(name: str, args: argparse.Namespace, connection: Any) -> None:
-    """The life of a side's process: load the model, then answer one question after another."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    if name == "ours" and device.type == "cpu":
-        from ddp_eval.engines.hf import keep_freed_memory
-
-        keep_freed_memory()  # as the command does
-    model = load_model(args, device)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    while True:
-        try:
-            question, *rest = connection.recv()
-        except EOFError:
-            return
-        try:
-            if question == "conditions":
-                answer: Any = describe_conditions(args, model, device)
-            elif question == "score":
-                run = run_ours if name == "ours" else run_lm_eval
-                with contextlib.redirect_stdout(io.StringIO()):
-                    answer = run(model, tokenizer, *rest, args)
-            else:
-                answer = None
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            answer = (math.inf, None)
-        except BaseException as error:
-            traceback.print_exc()
-            answer = RuntimeError(f"{name}: {error}")
-        connection.send(answer)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -177,15 +107,15 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
     theirs: Any = None
     tried: dict[str, float] = {}
     if lm_eval_side:
-        lm_eval_side.ask("score", task, 1, 1)  # warms up
-        tried = {str(size): lm_eval_side.ask("score", task, limit and max(1, limit // 4), size)[0] for size in sizes}
+        lm_eval_side.ask("run", task, 1, 1)  # warms up
+        tried = {str(size): lm_eval_side.ask("run", task, limit and max(1, limit // 4), size)[0] for size in sizes}
     times: dict[str, list[float]] = {name: [] for name in tried if tried[name] <= 1.15 * min(tried.values())}
     for _ in range(repeats):
         for name, seen in times.items():
-            elapsed_s, answers = lm_eval_side.ask("score", task, limit, int(name))  # type: ignore[union-attr]
+            elapsed_s, answers = lm_eval_side.ask("run", task, limit, int(name))  # type: ignore[union-attr]
             seen.append(elapsed_s)
             theirs = answers or theirs
-        elapsed_s, answers = our_side.ask("score", task, limit, None)
+        elapsed_s, answers = our_side.ask("run", task, limit, None)
         ours.append({**answers, "elapsed_s": elapsed_s})
 
     def median(get: Any) -> float:
@@ -218,53 +148,29 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
 def run_lm_eval(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: int, args: argparse.Namespace
 ) -> tuple[float, dict[str, Any]]:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=args.softmax_dtype)
-    spent = time_scoring(lm)
-    manager = TaskManager(include_path=args.include_path, include_defaults=not args.include_path)
-    results = lm_eval.simple_evaluate(
-        model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity=None
-    )
-    return sum(spent), answers_of(results)
+    options = {"batch_size": batch_size, "softmax_dtype": args.softmax_dtype}
+    elapsed_s, results = evaluate_by_lm_eval(model, tokenizer, task, limit, args, CALLS, **options)
+    return elapsed_s, answers_of(results)
 
 
 def run_ours(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: None, args: argparse.Namespace
 ) -> tuple[float, dict[str, Any]]:
-    import ddp_eval
-    from ddp_eval import harness, runner
+    from ddp_eval import runner
 
-    spent: list[float] = []
     planned: list[Any] = []
-    start_lm, load_index, make_plan = harness._LeaderLM.__init__, harness.TaskManager, runner.make_plan
-
-    def start_timed(self: Any, *rest: Any) -> None:
-        start_lm(self, *rest)
-        time_scoring(self, spent)
+    make_plan = runner.make_plan
 
     def plan_and_note(engine: Any, requests: Any, *rest: Any) -> Any:
         planned[:] = [engine, requests]
         return make_plan(engine, requests, *rest)
 
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        unittest.mock.patch.object(harness._LeaderLM, "__init__", start_timed),
-        # Reading the index of lm_eval's own 14,000 task files takes seconds in each of many runs.
-        unittest.mock.patch.object(
-            harness, "TaskManager", lambda **rest: load_index(**{**rest, "include_defaults": not args.include_path})
-        ),
-        unittest.mock.patch.object(runner, "make_plan", plan_and_note),
-    ):
+    with tempfile.TemporaryDirectory() as scratch, unittest.mock.patch.object(runner, "make_plan", plan_and_note):
+        options = {"output_path": scratch, "packing": not args.no_packing}
         peak_flops = measure_peak(model)
-        results = ddp_eval.evaluate(
-            model, tokenizer, [task], limit=limit, include_path=args.include_path, bootstrap_iters=0,
-            log_samples=True, output_path=scratch, packing=not args.no_packing,
-        )  # fmt: skip
+        elapsed_s, results = evaluate_by_us(model, tokenizer, task, limit, args, CALLS, **options)
         peak_flops = statistics.mean([peak_flops, measure_peak(model)])
-    return sum(spent), {
+    return elapsed_s, {
         **answers_of(results),
         **results["ddp_eval"],
         "peak_flops": peak_flops,
@@ -315,22 +221,6 @@ def count_useful(engine: Any, requests: Any) -> dict[str, float]:
     }
 
 
-def time_scoring(lm: Any, spent: list[float] | None = None) -> list[float]:
-    """Have `lm` note the seconds that each call for log-likelihoods takes."""
-    spent = [] if spent is None else spent
-    for name in ("loglikelihood", "loglikelihood_rolling"):
-        call = getattr(lm, name)
-
-        def timed(requests: Any, *rest: Any, call: Any = call, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            answers = call(requests, *rest, **kwargs)
-            spent.append(time.perf_counter() - started)
-            return answers
-
-        setattr(lm, name, timed)
-    return spent
-
-
 def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """Largest difference of a log-probability, answers whose greedy flag differs, and largest relative difference of a metric."""
     largest, flags = 0.0, 0
@@ -348,29 +238,6 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     ]
     worst = max(abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0 for a, b in metrics)
     return {"max_difference_nats": largest, "greedy_flags_differing": flags, "max_relative_difference_of_metrics": worst}
-
-
-def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> dict[str, Any]:
-    from ddp_eval.machine import describe_hardware, describe_packages
-
-    repository = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "-C", str(repository), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    config = model.config
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        # Where this machine keeps its files is of no use to others.
-        "command": shlex.join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
-        "model": f"{type(model).__name__} {model.num_parameters() / 1e6:.1f} M parameters, hidden {config.hidden_size}, "
-        f"{config.num_hidden_layers} layers, vocabulary {config.vocab_size}, {args.dtype}",
-        "device": str(device),
-        "threads": args.threads,
-        "hardware": describe_hardware(),
-        "packages": describe_packages(),
-        "python": platform.python_version(),
-    }
 
 
 COLUMNS: dict[str, Any] = {
@@ -409,13 +276,8 @@ def format_report(report: dict[str, Any]) -> str:
     compared = [math.log(row["ratio"]) for row in rows if "ratio" in row]
     mean = f"Geometric mean of the ratios: **{math.exp(statistics.fmean(compared)):.2f}**. " if compared else ""
     share = sum(row["flops"] for row in rows) / sum(row["phases_s"]["forward"] * row["peak_flops"] for row in rows)
-    packages = ", ".join(f"{name} {version}" for name, version in conditions["packages"].items())
     lines = [
-        f"{conditions['date']}, commit {conditions['commit']}, on {conditions['device']} with {conditions['threads']} thread(s).",
-        f"Model: {conditions['model']}.",
-        f"Hardware: {json.dumps(conditions['hardware'])}. Packages: {packages}.",
-        f"Command: `{conditions['command']}`",
-        "",
+        *format_conditions(conditions),
         f"| {' | '.join(columns_of(rows[0]))} |",
         f"|{'---|' * len(columns_of(rows[0]))}",
         *map(format_row, rows),

@@ -113,8 +113,9 @@ def run_variant(name: str, model: Any, device: Any, requests: Any) -> tuple[floa
     from ddp_eval.engines.hf import HFEngine
 
     with contextlib.closing(HFEngine(model, device, keep_attention=name == "few-shot")) as engine:
-        engine.splits_head = engine.splits_head and name != "padded"  # asked, and then decided by the variant
-        engine._keeps_reads = engine._keeps_reads and name != "padded"
+        shortcuts = engine._shortcuts  # the model is asked before the clock starts
+        if name == "padded":
+            engine._shortcuts, engine._keeps_reads = (False,) * len(shortcuts), False
         started = time.perf_counter()
         if name in ("padded", "reads only"):
             plan, _ = packing.plan_rows(requests, engine.max_tokens(), max(1, 2**28 // engine.vocab_size))
@@ -152,17 +153,11 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 def format_report(rows: list[dict[str, Any]], args: argparse.Namespace, model: Any) -> str:
-    from bench import describe_conditions
+    from sides import describe_conditions, format_conditions
 
-    conditions = describe_conditions(args, model, model.device)
-    packages = ", ".join(f"{name} {version}" for name, version in conditions["packages"].items())
     return "\n".join(
         [
-            f"{conditions['date']}, commit {conditions['commit']}, on {conditions['device']} with {args.threads} thread(s).",
-            f"Model: {conditions['model']}.",
-            f"Hardware: {json.dumps(conditions['hardware'])}. Packages: {packages}.",
-            f"Command: `{conditions['command']}`",
-            "",
+            *format_conditions(describe_conditions(args, model, model.device)),
             "Seconds to plan and run (times faster than padded, tokens through the model):",
             "",
             f"| task | {' | '.join(COLUMNS)} |",

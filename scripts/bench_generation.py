@@ -18,28 +18,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
-import logging
 import math
 import os
 import statistics
 import sys
-import time
-import traceback
 import unittest.mock
 from pathlib import Path
 from typing import Any
 
-import bench  # beside this file; it makes ddp_eval importable
+from sides import Job, Side, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
+
+CALLS = ("generate_until",)
 
 
 def main() -> None:
     args = read_arguments()
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
     sizes = [int(size) for size in args.batch_sizes.split(",")]
+    job = Job(load_model, run_ours, run_lm_eval, no_memory={"elapsed_s": math.inf})
     with contextlib.ExitStack() as stack:
-        theirs, ours = (stack.enter_context(bench.Side(name, args, serve)) for name in ("lm_eval", "ours"))
+        theirs, ours = (stack.enter_context(Side(name, args, job)) for name in ("lm_eval", "ours"))
         rows = []
         for task in args.tasks.split(","):
             rows.append(measure_task(theirs, ours, task, sizes, args.repeats))
@@ -69,44 +68,7 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def serve(name: str, args: argparse.Namespace, connection: Any) -> None:
-    """The life of a side's process: load the model, then answer one question after another."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
-    if name == "ours" and device.type == "cpu":
-        from ddp_eval.engines.hf import keep_freed_memory
-
-        keep_freed_memory()  # as the command does
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    model = load_model(args, tokenizer, device)
-    run = {"ours": run_ours, "lm_eval": run_lm_eval}[name]
-    while True:
-        try:
-            question, *rest = connection.recv()
-        except EOFError:
-            return
-        answer: Any = None
-        try:
-            if question == "conditions":
-                answer = bench.describe_conditions(args, model, device)
-            elif question == "generate":
-                with contextlib.redirect_stdout(io.StringIO()):
-                    answer = run(model, tokenizer, *rest, args)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            answer = {"elapsed_s": math.inf}
-        except BaseException as error:
-            traceback.print_exc()
-            answer = RuntimeError(f"{name}: {error}")
-        connection.send(answer)
-
-
-def load_model(args: argparse.Namespace, tokenizer: Any, device: Any) -> Any:
+def load_model(args: argparse.Namespace, device: Any) -> Any:
     import torch
     import transformers
 
@@ -115,28 +77,29 @@ def load_model(args: argparse.Namespace, tokenizer: Any, device: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device).eval()
     torch.manual_seed(0)
     config = transformers.AutoConfig.from_pretrained(args.model, initializer_range=args.initializer_range)
+    end = transformers.AutoTokenizer.from_pretrained(args.model).eos_token_id
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
-        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= args.end_factor
+        model.get_output_embeddings().weight[end] *= args.end_factor
     return model.to(device).eval()
 
 
-def measure_task(theirs: bench.Side, ours: bench.Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
+def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
     """Medians of alternating runs, and how many texts of the two sides differ."""
     task, _, limit_text = task.partition(":")
     limit = float(limit_text) if limit_text else None
     for side in (theirs, ours):
-        side.ask("generate", task, 1, 1)  # warms up
-    tried = {size: theirs.ask("generate", task, limit and max(1, limit // 4), size)["elapsed_s"] for size in sizes}
+        side.ask("run", task, 1, 1)  # warms up
+    tried = {size: theirs.ask("run", task, limit and max(1, limit // 4), size)["elapsed_s"] for size in sizes}
     times: dict[int, list[float]] = {size: [] for size in tried if tried[size] <= 1.15 * min(tried.values())}
     texts: dict[int, Any] = {}
     mine: list[dict[str, Any]] = []
     for _ in range(repeats):
         for size, seen in times.items():
-            answer = theirs.ask("generate", task, limit, size)
+            answer = theirs.ask("run", task, limit, size)
             seen.append(answer["elapsed_s"])
             texts[size] = answer["texts"]
-        mine.append(ours.ask("generate", task, limit, None))
+        mine.append(ours.ask("run", task, limit, None))
     medians = {size: statistics.median(seen) for size, seen in times.items()}
     best = min(medians, key=medians.__getitem__)
     ours_s = statistics.median(run["elapsed_s"] for run in mine)
@@ -160,64 +123,25 @@ def measure_task(theirs: bench.Side, ours: bench.Side, task: str, sizes: list[in
 def run_lm_eval(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    spent = time_generation(lm)
-    manager = TaskManager(include_path=args.include_path, include_defaults=not args.include_path)
-    results = lm_eval.simple_evaluate(
-        model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity=None
-    )
-    return {"elapsed_s": sum(spent), "texts": texts_of(results)}
+    elapsed_s, results = evaluate_by_lm_eval(model, tokenizer, task, limit, args, CALLS, batch_size=batch_size)
+    return {"elapsed_s": elapsed_s, "texts": texts_of(results)}
 
 
 def run_ours(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: None, args: argparse.Namespace
 ) -> dict[str, Any]:
-    import ddp_eval
     from ddp_eval import harness
 
-    spent: list[float] = []
     counts: list[int] = []
-    start_lm, load_index, kept = harness._LeaderLM.__init__, harness.TaskManager, harness.Texts
-
-    def start_timed(self: Any, *rest: Any) -> None:
-        start_lm(self, *rest)
-        time_generation(self, spent)
+    kept = harness.Texts
 
     def keep(**columns: Any) -> Any:
         counts[:] = columns["num_tokens"]
         return kept(**columns)
 
-    patch = unittest.mock.patch.object
-    with (
-        patch(harness._LeaderLM, "__init__", start_timed),
-        # Reading the index of lm_eval's own 14,000 task files takes seconds in each of many runs.
-        patch(harness, "TaskManager", lambda **rest: load_index(**{**rest, "include_defaults": not args.include_path})),
-        patch(harness, "Texts", keep),
-    ):
-        results = ddp_eval.evaluate(
-            model, tokenizer, [task], limit=limit, include_path=args.include_path, bootstrap_iters=0, log_samples=True
-        )
-    facts = results["ddp_eval"]["generation"]
-    return {"elapsed_s": sum(spent), "texts": texts_of(results), "num_tokens": counts, **facts}
-
-
-def time_generation(lm: Any, spent: list[float] | None = None) -> list[float]:
-    """Have `lm` note the seconds that each call of generate_until takes."""
-    spent = [] if spent is None else spent
-    call = lm.generate_until
-
-    def timed(*rest: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        answers = call(*rest, **kwargs)
-        spent.append(time.perf_counter() - started)
-        return answers
-
-    lm.generate_until = timed
-    return spent
+    with unittest.mock.patch.object(harness, "Texts", keep):
+        elapsed_s, results = evaluate_by_us(model, tokenizer, task, limit, args, CALLS)
+    return {"elapsed_s": elapsed_s, "texts": texts_of(results), "num_tokens": counts, **results["ddp_eval"]["generation"]}
 
 
 def texts_of(results: dict[str, Any]) -> list[Any]:
@@ -248,13 +172,8 @@ def format_row(row: dict[str, Any]) -> str:
 def format_report(report: dict[str, Any]) -> str:
     conditions, rows = report["conditions"], report["rows"]
     mean = math.exp(statistics.fmean(math.log(row["ratio"]) for row in rows))
-    packages = ", ".join(f"{name} {version}" for name, version in conditions["packages"].items())
     lines = [
-        f"{conditions['date']}, commit {conditions['commit']}, on {conditions['device']} with {conditions['threads']} thread(s).",
-        f"Model: {conditions['model']}.",
-        f"Hardware: {json.dumps(conditions['hardware'])}. Packages: {packages}.",
-        f"Command: `{conditions['command']}`",
-        "",
+        *format_conditions(conditions),
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
         *map(format_row, rows),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, WINDOW
+from torch.nn.functional import scaled_dot_product_attention
 
+from ddp_eval import blocks
 from ddp_eval.attention import IMPLEMENTATIONS, LayerRule, layer_rules, make_mask, visible
 
 Tree = tuple[list[int], list[int], list[int | None]]  # depth, end, parent
@@ -171,3 +174,28 @@ def test_chunks_of_a_forest_start_at_each_root() -> None:
     chunks = [{0, 1}, {2, 3}, {4}, {5, 6}, {7, 8}, {9}]
     pairs = {(i, j) for chunk in chunks for i, j in itertools.product(chunk, chunk) if j <= i}
     assert {tuple(pair) for pair in seen.nonzero().tolist()} == pairs
+
+
+def long_forest() -> tuple[torch.Tensor, torch.Tensor]:
+    """(L,) depth and end: a chain of 700, a root of 300 with branches of 150, 10 and 90, and a chain of 40."""
+    depth = [*range(700), *range(300), *range(300, 450), *range(300, 310), *range(300, 390), *range(40)]
+    end = [700] * 700 + [1250] * 300 + [1150] * 150 + [1160] * 10 + [1250] * 90 + [1290] * 40
+    return torch.tensor(depth), torch.tensor(end)
+
+
+@pytest.mark.parametrize("rule", [LayerRule(), LayerRule(window=200), LayerRule(chunk=256)], ids=str)
+@pytest.mark.parametrize("reads", [None, range(1290), range(0, 1290, 97), range(1289, 1290), [*range(600, 700), 1149]])
+def test_blocks_see_what_the_dense_mask_shows(rule: LayerRule, reads: range | list[int] | None) -> None:
+    """Catches slices of keys that start elsewhere than their block, queries left out, and causal blocks where a window cuts."""
+    depth, end = long_forest()
+    query, key, value = torch.randn(3, 1, 2, len(depth), 8, generator=torch.Generator().manual_seed(1)).unbind()
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=visible(depth, end, rule))
+    at = None if reads is None else np.array(reads)
+    runs = blocks.split(depth.numpy())
+    made = blocks.make_blocks(runs, depth.numpy(), end.numpy(), rule, torch.float32, torch.device("cpu"), at)
+    assert len(runs) > 4 and max(stop - start for start, stop in runs) < 700
+    output, _ = blocks.attend(None, query, key, value, blocks.carry(made, {}, torch.device("cpu")))
+    chosen = slice(None) if at is None else at
+    torch.testing.assert_close(output.transpose(1, 2)[:, :, chosen], expected[:, :, chosen], atol=2e-6, rtol=1e-5)
+    if at is not None and len(at) == 1:
+        assert (output.abs().sum(dim=(0, 2, 3)) > 0).sum() == 1

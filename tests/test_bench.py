@@ -1,4 +1,4 @@
-"""scripts/bench.py counts the work that no implementation can avoid."""
+"""scripts/bench.py counts the work that no implementation can avoid; bench_ablation.py takes each idea away."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ddp_eval.packing import CostModel, requests_from_lists
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench
+import bench_ablation
 
 
 def test_useful_work_of_many_requests_by_hand():
@@ -38,3 +40,14 @@ def test_useful_work_does_not_depend_on_order():
     distinct = len({tuple(one[:end]) for one in sequences for end in range(1, len(one))})
     for order in (sequences, sequences[::-1]):
         assert bench.count_useful(engine, requests_from_lists(order, [1] * 1200))["distinct_tokens"] == distinct
+
+
+def test_every_idea_can_be_taken_away(tiny_model):
+    """Catches a variant that the engine does not take any more, and ideas that bring what they are not called after."""
+    stem = list(range(1, 30))
+    texts = [[*stem, question, 60, answer, 70] for question in (40, 41) for answer in (50, 51)]
+    requests = requests_from_lists(texts, [2] * 4)
+    model, device = tiny_model("llama"), torch.device("cpu")
+    tokens = {name: bench_ablation.run_variant(name, model, device, requests)[1] for name in bench_ablation.COLUMNS}
+    assert tokens["padded"] == tokens["reads only"] == 4 * 32
+    assert tokens["choices"] == 2 * (31 + 2) and tokens["few-shot"] == tokens["blocks"] == 29 + 2 * (2 + 2)

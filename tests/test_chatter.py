@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers.utils import logging as theirs
 
 from ddp_eval import hub
-from ddp_eval.chatter import less_chatter
+from ddp_eval.chatter import less_chatter, one_rank_speaks
 
 
 def test_only_what_asks_for_nothing_is_held_back(caplog):
@@ -21,6 +23,22 @@ def test_only_what_asks_for_nothing_is_held_back(caplog):
         logger.warning("the answers are wrong")
     logger.warning("For details see task Readme.")
     assert caplog.messages == ["the answers are wrong", "For details see task Readme."]
+
+
+@pytest.mark.parametrize("bars", [True, False])
+@pytest.mark.parametrize("speaks", [True, False])
+def test_one_rank_speaks_in_a_callers_process(speaks, bars, caplog):
+    """Catches bars or warnings of a rank that does not speak, a warning of the other held back, and what outlives the block."""
+    (theirs.enable_progress_bar if bars else theirs.disable_progress_bar)()
+    logger, level = logging.getLogger("transformers"), logging.getLogger("transformers").level
+    try:
+        with one_rank_speaks(speaks):
+            assert not theirs.is_progress_bar_enabled() and logger.isEnabledFor(logging.WARNING) == speaks
+            logging.getLogger("of.the.caller").warning("mine")
+        assert theirs.is_progress_bar_enabled() == bars == (not are_progress_bars_disabled())
+        assert logger.level == level and caplog.messages == ["mine"]
+    finally:
+        theirs.enable_progress_bar()
 
 
 @pytest.mark.parametrize(

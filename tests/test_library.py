@@ -76,12 +76,14 @@ def test_a_task_that_shows_images(tiny_model: Callable[..., Any], tiny_tokenizer
         evaluate(tiny_model("llama"), tiny_tokenizer, ["seen"], include_path=str(tmp_path))
 
 
-def test_the_settings_that_are_shown(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
-    """Catches --show_config that prints thousands of samples, or no JSON."""
-    results = evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], limit=1, log_samples=True, bootstrap_iters=0)
-    assert results is not None
+def test_the_settings_that_are_shown(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Catches --show_config that prints thousands of samples, of answers or of a GPU's load, or no JSON."""
+    options = {"limit": 1, "log_samples": True, "bootstrap_iters": 0, "output_path": str(tmp_path / "run")}
+    results = evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], **options)
+    assert results is not None and results["samples"] and results["ddp_eval"]["telemetry"]
     shown = json.loads(harness.format_results(results))
-    assert shown["configs"]["demo_lambada"]["output_type"] == "loglikelihood" and "samples" not in shown
+    assert shown["configs"]["demo_lambada"]["output_type"] == "loglikelihood"
+    assert shown == json.loads((tmp_path / "run" / "results.json").read_text())
 
 
 def test_prompts_from_the_cache(

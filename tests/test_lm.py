@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def test_scores_and_what_lm_eval_asks_besides(lm: DDPEvalLM, tiny_model: Callabl
             assert value == pytest.approx(other, rel=1e-6), task
     assert theirs["config"]["model_num_parameters"] == tiny_model("llama").num_parameters()
     assert theirs["config"]["model_dtype"] == "torch.float32" and theirs["max_length"] == 2048
+
+
+def test_lm_evals_warnings_of_nothing(lm: DDPEvalLM, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches lines about every task that ask for nothing, and a filter that outlives the model."""
+    logger = logging.getLogger("lm_eval.api.task")
+    for _ in range(2):
+        logger.warning("demo: Custom kwargs can be passed.\nFor details see task Readme.")
+        logger.warning("the answers are wrong")
+        lm.close()
+    assert len(caplog.messages) == 3 and caplog.messages[0] == "the answers are wrong"
 
 
 def test_a_template_by_name(tiny_model_path: Callable[[str], Path], tmp_path: Path) -> None:

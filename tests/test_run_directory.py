@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -219,10 +220,37 @@ def test_finished_run_is_left_alone(config, finished):
 
 def test_finished_run_of_another_kind_is_refused(config, finished):
     """Catches the numbers of another command or of older weights shown as this one's."""
-    with pytest.raises(UserError, match=r"already holds a run of .* \(there log_samples was false, here it is true\)"):
-        find_finished(config(log_samples=True), same)
+    with pytest.raises(
+        UserError,
+        match=r"already holds a run of .* \(there num_fewshot was null, here it is 1; there limit was null, here it is 2\.0\)",
+    ):
+        find_finished(config(num_fewshot=1, limit=2.0, timeout=5.0), same)
     with pytest.raises(UserError, match=r"the files of the model have changed since"):
         find_finished(config(), lambda manifest: False)
+
+
+def test_finished_run_without_the_samples_that_are_asked_for(config, finished):
+    """Catches --log_samples that is said to be another run, or that passes for done and writes none."""
+    for changes, more in (({}, ""), ({"limit": 2.0}, "there limit was null, here it is 2.0; ")):
+        with pytest.raises(UserError) as refused:
+            find_finished(config(log_samples=True, **changes), same)
+        why = f"({more}it has no samples, and --log_samples cannot make them from what it keeps); give another --output_path"
+        assert why in str(refused.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"log_samples": True}, {"log_samples": True, "confirm_run_unsafe_code": True}])
+def test_finished_run_that_has_more_than_is_asked_for(changes, config, finished):
+    """Catches a finished run refused because it wrote its samples, too."""
+    manifest = {"config": dataclasses.asdict(config(log_samples=True, write_out=True)), "model": {"seen": "f"}}
+    (finished / results.MANIFEST).write_text(json.dumps(manifest))
+    assert find_finished(config(**changes), same) == {"results": {"demo_lambada": {"acc,none": 0.5}}}
+
+
+def test_manifest_that_names_no_flags(config, finished):
+    """Catches a torn manifest told as thirty differences."""
+    (finished / results.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match=r"\(its manifest\.json cannot be read\)"):
+        find_finished(config(), same)
 
 
 @pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True}])

@@ -6,13 +6,15 @@ import functools
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ddp_eval import runner, telemetry
-from ddp_eval.distributed import World
+from ddp_eval.config import Config
+from ddp_eval.distributed import World, join_group
 from ddp_eval.generation import NO_PROMPTS, NO_TEXTS
 from ddp_eval.meter import Meter, Phases, process_age_s
 from ddp_eval.packing import CostModel, plan_packs, plan_rows, requests_from_lists
@@ -55,6 +57,7 @@ def test_the_process_is_as_old_as_it_is():
     assert process_age_s() - age_s == pytest.approx(0.05, abs=0.04)
 
 
+GENERATION = str(Path(__file__).with_name("generation_tasks"))
 REQUESTS = requests_from_lists([[1, 2, 3, 4], [1, 2, 5], [7, 8, 9, 10, 11, 12]], [1, 1, 2])
 
 
@@ -98,6 +101,26 @@ def test_shares_by_hand():
     assert found["imbalance"] == pytest.approx(8 / 6 - 1) and found["idle_share"] == pytest.approx(3 / 20)
     assert [rank["share_of_peak"] for rank in found["ranks"]] == [2280 / 4000, 4560 / 8000]
     assert found["ranks"][0]["sampling_share"] == pytest.approx(0.001)
+
+
+def test_a_resume_with_nothing_left(tmp_path, monkeypatch, capfd):
+    """Catches a start that found all packs done, and tells of 0 tokens a second, 0% of peak and an unknown time left."""
+    flags = {"model_args": {"pretrained": "demo"}, "tasks": ["demo_lambada", "gen_boolean"], "limit": 2}
+    config = Config(**flags, include_path=GENERATION, bootstrap_iters=0, output_path=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+
+        def fail(*args):
+            raise RuntimeError("killed behind its metrics")
+
+        patch.setattr(runner.results, "write_run", fail)
+        with pytest.raises(RuntimeError, match="killed behind its metrics"):
+            runner.run(config, join_group("cpu"))
+    assert "of 4 requests, " in capfd.readouterr().err
+    found = runner.run(config, join_group("cpu"))["ddp_eval"]["telemetry"]
+    assert capfd.readouterr().err == ""
+    summary = telemetry.format_summary(found).splitlines()[2]
+    assert summary.startswith("nothing was left to run, sharing ") and "peak" not in summary and "imbalance" not in summary
+    assert found["tokens_per_s"] is found["useful_tokens_per_s"] is found["ranks"][0]["share_of_peak"] is None
 
 
 def test_what_is_left_of_a_plan_by_hand():

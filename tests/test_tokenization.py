@@ -69,15 +69,32 @@ TEXTS = [
 ]
 
 
-def fast(parts: Any, bos: str | None, eos: str | None) -> Any:
+class Lowering(transformers.PreTrainedTokenizerFast):
+    """One that does something of its own with texts."""
+
+    def _encode_plus(self, text: Any, *rest: Any, **options: Any) -> Any:
+        lowered = text.lower() if isinstance(text, str) else [each.lower() for each in text]
+        return super()._encode_plus(lowered, *rest, **options)
+
+
+def fast(
+    parts: Any, bos: str | None, eos: str | None, kind: Any = transformers.PreTrainedTokenizerFast, cut: int = 0, **options: Any
+) -> Any:
+    """cut: tokens that the backend is set to cut texts to."""
     backend = tiny_models.train(parts, tiny_models.training_text())
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+    if cut:
+        backend.enable_truncation(cut)
+        backend.enable_padding(length=2 * cut)
+    return kind(tokenizer_object=backend, bos_token=bos, eos_token=eos, **options)
 
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     "byte_level": lambda: fast(tiny_models.byte_level_bpe(), "<s>", "</s>"),
     "byte_level_without_bos": lambda: fast(tiny_models.byte_level_bpe(), None, "</s>"),
     "byte_level_adding_bos": lambda: fast(tiny_models.byte_level_bpe(add_bos=True), "<s>", "</s>"),
+    "byte_level_blind_to_bos": lambda: fast(tiny_models.byte_level_bpe(), "<s>", "</s>", split_special_tokens=True),
+    "byte_level_set_to_cut": lambda: fast(tiny_models.byte_level_bpe(), "<s>", "</s>", cut=5),
+    "byte_level_lowering": lambda: fast(tiny_models.byte_level_bpe(), "<s>", "</s>", Lowering),
     "unigram": lambda: fast(tiny_models.unigram(), "<s>", "</s>"),
     "word_piece": lambda: fast(tiny_models.word_piece(), "[CLS]", "[SEP]"),
     # no fast tokenizer: Python, byte by byte, EOS behind every text

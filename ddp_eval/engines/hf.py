@@ -382,7 +382,7 @@ class HFEngine:
 
         values: (R, H) hidden states, or (R, V) logits with `hidden` false.
         """
-        head_rows = max(64, min(512, LOGITS_AT_ONCE // self.vocab_size))
+        head_rows = max(64, min(2048, LOGITS_AT_ONCE // self.vocab_size))
         order = np.argsort(pack.answer_reads, kind="stable")
         reads, targets = pack.answer_reads[order], pack.answer_targets[order]
         edges = np.searchsorted(reads, np.arange(0, len(values) + head_rows, head_rows))

@@ -11,7 +11,6 @@ from ddp_eval import results
 from ddp_eval.compare.command import main as compare
 
 TASKS = Path(__file__).resolve().parents[1] / "generation_tasks"
-MANY_RUNS = (str(Path(__file__).with_name("many_runs.py")),)
 FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
 COMMON = f"--model_args pretrained=demo --include_path {TASKS} --bootstrap_iters 0 "
 RUNS = {
@@ -21,25 +20,6 @@ RUNS = {
     "one by one": COMMON + "--tasks gen_drawn --limit 2 --no_packing",
     "one text": COMMON + "--tasks gen_story --limit 1 --predict_only",
 }
-
-
-@pytest.fixture(scope="module")
-def run_on(tmp_path_factory):
-    """run_on(ranks) -> {run: its directory}, each number of ranks started once."""
-    finished = {}
-
-    def run(ranks):
-        if ranks not in finished:
-            place = tmp_path_factory.mktemp(f"ranks{ranks}_")
-            directories = {name: place / name.replace(" ", "_") for name in RUNS}
-            lines = [[*shlex.split(RUNS[name]), "--output_path", str(path)] for name, path in directories.items()]
-            (place / "lines.json").write_text(json.dumps(lines))
-            outcome = launch(ranks, place / "lines.json", program=MANY_RUNS, timeout_s=400)
-            assert outcome.returncode == 0, str(outcome)
-            finished[ranks] = directories
-        return finished[ranks]
-
-    return run
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])

@@ -24,9 +24,11 @@ def command(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["object", *(pytest.param(how, marks=pytest.mark.slow) for how in ("name", "borrowed"))])
 def test_lm_eval_leads_and_two_ranks_compute(how, command, tmp_path):
-    """Catches a rank that computes alone, one that is left behind, prompts drawn by rank, and a group that is not given back."""
-    finished = launch(2, tmp_path, how, program=MAIN)
+    """Catches a rank that computes alone, one that is left behind, prompts drawn by rank, a group that is not given back, and
+    ranks that all show bars of the weights, or lm_eval's warnings of nothing."""
+    finished = launch(2, tmp_path, how, program=MAIN, TQDM_DISABLE="")
     assert finished.returncode == 0, str(finished)
+    assert "Loading weights" not in finished.stderr and "Custom kwargs" not in finished.stderr, str(finished)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     theirs, scores = command
     for task, metrics in first["results"]["metrics"].items():

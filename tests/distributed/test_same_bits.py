@@ -3,14 +3,12 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from launch import launch
 
 from ddp_eval import results
 
-MANY_RUNS = (str(Path(__file__).with_name("many_runs.py")),)
 # Of torchrun; compared with 0, plain Python. `test_the_command` runs on two ranks too.
 RANKS = [1, pytest.param(2, marks=pytest.mark.slow), 3, 4]
 
@@ -22,25 +20,6 @@ RUNS = {
     "one pack": DEMO + "--tasks demo_boolean_expressions --limit 1",
     "one request": DEMO + "--tasks demo_lambada --limit 1",
 }
-
-
-@pytest.fixture(scope="module")
-def run_on(tmp_path_factory):
-    """run_on(ranks) -> {run: its directory}, each number of ranks started once."""
-    finished = {}
-
-    def run(ranks):
-        if ranks not in finished:
-            place = tmp_path_factory.mktemp(f"ranks{ranks}_")
-            directories = {name: place / name.replace(" ", "_") for name in RUNS}
-            lines = [[*shlex.split(RUNS[name]), "--output_path", str(path)] for name, path in directories.items()]
-            (place / "lines.json").write_text(json.dumps(lines))
-            outcome = launch(ranks, place / "lines.json", program=MANY_RUNS)
-            assert outcome.returncode == 0, str(outcome)
-            finished[ranks] = directories
-        return finished[ranks]
-
-    return run
 
 
 def read(directory, name):

@@ -1,0 +1,198 @@
+"""Two sides, ddp_eval and lm_eval's own HF backend, each in a process of its own with the loaded model, asked in turn.
+
+What bench.py and bench_generation.py share: the processes, the clocks around a model's answers, and the words on conditions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import multiprocessing
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import traceback
+import unittest.mock
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the two sides do; it is sent to their processes.
+
+    load: (args, device) -> the model.
+    ours, lm_eval: (model, tokenizer, task, limit, batch size, args) -> the answer of that side.
+    no_memory: the answer where the device's memory does not do.
+    """
+
+    load: Callable[..., Any]
+    ours: Callable[..., Any]
+    lm_eval: Callable[..., Any]
+    no_memory: Any
+
+
+class Side:
+    """A process that holds the model and runs tasks for one of the two sides when asked. name: "ours" or "lm_eval"."""
+
+    def __init__(self, name: str, args: argparse.Namespace, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, args, job, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, *question: Any) -> Any:
+        """("run", task, limit, batch size), ("conditions",) or ("ready",). Raises what the side has failed of."""
+        self._connection.send(question)
+        answer = self._connection.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def __enter__(self) -> Side:
+        self.ask("ready")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def serve(name: str, args: argparse.Namespace, job: Job, connection: Any) -> None:
+    """The life of a side's process: load the model, then answer one question after another."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    if name == "ours" and device.type == "cpu":
+        from ddp_eval.engines.hf import keep_freed_memory
+
+        keep_freed_memory()  # as the command does
+    model = job.load(args, device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    run = {"ours": job.ours, "lm_eval": job.lm_eval}[name]
+    while True:
+        try:
+            question, *rest = connection.recv()
+        except EOFError:
+            return
+        answer: Any = None
+        try:
+            if question == "conditions":
+                answer = describe_conditions(args, model, device)
+            elif question == "run":
+                with contextlib.redirect_stdout(io.StringIO()):
+                    answer = run(model, tokenizer, *rest, args)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            answer = job.no_memory
+        except BaseException as error:
+            traceback.print_exc()
+            answer = RuntimeError(f"{name}: {error}")
+        connection.send(answer)
+
+
+def evaluate_by_lm_eval(
+    model: Any, tokenizer: Any, task: str, limit: float | None, args: argparse.Namespace, calls: Sequence[str], **options: Any
+) -> tuple[float, dict[str, Any]]:
+    """Seconds that lm_eval's HF backend spends in its methods `calls`, and the results. options: of HFLM."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, **options)
+    spent: list[float] = []
+    note_seconds(lm, calls, spent)
+    manager = TaskManager(include_path=args.include_path, include_defaults=not args.include_path)
+    results = lm_eval.simple_evaluate(
+        model=lm, tasks=[task], limit=limit, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity=None
+    )
+    return sum(spent), results
+
+
+def evaluate_by_us(
+    model: Any, tokenizer: Any, task: str, limit: float | None, args: argparse.Namespace, calls: Sequence[str], **options: Any
+) -> tuple[float, dict[str, Any]]:
+    """Seconds that ddp_eval spends in its LM's methods `calls`, and the results. options: of `ddp_eval.evaluate`."""
+    import ddp_eval
+    from ddp_eval import harness
+
+    spent: list[float] = []
+    start_lm, load_index = harness._LeaderLM.__init__, harness.TaskManager
+
+    def start_timed(self: Any, *rest: Any) -> None:
+        start_lm(self, *rest)
+        note_seconds(self, calls, spent)
+
+    patch = unittest.mock.patch.object
+    with (
+        patch(harness._LeaderLM, "__init__", start_timed),
+        # Reading the index of lm_eval's own 14,000 task files takes seconds in each of many runs.
+        patch(harness, "TaskManager", lambda **rest: load_index(**{**rest, "include_defaults": not args.include_path})),
+    ):
+        results = ddp_eval.evaluate(
+            model, tokenizer, [task], limit=limit, include_path=args.include_path, bootstrap_iters=0, log_samples=True, **options
+        )
+    return sum(spent), results
+
+
+def note_seconds(lm: Any, calls: Sequence[str], spent: list[float]) -> None:
+    """Have `lm` add to `spent` the seconds that each call of these methods takes."""
+    for name in calls:
+        call = getattr(lm, name)
+
+        def timed(*rest: Any, call: Any = call, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            answers = call(*rest, **kwargs)
+            spent.append(time.perf_counter() - started)
+            return answers
+
+        setattr(lm, name, timed)
+
+
+def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> dict[str, Any]:
+    from ddp_eval.machine import describe_hardware, describe_packages
+
+    commit = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    config = model.config
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        # Where this machine keeps its files is of no use to others.
+        "command": shlex.join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
+        "model": f"{type(model).__name__} {model.num_parameters() / 1e6:.1f} M parameters, hidden {config.hidden_size}, "
+        f"{config.num_hidden_layers} layers, vocabulary {config.vocab_size}, {args.dtype}",
+        "device": str(device),
+        "threads": args.threads,
+        "hardware": describe_hardware(),
+        "packages": describe_packages(),
+        "python": platform.python_version(),
+    }
+
+
+def format_conditions(conditions: dict[str, Any]) -> list[str]:
+    """The lines above a table."""
+    packages = ", ".join(f"{name} {version}" for name, version in conditions["packages"].items())
+    return [
+        f"{conditions['date']}, commit {conditions['commit']}, on {conditions['device']} with {conditions['threads']} thread(s).",
+        f"Model: {conditions['model']}.",
+        f"Hardware: {json.dumps(conditions['hardware'])}. Packages: {packages}.",
+        f"Command: `{conditions['command']}`",
+        "",
+    ]

@@ -87,8 +87,15 @@ def _reproduce(argv: list[str], watching: watch.Watch) -> int:
 def _run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None = None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # @record hands an unexpected error to torchrun, which prints the one that came first.
-    record(_join_and_run)(config, notes, watching, inspect)
+    try:
+        # @record hands an unexpected error to torchrun, which prints the one that came first.
+        record(_join_and_run)(config, notes, watching, inspect)
+    except Exception:
+        # Threads may be inside of torch still: the interpreter's own end would abort the process over them.
+        sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None) -> None:

@@ -85,7 +85,8 @@ class RunDirectory:
 
     def forget_journals(self) -> None:
         if self.journals.is_dir():
-            for file in [*self.journals.glob(f"*{journal.SUFFIX}"), self.journals / _RUN]:
+            torn = self.journals.glob(f".*{results.TEMPORARY_SUFFIX}")
+            for file in [*self.journals.glob(f"*{journal.SUFFIX}"), *torn, self.journals / _RUN]:
                 file.unlink(missing_ok=True)
             if not any(self.journals.iterdir()):
                 self.journals.rmdir()

@@ -66,8 +66,9 @@ def test_second_is_refused_until_the_first_leaves(path, holder):
     assert list(path.parent.iterdir()) == []
 
 
-def test_dying_holder_is_waited_for(path, holder):
+def test_dying_holder_is_waited_for(path, holder, monkeypatch):
     """Catches a resume that is refused because the killed run's ranks need a moment to end."""
+    monkeypatch.setattr(lock, "DYING_S", 30.0)
     threading.Timer(0.2, holder.kill).start()
     threading.Timer(0.2, holder.wait).start()
     second = Lock(path, lambda: None)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval import runner, telemetry
+from ddp_eval import meter, runner, telemetry
 from ddp_eval.config import Config
 from ddp_eval.distributed import World, join_group
 from ddp_eval.generation import NO_PROMPTS, NO_TEXTS
@@ -22,21 +22,20 @@ from ddp_eval.planning import Decision
 from ddp_eval.text_planning import TextDecision
 
 
-def test_phases_add_up_to_the_wall_time():
-    """Catches time counted in two phases, or in none."""
-    before = time.perf_counter()
+def test_phases_add_up_to_the_wall_time(monkeypatch):
+    """Catches time counted in two phases, or in none, and an inner phase that does not stop the outer one's clock."""
+    now = [100.0]
+    monkeypatch.setattr(meter, "time", types.SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
     phases = Phases("start", age_s=1.0)
+    now[0] += 8
     with phases("tasks"):
-        time.sleep(0.02)
+        now[0] += 16
         with phases("forward"):
-            time.sleep(0.03)
+            now[0] += 32
         phases.switch("score")
-        time.sleep(0.02)
-    seconds, wall_s = phases.seconds, time.perf_counter() - before + 1.0
-    assert sum(seconds.values()) == pytest.approx(wall_s, rel=0.01)
-    assert seconds["start"] == pytest.approx(1.0, abs=0.01)
-    assert seconds["forward"] >= 0.03 and seconds["tasks"] >= 0.02 and seconds["score"] >= 0.02
-    assert seconds["tasks"] < 0.045, "an inner phase stops the outer one's clock"
+        now[0] += 64
+    now[0] += 128
+    assert phases.seconds == {"start": 137.0, "tasks": 16.0, "forward": 32.0, "score": 64.0}
     assert [name for _, name in phases.timeline] == ["start", "tasks", "forward", "tasks", "score", "start"]
 
 
@@ -54,7 +53,7 @@ def test_the_process_is_as_old_as_it_is():
     age_s = process_age_s()
     time.sleep(0.05)
     assert 0 < age_s < 3600
-    assert process_age_s() - age_s == pytest.approx(0.05, abs=0.04)
+    assert 0.03 < process_age_s() - age_s < 4
 
 
 GENERATION = str(Path(__file__).with_name("generation_tasks"))
@@ -117,7 +116,7 @@ def test_a_resume_with_nothing_left(tmp_path, monkeypatch, capfd):
             runner.run(config, join_group("cpu"))
     assert "of 4 requests, " in capfd.readouterr().err
     found = runner.run(config, join_group("cpu"))["ddp_eval"]["telemetry"]
-    assert capfd.readouterr().err == ""
+    assert "ddp_eval: " not in capfd.readouterr().err
     summary = telemetry.format_summary(found).splitlines()[2]
     assert summary.startswith("nothing was left to run, sharing ") and "peak" not in summary and "imbalance" not in summary
     assert found["tokens_per_s"] is found["useful_tokens_per_s"] is found["ranks"][0]["share_of_peak"] is None
@@ -155,11 +154,11 @@ def test_the_sampler_samples_this_process():
     world = World(0, 0, 1, torch.device("cpu"))
     block = np.ones(2**23)  # 64 MiB, held while sampled
     with telemetry.Sampler(world, interval_s=0.05):
-        until = time.perf_counter() + 0.5
-        while time.perf_counter() < until:
+        until = time.perf_counter() + 30
+        while len(world.meter.samples) < 5 and time.perf_counter() < until:
             block[:1000].sum()
     samples = np.array([row[:3] for row in world.meter.samples], dtype=float)
-    assert 4 <= len(samples) <= 11
+    assert len(samples) >= 5
     assert 0.05 < samples[:, 1].max() < 3 and samples[:, 2].min() > block.nbytes
     # Twice a second, as a run is sampled, this much for each sample must stay below 0.5%.
     assert world.meter.sampling_s / len(samples) * 2 < 0.005

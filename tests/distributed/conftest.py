@@ -21,7 +21,7 @@ def run_on(request, tmp_path_factory):
             directories = {name: place / name.replace(" ", "_") for name in request.module.RUNS}
             lines = [[*shlex.split(request.module.RUNS[name]), "--output_path", str(path)] for name, path in directories.items()]
             (place / "lines.json").write_text(json.dumps(lines))
-            outcome = launch(ranks, place / "lines.json", program=MANY_RUNS, timeout_s=400)
+            outcome = launch(ranks, place / "lines.json", program=MANY_RUNS, timeout_s=280)
             assert outcome.returncode == 0, str(outcome)
             finished[ranks] = directories
         return finished[ranks]

@@ -100,7 +100,7 @@ def fill_disk():
 
 
 def load_slowly(*args, **kwargs):
-    time.sleep(60)
+    time.sleep(600)
 
 
 if __name__ == "__main__":

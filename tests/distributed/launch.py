@@ -96,7 +96,7 @@ class Launch:
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started
 
-    def finish(self, timeout_s: float = 120.0) -> Finished:
+    def finish(self, timeout_s: float = 240.0) -> Finished:
         """Wait for the command. Fails the test if it takes longer than that, or leaves a process behind."""
         try:
             self.process.wait(timeout_s)
@@ -106,7 +106,7 @@ class Launch:
         self.wait_until_gone()
         return self._so_far()
 
-    def wait_until_gone(self, grace_s: float = 2.0) -> None:
+    def wait_until_gone(self, grace_s: float = 10.0) -> None:
         deadline = time.monotonic() + grace_s
         while left := self.processes():
             if time.monotonic() > deadline:
@@ -169,7 +169,7 @@ def launching(
 def launch(
     ranks: int,
     *args: object,
-    timeout_s: float = 120.0,
+    timeout_s: float = 240.0,
     program: Sequence[str] = COMMAND,
     cwd: Path | None = None,
     restarts: int = 0,
@@ -180,7 +180,7 @@ def launch(
         return running.finish(timeout_s)
 
 
-def wait_for(path: Path, running: Launch, timeout_s: float = 60.0) -> str:
+def wait_for(path: Path, running: Launch, timeout_s: float = 200.0) -> str:
     """The content of a file that the launched program writes when it has come to some point."""
     deadline = time.monotonic() + timeout_s
     while not (path.exists() and path.read_text()):

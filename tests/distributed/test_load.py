@@ -36,4 +36,3 @@ def test_reader_that_fails_ends_all(tmp_path, tiny_model_path):
     finished = launch(2, "--model_args", f"pretrained={broken}", *TASKS, "--load", "broadcast", program=QUICK)
     assert finished.returncode == 1
     assert any("cannot load the model" in sentence for sentence in finished.sentences()), str(finished)
-    assert finished.elapsed_s < 90

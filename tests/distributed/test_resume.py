@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +18,7 @@ from ddp_eval.watch import EXIT_INTERRUPTED, EXIT_PREEMPTED
 FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
 # Six requests in a pack each.
 RUN = ("--model_args", "pretrained=demo", "--tasks", "demo_lambada", "--limit", "6", "--max_pack_tokens", "1")
-STOP_S = 10
+STOP_S = 15
 START_S = 150
 
 
@@ -51,7 +51,7 @@ def stuck(tmp_path):
 
 def finish_in_time(running, limit_s=STOP_S):
     started_s = running.elapsed_s()
-    finished = running.finish(timeout_s=60)
+    finished = running.finish()
     assert finished.elapsed_s - started_s < limit_s, str(finished)
     return finished
 
@@ -141,9 +141,8 @@ def test_stuck_rank_is_named(stuck, tmp_path):
     finished = finish_in_time(running, 40 + STOP_S)
     assert finished.returncode == 1, str(finished)
     (said,) = finished.sentences()
-    assert f"rank 1 on {socket.gethostname()} has shown no progress for 40 s while running packs, in pack 3" in said, str(
-        finished
-    )
+    place = f"rank 1 on {re.escape(socket.gethostname())} has shown no progress for 4[0-9] s while running packs, in pack 3"
+    assert re.search(place, said), str(finished)
     assert "longer --timeout" in said, str(finished)
     assert status.read_status(tmp_path / "run")["state"] == status.FAILED
 
@@ -191,8 +190,8 @@ def test_full_disk(tmp_path, undisturbed):
 def test_deleted_directory(stuck, tmp_path):
     """Catches a run that computes for hours what it cannot write anywhere."""
     running, _ = stuck(2, 1)
-    shutil.rmtree(tmp_path / "run")
-    finished = finish_in_time(running, 15)
+    (tmp_path / "run").rename(tmp_path / "gone")  # at once, where a deletion takes its time
+    finished = finish_in_time(running)
     assert finished.returncode == 1, str(finished)
     (said,) = finished.sentences()
     assert "deleted" in said, str(finished)

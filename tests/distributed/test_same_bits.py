@@ -92,7 +92,7 @@ def test_the_command(run_on, tmp_path):
     lines = [line.strip() for line in finished.stderr.split("\n") if line.strip()]
     assert not [line for line in lines if "Warning" in line], str(finished)
     assert len(set(lines)) == len(lines), f"a line that comes twice\n{finished}"
-    (progress,) = [line for line in lines if line.startswith("ddp_eval: ") and "tokens/s" in line]
+    *_, progress = [line for line in lines if line.startswith("ddp_eval: ") and "tokens/s" in line]
     num_requests = read(tmp_path / "run", results.MANIFEST)["requests"]
     assert f"{num_requests} of {num_requests} requests" in progress, str(finished)
 

@@ -144,7 +144,7 @@ def attend(
     """transformers' attention interface. query, key, value: (1, heads, L, head size). Returns (1, L, heads, head size).
 
     `attention_mask` is the carrier that `carry` made; anything else (no mask, a plain tensor) goes to transformers' sdpa.
-    What queries that are not wanted get is zero.
+    What queries that are not wanted get is zero, or right all the same.
     Raises ValueError for variants of attention (score capping, sinks) that this does not compute.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # its functions keep, for good, the group that there is when they are imported: none yet
+import torch.distributed.nn.functional  # its functions keep for good the group that there is at their import: none of ours
 from torch.utils.data import DistributedSampler
 
 from ddp_eval.errors import UserError

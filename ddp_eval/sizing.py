@@ -15,6 +15,8 @@ import torch
 from ddp_eval import machine
 from ddp_eval.layout import LAYERS, REPLICAS, TENSOR, Layout
 
+LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
+
 GIB = 2**30
 # Kept free of each GPU: CUDA's context and libraries, and what the allocator cannot hand out.
 _CONTEXT_BYTES, _ALLOCATOR_SHARE = GIB, 0.95
@@ -126,9 +128,14 @@ def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = 
     """Room that the forward of one pack takes. ranks: over how many its matrices are split; in_flight: hidden states kept."""
     per_token = 6 * sizes.hidden + (3 * sizes.inner + 2 * sizes.attended) // ranks + in_flight * sizes.hidden
     # Logits of some reads at a time, with their log-softmax in float32 and its input.
-    reads = min(max_tokens, max(64, min(512, 2**26 // max(1, sizes.vocab))))  # as in engines/hf.py
+    reads = min(max_tokens, head_rows(sizes.vocab))
     logits = reads * sizes.vocab * (sizes.value_bytes + 2 * 4) if has_head else 0
     return max_tokens * per_token * sizes.value_bytes + logits
+
+
+def head_rows(vocabulary: int) -> int:
+    """Of how many reads the head computes logits at a time."""
+    return max(64, min(2048, LOGITS_AT_ONCE // max(1, vocabulary)))
 
 
 def stage_spans(whole: Any, layout: Layout) -> list[range] | None:

@@ -162,7 +162,7 @@ def _tokenize(tokenizer: Any, texts: list[str], special: bool | None) -> list[li
     def ask(part: list[str]) -> list[list[int]]:
         return [list(row) for row in tokenizer(part, return_attention_mask=False, verbose=False, **options)["input_ids"]]
 
-    if not _is_plain_backend(tokenizer):
+    if len(texts) == 1 or not _is_plain_backend(tokenizer):
         return ask(texts)
     # What the library beneath has besides ids (offsets, words, masks) takes longer than the ids. Asking for the first text the
     # long way sets it up as the tokenizer's own settings have it.
@@ -176,9 +176,10 @@ def _is_plain_backend(tokenizer: Any) -> bool:
     """Whether all that a tokenizer does with texts is to hand them to the `tokenizers` library."""
     from transformers import PreTrainedTokenizerFast
 
-    kind = type(tokenizer)
+    kind, own = type(tokenizer), vars(tokenizer)
     return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
-        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) for name in ("__call__", "_encode_plus")
+        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) and name not in own
+        for name in ("__call__", "_encode_plus", "_convert_encoding")
     )
 
 

@@ -16,6 +16,7 @@ from ddp_eval.config import Config
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
 from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout
+from ddp_eval.packing import build_pack, plan_packs, requests_from_lists
 from ddp_eval.prediction import CUDA_SPEEDS, Amount, Speeds, predict
 from ddp_eval.sizing import GIB, ModelSizes, measure_model, usable_bytes
 
@@ -305,3 +306,20 @@ def test_quantised_weights_are_left_alone(tiny_model_path):
 def rank_bytes_of(model_args, model_config, layout):
     whole = hf.whole_model(model_args, model_config)
     return sizing.rank_bytes(measure_model(whole), layout, sizing.stage_spans(whole, layout), 16)
+
+
+def test_room_for_logits_is_what_the_head_takes(tiny_model, monkeypatch):
+    """Catches a plan that reckons with fewer reads at a time than the engine computes."""
+    model = tiny_model("llama")
+    sizes = measure_model(model)
+    monkeypatch.setattr(sizing, "LOGITS_AT_ONCE", 70 * sizes.vocab)
+    engine = hf.HFEngine(model, torch.device("cpu"))
+    computed, head = [], engine._head
+    packs, _ = plan_packs(requests_from_lists([[index % 50 for index in range(151)]], [150]), engine.cost_model(), 1000)
+    assert engine.splits_head
+    monkeypatch.setattr(engine, "_head", lambda hidden: computed.append(len(hidden)) or head(hidden))
+    engine.collect(engine.launch(build_pack(packs, 0)))
+    engine.close()
+    with_head, without = (sizing.pack_bytes(sizes, 1000, 1, has_head=has_head) for has_head in (True, False))
+    assert computed == [70, 70, 10]
+    assert with_head - without == 70 * sizes.vocab * (sizes.value_bytes + 2 * 4)

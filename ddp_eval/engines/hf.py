@@ -28,6 +28,7 @@ from ddp_eval.engines.last_layer import LastLayer
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack, pad_tail
+from ddp_eval.sizing import head_rows
 
 # model_args that this engine reads itself; the rest goes to `from_pretrained`.
 _OWN_ARGS = (
@@ -51,7 +52,6 @@ _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
 
 # flex_attention works on tiles of this many tokens; equal lengths also spare its compiler.
 FLEX_STEP = 128
-LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
 
 
 @dataclasses.dataclass
@@ -382,13 +382,13 @@ class HFEngine:
 
         values: (R, H) hidden states, or (R, V) logits with `hidden` false.
         """
-        head_rows = max(64, min(2048, LOGITS_AT_ONCE // self.vocab_size))
+        step = head_rows(self.vocab_size)
         order = np.argsort(pack.answer_reads, kind="stable")
         reads, targets = pack.answer_reads[order], pack.answer_targets[order]
-        edges = np.searchsorted(reads, np.arange(0, len(values) + head_rows, head_rows))
+        edges = np.searchsorted(reads, np.arange(0, len(values) + step, step))
         logprobs, hits = [], []
-        for first, (start, stop) in zip(range(0, len(values), head_rows), itertools.pairwise(edges.tolist()), strict=True):
-            rows = values[first : first + head_rows]
+        for first, (start, stop) in zip(range(0, len(values), step), itertools.pairwise(edges.tolist()), strict=True):
+            rows = values[first : first + step]
             logits = self._head(rows) if hidden else rows
             wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
             logprobs.append(log_softmax_at(logits, *wanted))

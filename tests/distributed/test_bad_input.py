@@ -17,7 +17,7 @@ from launch import COMMAND, QUICK, Finished, launch
 
 from ddp_eval import __main__, demo, watch
 
-END_S = 25
+END_S = 15
 
 UTILS = """\
 import datasets

@@ -66,14 +66,7 @@ class Encoder:
 
     def encode(self, texts: Iterable[str], add_special_tokens: bool | None = None) -> list[list[int]]:
         """Token ids of each text. add_special_tokens=None: by the tokenizer's rule, unless the text brings its own BOS."""
-        wanted = [(text, self._special(text, add_special_tokens)) for text in texts]
-        known: dict[tuple[str, bool | None], list[int]] = {}
-        for special in (True, False, None):
-            strings = list(dict.fromkeys(text for text, rule in wanted if rule is special))
-            if strings:
-                ids = _tokenize(self.tokenizer, strings, special)
-                known.update(((text, special), row) for text, row in zip(strings, ids, strict=True))
-        return [known[key] for key in wanted]
+        return _tokenize_distinct(self.tokenizer, [(text, self._special(text, add_special_tokens)) for text in texts])
 
     def _special(self, text: str, asked: bool | None) -> bool | None:
         if asked is not None:
@@ -83,17 +76,10 @@ class Encoder:
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts to go on from, by the rule of `HFLM.tok_batch_encode`; an empty one becomes the prefix token."""
         bos = getattr(self.tokenizer, "bos_token", None)
-        known: dict[tuple[str, bool | None], list[int]] = {}
-        keys = [(text, False if bos is not None and text.startswith(bos) else self.add_bos_token) for text in texts]
+        wanted = [(text, False if bos is not None and text.startswith(bos) else self.add_bos_token) for text in texts]
         if self.separate:
-            keys = [(text, None) for text in texts]
-        for special in (True, False, None):
-            strings = list(dict.fromkeys(text for text, rule in keys if rule is special))
-            for start in range(0, len(strings), BATCH):
-                part = strings[start : start + BATCH]
-                ids = _tokenize(self.tokenizer, part, special)
-                known.update(((text, special), row or [self.prefix_token_id]) for text, row in zip(part, ids, strict=True))
-        return [known[key] for key in keys]
+            wanted = [(text, None) for text in texts]
+        return [row or [self.prefix_token_id] for row in _tokenize_distinct(self.tokenizer, wanted)]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
         """Tokenise (context, continuation) pairs."""
@@ -153,6 +139,17 @@ class Encoder:
         if continuation[:1] == [self.prefix_token_id]:
             return continuation[:1], continuation[1:]
         return [self.prefix_token_id], continuation
+
+
+def _tokenize_distinct(tokenizer: Any, wanted: Sequence[tuple[str, bool | None]]) -> list[list[int]]:
+    """Token ids of each (text, `special` of `_tokenize`), the same list for those that are equal."""
+    known: dict[tuple[str, bool | None], list[int]] = {}
+    for special in (True, False, None):
+        texts = list(dict.fromkeys(text for text, rule in wanted if rule is special))
+        for start in range(0, len(texts), BATCH):
+            part = texts[start : start + BATCH]
+            known.update(((text, special), row) for text, row in zip(part, _tokenize(tokenizer, part, special), strict=True))
+    return [known[key] for key in wanted]
 
 
 def _tokenize(tokenizer: Any, texts: list[str], special: bool | None) -> list[list[int]]:

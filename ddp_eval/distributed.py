@@ -38,7 +38,7 @@ LEADER_TIMEOUT = datetime.timedelta(hours=24)
 
 
 @dataclasses.dataclass
-class Held:
+class OwnGroup:
     """The one reference to a process group.
 
     Its threads live as long as there is one. They must be gone when the interpreter ends: one that lets go of a tensor of
@@ -63,7 +63,7 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
-    messages: Held = dataclasses.field(default_factory=Held, compare=False, repr=False)
+    messages: OwnGroup = dataclasses.field(default_factory=OwnGroup, compare=False, repr=False)
     borrowed: bool = False
     ranks_per_node: int = 1
     ranks_per_replica: int = 1
@@ -450,8 +450,8 @@ def _agent_store() -> Any:
     return None
 
 
-def _message_group() -> Held:
-    return Held(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
+def _message_group() -> OwnGroup:
+    return OwnGroup(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
 
 
 @contextlib.contextmanager

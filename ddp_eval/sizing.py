@@ -15,8 +15,6 @@ import torch
 from ddp_eval import machine
 from ddp_eval.layout import LAYERS, REPLICAS, TENSOR, Layout
 
-LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
-
 GIB = 2**30
 # Kept free of each GPU: CUDA's context and libraries, and what the allocator cannot hand out.
 _CONTEXT_BYTES, _ALLOCATOR_SHARE = GIB, 0.95
@@ -126,16 +124,13 @@ def rank_bytes(sizes: ModelSizes, layout: Layout, spans: list[range] | None, max
 
 def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = True, in_flight: int = 0) -> int:
     """Room that the forward of one pack takes. ranks: over how many its matrices are split; in_flight: hidden states kept."""
+    from ddp_eval.engines.hf import head_rows
+
     per_token = 6 * sizes.hidden + (3 * sizes.inner + 2 * sizes.attended) // ranks + in_flight * sizes.hidden
     # Logits of some reads at a time, with their log-softmax in float32 and its input.
     reads = min(max_tokens, head_rows(sizes.vocab))
     logits = reads * sizes.vocab * (sizes.value_bytes + 2 * 4) if has_head else 0
     return max_tokens * per_token * sizes.value_bytes + logits
-
-
-def head_rows(vocabulary: int) -> int:
-    """Of how many reads the head computes logits at a time."""
-    return max(64, min(2048, LOGITS_AT_ONCE // max(1, vocabulary)))
 
 
 def stage_spans(whole: Any, layout: Layout) -> list[range] | None:

@@ -312,7 +312,7 @@ def test_room_for_logits_is_what_the_head_takes(tiny_model, monkeypatch):
     """Catches a plan that reckons with fewer reads at a time than the engine computes."""
     model = tiny_model("llama")
     sizes = measure_model(model)
-    monkeypatch.setattr(sizing, "LOGITS_AT_ONCE", 70 * sizes.vocab)
+    monkeypatch.setattr(hf, "LOGITS_AT_ONCE", 70 * sizes.vocab)
     engine = hf.HFEngine(model, torch.device("cpu"))
     computed, head = [], engine._head
     packs, _ = plan_packs(requests_from_lists([[index % 50 for index in range(151)]], [150]), engine.cost_model(), 1000)

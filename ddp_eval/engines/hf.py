@@ -28,7 +28,6 @@ from ddp_eval.engines.last_layer import LastLayer
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack, pad_tail
-from ddp_eval.sizing import head_rows
 
 # model_args that this engine reads itself; the rest goes to `from_pretrained`.
 _OWN_ARGS = (
@@ -52,6 +51,7 @@ _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
 
 # flex_attention works on tiles of this many tokens; equal lengths also spare its compiler.
 FLEX_STEP = 128
+LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
 
 
 @dataclasses.dataclass
@@ -428,6 +428,11 @@ def sum_answers(launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArra
     sums = np.bincount(owner, weights=logprobs, minlength=count).astype(np.float64)
     misses = np.bincount(owner, weights=~hits, minlength=count)
     return sums, np.equal(misses, 0)
+
+
+def head_rows(vocabulary: int) -> int:
+    """Of how many reads the head computes logits at a time."""
+    return max(64, min(2048, LOGITS_AT_ONCE // max(1, vocabulary)))
 
 
 def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

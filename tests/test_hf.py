@@ -120,6 +120,35 @@ def test_large_packs_equal_plain_forwards(
     assert_equal_answers(run(engine, plan, item_of_request), expected)
 
 
+@pytest.mark.parametrize("kind", TREE_KINDS)
+def test_chains_equal_plain_forwards(kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches keys or reads that a pack without branches loses when only its end is read, or all of it."""
+    engine, model = load(tiny_model_path(kind)), tiny_model(kind)
+    random = np.random.default_rng(0)
+    for length, scored in ((200, 199), (200, 7), (70, 40), (1, 1)):
+        tokens = random.integers(0, tiny_models.VOCAB_SIZE, length).tolist()
+        likely = continue_greedily(model, tokens, 1)
+        requests = [(tokens, scored), (likely, 1)] if length > 1 else [(likely, 1)]
+        plan, item_of_request = plan_packs(to_requests(requests), ONE_PACK, 10**6)
+        assert plan.num_packs == 1 and build_pack(plan, 0).is_chain
+        answers, expected = run(engine, plan, item_of_request), [tiny_models.score_plainly(model, *each) for each in requests]
+        assert [value for value, _ in answers] == pytest.approx([value for value, _ in expected], abs=TOLERANCE_NATS)
+        assert [flag for _, flag in answers] == [flag for _, flag in expected]
+
+
+def test_hits_are_argmax() -> None:
+    """Catches a tie taken wrongly, an item with one miss that passes for greedy, one whose later reads lie in another order."""
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.integers(0, 3, (40, 6)).astype(np.float32))  # ties abound
+    rows = np.sort(random.integers(0, 40, 300))
+    columns = np.where(random.random(300) < 0.7, logits.argmax(-1).numpy()[rows], random.integers(0, 6, 300))
+    items = random.permutation(np.resize(np.arange(60), 300))
+    hits = hf.find_hits(logits, torch.from_numpy(rows), torch.from_numpy(columns), items).numpy()
+    expected = logits.argmax(-1).numpy()[rows] == columns
+    misses, expected_misses = (np.bincount(items, weights=~each) for each in (hits, expected))
+    assert ((misses == 0) == (expected_misses == 0)).all() and 5 < (misses == 0).sum() < 55
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "llama4"])
 def test_packs_under_flex_attention(kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]) -> None:
     """Catches a BlockMask that says other than the dense masks, run without a compiler: only the kernel differs on a GPU."""

@@ -56,7 +56,10 @@ LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one g
 
 @dataclasses.dataclass
 class Launched:
-    """A forward pass under way: its pack and, still on the device, (A,) log-probabilities and whether each was the argmax."""
+    """A forward pass under way: its pack and, still on the device, (A,) log-probabilities and hits.
+
+    hits: (A,) whether each was the argmax; behind an item's first miss they may all be False.
+    """
 
     pack: Pack
     logprobs: torch.Tensor
@@ -248,8 +251,7 @@ class HFEngine:
         """(B, L) of the token ids that a pack's forward is given."""
         if pack.rows:
             return int((pack.depth == 0).sum()), int(pack.depth.max()) + 1
-        attention = self.plain_attention if pack.is_chain else self.tree_attention
-        return 1, len(pack) + (-len(pack) % FLEX_STEP if attention == "flex_attention" else 0)
+        return 1, len(pack) + (-len(pack) % FLEX_STEP if self._attention_for(pack) == "flex_attention" else 0)
 
     def launch(self, pack: Pack) -> Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
@@ -321,15 +323,20 @@ class HFEngine:
 
     def _forward_tree(self, pack: Pack) -> torch.Tensor:
         """(R, H) hidden states (or (R, V) logits) at the reads of a prefix tree in one line."""
-        self._attend_with(self.plain_attention if pack.is_chain else self.tree_attention)
+        self._attend_with(self._attention_for(pack))
         if self._attention == "flex_attention":
             pack = pad_tail(pack, FLEX_STEP)
         tokens = self._to_device(pack.tokens)
         depth = self._to_device(pack.depth)
-        mask = None if pack.is_chain else self._make_mask(pack, depth)
+        masked = self._attention == blocks.NAME or not pack.is_chain
+        mask = self._make_mask(pack, depth) if masked else None
         reads = self._to_device(pack.reads)
         output = self._call(tokens[None], reads, attention_mask=mask, position_ids=depth[None])
         return output[0]
+
+    def _attention_for(self, pack: Pack) -> str:
+        """Chains need no mask. Blocks serve them too, and leave out of the last layer what is not read."""
+        return self.plain_attention if pack.is_chain and self.tree_attention != blocks.NAME else self.tree_attention
 
     def _make_mask(self, pack: Pack, depth: torch.Tensor) -> Any:
         """What the model takes as `attention_mask`, by its attention implementation."""
@@ -392,7 +399,7 @@ class HFEngine:
             logits = self._head(rows) if hidden else rows
             wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
             logprobs.append(log_softmax_at(logits, *wanted))
-            hits.append(is_argmax(logits, *wanted))
+            hits.append(find_hits(logits, *wanted, pack.answer_items[order][start:stop]))
         back = self._to_device(np.argsort(order, kind="stable"))
         return Launched(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
 
@@ -451,12 +458,29 @@ def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tens
     )
 
 
-def is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Whether each logits[row, column] is what argmax picks in its row: of equals, the first."""
+def find_hits(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, items: npt.NDArray[Any]) -> torch.Tensor:
+    """Whether each logits[row, column] is what argmax picks in its row: of equals, the first.
+
+    items: (len(rows),) whose answers these are. Of an item whose first is a miss the rest is not looked at, and False.
+    """
     if logits.device.type != "cpu":
         return logits.argmax(dim=-1)[rows] == columns
+    hits = torch.zeros(len(rows), dtype=torch.bool)
+    firsts, item = np.unique(items, return_index=True, return_inverse=True)[1:]
+    first = torch.from_numpy(firsts)
+    hits[first] = is_argmax(logits, rows[first], columns[first])
+    others = hits[first][torch.from_numpy(item)]
+    others[first] = False
+    hits[others] = is_argmax(logits, rows[others], columns[others])
+    return hits
+
+
+def is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Whether each logits[row, column] is what argmax picks in its row: of equals, the first. For CPUs."""
     # argmax takes 20 times as long as amax on a CPU: it decides only where there may be several.
-    hits = logits[rows, columns] == logits.amax(dim=-1)[rows]
+    few = 2 * len(rows) < len(logits)
+    largest = logits[rows].amax(dim=-1) if few else logits.amax(dim=-1)[rows]
+    hits = logits[rows, columns] == largest
     contested = rows[hits].unique()
     picked = torch.full((len(logits),), -1)
     picked[contested] = logits[contested].max(dim=-1).indices

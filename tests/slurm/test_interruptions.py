@@ -122,14 +122,13 @@ def test_time_limit(cluster, slow_job, check_done):
     check_done(job, 1, said)
 
 
-@pytest.mark.slow
 def test_time_limit_no_longer_than_the_warning(cluster, evaluate, tmp_path):
     """Catches a job that goes round in circles, warned and requeued before any pack; SLURM's warning is sent by hand here."""
     run = tmp_path / "run"
-    job = evaluate("--nodes=1 --ntasks-per-node=1", *RUN, "--output_path", run, program=SLOW)
+    job = evaluate("--nodelist=n1 --nodes=1 --ntasks-per-node=1", *RUN, "--output_path", run, program=SLOW)
     for restart in (0, 1):
         # The task is there to be told: torchrun, about to start Python.
-        cluster.wait((run / "logs" / f"{job.number}.{restart}.0.n1.log").exists, f"start {restart}", 60)
+        cluster.wait((run / "logs" / f"{job.number}.{restart}.0.n1.log").exists, f"start {restart}", 120)
         cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     assert cluster.finish(job) == "FAILED", job.words() + logs(run)
     assert cluster.facts(job)["Restarts"] == "1"

@@ -218,7 +218,9 @@ def test_failure_without_words(evaluate, tmp_path):
 def test_end_that_this_node_does_not_see(evaluate):
     """Catches a run directory that is not shared passed off as a rank that died."""
     finished = evaluate("exit 0")
-    assert finished.returncode == 1 and "status.json on this node does not say so: do all share it?" in finished.stdout, finished.stdout
+    assert finished.returncode == 1 and "status.json on this node does not say so: do all share it?" in finished.stdout, (
+        finished.stdout
+    )
 
 
 def test_output_path_that_cannot_be_made(evaluate, tmp_path):

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from tiny_models import evaluate_with_lm_eval
 
-from ddp_eval import results
+from ddp_eval import demo, results
 from ddp_eval.compare import paired
 from ddp_eval.compare.command import main
 from ddp_eval.compare.difference import answers_of, compare_runs
@@ -324,6 +327,36 @@ def test_lm_evals_samples_are_read(first, tmp_path):
     assert theirs.metrics["roll"]["word_perplexity,none"].weight.tolist() == [4.0]
     assert len(set(theirs.contexts["t"].values())) == 1
     assert main([str(first), str(folder / "samples_t_2026-01-02T00-00-00.000001.jsonl"), "--expect", "identical"]) == 0
+
+
+def test_files_that_lm_eval_wrote(tmp_path, tiny_model, tiny_tokenizer, capsys):
+    """Catches a reader of files as we think they are: here lm_eval's own tracker has written them, of choices, sums and texts."""
+    import ddp_eval
+
+    own_tasks = str(Path(__file__).with_name("generation_tasks"))
+    tasks = ["demo_boolean_expressions", "demo_wikitext", "gen_boolean"]
+    model, tracker = tiny_model("llama"), EvaluationTracker(output_path=str(tmp_path / "theirs"))
+    manager = TaskManager(include_path=[demo.TASKS_PATH, own_tasks], include_defaults=False)
+    theirs = evaluate_with_lm_eval(model, tiny_tokenizer, tasks, task_manager=manager, limit=2, evaluation_tracker=tracker)
+    samples = theirs.pop("samples")
+    tracker.save_results_aggregated(results=theirs, samples=samples)
+    for task in tasks:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    options = {"include_path": own_tasks, "limit": 2, "bootstrap_iters": 0, "log_samples": True}
+    ddp_eval.evaluate(model, tiny_tokenizer, tasks, output_path=str(tmp_path / "ours"), **options)
+
+    found = compare_runs(read_run(tmp_path / "ours"), read_run(tmp_path / "theirs"))
+    assert found["same_requests"] and found["differences"] == []
+    assert {task: part["requests"] for task, part in found["tasks"].items()} == dict(zip(tasks, (4, 2, 2), strict=True))
+    assert (found["overall"]["answers"], found["overall"]["answers_flipped"]) == (2, 0)
+    assert (found["overall"]["texts"], found["overall"]["texts_differing"]) == (2, 0)
+    assert (found["overall"]["prompts_compared"], found["overall"]["prompts_differing"]) == (6, 0)
+    for task in tasks:
+        for key, one in found["tasks"][task]["metrics"].items():
+            assert one["b"] == theirs["results"][task][key] and one["a"] == pytest.approx(one["b"], rel=1e-5), key
+    assert set(found["tasks"]["gen_boolean"]["metrics"]) == {"exact_match,first-word"}
+    assert main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--expect", "within", "0.01"]) == 0
+    assert "expected within 0.01 nats: yes" in capsys.readouterr().out
 
 
 def test_a_pair_of_gold_and_prediction_is_no_value():

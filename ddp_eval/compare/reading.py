@@ -257,7 +257,7 @@ def _reported(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _manifest_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """What lm_eval's results.json says of the run, where our manifest has it."""
-    manifest: dict[str, Any] = {"config": {"model_args": results.get("config", {}).get("model_args")}}
+    manifest: dict[str, Any] = {"config": {"model_args": results.get("config", {}).get("model_args") or {}}}
     dtype = results.get("config", {}).get("model_dtype")
     if dtype:
         manifest["engine"] = {"dtype": dtype}

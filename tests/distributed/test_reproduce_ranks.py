@@ -47,9 +47,9 @@ def test_phases_add_up_to_the_wall_time(earlier):
     assert [rank["rank"] for rank in telemetry["ranks"]] == [0, 1, 2]
     for rank in telemetry["ranks"]:
         named_s = sum(seconds for phase, seconds in rank["phases_s"].items() if phase != "other")
-        assert named_s == pytest.approx(rank["wall_s"], rel=0.05)
+        assert named_s == pytest.approx(rank["wall_s"], rel=0.02)
         by_the_clock_s = os.stat(telemetry_file).st_mtime - rank["began_unix_s"]
-        assert rank["wall_s"] == pytest.approx(by_the_clock_s, abs=2.0)
+        assert rank["wall_s"] == pytest.approx(by_the_clock_s, rel=0.02)
         assert rank["wall_s"] < earlier[1].elapsed_s
         assert rank["sampling_share"] < 0.005
     assert {"start", "load", "tasks", "tokenize", "plan", "wait", "forward", "gather", "score", "write"} <= set(

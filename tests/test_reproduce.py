@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,29 @@ def test_the_same_is_let_through():
 def test_every_change_has_a_name(change, wanted):
     """Catches a change that goes through, or is refused without saying what it is."""
     assert list_changes(MANIFEST, {**SAME, **change}) == [wanted]
+
+
+def describe(documents, targets="{{answer}}"):
+    """What the manifest says of a task of these documents, two requests each, that all ask the same."""
+    from lm_eval.api.instance import Instance
+
+    from ddp_eval.harness import describe_prompts
+
+    pairs = [(doc_id, doc, idx) for doc_id, doc in enumerate(documents) for idx in range(2)]
+    instances = [Instance("loglikelihood", doc, ("ask", str(idx)), idx, ("t", doc_id, 1)) for doc_id, doc, idx in pairs]
+    return describe_prompts(instances, {"t": SimpleNamespace(config=SimpleNamespace(doc_to_target=targets))})
+
+
+def test_documents_have_a_digest_of_their_own():
+    """Catches right answers that count for nothing, and digests that differ between processes though nothing changed."""
+    first, other = describe([{"answer": 0}, {"answer": 1}]), describe([{"answer": 1}, {"answer": 1}])
+    assert first["prompts_by_task"] == other["prompts_by_task"]
+    assert first["documents_by_task"] != other["documents_by_task"]
+    assert first["documents_by_task"] != describe([{"answer": 0}, {"answer": 1}], "{{other}}")["documents_by_task"]
+    ring = []
+    ring.append(ring)
+    for odd in (object, set, lambda: ring, lambda: lambda: None):  # the last stands where a task has code for its targets
+        assert describe([{"a": odd()}], odd())["documents_by_task"] == describe([{"a": odd()}], odd())["documents_by_task"]
 
 
 def test_an_older_manifest_is_not_refused():

@@ -126,9 +126,16 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
         difference = f"its {results.RESULTS} cannot be read"
     if difference:
         raise _refuse(directory, difference)
-    if status.read_status(directory).get("state") != status.DONE:  # it was killed right behind its manifest
+    if status.read_status(directory).get("state") != status.DONE:
+        # One was killed right behind its manifest or before it replaced this run, or is at work to replace it.
         with contextlib.suppress(OSError):
-            RunDirectory(directory).finish()
+            lock = _take_lock(directory, lambda: None)
+            try:
+                if not os.path.isfile(directory / results.MANIFEST):
+                    return None
+                RunDirectory(directory).finish()
+            finally:
+                lock.release()
     return found
 
 
@@ -140,13 +147,8 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
     """
     assert config.output_path
     path = results.make_directory(config.output_path)
-    lock = Lock(path / LOCK, on_lost)
     try:
-        lock.acquire()
-    except Held as held:
-        raise UserError(
-            f"another run is at work in --output_path {config.output_path} ({held}): wait for it, or give another"
-        ) from None
+        lock = _take_lock(path, on_lost)
     except OSError as error:
         raise results.unwritable(config.output_path, error) from error
     obeyed = is_obeyed(path)
@@ -162,6 +164,15 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
         directory.close()
         raise
     return directory
+
+
+def _take_lock(directory: Path, on_lost: Any) -> Lock:
+    lock = Lock(directory / LOCK, on_lost)
+    try:
+        lock.acquire()
+    except Held as held:
+        raise UserError(f"another run is at work in --output_path {directory} ({held}): wait for it, or give another") from None
+    return lock
 
 
 def is_obeyed(directory: Path) -> bool:

@@ -185,6 +185,14 @@ def test_a_finished_run_outlives_one_that_never_begins(changes, config, opening,
     assert results.run_files(finished) == []
 
 
+def test_a_run_that_is_about_to_be_replaced_is_nobodys(config, opening, finished):
+    """Catches the same command beside one that replaces the run: it would take away the journal that the other writes."""
+    directory = opening(config(fresh=True))
+    with pytest.raises(UserError, match="another run is at work"):
+        find_finished(config(), lambda *_: True)
+    assert directory.journals.is_dir() and status.read_status(finished)["state"] == status.RUNNING
+
+
 def test_a_restart_leaves_what_its_launch_has_finished(config, start, finished):
     """Catches a run that is replaced again because a rank died on its way out, or SLURM lost the node in the last second."""
     directory = start(False, fresh=True)

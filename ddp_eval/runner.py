@@ -220,7 +220,7 @@ def _lead(
         if inspect is not None:
             inspect({"model": get_digests(), "packages": machine.describe_packages(), **prompts})
 
-    def score(requests: Requests, prompts: Prompts) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+    def score(requests: Requests, prompts: Prompts) -> harness.Answers:
         if len(prompts) and followers.layout is not None and followers.layout.kind == layouts.LAYERS:
             raise UserError(
                 f"the task {prompts.tasks[0]} generates text, which --layout {followers.layout} does not serve: give --layout "
@@ -293,7 +293,7 @@ def _lead(
         facts["repeated_packs_differ_nats"] = differing
         facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
         answers = [texts[item] for item in generation.item_of_prompt.tolist()]
-        return sums[decision.item_of_request], greedy[decision.item_of_request], answers
+        return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
 
     def keep(scores: results.Scores, texts: results.Texts) -> None:
         facts["not_finite"] = results.find_not_finite(scores)

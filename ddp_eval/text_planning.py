@@ -7,6 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import Prompts, Settings, TextPlan, plan_batches
@@ -62,8 +64,11 @@ def _is_served(engine: Engine, settings: Settings, pad: int | None, task: str | 
 
 
 def describe_texts(decision: TextDecision, prompts: Prompts) -> dict[str, Any]:
-    """What the manifest says of the plan. Tokens: of all prompts, and of those what batches do not share."""
+    """What the manifest says of the plan. Tokens: of all prompts, and the fewest that must be computed of them, where rows of a
+    batch never repeat what they share; one by one, all of each distinct prompt.
+    """
     plan = decision.plan
+    alone = np.repeat(plan.slots == 0, np.diff(plan.item_starts))
     return {
         "plan_sha256": plan.digest(),
         "why_one_by_one": decision.why_alone,
@@ -72,5 +77,5 @@ def describe_texts(decision: TextDecision, prompts: Prompts) -> dict[str, Any]:
         "batches": plan.num_batches,
         "slots": int(plan.slots.max(initial=0)),
         "asked_tokens": sum(map(len, prompts.tokens)),
-        "prompt_tokens": len(plan.tokens),
+        "prompt_tokens": len(plan.tokens) + int(plan.shared[alone].sum()),
     }

@@ -94,7 +94,8 @@ def _run_batches(
 
     def tell(requests: int, tokens: int) -> None:
         watch.step(watch.PACKS)
-        world.meter.count("computed_tokens", tokens)
+        for what in ("computed_tokens", "text_tokens"):
+            world.meter.count(what, tokens)
         if engine.bears_results:
             progress.add(requests, tokens)
 

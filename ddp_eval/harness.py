@@ -51,7 +51,8 @@ from ddp_eval.tokenization import Encoded, Encoder
 
 log = logging.getLogger("ddp_eval")
 
-Answers = tuple[np.ndarray, np.ndarray, list[list[int]]]
+# Of the requests: nats, whether greedy; of the prompts: the tokens of each answer, the most that it might have.
+Answers = tuple[np.ndarray, np.ndarray, list[list[int]], Sequence[int]]
 COMPUTING_METRICS = "compute the metrics"
 _SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 
@@ -426,7 +427,8 @@ class _LeaderLM(TemplateLM):
             )
 
         num_pairs = len(encoded_pairs.requests)
-        sums, greedy, generated = self._score(concatenate(encoded_pairs.requests, encoded_texts.requests), asked.prompts)
+        requests = concatenate(encoded_pairs.requests, encoded_texts.requests)
+        sums, greedy, generated, limits = self._score(requests, asked.prompts)
         pair_sums, pair_tokens = _sum_by_owner(encoded_pairs, sums[:num_pairs], len(pairs))
         text_sums, text_tokens = _sum_by_owner(encoded_texts, sums[num_pairs:], len(texts))
         # Nothing to predict is predicted rightly, with probability one.
@@ -457,7 +459,7 @@ class _LeaderLM(TemplateLM):
             repeat=[repeat for one in asking for repeat in range(one.repeats or 1)],
             text=read,
             num_tokens=[len(answer) for answer in generated],
-            at_limit=[len(answer) >= limit for answer, limit in zip(generated, asked.prompts.limits, strict=True)],
+            at_limit=[len(answer) >= limit for answer, limit in zip(generated, limits, strict=True)],
         )
         self._keep(scores, texts_kept)
         return answers

@@ -180,4 +180,4 @@ class DDPEvalLM(_LeaderLM):
         if differing or texts_differing:
             log.warning("work that ran on two ranks differs: are the ranks' GPUs or threads not alike?")
         answers = [texts[item] for item in np.asarray(generation.item_of_prompt).tolist()]
-        return sums[decision.item_of_request], greedy[decision.item_of_request], answers
+        return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits

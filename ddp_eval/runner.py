@@ -220,7 +220,7 @@ def _lead(
         if inspect is not None:
             inspect({"model": get_digests(), "packages": machine.describe_packages(), **prompts})
 
-    def score(requests: Requests, prompts: Prompts) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+    def score(requests: Requests, prompts: Prompts) -> harness.Answers:
         if len(prompts) and followers.layout is not None and followers.layout.kind == layouts.LAYERS:
             raise UserError(
                 f"the task {prompts.tasks[0]} generates text, which --layout {followers.layout} does not serve: give --layout "
@@ -267,12 +267,12 @@ def _lead(
             tell_found(found, num_requests, seated.world)
         done = found.packs if found else np.zeros(0, dtype=np.int64)
         left = np.delete(np.arange(len(num_requests)), done)
-        costs.update(_describe_left(decision, requests, generation, prompts, left))
+        costs.update(_describe_left(decision, requests, left))
         decoder = encoder.tokenizer if len(prompts) else None
         watch.step(watch.WAITING)  # a rank may still load the model
         with followers.working_on(decision.plan, left, journals, texts=generation.plan, tokenizer=decoder) as work:
             gathered = run_plan(seated.world, seated.engine, work)
-        costs["left_generated_tokens"] = int(gathered.lengths[:, 1].sum())
+        costs.update(_describe_answered(generation, prompts, gathered.lengths))
         if found:
             earlier = found.rows, found.halved, found.lengths, found.answers
             gathered = Gathered(*(np.concatenate(parts) for parts in zip(earlier, gathered, strict=True)))
@@ -293,7 +293,7 @@ def _lead(
         facts["repeated_packs_differ_nats"] = differing
         facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
         answers = [texts[item] for item in generation.item_of_prompt.tolist()]
-        return sums[decision.item_of_request], greedy[decision.item_of_request], answers
+        return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
 
     def keep(scores: results.Scores, texts: results.Texts) -> None:
         facts["not_finite"] = results.find_not_finite(scores)
@@ -396,26 +396,29 @@ def _describe_costs(plan: Plan, seated: Seated, model_config: Any) -> dict[str, 
     pair, read = hf.flops_of_pair_and_read(model_config.get_text_config())
     return {
         "fed_tokens": telemetry.fed_tokens(plan, step),
+        "ranks_per_replica": seated.world.ranks_per_replica,
         "flops_per_token": seated.engine.flops_per_token() / seated.world.ranks_per_replica,
         "flops_per_pair": pair / seated.world.ranks_per_replica,
         "flops_per_read": read / seated.world.ranks_per_replica,
     }
 
 
-def _describe_left(
-    decision: Decision, requests: Requests, generation: TextDecision, prompts: Prompts, left: np.ndarray
-) -> dict[str, int]:
-    """Of the packs and batches that this start runs: the tokens that they hold, and those of the requests that they answer."""
-    plan, texts = decision.plan, generation.plan
-    packs, batches = left[left < plan.num_packs], left[left >= plan.num_packs] - plan.num_packs
+def _describe_left(decision: Decision, requests: Requests, left: np.ndarray) -> dict[str, int]:
+    """Of the packs that this start runs: the tokens that they hold, and those of the requests that they answer."""
+    plan = decision.plan
+    packs = left[left < plan.num_packs]
     pack_of_request = np.searchsorted(plan.item_starts, decision.item_of_request, side="right") - 1
-    batch_of_prompt = np.searchsorted(texts.item_starts, generation.item_of_prompt, side="right") - 1
     asked = (np.diff(requests.starts) - 1)[np.isin(pack_of_request, packs)].sum()
-    asked_texts = np.array([len(prompt) for prompt in prompts.tokens], dtype=np.int64)[np.isin(batch_of_prompt, batches)].sum()
-    tokens_to = texts.starts[texts.item_starts]
+    return {"left_tokens": int(np.diff(plan.token_starts)[packs].sum()), "left_request_tokens": int(asked)}
+
+
+def _describe_answered(generation: TextDecision, prompts: Prompts, lengths: np.ndarray) -> dict[str, int]:
+    """Tokens of the prompts that this start answered, and of its answers; those of two ranks twice. lengths: as in Gathered."""
+    times = np.bincount(lengths[:, 0], minlength=generation.plan.num_items)
+    prompt_lengths = np.array([len(prompt) for prompt in prompts.tokens], dtype=np.int64)
     return {
-        "left_tokens": int(np.diff(plan.token_starts)[packs].sum() + np.diff(tokens_to)[batches].sum()),
-        "left_request_tokens": int(asked + asked_texts),
+        "asked_tokens": int((prompt_lengths * times[generation.item_of_prompt]).sum()),
+        "generated_tokens": int(lengths[:, 1].sum()),
     }
 
 

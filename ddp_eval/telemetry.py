@@ -21,15 +21,22 @@ from ddp_eval.sizing import format_bytes
 COLUMNS = ("at_s", "cpu_cores", "rss_bytes", "gpu_busy", "gpu_memory_bytes", "gpu_power_w")
 _MOST_SAMPLES = 600  # a longer run is sampled less often
 
-# Dense half-precision products, operations per second, from NVIDIA's data sheets; the first name that fits counts.
+# Dense half-precision products, operations per second, from NVIDIA's data sheets (half of what they promise with sparsity). The
+# first counts whose words are all among those of the device's name.
 _KNOWN_PEAKS = (
+    ("GB200", 2.5e15),
     ("B200", 2.25e15),
-    ("H200", 9.89e14),
+    ("GH200", 9.9e14),
+    ("H200 NVL", 8.355e14),
+    ("H200", 9.894e14),
+    ("H100 NVL", 8.355e14),
     ("H100 PCIe", 7.56e14),
-    ("H100", 9.89e14),
+    ("H100", 9.894e14),
     ("A100", 3.12e14),
-    ("L40S", 3.62e14),
+    ("L40S", 3.6205e14),
+    ("L40", 1.8105e14),
     ("L4", 1.21e14),
+    ("V100 PCIE", 1.12e14),
     ("V100", 1.25e14),
 )
 
@@ -121,13 +128,19 @@ def fed_tokens(plan: Plan, step: int = 1) -> int:
     return int((rows * np.maximum.reduceat(row_lengths, first_rows)).sum())
 
 
+def known_peak(name: str) -> float | None:
+    """Of a GPU by its name, in half precision; None where it is not known, or only a slice of the GPU is there (MIG)."""
+    words = set(name.replace("-", " ").split())
+    return None if "MIG" in words else next((peak for part, peak in _KNOWN_PEAKS if words.issuperset(part.split())), None)
+
+
 def peak_flops(device: Any, dtype: Any) -> dict[str, Any] | None:
     """Operations per second of a matrix product: known for some GPUs in half precision, measured on a CPU; else None."""
     import torch
 
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((peak for part, peak in _KNOWN_PEAKS if part in name), None)
+        known = known_peak(name)
         return {"per_s": known, "from": f"data sheet of {name}"} if known and dtype != torch.float32 else None
     matrix = torch.ones(768, 768, dtype=dtype)
     best_s = float("inf")
@@ -141,42 +154,44 @@ def peak_flops(device: Any, dtype: Any) -> dict[str, Any] | None:
 def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
     """telemetry.json: every rank's report and what follows from all of them.
 
-    facts: "request_tokens", "computed_tokens" and "fed_tokens" of the plan; "left_request_tokens" and "left_tokens" of what of it
-        this start ran, "left_generated_tokens" what it generated; "flops_per_token", "flops_per_pair", "flops_per_read" of a
-        rank; "peak" (see `peak_flops`); "generation" of `text_planning.describe_texts`, where texts are generated.
+    facts: "request_tokens", "computed_tokens" and "fed_tokens" of the packs; "left_request_tokens" and "left_tokens" of those
+        that this start ran; "asked_tokens" and "generated_tokens" of the texts that it ran; "flops_per_token",
+        "flops_per_pair", "flops_per_read" of a rank; "ranks_per_replica", which all count the same; "peak" (see `peak_flops`).
+
+    Of texts, no plan knows what will be computed: it is counted, and they are in the figures only where this start ran them.
 
     The share of peak is that of the operations that a rank's packs need: of the layers for each token, of attention for each
     visible pair, of the head for each read. scripts/bench.py counts alike, but a prefix that several packs repeat only once, and
-    not what the last layer leaves out where it is not read.
+    not what the last layer leaves out where it is not read. A rank that generates has none: nobody counts those of texts.
     """
     units = {"computed_tokens": "flops_per_token", "visible_pairs": "flops_per_pair", "reads": "flops_per_read"}
-    generation = facts.get("generation") or {"asked_tokens": 0, "prompt_tokens": 0, "generated_tokens": 0}
-    generated, fresh = generation["generated_tokens"], facts.get("left_generated_tokens", 0)
+    texts = sum(report["counts"].get("text_tokens", 0) for report in reports) / facts["ranks_per_replica"]
+    generated, peak = facts["generated_tokens"], facts.get("peak")
+    texts_asked = facts["asked_tokens"] + generated
     forward_s = [report["phases_s"].get("forward", 0.0) for report in reports]
     busy_s, mean_s = max(forward_s), sum(forward_s) / len(forward_s)
     done_tokens = [report["counts"].get("computed_tokens", 0) for report in reports]
     done_flops = [sum(report["counts"].get(what, 0) * facts[unit] for what, unit in units.items()) for report in reports]
     wall_s = max(report["wall_s"] for report in reports)
-    texts, peak = generation["prompt_tokens"] + generated, facts.get("peak")
-    computed, asked = facts["computed_tokens"] + texts, facts["request_tokens"] + generation["asked_tokens"] + generated
+    computed = facts["computed_tokens"] + texts
     per_rank = [
         {
             "rank": rank,
             **report,
             "tokens_per_s": _rate(tokens, seconds),
-            "share_of_peak": _rate(flops, seconds * peak["per_s"]) if peak else None,
+            "share_of_peak": _rate(flops, seconds * peak["per_s"]) if peak and not report["counts"].get("batches") else None,
             "sampling_share": _ratio(report["sampling_s"], report["wall_s"]),
         }
         for rank, (report, tokens, flops, seconds) in enumerate(zip(reports, done_tokens, done_flops, forward_s, strict=True))
     ]
     return {
         "wall_s": wall_s,
-        "tokens_per_s": _rate(facts["left_tokens"] + fresh, busy_s),
-        "useful_tokens_per_s": _rate(facts["left_request_tokens"] + fresh, busy_s),
-        "generated_tokens_per_s": _rate(fresh, busy_s),
-        "sharing": _ratio(asked, computed),
+        "tokens_per_s": _rate(facts["left_tokens"] + texts, busy_s),
+        "useful_tokens_per_s": _rate(facts["left_request_tokens"] + texts_asked, busy_s),
+        "generated_tokens_per_s": _rate(generated, busy_s),
+        "sharing": _ratio(facts["request_tokens"] + texts_asked, computed),
         "padding": _ratio(facts["fed_tokens"] + texts, computed),
-        "imbalance": _ratio(busy_s - mean_s, mean_s) if facts["left_tokens"] + fresh else None,
+        "imbalance": _ratio(busy_s - mean_s, mean_s) if facts["left_tokens"] + texts else None,
         "idle_share": sum(report["phases_s"].get("wait", 0.0) for report in reports) / sum(one["wall_s"] for one in reports),
         "peak": peak,
         **{unit: facts[unit] for unit in units.values()},
@@ -256,7 +271,11 @@ def format_summary(telemetry: dict[str, Any]) -> str:
         *([f"{telemetry['generated_tokens_per_s']:,.0f} generated tokens/s"] if telemetry["generated_tokens_per_s"] else []),
         f"sharing {telemetry['sharing'] or 1:.2f}",
         f"padding {telemetry['padding'] or 1:.2f}",
-        *([f"{sum(peaks) / len(peaks):.0%} of peak"] if peaks else []),
+        *(
+            [f"{sum(peaks) / len(peaks):.0%} of peak{'' if len(peaks) == len(ranks) else ' where no text was generated'}"]
+            if peaks
+            else []
+        ),
         *_utilisation(telemetry),
         *([f"imbalance {telemetry['imbalance'] or 0:.0%}"] if ran else []),
         f"idle {telemetry['idle_share']:.0%}",

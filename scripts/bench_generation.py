@@ -8,6 +8,11 @@ prompts to texts (tokenise, self-check, plan, decode, look for stop strings, gat
 lm_eval's own code on both sides and is left out. lm_eval counts at the batch size that is best for the task: all are tried on a
 quarter of the documents, and those within 1.15 times the best on all of them, --repeats times; medians are reported.
 
+Texts are compared with lm_eval's at batch size 1 (which runs once more for it where it is not among the best). Where an answer
+takes another token, both tokens' logits in float32 are shown: of a tie, rounding may choose either. To compare and no more:
+
+    OMP_NUM_THREADS=1 python scripts/bench_generation.py --model DIR --tasks T --include_path TASKS --batch_sizes 1 --repeats 1
+
 A trained model ends its answers at different lengths, a random one hardly ever. With --random_weights the model is drawn from
 DIR's config with a wide spread (--initializer_range), so that the next token depends on the whole context like a hash, and the
 head's row for the end-of-text token is made longer (--end_factor), so that it wins now and then: the answers' lengths then are
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -30,6 +36,7 @@ from typing import Any
 from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
 
 CALLS = ("generate_until",)
+TIE = 1e-4  # logits that are no further apart in float32 are equal but for rounding
 
 
 def main() -> None:
@@ -85,25 +92,27 @@ def load_model(args: argparse.Namespace, device: Any) -> Any:
 
 
 def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
-    """Medians of alternating runs, and how many texts of the two sides differ."""
+    """Medians of alternating runs, and how many texts are those of lm_eval at batch size 1."""
     task, _, limit_text = task.partition(":")
     limit = float(limit_text) if limit_text else None
     for side in (theirs, ours):
         side.ask("run", task, 1, 1)  # warms up
     tried = {size: theirs.ask("run", task, limit and max(1, limit // 4), size)["elapsed_s"] for size in sizes}
     times: dict[int, list[float]] = {size: [] for size in tried if tried[size] <= 1.15 * min(tried.values())}
-    texts: dict[int, Any] = {}
+    alone: dict[str, Any] | None = None  # lm_eval's answers at batch size 1
     mine: list[dict[str, Any]] = []
     for _ in range(repeats):
         for size, seen in times.items():
             answer = theirs.ask("run", task, limit, size)
             seen.append(answer["elapsed_s"])
-            texts[size] = answer["texts"]
+            alone = answer if size == 1 else alone
         mine.append(ours.ask("run", task, limit, None))
     medians = {size: statistics.median(seen) for size, seen in times.items()}
     best = min(medians, key=medians.__getitem__)
     ours_s = statistics.median(run["elapsed_s"] for run in mine)
     lengths = sorted(mine[0]["num_tokens"])
+    alone = alone or theirs.ask("run", task, limit, 1)
+    pairs = [(prompt, answer, alone["answers"][prompt]) for prompt, answer in mine[-1]["answers"].items()]
     return {
         "task": task,
         "limit": limit,
@@ -114,7 +123,9 @@ def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats:
         "lm_eval_s": medians[best],
         "lm_eval_batch_size": best,
         "ratio": medians[best] / ours_s,
-        "texts_differing": sum(a != b for a, b in zip(texts[best], mine[-1]["texts"], strict=True)),
+        "texts_compared": len(alone["texts"]),
+        "texts_equal": sum(a == b for a, b in zip(alone["texts"], mine[-1]["texts"], strict=True)),
+        "differences": [ours.ask("call", explain_difference, *pair) for pair in pairs if pair[1] != pair[2]],
         "all_times_s": {**{str(size): seen for size, seen in times.items()}, "ours": [run["elapsed_s"] for run in mine]},
         "quarter_times_s": {str(size): seconds for size, seconds in tried.items()},
     }
@@ -123,8 +134,21 @@ def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats:
 def run_lm_eval(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    elapsed_s, results = evaluate_by_lm_eval(model, tokenizer, task, limit, args, CALLS, batch_size=batch_size)
-    return {"elapsed_s": elapsed_s, "texts": texts_of(results)}
+    """answers: {tokens of a prompt: those of its answer}; what the prompts are only at batch size 1, which does not pad."""
+    from lm_eval.models.huggingface import HFLM
+
+    answers: dict[tuple[int, ...], tuple[int, ...]] = {}
+    generate = HFLM._model_generate
+
+    def keep(self: Any, context: Any, *rest: Any, **kwargs: Any) -> Any:
+        output = generate(self, context, *rest, **kwargs)
+        for prompt, row in zip(context.tolist(), output.tolist(), strict=True):
+            answers[tuple(prompt)] = tuple(row[len(prompt) :])
+        return output
+
+    with unittest.mock.patch.object(HFLM, "_model_generate", keep):
+        elapsed_s, results = evaluate_by_lm_eval(model, tokenizer, task, limit, args, CALLS, batch_size=batch_size)
+    return {"elapsed_s": elapsed_s, "texts": texts_of(results), "answers": answers}
 
 
 def run_ours(
@@ -132,16 +156,51 @@ def run_ours(
 ) -> dict[str, Any]:
     from ddp_eval import harness
 
-    counts: list[int] = []
-    kept = harness.Texts
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
-    def keep(**columns: Any) -> Any:
-        counts[:] = columns["num_tokens"]
-        return kept(**columns)
+    class Kept(harness.Asked):
+        def read(self, kind: int, answer: list[int]) -> str:  # called for one prompt after another
+            found.append((tuple(self.prompts.tokens[len(found)].tolist()), tuple(answer)))
+            return super().read(kind, answer)
 
-    with unittest.mock.patch.object(harness, "Texts", keep):
+    with unittest.mock.patch.object(harness, "Asked", Kept):
         elapsed_s, results = evaluate_by_us(model, tokenizer, task, limit, args, CALLS)
-    return {"elapsed_s": elapsed_s, "texts": texts_of(results), "num_tokens": counts, **results["ddp_eval"]["generation"]}
+    lengths = [len(answer) for _, answer in found]
+    answers = {"texts": texts_of(results), "answers": dict(found), "num_tokens": lengths}
+    return {"elapsed_s": elapsed_s, **answers, **results["ddp_eval"]["generation"]}
+
+
+def explain_difference(
+    model: Any, tokenizer: Any, prompt: tuple[int, ...], ours: tuple[int, ...], theirs: tuple[int, ...]
+) -> dict[str, Any]:
+    """Where two answers to a prompt part: the tokens that each side took there, and their logits in a plain forward in float32.
+
+    tokens, logits: ours first; none where one answer is the beginning of the other.
+    """
+    import torch
+
+    step = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if step is None:
+        return {"step": min(len(ours), len(theirs)), "tokens": [], "logits": []}
+    exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    with torch.inference_mode():
+        tokens = torch.tensor([[*prompt, *ours[:step]]], device=model.device)
+        logits = exact(input_ids=tokens, use_cache=False).logits[0, -1]
+    taken = [ours[step], theirs[step]]
+    return {"step": step, "tokens": [tokenizer.decode([token]) for token in taken], "logits": logits[taken].tolist()}
+
+
+def format_difference(task: str, difference: dict[str, Any]) -> str:
+    """
+    >>> print(format_difference("story", {"step": 3, "tokens": ["a", "b"], "logits": [7.25, 7.5]}))
+    - story, token 3 of an answer: 'a' (7.250000) here, 'b' (7.500000) by lm_eval, 0.25 apart: no tie
+    """
+    place = f"- {task}, token {difference['step']} of an answer:"
+    if not difference["logits"]:
+        return f"{place} one side ends there, the other goes on"
+    (ours, theirs), (a, b) = difference["tokens"], difference["logits"]
+    verdict = "a tie" if abs(a - b) <= TIE else "no tie"
+    return f"{place} {ours!r} ({a:.6f}) here, {theirs!r} ({b:.6f}) by lm_eval, {abs(a - b):.2g} apart: {verdict}"
 
 
 def texts_of(results: dict[str, Any]) -> list[Any]:
@@ -161,7 +220,7 @@ COLUMNS: dict[str, Any] = {
     "lm_eval s (batch)": lambda row: f"{row['lm_eval_s']:.2f} ({row['lm_eval_batch_size']})",
     "ours s": lambda row: f"{row['ours_s']:.2f}",
     "ratio": lambda row: f"**{cut(row['ratio'])}**",
-    "texts differing": lambda row: str(row["texts_differing"]),
+    "texts equal to lm_eval's at batch 1": lambda row: f"{row['texts_equal']} of {row['texts_compared']}",
 }
 
 
@@ -178,6 +237,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"|{'---|' * len(COLUMNS)}",
         *map(format_row, rows),
         "",
+        *[format_difference(row["task"], difference) for row in rows for difference in row["differences"]],
         f"Geometric mean of the ratios: **{cut(mean)}**. Seconds of lm_eval on a quarter of the documents, by batch size: "
         + "; ".join(
             f"{row['task']} " + ", ".join(f"{size}: {seconds:.1f}" for size, seconds in row["quarter_times_s"].items())

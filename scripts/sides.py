@@ -55,7 +55,10 @@ class Side:
         theirs.close()
 
     def ask(self, *question: Any) -> Any:
-        """("run", task, limit, batch size), ("conditions",) or ("ready",). Raises what the side has failed of."""
+        """("run", task, limit, batch size), ("call", function of model and tokenizer, *more), ("conditions",) or ("ready",).
+
+        Raises what the side has failed of.
+        """
         self._connection.send(question)
         answer = self._connection.recv()
         if isinstance(answer, BaseException):
@@ -96,6 +99,9 @@ def serve(name: str, args: argparse.Namespace, job: Job, connection: Any) -> Non
         try:
             if question == "conditions":
                 answer = describe_conditions(args, model, device)
+            elif question == "call":
+                function, *more = rest
+                answer = function(model, tokenizer, *more)
             elif question == "run":
                 with contextlib.redirect_stdout(io.StringIO()):
                     answer = run(model, tokenizer, *rest, args)

@@ -16,6 +16,7 @@ from ddp_eval.packing import CostModel, requests_from_lists
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench
 import bench_ablation
+import bench_generation
 import bench_ranks
 import sides
 
@@ -74,3 +75,16 @@ def test_waiting_for_a_slower_rank_is_part_of_scoring():
         "| 1 | 120.0 | 1.000 | 112.0 | 1.000 | 6.7% |",
         "| 2 | 84.0 | 1.428 | 76.0 | 1.473 | 7.1% |",
     ]
+
+
+def test_where_two_answers_part(tiny_model, tiny_tokenizer):
+    """Catches logits of another place than where the tokens differ, sides that are mixed up, and a tie called none."""
+    model, prompt = tiny_model("llama"), (5, 6, 7)
+    found = bench_generation.explain_difference(model, tiny_tokenizer, prompt, (8, 9, 10), (8, 11))
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[*prompt, 8]])).logits[0, -1]
+    assert found["step"] == 1 and found["tokens"] == [tiny_tokenizer.decode([9]), tiny_tokenizer.decode([11])]
+    assert found["logits"] == pytest.approx([float(logits[9]), float(logits[11])])
+    assert bench_generation.explain_difference(model, tiny_tokenizer, prompt, (8,), (8, 11))["logits"] == []
+    tie = {"step": 1, "tokens": ["a", "b"], "logits": [7.25, 7.25001]}
+    assert bench_generation.format_difference("story", tie).endswith("apart: a tie")

@@ -79,12 +79,49 @@ def test_greedy_texts_are_lm_evals(kind: str, evaluate: Callable[..., Any], tiny
 
 @pytest.mark.usefixtures("few")
 def test_settings_that_look_at_the_text(evaluate: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
-    """Catches logits processors that see another row's tokens, or none of the prompt; beams fall back to the model's own."""
-    for settings in ({"repetition_penalty": 1.3, "min_new_tokens": 6}, {"no_repeat_ngram_size": 2}, {"num_beams": 2}):
+    """Catches logits processors that see another row's tokens, or none of the prompt; others fall back to the model's own."""
+    served: list[dict[str, Any]] = [{"repetition_penalty": 1.3, "min_new_tokens": 6}, {"no_repeat_ngram_size": 2}]
+    alone = [{"num_beams": 2}, {"encoder_repetition_penalty": 1.4}, {"encoder_no_repeat_ngram_size": 1}]
+    for settings in served + alone:
         theirs = lm_eval_texts(tiny_model("llama"), ["gen_story"], limit=3, gen_kwargs=settings)
         ours = evaluate(tiny_model("llama"), ["gen_story"], limit=3, gen_kwargs=settings)
         assert answers(ours) == answers(theirs)
-        assert bool(ours["ddp_eval"]["generation"]["why_one_by_one"]) == ("num_beams" in settings)
+        assert bool(ours["ddp_eval"]["generation"]["why_one_by_one"]) == (settings in alone)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"max_new_tokens": 40},
+        {"max_new_tokens": 5, "min_new_tokens": 3, "forced_eos_token_id": 7, "eos_token_id": [1, 40, 50, 60, 70, 80, 90]},
+        {"max_length": 9, "num_return_sequences": 1, "repetition_penalty": 1.2, "do_sample": True, "top_k": 3},
+    ],
+)
+def test_settings_of_the_checkpoint(checkpoint: dict[str, Any], evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    """Catches a checkpoint's generation_config that is not obeyed, or is where lm_eval's call goes before it."""
+    import pyarrow.parquet
+
+    model, asked = tiny_models.make_model("llama"), {"until": ["zqzq"], "max_gen_toks": 8}
+    model.generation_config.update(**checkpoint)
+    theirs = lm_eval_texts(model, ["gen_story"], limit=2, gen_kwargs=dict(asked))
+    for numerics in ("default", "alone"):
+        path = tmp_path / numerics
+        options = {} if numerics == "default" else {"numerics": numerics}
+        ours = evaluate(model, ["gen_story"], limit=2, gen_kwargs=dict(asked), output_path=str(path), **options)
+        assert answers(ours) == answers(theirs)
+        rows = pyarrow.parquet.read_table(path / "texts.parquet").to_pylist()
+        limit = checkpoint.get("max_new_tokens", 8)
+        assert [row["at_limit"] for row in rows] == [row["num_tokens"] == limit for row in rows]
+        assert any(row["num_tokens"] != 8 for row in rows) == (limit != 8)
+
+
+def test_stop_strings_of_the_checkpoint_are_refused(evaluate: Callable[..., Any]) -> None:
+    """Catches a traceback in the middle of a run where transformers would want a tokenizer that lm_eval does not give it."""
+    model = tiny_models.make_model("llama")
+    model.generation_config.stop_strings = ["e"]
+    with pytest.raises(UserError, match=r"the task gen_story cannot generate with .*: stop_strings, .* give them as until"):
+        evaluate(model, ["gen_story"], limit=2)
 
 
 def test_no_slots_no_packs(evaluate: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:

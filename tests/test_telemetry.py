@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
+import ddp_eval
 from ddp_eval import meter, runner, telemetry
 from ddp_eval.config import Config
 from ddp_eval.distributed import World, join_group
-from ddp_eval.generation import NO_PROMPTS, NO_TEXTS
+from ddp_eval.generation import Prompts, Settings, Sizes, plan_batches
 from ddp_eval.meter import Meter, Phases, process_age_s
 from ddp_eval.packing import CostModel, plan_packs, plan_rows, requests_from_lists
 from ddp_eval.planning import Decision
-from ddp_eval.text_planning import TextDecision
+from ddp_eval.text_planning import TextDecision, describe_texts
 
 
 def test_phases_add_up_to_the_wall_time(monkeypatch):
@@ -88,6 +90,7 @@ def reports():
 
 FACTS = {
     "request_tokens": 9000, "computed_tokens": 3000, "fed_tokens": 4500, "left_request_tokens": 7000, "left_tokens": 2400,
+    "asked_tokens": 0, "generated_tokens": 0, "ranks_per_replica": 1,
     "flops_per_token": 2.0, "flops_per_pair": 0.5, "flops_per_read": 3.0, "peak": {"per_s": 1000.0},
 }  # fmt: skip
 
@@ -128,13 +131,71 @@ def test_what_is_left_of_a_plan_by_hand():
     decision = Decision(*plan_packs(requests, CostModel(), 5), None)
     plan = decision.plan
     assert plan.num_packs == 2
-    no_texts = TextDecision(NO_TEXTS, np.zeros(0, dtype=np.int64), None)
-    describe_left = functools.partial(runner._describe_left, decision, requests, no_texts, NO_PROMPTS)
+    describe_left = functools.partial(runner._describe_left, decision, requests)
     everything = describe_left(np.array([0, 1]))
     assert everything == {"left_tokens": 3 + 5, "left_request_tokens": 3 + 5 + 2 + 2}
     small = int(np.argmin(np.diff(plan.token_starts)))
     assert describe_left(np.array([small])) == {"left_tokens": 3, "left_request_tokens": 3 + 2 + 2}
     assert describe_left(np.array([], dtype=np.int64)) == {"left_tokens": 0, "left_request_tokens": 0}
+
+
+def test_what_was_answered_by_hand():
+    """Catches prompts that an earlier start has answered, repeated ones counted once, and rows called shared that never are."""
+    lists = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 3, 4]]
+    settings = Settings((), {"do_sample": False})
+    prompts = Prompts([np.array(one) for one in lists], [0] * 3, [9] * 3, [0] * 3, [settings], ["task"] * 3)
+    for alone, least in ((True, 4 + 5), (False, 4 + 2)):
+        plan, items = plan_batches(prompts, Sizes(1000, 4, 8), [alone])
+        decision = TextDecision(plan, items, None, prompts.limits)
+        assert describe_texts(decision, prompts)["prompt_tokens"] == least
+        lengths = np.array([[items[0], 7]])
+        assert runner._describe_answered(decision, prompts, lengths) == {"asked_tokens": 8, "generated_tokens": 7}
+        assert runner._describe_answered(decision, prompts, lengths[:0]) == {"asked_tokens": 0, "generated_tokens": 0}
+
+
+def test_texts_by_hand():
+    """Catches a plan that is believed where tokens are counted, and a share of peak of seconds whose operations nobody counts."""
+    texts = [{**one, "counts": {**one["counts"], "text_tokens": 300, "batches": 1 - rank}} for rank, one in enumerate(reports())]
+    facts = {**FACTS, "asked_tokens": 1000, "generated_tokens": 200, "ranks_per_replica": 2}
+    found = telemetry.summarize(texts, facts)
+    assert found["sharing"] == pytest.approx((9000 + 1200) / (3000 + 300)) and found["padding"] == pytest.approx(4800 / 3300)
+    assert (found["tokens_per_s"], found["useful_tokens_per_s"]) == (2700 / 8, 8200 / 8)
+    assert found["generated_tokens_per_s"] == 200 / 8
+    assert [rank["share_of_peak"] for rank in found["ranks"]] == [None, 4560 / 8000]
+    assert "57% of peak where no text was generated" in telemetry.format_summary(found)
+
+
+def test_one_by_one_shares_nothing(tiny_model):
+    """Catches the sharing of batches reported for prompts that the model answered one at a time."""
+    options = {"include_path": GENERATION, "limit": 6, "bootstrap_iters": 0}
+    tokenizer = tiny_models.make_tokenizer(model_max_length=2048)
+
+    def measure(**more):
+        found = ddp_eval.evaluate(tiny_model("llama"), tokenizer, ["gen_boolean"], **options, **more)["ddp_eval"]
+        return found["telemetry"], found["generation"]
+
+    (batched, plan), (alone, _) = measure(), measure(numerics="alone")
+    assert alone["sharing"] == alone["padding"] == 1.0
+    assert alone["ranks"][0]["counts"]["text_tokens"] == plan["asked_tokens"] + plan["generated_tokens"]
+    counted = batched["ranks"][0]["counts"]["text_tokens"]
+    assert batched["sharing"] == (plan["asked_tokens"] + plan["generated_tokens"]) / counted > 1.5
+    assert counted >= plan["prompt_tokens"] + plan["generated_tokens"]
+    assert alone["tokens_per_s"] == alone["useful_tokens_per_s"] == alone["ranks"][0]["tokens_per_s"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835.5), ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5), ("NVIDIA GH200 480GB", 990), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA L4", 121), ("NVIDIA L40", 181.05),
+        ("NVIDIA L40S", 362.05), ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-16GB", 112),
+        ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)  # fmt: skip
+def test_peaks_are_of_the_very_gpu(name, tflops):
+    """Catches a GPU that takes another's figure because its name begins alike, a figure with sparsity, and a slice as a whole."""
+    assert telemetry.known_peak(name) == (tflops and pytest.approx(tflops * 1e12))
 
 
 def test_advice_names_the_cause():

@@ -17,6 +17,7 @@ from ddp_eval.distributed import World
 from ddp_eval.engines import vllm
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.text_planning import plan_texts
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launch import QUICK, launch
@@ -180,6 +181,22 @@ class CountingModel:
             tokens.append(last)
         reason = "stop" if tokens[-1] == 1 else "length"
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, finish_reason=reason)])
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "min_tokens"])
+def test_settings_that_count_an_answers_tokens_are_refused(name, monkeypatch):
+    """Catches a penalty that forgets, at every round, what the answer has said: vLLM takes its beginning for the prompt."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
+    engine = vllm.VllmEngine(CountingModel(), World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+    tokens = [np.array([5, 6])]
+
+    def plan(value):
+        settings = generation.Settings((), {"do_sample": False, "temperature": 0.0, name: value})
+        return plan_texts(engine, generation.Prompts(tokens, [0], [9], [0], [settings], ["story"]), None)
+
+    with pytest.raises(UserError, match=f"the task story cannot generate with .*: {name} is not supported with --model vllm"):
+        plan(1)
+    assert plan(0).why_alone is None
 
 
 def test_rounds_of_generation(monkeypatch):

@@ -25,6 +25,7 @@ class Engine(Protocol):
     largest_tree: the most tokens of a pack in which the model goes by the positions that it is given; None: any number.
     longest_reach: the widest window or chunk of its layers, in tokens.
     why_not_batches: why texts must be generated one by one, or None.
+    most_new_tokens: the limit on answers that the checkpoint sets, and that goes before the tasks' own; None: there is none.
     check_settings: whether batches serve these settings of generation; raises ValueError for those that cannot be meant.
     generate: the tokens of each answer of a batch; tells of requests done and tokens computed meanwhile.
     flops_per_token: floating-point operations of the whole replica's layers, without attention and head.
@@ -38,6 +39,8 @@ class Engine(Protocol):
 
     @property
     def why_not_batches(self) -> str | None: ...
+    @property
+    def most_new_tokens(self) -> int | None: ...
     @property
     def isolates_requests(self) -> bool: ...
     @property

@@ -37,14 +37,15 @@ def load_engine(model_args: dict[str, Any], config: Any, world: World) -> hf.HFE
             raise
         named = _named_tensors(engine.model)
         header = [_Tensor(name, tuple(value.shape), value.dtype, is_buffer) for name, value, is_buffer in named]
-        distributed.broadcast_object(world, header)
+        distributed.broadcast_object(world, (header, engine.model.generation_config))
         distributed.broadcast_tensors(world, [value for _, value, _ in named])
         return engine
     model = _build_empty(model_args, config)
-    header = distributed.broadcast_object(world, None)
-    if header is None:
+    told = distributed.broadcast_object(world, None)
+    if told is None:
         next_work(world)  # raises what the leader says of its failure
         raise AssertionError("the leader went on without a model")
+    header, model.generation_config = told
     _fill(model, header, world.device)
     distributed.broadcast_tensors(world, [value for _, value, _ in _named_tensors(model)])
     return hf.HFEngine(model.eval(), world.device, keep_attention="attn_implementation" in model_args)

@@ -330,7 +330,11 @@ class Chooser:
 
     def _prepare(self, prompt_length: int, limit: int) -> tuple[Any, Any]:
         config, rest = prepare_config(self._model, self._settings, prompt_length + limit, self._pad)
-        self._asks_for_more = bool(rest) or any(getattr(config, name, None) for name in _NOT_SERVED)
+        unserved = any(getattr(config, name, None) for name in _NOT_SERVED) or config.encoder_repetition_penalty not in (
+            None,
+            1.0,
+        )
+        self._asks_for_more = bool(rest) or unserved
         if config.min_new_tokens is not None:
             config.min_length = config.min_new_tokens + prompt_length
         device = self._model.device
@@ -381,7 +385,10 @@ _STATELESS = (
     "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TopHLogitsWarper",
     "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "InfNanRemoveLogitsProcessor", "LogitNormalization",
 )  # fmt: skip
-_NOT_SERVED = ("stop_strings", "max_time", "prompt_lookup_num_tokens", "assistant_early_exit", "output_scores", "guidance_scale")
+_NOT_SERVED = (
+    "encoder_no_repeat_ngram_size", "watermarking_config", "cache_implementation", "token_healing",
+    "max_time", "prompt_lookup_num_tokens", "assistant_early_exit", "output_scores", "guidance_scale",
+)  # fmt: skip
 
 
 def prepare_config(model: Any, settings: Settings, max_length: int, pad: int | None) -> tuple[Any, dict[str, Any]]:
@@ -391,6 +398,8 @@ def prepare_config(model: Any, settings: Settings, max_length: int, pad: int | N
     """
     options = greedy_or_not(settings.options)
     config, rest = model._prepare_generation_config(None, max_length=max_length, pad_token_id=pad, use_cache=True, **options)
+    if config.stop_strings is not None:
+        raise ValueError("stop_strings, which its generation_config or the task asks for, need a tokenizer: give them as until")
     model._validate_model_kwargs(dict(rest))
     model._prepare_special_tokens(config, True, device=model.device, batch_size=1)
     return config, rest

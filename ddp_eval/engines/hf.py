@@ -272,6 +272,12 @@ class HFEngine:
             return "its forward takes no attention mask and positions"
         return decode.check_decoding(self)
 
+    @property
+    def most_new_tokens(self) -> int | None:
+        """Of the checkpoint's generation_config; transformers lets it go before the max_length that lm_eval passes."""
+        most: int | None = self.model.generation_config.max_new_tokens
+        return most
+
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """Whether batches serve these settings of generation. Raises ValueError for those that transformers refuses."""
         from ddp_eval.engines import decode

@@ -133,6 +133,12 @@ class Seq2SeqEngine:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
         return hf.sum_answers(launched)
 
+    @property
+    def most_new_tokens(self) -> int | None:
+        """Of the checkpoint's generation_config; transformers lets it go before the max_length that lm_eval passes."""
+        most: int | None = self.model.generation_config.max_new_tokens
+        return most
+
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """Never in batches. Raises ValueError for settings that transformers refuses."""
         from ddp_eval.engines.decode import prepare_config

@@ -49,6 +49,7 @@ _OWN_ARGS = (
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12
 ROUND_TOKENS = 32  # of an answer, between two looks for its stop strings
+_COUNTING = ("presence_penalty", "frequency_penalty", "min_tokens", "thinking_token_budget")
 MOST_TARGETS = 128  # that vLLM takes in logprob_token_ids
 
 
@@ -183,6 +184,7 @@ class VllmEngine:
     takes_pairs = False
     why_not_packs: str | None = None
     why_not_batches: str | None = None
+    most_new_tokens: int | None = None  # of a checkpoint, vLLM's server obeys it and LLM.generate does not
     isolates_requests = False
     largest_tree: int | None = None
     longest_reach: int | None = None
@@ -255,7 +257,12 @@ class VllmEngine:
         return sums, np.equal(np.bincount(pack.answer_items, weights=~hits, minlength=count), 0)
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
-        """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know."""
+        """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know,
+        and for those that count an answer's tokens: each round would begin anew.
+        """
+        counting = next((name for name in _COUNTING if settings.options.get(name)), None)
+        if counting:
+            raise ValueError(f"{counting} is not supported with --model vllm, which is given an answer's beginning as a prompt")
         self._sampling(settings, 1, 0)
         return True
 

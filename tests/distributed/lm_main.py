@@ -16,12 +16,14 @@ from ddp_eval import UserError, demo
 from ddp_eval.lm import launch
 
 TASKS = ["demo_hellaswag", "demo_boolean_expressions", "demo_wikitext"]
+GENERATING = ["gen_boolean", "gen_story"]  # a batch for each of two ranks
+GENERATION = str(Path(__file__).resolve().parents[1] / "generation_tasks")
 
 
 def evaluate(model, **more):
-    manager = TaskManager(include_path=demo.TASKS_PATH, include_defaults=False)
+    manager = TaskManager(include_path=[demo.TASKS_PATH, GENERATION], include_defaults=False)
     return lm_eval.simple_evaluate(
-        model=model, tasks=TASKS, task_manager=manager, limit=3, bootstrap_iters=0, log_samples=True, **more
+        model=model, tasks=TASKS + GENERATING, task_manager=manager, limit=3, bootstrap_iters=0, log_samples=True, **more
     )
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import lm_main
+import pyarrow.parquet
 import pytest
 from launch import QUICK, launch
 
@@ -14,23 +15,26 @@ MAIN = (str(Path(__file__).with_name("lm_main.py")),)
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """(results, scores) of the command, on one rank."""
+    """(results, scores, texts) of the command, on one rank. texts: {task: those of its documents, in order}."""
     path = tmp_path_factory.mktemp("command")
-    flags = ("--model_args", "pretrained=demo", "--tasks", *lm_main.TASKS, "--limit", 3, "--device", "cpu", "-o", path)
+    tasks = ("--include_path", lm_main.GENERATION, "--tasks", *lm_main.TASKS, *lm_main.GENERATING)
+    flags = ("--model_args", "pretrained=demo", *tasks, "--limit", 3, "--device", "cpu", "-o", path)
     finished = launch(0, *flags, program=QUICK)
     assert finished.returncode == 0, str(finished)
-    return json.loads((path / results.RESULTS).read_text()), results.read_scores(path / results.SCORES)
+    rows = pyarrow.parquet.read_table(path / results.TEXTS).to_pylist()
+    texts = {task: [row["text"] for row in rows if row["task"] == task] for task in lm_main.GENERATING}
+    return json.loads((path / results.RESULTS).read_text()), results.read_scores(path / results.SCORES), texts
 
 
 @pytest.mark.parametrize("how", ["object", *(pytest.param(how, marks=pytest.mark.slow) for how in ("name", "borrowed"))])
 def test_lm_eval_leads_and_two_ranks_compute(how, command, tmp_path):
-    """Catches a rank that computes alone, one that is left behind, prompts drawn by rank, a group that is not given back, and
-    ranks that all show bars of the weights, or lm_eval's warnings of nothing."""
+    """Catches a rank that computes alone, one that is left behind, prompts drawn by rank, texts that change places, a group that
+    is not given back, and ranks that all show bars of the weights, or lm_eval's warnings of nothing."""
     finished = launch(2, tmp_path, how, program=MAIN, TQDM_DISABLE="")
     assert finished.returncode == 0, str(finished)
     assert "Loading weights" not in finished.stderr and "Custom kwargs" not in finished.stderr, str(finished)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    theirs, scores = command
+    theirs, scores, texts = command
     for task, metrics in first["results"]["metrics"].items():
         for name, value in metrics.items():
             if "stderr" in name:  # no resampling there
@@ -40,6 +44,8 @@ def test_lm_eval_leads_and_two_ranks_compute(how, command, tmp_path):
     answers = [answer for task in lm_main.TASKS for one in first["results"]["answers"][task] for (answer,) in one]
     values = [answer[0] if isinstance(answer, list) else answer for answer in answers]
     assert values == pytest.approx(list(scores.loglikelihood), abs=1e-3, rel=1e-6)
+    given = {task: [text for one in first["results"]["answers"][task] for (text,) in one] for task in lm_main.GENERATING}
+    assert given == texts and all(any(of_task) for of_task in texts.values())
     assert second["results"] is None and ("after" in second) == (how != "name")
     assert first["group"] == second["group"] == (how == "borrowed")
     assert ("closed" in first) == (how != "name")

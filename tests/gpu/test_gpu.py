@@ -1,5 +1,7 @@
 """The CUDA paths: flex_attention, masked sdpa and chains against plain rows, launches that wait for nothing, short memory."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.planning import check_packs
 from ddp_eval.protocol import Work
+
+TEXTS = str(Path(__file__).resolve().parents[1] / "generation_tasks")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -168,6 +172,28 @@ def test_evaluate_on_the_gpu():
     assert results["results"]["demo_boolean_expressions"]["acc,none"] > 0.8
     assert results["ddp_eval"]["engine"]["attention"] == "flex_attention"
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("numerics", ["default", "alone"])
+def test_texts_on_the_gpu_are_lm_evals(numerics):
+    """Catches slots, masks or stop strings that CUDA's kernels take otherwise, and answers that come back wrong."""
+    import tiny_models
+    import transformers
+    from lm_eval.tasks import TaskManager
+
+    import ddp_eval
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH, dtype=torch.float32).to("cuda")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    manager = TaskManager(include_path=TEXTS, include_defaults=False)
+    tasks = ["gen_boolean", "gen_story"]
+    theirs = tiny_models.evaluate_with_lm_eval(model, tokenizer, tasks, task_manager=manager, limit=24)
+    options = {"include_path": TEXTS, "limit": 24, "bootstrap_iters": 0, "log_samples": True}
+    options |= {} if numerics == "default" else {"numerics": numerics}
+    ours = ddp_eval.evaluate(model, tokenizer, tasks, **options)
+    texts = [{(task, row["doc_id"]): row["resps"] for task in tasks for row in one["samples"][task]} for one in (theirs, ours)]
+    assert len(texts[0]) == 48 and texts[0] == texts[1]
+    assert (ours["ddp_eval"]["generation"]["slots"] > 1) == (numerics == "default")
 
 
 def test_node_checks_try_the_gpu():

@@ -79,9 +79,12 @@ class RunDirectory:
             raise results.unwritable(self.path, error) from error
 
     def finish(self) -> None:
-        """The manifest is written: nothing is left to resume."""
-        self.forget_journals()
+        """The manifest is written: nothing is left to resume.
+
+        The journals go last: until the run is marked as done, their run.json says that --fresh is obeyed.
+        """
         status.write_status(self.path, status.DONE, "the run is complete")
+        self.forget_journals()
 
     def forget_journals(self) -> None:
         if self.journals.is_dir():
@@ -121,7 +124,7 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
         difference = f"its {results.RESULTS} cannot be read"
     if difference:
         raise _refuse(directory, difference)
-    if status.read_status(directory).get("state") != status.DONE:  # it was killed right behind its manifest
+    if status.read_status(directory).get("state") != status.DONE or (directory / JOURNALS).exists():  # killed in its last steps
         with contextlib.suppress(OSError):
             RunDirectory(directory).finish()
     return found

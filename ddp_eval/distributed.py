@@ -116,13 +116,17 @@ def can_exchange() -> bool:
 def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
     """Every rank's `text` in rank order, through the group's store, or the launcher's before the group is joined.
 
-    None for a rank that has given none in that time, and for all others where there is no common store.
+    None for a rank that has given none in that time, and for all others where there is no common store. Raises LostContact when
+    the store is lost with its host.
     """
     rank, world_size = launch_rank(), _environment_int("WORLD_SIZE", 1)
     texts: list[str | None] = [None] * world_size
     texts[rank] = text
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _agent_store()
-    return texts if store is None else exchange_through(store, rank, world_size, name, text, timeout_s)
+    if store is None:
+        return texts
+    with _naming_lost_ranks(f"exchanging {name}"):
+        return exchange_through(store, rank, world_size, name, text, timeout_s)
 
 
 def exchange_through(store: Any, rank: int, world_size: int, name: str, text: str, timeout_s: float) -> list[str | None]:
@@ -414,12 +418,13 @@ def report_once(message: str, shared: bool = False) -> None:
     shared: many ranks have this to say; if the store has died with its host, the first rank of each node does.
     """
     store = _error_store()
-    if store is None and 0 < launch_rank() < _environment_int("WORLD_SIZE", 1):
+    if store is None and not shared and 0 < launch_rank() < _environment_int("WORLD_SIZE", 1):
         return  # no common store: what is wrong with the command is wrong on rank 0 too
+    mine = not shared or launch_local_rank() == 0
     try:
-        mine = store is None or store.add("ddp_eval/error/claim", 1) == 1
+        mine = store.add("ddp_eval/error/claim", 1) == 1 if store is not None else mine
     except RuntimeError:
-        store, mine = None, not shared or launch_local_rank() == 0
+        store = None
     if mine:
         print(f"ddp_eval: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):

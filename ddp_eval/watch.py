@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -177,7 +177,7 @@ class Watch:
             signal.signal(number, _do_nothing)
         threading.Thread(target=self._watch, daemon=True, name="ddp_eval watch").start()
 
-    def join_ranks(self, rank: int, store: Any, pids: list[int], local_ranks: range, timeout_s: float, report: Any) -> None:
+    def join_ranks(self, rank: int, store: Any, pids: Sequence[int], local_ranks: range, timeout_s: float, report: Any) -> None:
         """Watch the other ranks too.
 
         store: they all reach it. pids: of all ranks. local_ranks: those of this node. report: says a sentence from one rank.

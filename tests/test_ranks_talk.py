@@ -80,6 +80,19 @@ def test_exchange_when_the_store_dies(monkeypatch):
         host.wait()
 
 
+def test_absent_ranks_are_named(monkeypatch):
+    """Catches a rank on the wrong machine, where not every machine has as many ranks, and one of which nobody knows it."""
+    store = dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=1))
+    for host, rank, local_rank, ranks in (("n1", 0, 0, 1), ("n2", 2, 1, 3), ("n2", 3, 2, 3)):
+        monkeypatch.setattr(distributed.socket, "gethostname", lambda host=host: host)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        distributed.note_arrival(store, rank)
+    assert distributed.name_absent(store, 5) == "rank 1 on n2, rank 4 on a machine from which none has come"
+    assert distributed.name_absent(store, 1) == ""
+
+
 class DeadStore:
     def add(self, *args):
         raise RuntimeError("failed to recv, got 0 bytes")
@@ -93,8 +106,10 @@ def no_store():
 
 @pytest.mark.parametrize(
     ("store", "local_rank", "shared", "said"),
-    [(DeadStore, "0", True, 1), (DeadStore, "3", True, 0), (DeadStore, "3", False, 1)]
-    + [(no_store, "0", True, 1), (no_store, "3", True, 0), (no_store, "3", False, 0)],
+    [
+        *((DeadStore, "0", True, 1), (DeadStore, "3", True, 0), (DeadStore, "3", False, 1)),
+        *((no_store, "0", True, 1), (no_store, "3", True, 0), (no_store, "3", False, 0)),
+    ],
 )
 def test_report_when_the_store_is_gone(store, local_rank, shared, said, monkeypatch, capsys):
     """Catches a traceback in place of the sentence when the store's host has gone first, one from each of 64 ranks, and none."""

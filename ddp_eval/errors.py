@@ -10,6 +10,15 @@ class UserError(Exception):
     """What was expected, what came, and what to do, in one sentence."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory did not do, or this machine's, for which torch has no class of its own."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("DefaultCPUAllocator", "std::bad_alloc"))
+
+
 def one_line(text: object, most: int = 300) -> str:
     """An error's or a value's text in one line of at most `most` characters, dots where it is cut."""
     line = " ".join(str(text).split())

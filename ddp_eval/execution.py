@@ -14,7 +14,7 @@ import torch
 from ddp_eval import distributed, journal, machine, preflight, watch
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.generation import Batch, build_batch
 from ddp_eval.packing import Pack, build_pack, halve
 from ddp_eval.progress import Progress
@@ -120,7 +120,9 @@ def _generate(
     while True:
         try:
             return engine.generate(batch, tokenizer, tell), pieces
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             if batch.slots < 2 or world.ranks_per_replica > 1:
                 longest = max(len(prompt) + limit for prompt, limit in zip(batch.prompts, batch.limits, strict=True))
                 raise UserError(
@@ -212,7 +214,9 @@ def _launch(world: World, engine: Engine, pack: Pack) -> list[Any]:
     """Start a pack. One that does not fit the memory is halved, and halved again, always at the same items."""
     try:
         return [engine.launch(pack)]
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         if len(pack.items) == 1:
             raise UserError(
                 f"rank {world.rank} ran out of memory on {world.device} with a single request of {len(pack)} tokens, "

@@ -427,7 +427,7 @@ def _cut(costs: _Costs, max_tokens: int, max_reads: int | None) -> tuple[IntArra
     choices = []
     while True:
         bounds = _cut_cheapest(costs, max_tokens, max_reads)
-        choices += [bounds] if costs.model.dense else [bounds, _even_out(costs, bounds, max_tokens, max_reads)]
+        choices += [bounds, _even_out(costs, bounds, max_tokens, max_reads)]
         if len(bounds) - 1 >= 16 * TYPICAL_RANKS or max_tokens < 1024:
             break
         max_tokens //= 2
@@ -484,10 +484,14 @@ def _fill_up_to(costs: _Costs, most: float, max_tokens: int, max_reads: int | No
         first = bounds[-1]
         if len(bounds) > max_packs:
             return None
-        stop = int(np.searchsorted(running, most - float(costs.of(first, first + 1)) + running[first + 1], side="right")) - 1
-        stop = min(stop, int(np.searchsorted(costs.tokens_to, max_tokens - costs.token_head[first], side="right")) - 1)
+        stop = int(np.searchsorted(costs.tokens_to, max_tokens - costs.token_head[first], side="right")) - 1
         if max_reads is not None:
             stop = min(stop, int(np.searchsorted(costs.reads_to, max_reads - costs.read_head[first], side="right")) - 1)
+        if model.dense:  # what an item adds depends on the pack
+            stop = first + int(np.searchsorted(costs.of(first, slice(first + 1, stop + 1)), most, side="right"))
+        else:
+            room = most - float(costs.of(first, first + 1)) + running[first + 1]
+            stop = min(stop, int(np.searchsorted(running, room, side="right")) - 1)
         bounds.append(max(stop, first + 1))
     return np.array(bounds, dtype=np.int64)
 

@@ -35,7 +35,7 @@ import unittest.mock
 from pathlib import Path
 from typing import Any
 
-from sides import Job, Side, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
+from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
 
 CALLS = ("loglikelihood", "loglikelihood_rolling")
 EIGHT_TASKS = [
@@ -252,11 +252,11 @@ COLUMNS: dict[str, Any] = {
     "gather s": lambda row: f"{row['phases_s']['gather']:.3f}",
     "score s": lambda row: f"{row['phases_s']['score']:.2f}",
     "ours s": lambda row: f"{row['ours_s']:.2f}",
-    "share of peak": lambda row: f"{row['share_of_peak']:.0%}",
+    "share of peak": lambda row: f"{cut(100 * row['share_of_peak'], 1)}%",
 }
 AGAINST_LM_EVAL: dict[str, Any] = {
     "lm_eval s (batch)": lambda row: f"{row['lm_eval_s']:.2f} ({row['lm_eval_batch_size']})",
-    "ratio": lambda row: f"**{row['ratio']:.2f}**",
+    "ratio": lambda row: f"**{cut(row['ratio'])}**",
     "max difference, nats": lambda row: f"{row['max_difference_nats']:.1e}",
     "greedy flags differing": lambda row: str(row["greedy_flags_differing"]),
     "metrics differ by": lambda row: f"{row['max_relative_difference_of_metrics']:.1g}",
@@ -274,7 +274,7 @@ def columns_of(row: dict[str, Any]) -> dict[str, Any]:
 def format_report(report: dict[str, Any]) -> str:
     conditions, rows = report["conditions"], report["rows"]
     compared = [math.log(row["ratio"]) for row in rows if "ratio" in row]
-    mean = f"Geometric mean of the ratios: **{math.exp(statistics.fmean(compared)):.2f}**. " if compared else ""
+    mean = f"Geometric mean of the ratios: **{cut(math.exp(statistics.fmean(compared)))}**. " if compared else ""
     share = sum(row["flops"] for row in rows) / sum(row["phases_s"]["forward"] * row["peak_flops"] for row in rows)
     lines = [
         *format_conditions(conditions),
@@ -282,7 +282,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"|{'---|' * len(columns_of(rows[0]))}",
         *map(format_row, rows),
         "",
-        f"{mean}Useful work over the forward phases of all tasks: **{share:.0%}** of the "
+        f"{mean}Useful work over the forward phases of all tasks: **{cut(100 * share, 1)}%** of the "
         f"rate of a large matrix product ({statistics.median(row['peak_flops'] for row in rows) / 1e9:,.0f} GFLOP/s).",
     ]
     return "\n".join(lines)

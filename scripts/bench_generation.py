@@ -27,7 +27,7 @@ import unittest.mock
 from pathlib import Path
 from typing import Any
 
-from sides import Job, Side, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
+from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
 
 CALLS = ("generate_until",)
 
@@ -160,7 +160,7 @@ COLUMNS: dict[str, Any] = {
     "batches x slots": lambda row: f"{row['batches']} x {row['slots']}",
     "lm_eval s (batch)": lambda row: f"{row['lm_eval_s']:.2f} ({row['lm_eval_batch_size']})",
     "ours s": lambda row: f"{row['ours_s']:.2f}",
-    "ratio": lambda row: f"**{row['ratio']:.2f}**",
+    "ratio": lambda row: f"**{cut(row['ratio'])}**",
     "texts differing": lambda row: str(row["texts_differing"]),
 }
 
@@ -178,7 +178,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"|{'---|' * len(COLUMNS)}",
         *map(format_row, rows),
         "",
-        f"Geometric mean of the ratios: **{mean:.2f}**. Seconds of lm_eval on a quarter of the documents, by batch size: "
+        f"Geometric mean of the ratios: **{cut(mean)}**. Seconds of lm_eval on a quarter of the documents, by batch size: "
         + "; ".join(
             f"{row['task']} " + ", ".join(f"{size}: {seconds:.1f}" for size, seconds in row["quarter_times_s"].items())
             for row in rows

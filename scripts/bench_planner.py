@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Time and memory of the planner at 1, 4, 16, 64 M tokens, and how evenly its packs load 1 to 1,024 ranks.
+"""Time and memory of the planner at 1 to 256 M tokens, and how evenly its packs load 1 to 1,024 ranks.
 
     python scripts/bench_planner.py --out benchmarks/planner     # writes planner.md, planner.json, planner.png
 
 Requests are MMLU-like: 57 subjects, each with a prefix of 600 tokens, questions of 100 to 200 tokens behind it, four choices of
-one token each. Costs are those of a Llama of 1 B parameters on a GPU. Memory is the most that the planner takes
-beside the requests, over the bytes of the token arrays (4 a token). Each size runs in a process of its own, on one thread. The
-ranks' loads are what a DistributedSampler deals; busiest over mean is the time that is lost when every rank waits for the last.
+one token each. Costs are those of a Llama of 1 B parameters on a GPU, once with an attention kernel that pays for what a tree
+sees, once with a dense one that pays for all pairs. Memory is the most that the planner takes beside the requests, over the bytes
+of the token arrays (4 a token). Each size runs in a process of its own, on one thread. The ranks' loads are the costs of the
+packs that a DistributedSampler deals them; busiest over mean is the time that is lost when every rank waits for the last.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MILLIONS = [1, 4, 16, 64]
+if TYPE_CHECKING:
+    from ddp_eval.packing import CostModel, Pack
+
+MILLIONS = [1, 4, 16, 64, 256]
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 SUBJECTS, PREFIX, QUESTION, CHOICES = 57, 600, 199, 4
 
@@ -36,13 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", help="write PATH.md, PATH.json and PATH.png (needs matplotlib)")
     parser.add_argument("--one", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--dense", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one)))
+        print(json.dumps(measure(args.one, args.dense)))
         return
     rows = []
-    for millions in MILLIONS:
-        command = [sys.executable, __file__, "--one", str(millions)]
+    for kernel, millions in itertools.product([[], ["--dense"]], MILLIONS):
+        command = [sys.executable, __file__, "--one", str(millions), *kernel]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
         rows.append(json.loads(done.stdout))
         print(rows[-1], file=sys.stderr, flush=True)
@@ -74,12 +80,12 @@ def make_requests(millions: float):
     return Requests(flat, starts, np.ones(len(lengths), dtype=np.int32))
 
 
-def measure(millions: float) -> dict:
+def measure(millions: float, dense: bool) -> dict:
     from ddp_eval.packing import CostModel, build_pack, plan_packs
 
     requests = make_requests(millions)
     cost = CostModel(
-        enough=1.2e15, forward=16 * 3e10, token=2e9, pair=4 * 2048 * 16, read=2 * 2048 * 128e3, slowdown=2, dense=False
+        enough=1.2e15, forward=16 * 3e10, token=2e9, pair=4 * 2048 * 16, read=2 * 2048 * 128e3, slowdown=2, dense=dense
     )
     before, highest, done = rss(), [0], threading.Event()
 
@@ -89,32 +95,39 @@ def measure(millions: float) -> dict:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.thread_time()
     plan, _ = plan_packs(requests, cost, 8192)
-    elapsed_s = time.perf_counter() - started
+    elapsed_s, cpu_s = time.perf_counter() - started, time.thread_time() - started_cpu
     done.set()
     watcher.join()
-    loads = np.diff(plan.token_starts).astype(float)  # ascending cost; tokens are most of it
     started = time.perf_counter()
-    for index in range(min(20, plan.num_packs)):
-        build_pack(plan, index)
-    build_s = (time.perf_counter() - started) / min(20, plan.num_packs)
+    packs = [build_pack(plan, index) for index in range(plan.num_packs)]
+    build_s = (time.perf_counter() - started) / plan.num_packs
+    costs = np.array([cost_of(pack, cost) for pack in packs])
     return {
+        "dense": dense,
         "tokens": int(requests.starts[-1]),
         "requests": len(requests),
         "plan_s": elapsed_s,
+        "plan_cpu_s": cpu_s,
         "extra_bytes_over_token_bytes": (highest[0] - before) / requests.tokens.nbytes,
         "packs": plan.num_packs,
         "planned_tokens": len(plan.tokens),
         "build_pack_s": build_s,
-        "busiest_over_mean": {ranks: busiest(loads, ranks) for ranks in RANKS if ranks <= plan.num_packs},
+        "busiest_over_mean": {ranks: busiest(costs, ranks) for ranks in RANKS if ranks <= plan.num_packs},
     }
 
 
-def busiest(loads: np.ndarray, ranks: int) -> float:
-    """Load of the busiest rank over the mean, with the sampler's repeats counted as work."""
-    dealt = np.resize(loads, math.ceil(len(loads) / ranks) * ranks).reshape(-1, ranks)
-    return float(dealt.sum(axis=0).max() / (loads.sum() / ranks))
+def cost_of(pack: Pack, cost: CostModel) -> float:
+    """A pack's cost, by its tokens as they are laid out."""
+    pairs = len(pack) ** 2.0 if cost.dense and not pack.is_chain else float((pack.depth + 1.0).sum())
+    return cost.forward + cost.token * len(pack) + cost.slowdown * cost.pair * pairs + cost.read * len(pack.reads)
+
+
+def busiest(costs: np.ndarray, ranks: int) -> float:
+    """Load of the busiest rank over the mean, with the sampler's repeats counted as work. costs: (P,), ascending."""
+    dealt = np.resize(costs, math.ceil(len(costs) / ranks) * ranks).reshape(-1, ranks)
+    return float(dealt.sum(axis=0).max() / (costs.sum() / ranks))
 
 
 def rss() -> int:
@@ -125,30 +138,50 @@ def rss() -> int:
 def format_report(rows: list[dict]) -> str:
     from ddp_eval.machine import describe_hardware
 
-    slopes = [math.log(b["plan_s"] / a["plan_s"]) / math.log(b["tokens"] / a["tokens"]) for a, b in itertools.pairwise(rows)]
+    slopes = {
+        kernel: ", ".join(f"{slope(a, b):.2f}" for a, b in itertools.pairwise(row for row in rows if kernel_of(row) == kernel))
+        for kernel in dict.fromkeys(map(kernel_of, rows))
+    }
     cpu = describe_hardware()["cpu"]
     return "\n".join(
         [
-            f"{time.strftime('%Y-%m-%d')}, one core of {cpu}, Python {platform.python_version()}, numpy {np.__version__}.",
+            f"{time.strftime('%Y-%m-%d')}, one core of {cpu}, Python {platform.python_version()}, numpy {np.__version__}. "
+            f"Load at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; above 1, the machine was shared.",
             "Command: `python scripts/bench_planner.py --out benchmarks/planner`",
             "",
-            "| tokens | requests | plan, s | extra memory over the tokens' bytes | packs | tokens planned | build a pack, ms |",
-            "|---|---|---|---|---|---|---|",
+            "| kernel | tokens | requests | plan, s | of the processor | extra memory over the tokens' bytes | packs "
+            "| tokens planned | build a pack, ms |",
+            "|---|---|---|---|---|---|---|---|---|",
             *(
-                f"| {row['tokens']:,} | {row['requests']:,} | {row['plan_s']:.2f} | {row['extra_bytes_over_token_bytes']:.2f} | "
-                f"{row['packs']:,} | {row['planned_tokens']:,} | {row['build_pack_s'] * 1e3:.1f} |"
+                f"| {kernel_of(row)} | {row['tokens']:,} | {row['requests']:,} | {row['plan_s']:.2f} | {row['plan_cpu_s']:.2f} "
+                f"| {row['extra_bytes_over_token_bytes']:.2f} | {row['packs']:,} | {row['planned_tokens']:,} "
+                f"| {row['build_pack_s'] * 1e3:.1f} |"
                 for row in rows
             ),
             "",
-            f"Time grows as tokens to the power {', '.join(f'{slope:.2f}' for slope in slopes)} from step to step.",
+            *(
+                f"Processor time with a {name} kernel grows as tokens to the power {powers} from step to step."
+                for name, powers in slopes.items()
+            ),
             "",
             "Busiest rank over the mean:",
             "",
-            f"| tokens | {' | '.join(map(str, RANKS))} ranks |",
-            f"|---|{'---|' * len(RANKS)}",
-            *(f"| {row['tokens']:,} | {' | '.join(_show_load(row, ranks) for ranks in RANKS)} |" for row in rows),
+            f"| kernel | tokens | {' | '.join(map(str, RANKS))} ranks |",
+            f"|---|---|{'---|' * len(RANKS)}",
+            *(
+                f"| {kernel_of(row)} | {row['tokens']:,} | {' | '.join(_show_load(row, ranks) for ranks in RANKS)} |"
+                for row in rows
+            ),
         ]
     )
+
+
+def slope(before: dict, after: dict) -> float:
+    return math.log(after["plan_cpu_s"] / before["plan_cpu_s"]) / math.log(after["tokens"] / before["tokens"])
+
+
+def kernel_of(row: dict) -> str:
+    return "dense" if row["dense"] else "tree"
 
 
 def _show_load(row: dict, ranks: int) -> str:
@@ -163,13 +196,16 @@ def plot(rows: list[dict], path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    left.loglog([row["tokens"] for row in rows], [row["plan_s"] for row in rows], "o-")
-    left.set(xlabel="tokens of all requests", ylabel="seconds to plan, one core")
+    for dense, group in itertools.groupby(rows, lambda row: row["dense"]):
+        tokens, seconds = zip(*((row["tokens"], row["plan_cpu_s"]) for row in group), strict=True)
+        left.loglog(tokens, seconds, "o-", label=kernel_of({"dense": dense}))
+    left.set(xlabel="tokens of all requests", ylabel="processor seconds to plan")
+    left.legend()
     for row in rows:
         points = {int(ranks): value for ranks, value in row["busiest_over_mean"].items()}
-        right.semilogx(list(points), list(points.values()), "o-", base=2, label=f"{row['tokens'] / 1e6:.0f} M tokens")
+        right.semilogx(list(points), list(points.values()), "o-", base=2, label=f"{kernel_of(row)}, {row['tokens'] / 1e6:.0f} M")
     right.set(xlabel="ranks", ylabel="busiest rank over mean")
-    right.legend()
+    right.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 

@@ -3,9 +3,10 @@
 
     python scripts/bench_ranks.py --ranks 1,2 --repeats 3 --out benchmarks/NAME -- --model_args pretrained=PATH --tasks T …
 
-What follows -- goes to ddp_eval. Runs alternate; medians are reported. `scoring` is what ranks share: the forward phase and the
-gather; `wall` is the whole command, imports, weights, prompts and metrics included. With --first_forward the same flags go to
-`python -m lm_eval` too, and both are stopped at the model's first forward.
+What follows -- goes to ddp_eval. Runs alternate; medians are reported. `scoring` is what ranks share, up to the last result of
+the slowest; `wall` is the whole command, and `start-up` the share of it that is neither scoring nor metrics: launcher, imports,
+prompts, weights, plan. With --first_forward the same flags go to `python -m lm_eval` too, and both are stopped at the model's
+first forward.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from sides import cut  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -74,8 +77,21 @@ def measure_run(ranks: str, flags: list[str]) -> dict[str, Any]:
         if done.returncode:
             sys.exit(done.stderr)
         facts = json.loads(Path(f"{directory}/run/results.json").read_text())["ddp_eval"]
-    phases = facts["phases_s"]
-    return {"wall": wall_s, "scoring": phases["forward"] + phases["gather"], "packs": facts["packs"]}
+    return {**share_out(wall_s, facts["phases_s"]), "packs": facts["packs"]}
+
+
+def scoring_s(phases_s: dict[str, float]) -> float:
+    """Seconds from the first pack to the last result of all ranks, by the leader: it waits for other stages and slower ranks.
+
+    The moments that it waits for them at the start are counted too.
+    """
+    return phases_s["forward"] + phases_s.get("wait", 0.0) + phases_s["gather"]
+
+
+def share_out(wall_s: float, phases_s: dict[str, float]) -> dict[str, float]:
+    """Of a command of `wall_s` seconds and its leader's phases: what ranks share, and what comes before and behind."""
+    scoring = scoring_s(phases_s)
+    return {"wall": wall_s, "scoring": scoring, "start-up": wall_s - scoring - phases_s.get("score", 0.0)}
 
 
 def measure_start(module: str, flags: list[str]) -> dict[str, Any]:
@@ -94,6 +110,8 @@ def format_report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespac
     keys = [key for key in next(iter(runs.values()))[0] if key != "packs"]
     medians = {name: {key: statistics.median(run[key] for run in seen) for key in keys} for name, seen in runs.items()}
     first = next(iter(medians.values()))
+    timed = [key for key in keys if key != "start-up"]
+    heads = ["side" if args.first_forward else "ranks", *(f"{key}, s | times" for key in timed), *keys[len(timed) :]]
     # Where this machine keeps its files is of no use to others.
     flags = re.sub(r"(^|[ =])/\S*/", r"\1", " ".join(args.flags))
     packages = ", ".join(f"{name} {version}" for name, version in describe_packages().items())
@@ -102,14 +120,17 @@ def format_report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespac
             f"{time.strftime('%Y-%m-%d')}. Hardware: {json.dumps(describe_hardware())}. Packages: {packages}.",
             f"Flags: `{flags}`; one thread a rank; medians of {args.repeats}.",
             "",
-            f"| {'side' if args.first_forward else 'ranks'} | {' | '.join(f'{key}, s | times' for key in keys)} |",
-            f"|---|{'---|---|' * len(keys)}",
-            *(
-                f"| {name} | {' | '.join(f'{row[key]:.1f} | {first[key] / row[key]:.2f}' for key in keys)} |"
-                for name, row in medians.items()
-            ),
+            f"| {' | '.join(heads)} |",
+            f"|---|{'---|---|' * len(timed)}{'---|' * (len(keys) - len(timed))}",
+            *(f"| {' | '.join([name, *format_medians(row, first)])} |" for name, row in medians.items()),
         ]
     )
+
+
+def format_medians(row: dict[str, float], first: dict[str, float]) -> list[str]:
+    """Cells of a row: seconds and how many times sooner than the first row; start-up as a share of the whole command."""
+    cells = [f"{row[key]:.1f} | {cut(first[key] / row[key])}" for key in row if key != "start-up"]
+    return [*cells, f"{row['start-up'] / row['wall']:.1%}"] if "start-up" in row else cells
 
 
 if __name__ == "__main__":

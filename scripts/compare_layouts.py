@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_ranks import scoring_s  # beside this file
+from sides import cut
 
 from ddp_eval import machine, results
 
@@ -140,13 +142,8 @@ def compare(one: dict[str, Any], other: dict[str, Any], exact: bool) -> dict[str
         "largest_relative_metric_difference": float(worst),
         "agrees": agrees and not flipped,
         "wall_s": round(other["wall_s"], 1),
-        "forward_s": round(of_packs_s(other["phases_s"]), 2),
+        "scoring_s": round(scoring_s(other["phases_s"]), 2),
     }
-
-
-def of_packs_s(phases_s: dict[str, float]) -> float:
-    """Seconds from the first pack to the last of all ranks, by the leader: it waits for other stages, and for slower ranks."""
-    return phases_s["forward"] + phases_s.get("wait", 0.0)
 
 
 def chosen(scores: Any, sums: Any) -> dict[tuple[str, int], int]:
@@ -192,7 +189,7 @@ def compare_speed(options: argparse.Namespace, scratch: Path) -> list[dict[str, 
         for layout, ranks in (("replicas", 1), ("layers:2", 2)):
             flags = ["--model_args", options.model_args, "--layout", layout]
             outcome = run(options, sys.executable, ranks, flags, scratch / f"{layout}{turn}")
-            seconds[layout].append(of_packs_s(outcome["phases_s"]) + outcome["phases_s"]["gather"])
+            seconds[layout].append(scoring_s(outcome["phases_s"]))
             packs = outcome["packs"]
             print(f"{layout}: {seconds[layout][-1]:.2f} s", file=sys.stderr, flush=True)
     one = statistics.median(seconds["replicas"])
@@ -207,7 +204,7 @@ def describe_speed(rows: list[dict[str, Any]]) -> str:
     lines = ["| layout | packs | seconds | median | times one rank |", "|---|---|---|---|---|"]
     for row in rows:
         taken = ", ".join(f"{value:.2f}" for value in row["seconds"])
-        lines.append(f"| {row['layout']} | {row['packs']} | {taken} | {row['median_s']:.2f} s | {row['times']:.2f} |")
+        lines.append(f"| {row['layout']} | {row['packs']} | {taken} | {row['median_s']:.2f} s | {cut(row['times'])} |")
     return "\n".join(lines)
 
 

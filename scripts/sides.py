@@ -1,6 +1,7 @@
 """Two sides, ddp_eval and lm_eval's own HF backend, each in a process of its own with the loaded model, asked in turn.
 
-What bench.py and bench_generation.py share: the processes, the clocks around a model's answers, and the words on conditions.
+What bench.py and bench_generation.py share: the processes, the clocks around a model's answers, and the words on conditions and
+ratios.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import multiprocessing
 import platform
 import shlex
@@ -184,6 +186,15 @@ def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> di
         "packages": describe_packages(),
         "python": platform.python_version(),
     }
+
+
+def cut(value: float, digits: int = 3) -> str:
+    """As text that says no more than was measured, whatever floor it is held against.
+
+    >>> cut(1.19963)
+    '1.199'
+    """
+    return f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}"
 
 
 def format_conditions(conditions: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
-"""scripts/bench.py counts the work that no implementation can avoid; bench_ablation.py takes each idea away."""
+"""What scripts/bench.py and its kin count and print."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,8 @@ from ddp_eval.packing import CostModel, requests_from_lists
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench
 import bench_ablation
+import bench_ranks
+import sides
 
 
 def test_useful_work_of_many_requests_by_hand():
@@ -51,3 +54,23 @@ def test_every_idea_can_be_taken_away(tiny_model):
     tokens = {name: bench_ablation.run_variant(name, model, device, requests)[1] for name in bench_ablation.COLUMNS}
     assert tokens["padded"] == tokens["reads only"] == 4 * 32
     assert tokens["choices"] == 2 * (31 + 2) and tokens["few-shot"] == tokens["blocks"] == 29 + 2 * (2 + 2)
+
+
+def test_no_figure_passes_a_floor_that_the_measurement_did_not():
+    """Catches 1.1963 printed as 1.20 where 1.2 is asked for."""
+    assert [sides.cut(value) for value in (1.1963, 1.19999, 1.2, 12.0)] == ["1.196", "1.199", "1.200", "12.000"]
+    assert sides.cut(79.97, 1) == "79.9"
+
+
+def test_waiting_for_a_slower_rank_is_part_of_scoring():
+    """Catches a rank that is done early and so makes the run look quicker than it was, and a start that nobody is told of."""
+    phases = {"start": 3.0, "tasks": 1.0, "forward": 60.0, "wait": 15.0, "gather": 1.0, "score": 2.0}
+    one, two = bench_ranks.share_out(120.0, {"forward": 112.0, "gather": 0.0}), bench_ranks.share_out(84.0, phases)
+    assert two == {"wall": 84.0, "scoring": 76.0, "start-up": 6.0}
+    table = bench_ranks.format_report({"1": [one], "2": [two]}, argparse.Namespace(first_forward=False, flags=[], repeats=1))
+    assert table.splitlines()[-4:] == [
+        "| ranks | wall, s | times | scoring, s | times | start-up |",
+        "|---|---|---|---|---|---|",
+        "| 1 | 120.0 | 1.000 | 112.0 | 1.000 | 6.7% |",
+        "| 2 | 84.0 | 1.428 | 76.0 | 1.473 | 7.1% |",
+    ]

@@ -177,7 +177,8 @@ def test_a_model_that_decodes_wrongly_is_found_out() -> None:
     assert "batched and plain runs differ" in str(HFEngine(model, CPU).why_not_batches)
 
 
-def test_slots_are_halved_when_memory_is_short(load: Callable[[str], HFEngine], tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize("run_out", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: ...")])
+def test_slots_are_halved_when_memory_is_short(run_out: Exception, load: Callable[[str], HFEngine], tiny_tokenizer: Any) -> None:
     """Catches a run that ends where fewer rows at once would do, and one that goes on for ever."""
     engine = load("llama")
     prompts = Prompts([np.arange(2, 9 + n) for n in range(8)], [0] * 8, [6] * 8, [0] * 8, [Settings((), {})], ["task"] * 8)
@@ -186,7 +187,7 @@ def test_slots_are_halved_when_memory_is_short(load: Callable[[str], HFEngine], 
 
     def refuse(batch: Any, *rest: Any) -> Any:
         if batch.slots > room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise run_out
         return generate(batch, *rest)
 
     world = World(0, 0, 1, CPU)

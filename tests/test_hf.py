@@ -7,6 +7,7 @@ import functools
 import inspect
 import shutil
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,62 @@ def test_chains_equal_plain_forwards(kind: str, tiny_model: Callable[..., Any], 
         answers, expected = run(engine, plan, item_of_request), [tiny_models.score_plainly(model, *each) for each in requests]
         assert [value for value, _ in answers] == pytest.approx([value for value, _ in expected], abs=TOLERANCE_NATS)
         assert [flag for _, flag in answers] == [flag for _, flag in expected]
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_transformers_looks_for_no_second_sequence(
+    rows: bool, tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a search among the positions of a pack without a mask, whose answer a GPU's launch has to wait for."""
+    engine, found = load(tiny_model_path("llama"), attn_implementation="sdpa"), []
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", found.append)
+    requests = to_requests([([1, 2, 3, 4, 5], 2)])
+    plan, item_of_request = plan_rows(requests, 60) if rows else plan_packs(requests, ONE_PACK, 60)
+    assert build_pack(plan, 0).is_chain
+    run(engine, plan, item_of_request)
+    assert not found
+    engine.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+    assert found, "the name has changed"
+
+
+def test_what_goes_to_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a copy from pageable memory, which waits for the pack under way whatever `non_blocking` says."""
+    pinned, sent = torch.zeros(3), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: sent.append((tensor, args, kwargs)))
+    hf.HFEngine._to_device(types.SimpleNamespace(device=torch.device("cuda", 0)), np.arange(3))  # type: ignore[arg-type]
+    ((tensor, args, kwargs),) = sent
+    assert tensor is pinned and args == (torch.device("cuda", 0),) and kwargs == {"non_blocking": True}
+
+
+def test_results_set_out_behind_their_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches results fetched from a GPU when they are asked for: they come once the next pack, launched meanwhile, is done."""
+    happened: list[Any] = []
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+        def __init__(self, values: list[Any]) -> None:
+            self.values = torch.tensor(values)
+
+        def to(self, device: str, non_blocking: bool) -> torch.Tensor:
+            happened.append(("copy", device, non_blocking))
+            return self.values
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            happened.append(("record", stream))
+
+        def synchronize(self) -> None:
+            happened.append("synchronize")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    pack = build_pack(plan_packs(to_requests([([1, 2, 3], 2)]), ONE_PACK, 60)[0], 0)
+    launched = hf.send_back(pack, OnGpu([-1.0, -2.0]), OnGpu([True, True]))  # type: ignore[arg-type]
+    assert happened == [("copy", "cpu", True), ("copy", "cpu", True), ("record", "stream of cuda:0")]
+    sums, greedy = hf.sum_answers(launched)
+    assert happened[3:] == ["synchronize"] and (sums.tolist(), greedy.tolist()) == ([-3.0], [True])
 
 
 def test_hits_are_argmax() -> None:

@@ -127,7 +127,7 @@ def cost_of(pack: Pack, cost: CostModel) -> float:
     pairs = float((pack.depth.astype(np.int64) + 1).sum())
     if cost.dense and not pack.is_chain:
         pairs = float(len(pack)) ** 2
-    return cost.forward + cost.token * len(pack) + cost.pair * pairs + cost.read * len(pack.reads)
+    return cost.forward + cost.token * len(pack) + cost.slowdown * cost.pair * pairs + cost.read * len(pack.reads)
 
 
 def test_worked_example() -> None:
@@ -242,9 +242,9 @@ def cheapest_cut(requests: list[Request], cost: CostModel, max_tokens: int, max_
 def test_cut_is_the_cheapest(requests: list[Request], cost: CostModel, max_tokens: int) -> None:
     """Catches a plan that is right but dear: a wrong price of a head or of a branchless pack, a limit applied early.
 
-    Under a dense mask: without one, packs may also be evened out for the sake of many ranks.
+    Of little work: of more, packs may also be evened out for the sake of many ranks.
     """
-    cost = dataclasses.replace(cost, dense=True)
+    cost = dataclasses.replace(cost, enough=1e12)
     plan, _ = plan_packs(to_requests(requests), cost, max_tokens)
     paid = sum(cost_of(build_pack(plan, index), cost) for index in range(plan.num_packs))
     assert paid == pytest.approx(cheapest_cut(requests, cost, max_tokens))
@@ -254,10 +254,32 @@ def test_cut_is_the_cheapest(requests: list[Request], cost: CostModel, max_token
 @given(families(), cost_models, st.sampled_from([1.0, 10.0]), st.integers(1, 6))
 def test_cut_is_the_cheapest_where_reads_count(requests: list[Request], cost: CostModel, read: float, max_reads: int) -> None:
     """Catches reads that are priced or limited wrongly, among them those that two requests share."""
-    cost = dataclasses.replace(cost, read=read, dense=True)
+    cost = dataclasses.replace(cost, read=read, enough=1e12)
     plan, _ = plan_packs(to_requests(requests), cost, NO_LIMIT, max_reads)
     paid = sum(cost_of(build_pack(plan, index), cost) for index in range(plan.num_packs))
     assert paid == pytest.approx(cheapest_cut(requests, cost, NO_LIMIT, max_reads))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_eight_ranks_are_evenly_busy(dense: bool, seed: int) -> None:
+    """Catches a way of cutting that leaves ranks waiting: of 1,000 requests or more, none has over 2% more than the mean.
+
+    Contexts with four continuations each, on a model of 8 B parameters on a GPU.
+    """
+    random = np.random.default_rng(seed)
+    requests: list[Request] = []
+    for _ in range(300):
+        context = random.integers(0, 9999, random.integers(20, 120)).tolist()
+        tails = [random.integers(0, 9999, random.integers(12, 50)).tolist() for _ in range(4)]
+        requests += [(tuple(context + tail), len(tail)) for tail in tails]
+    cost = CostModel(
+        enough=1.2e15, forward=9.6e11, token=1.4e10, pair=4.0 * 4096 * 32, read=2.0 * 4096 * 128256, slowdown=2, dense=dense
+    )
+    plan, _ = plan_packs(to_requests(requests), cost, 8192)
+    costs = np.array([cost_of(build_pack(plan, index), cost) for index in range(plan.num_packs)])
+    loads = [costs[rank::8].sum() for rank in range(8)]
+    assert max(loads) <= 1.02 * np.mean(loads)
 
 
 def test_oversized_request_gets_a_pack_of_its_own() -> None:

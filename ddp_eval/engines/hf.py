@@ -25,7 +25,7 @@ from ddp_eval import attention, blocks, hub
 from ddp_eval.distributed import World
 from ddp_eval.engines import adapters, quantised, slices
 from ddp_eval.engines.last_layer import LastLayer
-from ddp_eval.errors import UserError, one_line
+from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.generation import Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
@@ -56,7 +56,7 @@ LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one g
 
 @dataclasses.dataclass
 class Launched:
-    """A forward pass under way: its pack and, still on the device, (A,) log-probabilities and hits.
+    """A forward pass under way: its pack and (A,) log-probabilities and hits, which are here once `arrived` has come.
 
     hits: (A,) whether each was the argmax; behind an item's first miss they may all be False.
     """
@@ -64,6 +64,7 @@ class Launched:
     pack: Pack
     logprobs: torch.Tensor
     hits: torch.Tensor
+    arrived: torch.cuda.Event | None = None
 
 
 class HFEngine:
@@ -313,7 +314,7 @@ class HFEngine:
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         # A caller's autocast would change the numbers from run to run of a training loop's settings.
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), _one_sequence_a_row():
             self._forget_lengths()
             yield
 
@@ -401,10 +402,31 @@ class HFEngine:
             logprobs.append(log_softmax_at(logits, *wanted))
             hits.append(find_hits(logits, *wanted, pack.answer_items[order][start:stop]))
         back = self._to_device(np.argsort(order, kind="stable"))
-        return Launched(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
+        return send_back(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(array.astype(np.int64, copy=False))
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # from other memory a copy waits for what the device is at
+        return tensor.to(self.device, non_blocking=True)
+
+
+def send_back(pack: Pack, logprobs: torch.Tensor, hits: torch.Tensor) -> Launched:
+    """Have the results set out behind their own forward: fetched later, they would wait for the next pack's too."""
+    launched = Launched(pack, logprobs.to("cpu", non_blocking=True), hits.to("cpu", non_blocking=True))
+    if logprobs.device.type == "cuda":
+        launched.arrived = torch.cuda.Event()
+        launched.arrived.record(torch.cuda.current_stream(logprobs.device))
+    return launched
+
+
+@contextlib.contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Where it is given no mask, transformers (5.23) looks at positions for a second sequence, which has a GPU wait. None is."""
+    from transformers import masking_utils
+
+    with unittest.mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None, create=True):
+        yield
 
 
 @contextlib.contextmanager
@@ -412,7 +434,9 @@ def without_halves(world: World, pack: Pack) -> Iterator[None]:
     """For ranks that share a replica: one alone cannot run a pack in halves when memory is short. Raises UserError then."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "
             f"{len(pack.reads)} of them scored: give --max_pack_tokens {max(1, len(pack) // 2)}"
@@ -429,8 +453,10 @@ def _agree(parts: torch.Tensor, whole: torch.Tensor) -> bool:
 
 def sum_answers(launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """(items,) log-probabilities in nats, added up in float64, and (items,) whether every scored token was the argmax."""
-    logprobs = launched.logprobs.cpu().numpy().astype(np.float64)
-    hits = launched.hits.cpu().numpy()
+    if launched.arrived is not None:
+        launched.arrived.synchronize()
+    logprobs = launched.logprobs.numpy().astype(np.float64)
+    hits = launched.hits.numpy()
     owner, count = launched.pack.answer_items, len(launched.pack.items)
     sums = np.bincount(owner, weights=logprobs, minlength=count).astype(np.float64)
     misses = np.bincount(owner, weights=~hits, minlength=count)

@@ -126,7 +126,8 @@ class Seq2SeqEngine:
         """logits: (A, V), in the order of the pack's answers."""
         rows = torch.arange(len(logits), device=self.device)
         targets = torch.from_numpy(pack.answer_targets).to(self.device)
-        return Launched(pack, hf.log_softmax_at(logits, rows, targets), hf.find_hits(logits, rows, targets, pack.answer_items))
+        logprobs, hits = hf.log_softmax_at(logits, rows, targets), hf.find_hits(logits, rows, targets, pack.answer_items)
+        return hf.send_back(pack, logprobs, hits)
 
     def collect(self, launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""

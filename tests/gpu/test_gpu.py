@@ -1,13 +1,15 @@
-"""The CUDA paths: flex_attention and masked sdpa against plain rows, and the same scores as on the CPU."""
+"""The CUDA paths: flex_attention, masked sdpa and chains against plain rows, launches that wait for nothing, short memory."""
 
 import numpy as np
 import pytest
 import torch
 
-from ddp_eval import demo, packing, preflight
+from ddp_eval import demo, execution, packing, preflight
 from ddp_eval.config import Config
+from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.planning import check_packs
+from ddp_eval.protocol import Work
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +53,91 @@ def test_packs_equal_plain_rows(requests, dtype, model_args, implementation):
     packed = score(engine, *packing.plan_packs(requests, engine.cost_model(), max_tokens=512))
     plain = score(engine, *packing.plan_rows(requests, max_tokens=1))
     np.testing.assert_allclose(packed, plain, atol=1e-3 if dtype == "float32" else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "model_args"),
+    [
+        ("float32", {}),
+        ("float32", {"attn_implementation": "eager"}),
+        ("bfloat16", {}),
+        ("bfloat16", {"attn_implementation": "flex_attention"}),
+    ],
+)
+def test_chains_equal_plain_rows(requests, dtype, model_args):
+    """A pack without branches, which has no mask: positions or padding that the kernels read otherwise."""
+    engine = load(dtype, **model_args)
+    chains = packing.plan_packs(requests, engine.cost_model(), max_tokens=1)
+    assert all(packing.build_pack(chains[0], index).is_chain for index in range(chains[0].num_packs))
+    plain = score(engine, *packing.plan_rows(requests, max_tokens=1))
+    np.testing.assert_allclose(score(engine, *chains), plain, atol=1e-3 if dtype == "float32" else 0.5)
+
+
+@pytest.mark.parametrize("planner", [packing.plan_rows, lambda some, most: packing.plan_packs(some, packing.CostModel(), most)])
+def test_a_launch_waits_for_nothing(requests, planner):
+    """A value asked of the device within a launch: the next pack is then prepared only when this one is done."""
+    engine = load("bfloat16")
+    plan, _ = planner(requests, 1)
+    packs = [packing.build_pack(plan, index) for index in range(2)]
+    engine.collect(engine.launch(packs[0]))  # asks the model what it can do, once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = [engine.launch(pack) for pack in packs]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.isfinite(np.concatenate([engine.collect(one)[0] for one in launched])).all()
+
+
+def test_results_do_not_wait_for_the_next_pack(requests):
+    """Results fetched behind the pack that was launched meanwhile: the device then idles until another is launched."""
+    engine = load("bfloat16")
+    plan, _ = packing.plan_packs(requests, engine.cost_model(), max_tokens=200)
+    alone = [engine.collect(engine.launch(packing.build_pack(plan, index)))[0] for index in range(2)]
+    first, second = (engine.launch(packing.build_pack(plan, index)) for index in range(2))
+    torch.cuda._sleep(2 * 10**9)  # cycles, about a second: the rest of the second pack
+    np.testing.assert_array_equal(engine.collect(first)[0], alone[0])
+    assert not torch.cuda.current_stream().query(), "the second pack is still under way"
+    np.testing.assert_array_equal(engine.collect(second)[0], alone[1])
+
+
+def test_packs_launched_ahead_keep_their_results(requests):
+    """Results of two packs under way at once that are swapped, or overwritten by the later one."""
+    engine = load("float32")
+    plan, _ = packing.plan_packs(requests, engine.cost_model(), max_tokens=200)
+    assert engine.launches_ahead and plan.num_packs > 2
+    world = World(0, 0, 1, engine.device)
+    gathered = execution.run_plan(world, engine, Work(plan, np.arange(plan.num_packs), "ahead", silent=True))
+    sums, _, _ = execution.fill_slots(gathered.rows, plan.num_items)
+    np.testing.assert_allclose(sums, score(engine, plan, np.arange(plan.num_items)), atol=1e-5)
+
+
+def test_packs_are_halved_when_memory_is_short():
+    """A pack that does not fit the card: its pieces must fit and come to the same numbers."""
+    engine = load("float32")  # with a dense mask, whose size goes by the square of the pack
+    generator = np.random.default_rng(0)
+    sequences = [generator.integers(1, 2000, 200).tolist() for _ in range(40)]
+    plan, _ = packing.plan_one_tree(packing.requests_from_lists(sequences, [5] * 40))
+    pack = packing.build_pack(plan, 0)
+    assert engine.tree_attention == "sdpa" and not pack.is_chain
+    world = World(0, 0, 1, engine.device)
+    engine.collect(engine.launch(packing.halve(pack)[0]))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    (whole,) = execution._launch(world, engine, pack)
+    expected = engine.collect(whole)[0]
+    needed = torch.cuda.max_memory_allocated()
+    del whole
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(engine.device).total_memory
+    torch.cuda.set_per_process_memory_fraction((before + 0.7 * (needed - before)) / total)
+    try:
+        pieces = execution._launch(world, engine, pack)
+        sums = np.concatenate([engine.collect(piece)[0] for piece in pieces])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(pieces) > 1
+    np.testing.assert_allclose(sums, expected, atol=1e-3)
 
 
 def test_check_packs_sees_a_wrong_mask_in_bfloat16(requests, monkeypatch):

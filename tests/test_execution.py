@@ -1,0 +1,80 @@
+"""Packs and batches that do not fit the memory, and results on their way back from a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddp_eval import execution
+from ddp_eval.distributed import World
+from ddp_eval.engines import hf
+from ddp_eval.errors import UserError
+from ddp_eval.packing import Pack, build_pack, plan_one_tree, requests_from_lists
+
+CPU = torch.device("cpu")
+ALONE = World(0, 0, 1, CPU)
+
+
+def run_out_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+SHORTAGES = [run_out_on_a_gpu, lambda: torch.empty(2**50), lambda: np.empty(2**50)]
+
+
+@pytest.fixture
+def pack() -> Pack:
+    """Eight questions behind one prefix."""
+    random = np.random.default_rng(0)
+    prefix = random.integers(0, 400, 30).tolist()
+    sequences = [prefix + random.integers(0, 400, 9).tolist() for _ in range(8)]
+    return build_pack(plan_one_tree(requests_from_lists(sequences, [5] * 8))[0], 0)
+
+
+@pytest.mark.parametrize("run_out", SHORTAGES, ids=["gpu", "cpu", "numpy"])
+def test_packs_are_halved_when_memory_is_short(
+    run_out: Callable[[], Any], pack: Pack, tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a shortage on a CPU, for which torch has no class, that ends the run where halves would do."""
+    engine = hf.HFEngine(tiny_model("llama"), CPU)
+    whole, _ = engine.collect(engine.launch(pack))
+    launch, room = engine.launch, 60
+
+    def launch_in(room: int) -> Callable[[Pack], Any]:
+        return lambda some: launch(some) if len(some) <= room else run_out()
+
+    monkeypatch.setattr(engine, "launch", launch_in(room))
+    pieces = execution._launch(ALONE, engine, pack)
+    assert len(pieces) == 3
+    np.testing.assert_allclose(np.concatenate([engine.collect(piece)[0] for piece in pieces]), whole, atol=1e-4)
+    monkeypatch.setattr(engine, "launch", launch_in(10))
+    with pytest.raises(UserError, match="rank 0 ran out of memory on cpu with a single request of 38 tokens, 5 of them scored"):
+        execution._launch(ALONE, engine, pack)
+
+
+@pytest.mark.parametrize("run_out", SHORTAGES, ids=["gpu", "cpu", "numpy"])
+def test_shared_replicas_say_what_would_fit(run_out: Callable[[], Any], pack: Pack) -> None:
+    """Catches a traceback where halving is not possible."""
+    sentence = "rank 0 ran out of memory on cpu in a pack of 94 tokens, 40 of them scored: give --max_pack_tokens 47"
+    with pytest.raises(UserError, match=sentence), hf.without_halves(ALONE, pack):
+        run_out()
+
+
+def test_other_errors_are_no_shortage(pack: Pack, tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a defect that is taken for a shortage, and halved until single requests are left."""
+    engine, launched = hf.HFEngine(tiny_model("llama"), CPU), []
+
+    def fail(some: Pack) -> None:
+        launched.append(some)
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(engine, "launch", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        execution._launch(ALONE, engine, pack)
+    assert len(launched) == 1
+    with pytest.raises(RuntimeError, match="shapes"), hf.without_halves(ALONE, pack):
+        fail(pack)

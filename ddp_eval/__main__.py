@@ -99,8 +99,6 @@ def _run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspe
 
 
 def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None) -> None:
-    import numpy as np
-
     from ddp_eval import distributed, preflight
 
     try:
@@ -108,19 +106,22 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
         watch.step(watch.WAITING)
         checks = preflight.check_if_due(config)
         world = distributed.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
-        checks = checks or preflight.check_if_due(config)
-        with world.meter.phases("start"):
-            from ddp_eval.runner import run  # with transformers, which fails on a node with wrong packages: named by now
-
-        pids = distributed.all_gather_rows(world, np.array([[os.getpid()]]))[:, 0].tolist()
         store, local_ranks = distributed.common_store(world), distributed.local_ranks(world)
         watching.join_ranks(
-            world.rank, store, pids, local_ranks, config.timeout, functools.partial(distributed.report_once, shared=True)
+            world.rank, store, world.pids, local_ranks, config.timeout, functools.partial(distributed.report_once, shared=True)
         )
-        if checks is not None and config.preflight:
-            watching.stop()
-            _report_checks(checks, world)
-            return
+        checks = checks or preflight.check_if_due(config)
+        if checks is not None:
+            watch.step("trying an all-reduce")
+            speed = preflight.check_group(world)
+            if config.preflight:
+                watching.stop()
+                _report_checks(checks, speed, world)
+                return
+        watch.step("importing transformers")
+        with world.meter.phases("start"):
+            from ddp_eval.runner import run  # it fails on a node with wrong packages: named by now
+        watch.step("starting the run")
         if world.is_leader:
             for note in notes:
                 logging.getLogger("ddp_eval").warning(note)
@@ -152,11 +153,10 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
             print(f"ddp_eval: the run is in {config.output_path}")
 
 
-def _report_checks(checks: Passed, world: World) -> None:
-    """The end of --preflight: a line for each node, printed by rank 0 once the group works too."""
-    from ddp_eval import distributed, preflight
+def _report_checks(checks: Passed, speed: str, world: World) -> None:
+    """The end of --preflight: a line for each node, printed by rank 0."""
+    from ddp_eval import distributed
 
-    speed = preflight.check_group(world)
     distributed.leave_group(world)
     for line in checks.lines:
         print(line)

@@ -14,8 +14,10 @@ import contextlib
 import dataclasses
 import datetime
 import io
+import json
 import os
 import pickle
+import socket
 import sys
 import time
 import uuid
@@ -56,6 +58,7 @@ class World:
     borrowed: the process group belongs to the caller, and must be usable after a failure of ours.
     ranks_per_node: how many ranks share this machine.
     ranks_per_replica: how many neighbouring ranks hold one copy of the model (layout.py).
+    pids: the process of each rank on its machine; () in a borrowed group.
     meter: where this rank's time and bytes go.
     """
 
@@ -67,6 +70,7 @@ class World:
     borrowed: bool = False
     ranks_per_node: int = 1
     ranks_per_replica: int = 1
+    pids: tuple[int, ...] = ()
     meter: Meter = dataclasses.field(default_factory=Meter, compare=False, repr=False)
 
     @property
@@ -116,13 +120,17 @@ def can_exchange() -> bool:
 def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
     """Every rank's `text` in rank order, through the group's store, or the launcher's before the group is joined.
 
-    None for a rank that has given none in that time, and for all others where there is no common store.
+    None for a rank that has given none in that time, and for all others where there is no common store. Raises LostContact when
+    the store is lost with its host.
     """
     rank, world_size = launch_rank(), _environment_int("WORLD_SIZE", 1)
     texts: list[str | None] = [None] * world_size
     texts[rank] = text
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _agent_store()
-    return texts if store is None else exchange_through(store, rank, world_size, name, text, timeout_s)
+    if store is None:
+        return texts
+    with _naming_lost_ranks(f"exchanging {name}"):
+        return exchange_through(store, rank, world_size, name, text, timeout_s)
 
 
 def exchange_through(store: Any, rank: int, world_size: int, name: str, text: str, timeout_s: float) -> list[str | None]:
@@ -172,7 +180,8 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
 
     device: "cpu", "cuda" or None for CUDA where there is any. Each local rank takes the CUDA device of its number.
     timeout_s: how long to wait for the other ranks.
-    Raises UserError when the launcher's environment makes no sense or there are more local ranks than GPUs.
+    Raises UserError when the launcher's environment makes no sense or there are more local ranks than GPUs; LostContact when
+    another rank dies on its way here or does not come in time, naming it if torchrun shares its store.
     """
     rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     local_rank = _environment_int("LOCAL_RANK", 0)
@@ -189,7 +198,7 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     meter = Meter("start", process_age_s())
     if world_size == 1:
         meter.phases.switch("other")
-        return World(rank, local_rank, world_size, chosen, meter=meter)
+        return World(rank, local_rank, world_size, chosen, pids=(os.getpid(),), meter=meter)
     meter.phases.switch("join")
     needed = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if chosen.type == "cuda" else ("MASTER_ADDR", "MASTER_PORT")
     for name in needed:
@@ -201,14 +210,72 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    with _naming_lost_ranks("joining the process group"), meter.collective("all_reduce", 4, 4):
+    pids = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    in_time, joining = _naming_absent_ranks(rank, world_size, timeout_s), _naming_lost_ranks("joining the process group")
+    with in_time, joining, meter.collective("all_gather (processes)", 8, 8 * (world_size - 1)):
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
         # A rank that died on the way here is noticed now; setting up the next group would wait for LEADER_TIMEOUT.
-        dist.all_reduce(torch.zeros(1))
+        dist.all_gather(pids, torch.tensor([os.getpid()]))
     ranks_per_node = _environment_int("LOCAL_WORLD_SIZE", world_size)
-    world = World(rank, local_rank, world_size, chosen, _message_group(), ranks_per_node=ranks_per_node, meter=meter)
+    world = World(
+        rank,
+        local_rank,
+        world_size,
+        chosen,
+        _message_group(),
+        ranks_per_node=ranks_per_node,
+        pids=tuple(map(int, pids)),
+        meter=meter,
+    )
     meter.phases.switch("other")
     return world
+
+
+@contextlib.contextmanager
+def _naming_absent_ranks(rank: int, world_size: int, timeout_s: float) -> Iterator[None]:
+    """Make a LostContact that comes after `timeout_s` name the ranks that never came here."""
+    started = time.monotonic()
+    store = _agent_store()
+    if store is not None:
+        with contextlib.suppress(RuntimeError):
+            note_arrival(store, rank)
+    try:
+        yield
+    except LostContact as error:
+        waited_s = time.monotonic() - started
+        absent = ""
+        if store is not None and waited_s > 0.9 * timeout_s:
+            with contextlib.suppress(RuntimeError):
+                absent = name_absent(store, world_size)
+        if not absent:
+            raise
+        raise LostContact(
+            f"{absent} did not come to join the process group within {waited_s:.0f} s: look after that machine, then start it "
+            "again, or give a longer --timeout if starting may take so long"
+        ) from error
+
+
+def note_arrival(store: Any, rank: int) -> None:
+    """Tell those who may wait for others here that this rank has come, and which ranks share its machine."""
+    first = rank - launch_local_rank()
+    store.set(
+        f"ddp_eval/arrived/{rank}", json.dumps([socket.gethostname(), first, first + _environment_int("LOCAL_WORLD_SIZE", 1)])
+    )
+
+
+def name_absent(store: Any, world_size: int) -> str:
+    """The ranks that have not come, each with its machine as far as others there have told; "" if all have.
+
+    One that came before a restart of torchrun's passes for present: attempts are not counted alike on all nodes.
+    """
+    hosts, absent = {}, []
+    for rank in range(world_size):
+        if not store.check([f"ddp_eval/arrived/{rank}"]):
+            absent.append(rank)
+            continue
+        host, start, stop = json.loads(store.get(f"ddp_eval/arrived/{rank}"))
+        hosts.update(dict.fromkeys(range(start, stop), host))
+    return ", ".join(f"rank {rank} on {hosts.get(rank, 'a machine from which none has come')}" for rank in absent)
 
 
 def adopt_group(device: torch.device) -> World:
@@ -414,12 +481,13 @@ def report_once(message: str, shared: bool = False) -> None:
     shared: many ranks have this to say; if the store has died with its host, the first rank of each node does.
     """
     store = _error_store()
-    if store is None and 0 < launch_rank() < _environment_int("WORLD_SIZE", 1):
+    if store is None and not shared and 0 < launch_rank() < _environment_int("WORLD_SIZE", 1):
         return  # no common store: what is wrong with the command is wrong on rank 0 too
+    mine = not shared or launch_local_rank() == 0
     try:
-        mine = store is None or store.add("ddp_eval/error/claim", 1) == 1
+        mine = store.add("ddp_eval/error/claim", 1) == 1 if store is not None else mine
     except RuntimeError:
-        store, mine = None, not shared or launch_local_rank() == 0
+        store = None
     if mine:
         print(f"ddp_eval: {message}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):

@@ -197,7 +197,9 @@ def _own_journal(world: World, work: Work, journals: Journals | None) -> Iterato
     watch.use_journal(own)
     try:
         yield own
+        watch.step("closing the journal")
         own.close()
+        watch.step(watch.WAITING)
     finally:
         watch.use_journal(None)
 

@@ -59,20 +59,23 @@ class Lock:
 
     def release(self) -> None:
         self._released.set()
-        if self._is_mine():
+        if self._owns(self.path):
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         return self._place(self.path)
 
     def _place(self, path: Path) -> bool:
-        """A file that appears with its content: written aside, then linked, which fails where there is one already."""
+        """A file that appears with its content: written aside, then linked, which fails where there is one already.
+
+        Even if it is this very one: NFS repeats a link whose answer was lost.
+        """
         aside = self._write_aside()
         try:
             try:
                 os.link(aside, path)
             except FileExistsError:
-                return False
+                return self._owns(path)
             except OSError:  # a file system without hard links
                 try:
                     with open(path, "x") as file:
@@ -124,8 +127,8 @@ class Lock:
         finally:
             claim.unlink(missing_ok=True)
 
-    def _is_mine(self) -> bool:
-        holder, _ = _read(self.path)
+    def _owns(self, path: Path) -> bool:
+        holder, _ = _read(path)
         return holder is not None and holder.get("token") == self._me["token"]
 
     def _beat(self) -> None:
@@ -133,7 +136,7 @@ class Lock:
         while not self._released.wait(BEAT_S):
             try:
                 os.utime(self.path)
-                mine = self._is_mine()
+                mine = self._owns(self.path)
                 answered = time.monotonic()
             except FileNotFoundError:
                 mine = False

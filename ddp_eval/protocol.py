@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_eval import distributed
+from ddp_eval import distributed, watch
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
 from ddp_eval.generation import NO_TEXTS, TextPlan
@@ -115,8 +115,9 @@ class Followers:
 
     def measure(self) -> list[dict[str, Any]]:
         """Every rank's `Meter.report`, in the order of ranks."""
-        distributed.send_message(self.world, Measure())
-        reports = distributed.gather_reports(self.world, self.world.meter.report())
+        with watch.waiting():
+            distributed.send_message(self.world, Measure())
+            reports = distributed.gather_reports(self.world, self.world.meter.report())
         assert reports is not None, "the leader gets them"
         return reports
 

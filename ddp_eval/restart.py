@@ -10,6 +10,8 @@ import os
 
 from ddp_eval.processes import birth, machine
 
+_PARENT = f"process {os.getppid()} {birth(os.getppid())} {machine()}"  # now: one that is killed leaves us to another
+
 
 def launches() -> dict[str, str]:
     """{"slurm": job, "torchrun": launcher}, as far as there are any; a requeue or an elastic restart changes neither."""
@@ -19,8 +21,7 @@ def launches() -> dict[str, str]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # On one node the launcher's own process tells launches apart whose ids are all "none"; several have none in common.
         several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
-        process = f"process {os.getppid()} {birth(os.getppid())} {machine()}"
-        found["torchrun"] = f"run {os.environ['TORCHELASTIC_RUN_ID']}" if several else process
+        found["torchrun"] = f"run {os.environ['TORCHELASTIC_RUN_ID']}" if several else _PARENT
     return found
 
 

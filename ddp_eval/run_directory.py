@@ -84,9 +84,12 @@ class RunDirectory:
             raise results.unwritable(self.path, error) from error
 
     def finish(self) -> None:
-        """The manifest is written: nothing is left to resume."""
-        self.forget_journals()
+        """The manifest is written: nothing is left to resume.
+
+        The journals go last: until the run is marked as done, their run.json says that --fresh is obeyed.
+        """
         status.write_status(self.path, status.DONE, "the run is complete")
+        self.forget_journals()
 
     def forget_journals(self) -> None:
         if self.journals.is_dir():
@@ -126,8 +129,8 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
         difference = f"its {results.RESULTS} cannot be read"
     if difference:
         raise _refuse(directory, difference)
-    if status.read_status(directory).get("state") != status.DONE:
-        # One was killed right behind its manifest or before it replaced this run, or is at work to replace it.
+    if status.read_status(directory).get("state") != status.DONE or (directory / JOURNALS).exists():
+        # One was killed in its last steps or before it replaced this run, or is at work to do either.
         with contextlib.suppress(OSError):
             lock = _take_lock(directory, lambda: None)
             try:

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +37,7 @@ _TELL_S = 2.0  # for a store that does not
 _TICK_S = 0.5
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _BEAT_S = 2.0
+_LOOK_S = 2 * _BEAT_S  # more time than that between two looks is none of the others': this process was stopped, as by SIGSTOP
 _SILENCE_S = 25.0  # of a rank in the middle of its packs, whose threads have nothing else to do
 PACKS = "running packs"
 
@@ -70,6 +71,15 @@ def renew() -> None:
     """The step under way has come further: it may take --timeout from now on. Cheap enough for every document."""
     if _place.step != WAITING:
         step(_place.step, _place.pack)
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Within the step under way, this rank waits for others; then the step begins anew."""
+    before = _place
+    step(WAITING)
+    yield
+    step(before.step, before.pack)
 
 
 def of_run(directory: Path | None) -> None:
@@ -167,7 +177,7 @@ class Watch:
             signal.signal(number, _do_nothing)
         threading.Thread(target=self._watch, daemon=True, name="ddp_eval watch").start()
 
-    def join_ranks(self, rank: int, store: Any, pids: list[int], local_ranks: range, timeout_s: float, report: Any) -> None:
+    def join_ranks(self, rank: int, store: Any, pids: Sequence[int], local_ranks: range, timeout_s: float, report: Any) -> None:
         """Watch the other ranks too.
 
         store: they all reach it. pids: of all ranks. local_ranks: those of this node. report: says a sentence from one rank.
@@ -209,6 +219,7 @@ class Watch:
             _within(_TELL_S, lambda: self._report(sentence))
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while True:
             ready, _, _ = select.select([self._wakeup], [], [], _TICK_S)
             if ready:
@@ -216,8 +227,9 @@ class Watch:
             if self._launcher is not None and os.getppid() != self._launcher:
                 _say("torchrun is gone: this rank leaves too", self.rank)
                 leave(1, status.FAILED, "torchrun was killed; the same command resumes", first_hand=False)
-            place = _place
-            late_s = time.monotonic() - place.since
+            place, now = _place, time.monotonic()
+            place.since += max(0.0, now - looked - _LOOK_S)
+            looked, late_s = now, now - place.since
             if place.step != WAITING and late_s > self.timeout_s and not self._stopped.is_set():
                 _leave_hanging(self.rank, socket.gethostname(), str(place), late_s, self._beats and self._beats.report)
 
@@ -249,7 +261,8 @@ class _Beats:
         self._stopped = stopped
         self._others = list(range(1, ranks)) if rank == 0 else [0]
         self._heard: set[int] = set()
-        self._seen: dict[int, tuple[str, float]] = {}
+        self._seen: dict[int, tuple[str, float]] = {}  # the last word of each, and for how long it has been the last, in seconds
+        self._looked = time.monotonic()
         self.thread = threading.Thread(target=self._run, daemon=True, name="ddp_eval beats")
 
     def _run(self) -> None:
@@ -268,6 +281,7 @@ class _Beats:
 
     def _look_after(self) -> None:
         now = time.monotonic()
+        passed_s, self._looked = min(now - self._looked, _LOOK_S), now
         for rank in self._others:
             if rank not in self._heard and self._store.check([_beat_key(rank)]):
                 self._heard.add(rank)
@@ -275,12 +289,10 @@ class _Beats:
                 text = self._store.get(_beat_key(rank)).decode()
             else:
                 text = json.dumps([-1, "an unknown host", "starting"])
-            before, since = self._seen.get(rank, ("", now))
-            if text != before:
-                self._seen[rank] = text, now
-                continue
+            before, silent_s = self._seen.get(rank, ("", 0.0))
+            silent_s = silent_s + passed_s if text == before else 0.0
+            self._seen[rank] = text, silent_s
             _, host, place = json.loads(text)
-            silent_s = now - since
             limit_s = min(_SILENCE_S, self._timeout_s) if place.startswith(PACKS) else self._timeout_s
             if silent_s > limit_s and not self._stopped.is_set():
                 _leave_hanging(rank, host, place or "waiting for other ranks", silent_s, self.report)

@@ -6,11 +6,13 @@ import contextlib
 import functools
 import inspect
 import shutil
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.torch
@@ -430,6 +432,18 @@ def test_unknown_hub_name_is_named() -> None:
     """Catches transformers' page of advice, or its traceback, for a mistyped name."""
     with refused("cannot load the model no-such-owner/no-such-model"):
         hf.load_config({"pretrained": "no-such-owner/no-such-model"})
+
+
+def test_hub_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches half a minute of the hub's client trying again before the user hears that there is no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    started = time.monotonic()
+    with refused(
+        "cannot load the model no-such-owner/no-such-model: couldn't reach http://127.0.0.1:9", "where there is a network"
+    ):
+        hf.load_config({"pretrained": "no-such-owner/no-such-model"})
+    assert time.monotonic() - started < 15
 
 
 def test_directory_without_config(tmp_path: Path) -> None:

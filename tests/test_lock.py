@@ -150,7 +150,7 @@ def test_slow_taker_leaves_the_quick_ones_lock(path, monkeypatch):
     monkeypatch.setattr(os, "rename", lambda *names: moved.append(names))
     monkeypatch.setattr(os, "replace", lambda *names: moved.append(names))
     assert not slow._take_over(dead)
-    assert not third._create() and not moved and quick._is_mine()
+    assert not third._create() and not moved and quick._owns(path)
     quick.release()
     assert list(path.parent.iterdir()) == []
 
@@ -221,6 +221,23 @@ def test_disk_that_fails_for_long(path, monkeypatch):
     assert lost.wait(5)
     monkeypatch.undo()
     first.release()
+
+
+def test_link_that_is_repeated(path, monkeypatch):
+    """Catches a run that takes its own lock for another's: NFS repeats a call whose answer was lost, and finds it done."""
+    link = os.link
+
+    def link_twice(*names):
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    first, second = Lock(path, lambda: None), Lock(path, lambda: None)
+    first.acquire()
+    with pytest.raises(Held):
+        second.acquire()
+    first.release()
+    assert list(path.parent.iterdir()) == []
 
 
 def test_lock_names_its_slurm_job(path, monkeypatch):

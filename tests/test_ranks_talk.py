@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_eval import distributed, execution, planning, protocol
+from ddp_eval import distributed, execution, planning, protocol, watch
 from ddp_eval.distributed import LostContact, World, exchange_through
 from ddp_eval.errors import UserError
 from ddp_eval.packing import requests_from_lists
@@ -52,6 +54,45 @@ def test_exchange_names_the_silent(silent):
     assert heard[1 - silent][silent] is None and heard[1 - silent][1 - silent] == f"b{1 - silent}"
 
 
+STORE = """
+import datetime, time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+
+
+def test_exchange_when_the_store_dies(monkeypatch):
+    """Catches a node lost in the middle of the node checks passed off as a defect, with torch's traceback."""
+    host = subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True)
+    try:
+        port = int(host.stdout.readline())
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=5))
+        monkeypatch.setattr(distributed, "_agent_store", lambda: store)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        threading.Timer(0.5, host.kill).start()
+        with pytest.raises(LostContact, match=r"^rank 1 lost contact with another rank while exchanging preflight/facts, after"):
+            distributed.exchange("preflight/facts", "{}", 30.0)
+    finally:
+        host.kill()
+        host.wait()
+
+
+def test_absent_ranks_are_named(monkeypatch):
+    """Catches a rank on the wrong machine, where not every machine has as many ranks, and one of which nobody knows it."""
+    store = dist.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=1))
+    for host, rank, local_rank, ranks in (("n1", 0, 0, 1), ("n2", 2, 1, 3), ("n2", 3, 2, 3)):
+        monkeypatch.setattr(distributed.socket, "gethostname", lambda host=host: host)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        distributed.note_arrival(store, rank)
+    assert distributed.name_absent(store, 5) == "rank 1 on n2, rank 4 on a machine from which none has come"
+    assert distributed.name_absent(store, 1) == ""
+
+
 class DeadStore:
     def add(self, *args):
         raise RuntimeError("failed to recv, got 0 bytes")
@@ -59,11 +100,23 @@ class DeadStore:
     set = wait = add
 
 
-@pytest.mark.parametrize(("local_rank", "shared", "said"), [("0", True, 1), ("3", True, 0), ("3", False, 1)])
-def test_report_when_the_store_is_gone(local_rank, shared, said, monkeypatch, capsys):
-    """Catches a traceback in place of the sentence when the store's host has gone first, and one from each of 64 ranks."""
+def no_store():
+    """It cannot be reached any more."""
+
+
+@pytest.mark.parametrize(
+    ("store", "local_rank", "shared", "said"),
+    [
+        *((DeadStore, "0", True, 1), (DeadStore, "3", True, 0), (DeadStore, "3", False, 1)),
+        *((no_store, "0", True, 1), (no_store, "3", True, 0), (no_store, "3", False, 0)),
+    ],
+)
+def test_report_when_the_store_is_gone(store, local_rank, shared, said, monkeypatch, capsys):
+    """Catches a traceback in place of the sentence when the store's host has gone first, one from each of 64 ranks, and none."""
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    monkeypatch.setattr(distributed, "_error_store", DeadStore)
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setattr(distributed, "_error_store", store)
     distributed.report_once("what to do", shared=shared)
     assert capsys.readouterr().err.count("ddp_eval: what to do") == said
 
@@ -115,3 +168,24 @@ def test_journal_directory_that_shows_late(tmp_path):
     work = Work(None, np.zeros(0, dtype=np.int64), "work", journals)
     with execution._own_journal(world, work, journals) as own:
         assert own is not None and own.path == Path(directory / "work-00001.journal")
+
+
+def test_closing_of_the_journal_has_a_step(tmp_path, monkeypatch):
+    """Catches a rank whose disk hangs in the last fsync, and which is exempt from --timeout: rank 0 is blamed in its place."""
+    steps = []
+    monkeypatch.setattr(execution.journal.Journal, "close", lambda own: steps.append(watch._place.step))
+    monkeypatch.setattr(watch, "_place", watch._Place(watch.WAITING))
+    work = Work(None, np.zeros(0, dtype=np.int64), "work", Journals(tmp_path, b"k" * 32))
+    with execution._own_journal(make_world(), work, work.journals):
+        pass
+    assert steps == ["closing the journal"] and watch._place.step == watch.WAITING
+
+
+def test_leader_that_asks_for_reports_waits(monkeypatch):
+    """Catches the leader blamed for a rank that does not answer."""
+    steps = []
+    monkeypatch.setattr(watch, "_place", watch._Place("writing the results"))
+    monkeypatch.setattr(protocol.distributed, "send_message", lambda world, message: steps.append(watch._place.step))
+    monkeypatch.setattr(protocol.distributed, "gather_reports", lambda world, report: steps.append(watch._place.step) or [report])
+    Followers(make_world()).measure()
+    assert steps == [watch.WAITING] * 2 and watch._place.step == "writing the results"

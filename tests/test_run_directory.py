@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,25 @@ def test_a_restart_leaves_what_its_launch_has_finished(config, start, finished):
     assert start(False, fresh=True).close() is None
 
 
+@pytest.mark.parametrize("last", ["write_status", "unlink"])
+def test_a_restart_leaves_what_was_killed_while_it_was_marked(last, config, start, finished, monkeypatch):
+    """Catches --fresh obeyed again, on the complete run, because its start was killed between two of its last steps."""
+    directory = start(False, fresh=True)
+    directory.obeyed(config(fresh=True))
+    results.write_run(directory.path, {"results": "new"}, {"config": dataclasses.asdict(config(fresh=True))})
+
+    def die(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((status, last) if last == "write_status" else (Path, last)), die)
+        with pytest.raises(KeyboardInterrupt):
+            directory.finish()
+    directory.close()
+    assert start(True, fresh=True) == {"results": "new"}
+    assert not directory.journals.exists()
+
+
 def test_interactive_jobs_launches_are_told_apart(config, opening, unfinished, monkeypatch):
     """Catches the --fresh of a second torchrun in one job dropped, because the first one's was obeyed."""
     for name, value in {"SLURM_JOB_ID": "7", **LAUNCHERS["several nodes"][0]}.items():
@@ -286,9 +306,10 @@ def test_finished_run_is_replaced_when_asked(changes, config, opening, finished)
     assert results.run_files(directory.path) == []
 
 
-def test_killed_right_behind_the_manifest(config, finished):
+@pytest.mark.parametrize("state", [status.RUNNING, status.DONE])
+def test_killed_right_behind_the_manifest(state, config, finished):
     """Catches a complete run that stays marked as running for ever, with its journals beside it."""
-    status.write_status(finished, status.RUNNING, "")
+    status.write_status(finished, state, "")
     (finished / "journal").mkdir()
     (finished / "journal" / "a.journal").write_bytes(b"")
     (finished / "journal" / "run.json").write_text("{}")

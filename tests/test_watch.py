@@ -32,16 +32,52 @@ def clock(monkeypatch):
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
+@pytest.fixture
+def look_for(clock):
+    """look_for(beats, seconds): it looks after the others every two seconds."""
+
+    def look(beats, seconds):
+        for _ in range(seconds // 2):
+            clock(2)
+            beats._look_after()
+
+    return look
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_every_rank_looks_after_the_leader(rank, clock):
+def test_every_rank_looks_after_the_leader(rank, look_for):
     """Catches ranks 0 and 1 frozen together, which nobody notices: the run stands for ever."""
     store = dist.HashStore()
     beats = _Beats(rank, 4, store, 60.0, None, threading.Event())
     store.set("ddp_eval/beat/0", '[1, "n1", "running packs, in pack 3"]')
     beats._look_after()
-    clock(26)
+    look_for(beats, 24)
     with pytest.raises(Hanging, match="0"):
-        beats._look_after()
+        look_for(beats, 2)
+
+
+def test_suspended_job_goes_on(look_for, clock):
+    """Catches a job that is suspended for a minute (SIGSTOP to all, SIGCONT to one after the other) ended as a hang."""
+    store = dist.HashStore()
+    beats = _Beats(0, 2, store, 60.0, None, threading.Event())
+    store.set("ddp_eval/beat/1", '[1, "n1", "running packs, in pack 3"]')
+    look_for(beats, 10)
+    clock(3600)
+    look_for(beats, 14)
+    with pytest.raises(Hanging, match="1"):
+        look_for(beats, 2)
+
+
+def test_suspended_step_goes_on(clock, monkeypatch):
+    """Catches the same in a rank's watch over its own steps: an hour in which it was stopped is no hour of its step."""
+    monkeypatch.setattr(watch, "_place", watch._Place("loading the model", since=1000.0))
+    watching = Watch()
+    watching.timeout_s = 60.0
+    seconds = iter([2, 3600, 2, *[2] * 100])
+    monkeypatch.setattr(watch.select, "select", lambda *_: clock(next(seconds)) or ([], [], []))
+    with pytest.raises(Hanging):
+        watching._watch()
+    assert len(list(seconds)) == 100 - 27  # 2 + 4 + 2 + 27 * 2 = 62 s
 
 
 def test_living_leader_is_left_alone(clock):
@@ -54,13 +90,11 @@ def test_living_leader_is_left_alone(clock):
         clock(50)
 
 
-def test_leader_that_never_began(clock):
+def test_leader_that_never_began(look_for):
     """Catches a look that waits for a key that never comes."""
     beats = _Beats(2, 4, dist.HashStore(), 60.0, None, threading.Event())
-    beats._look_after()
-    clock(61)
     with pytest.raises(Hanging, match="0"):
-        beats._look_after()
+        look_for(beats, 64)
 
 
 @pytest.fixture

@@ -569,6 +569,8 @@ def load_config(model_args: dict[str, Any]) -> Any:
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         own = (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)
         overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}
+        if not os.path.isdir(name):
+            hub.check_reach(name, os.path.join(model_args.get("subfolder") or "", "config.json"), model_args.get("revision"))
         config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
     adapters.check_adapter(model_args)
     return config

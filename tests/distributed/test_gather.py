@@ -65,7 +65,7 @@ def test_bytes_are_counted(ranks):
     assert sent > 12_000_000
     for rank, found in enumerate(ranks):
         assert found["payloads"] == {
-            "all_reduce": [1, 4, 4],
+            "all_gather (processes)": [1, 8, 8 * 2],
             "all_gather (size)": [4, 4 * 8, 4 * 8 * 2],
             # rows of two int64, padded to the longest rank's 5, 0, 1 and 4; from each of the two others as many
             "all_gather (rows)": [4, (5 + 0 + 1 + 4) * 16, (5 + 0 + 1 + 4) * 16 * 2],

@@ -1,0 +1,53 @@
+"""`python -m ddp_eval` in which FAULT_RANK hangs on the way to its run: FAULT says where. The run itself only waits.
+
+before_join    before it joins the process group, for which the others wait --timeout
+import         while it imports what runs
+all_reduce     at the end of the node checks, which find nothing
+none           nowhere: every rank writes its process id to FAULT_FILE.RANK, if given, speaks for the run in FAULT_OUT, and waits
+"""
+
+import importlib.abc
+import os
+import sys
+import time
+import types
+from pathlib import Path
+
+from ddp_eval import __main__ as command
+from ddp_eval import distributed, preflight, trackers, watch
+
+
+def hang(*args):
+    time.sleep(600)
+
+
+def wait(config, world, inspect):
+    if "FAULT_OUT" in os.environ:
+        watch.of_run(Path(os.environ["FAULT_OUT"]))
+        Path(f"{os.environ['FAULT_FILE']}.{world.rank}").write_text(str(os.getpid()))
+    watch.step(watch.WAITING)
+    hang()
+
+
+class HangingImport(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "ddp_eval.runner":
+            hang()
+
+
+if __name__ == "__main__":
+    fault = os.environ["FAULT"]
+    if fault == "before_join":
+        command.LEAST_JOIN_S = 1.0
+    if fault == "all_reduce":
+        preflight.check_if_due = lambda config: preflight.Passed([])
+    if fault == "import" and os.environ["RANK"] == os.environ["FAULT_RANK"]:
+        sys.meta_path.insert(0, HangingImport())
+    else:
+        sys.modules["ddp_eval.runner"] = types.SimpleNamespace(run=wait)
+    if os.environ["RANK"] == os.environ.get("FAULT_RANK"):
+        if fault == "before_join":
+            trackers.check_installed = hang
+        elif fault == "all_reduce":
+            distributed.time_all_reduce = hang
+    command.main()

@@ -108,7 +108,7 @@ ask_controller() {
     local try
     for try in 1 2 3 4 5 6; do
         ((try == 1)) || sleep 5
-        scontrol "$@" && return
+        "$@" && return
     done
     return 1
 }
@@ -117,7 +117,7 @@ ask_controller() {
 # A controller that says nothing has ended nothing.
 job_state() {
     local facts state
-    facts="$(ask_controller show job -o "$JOB" 2>/dev/null)"
+    facts="$(ask_controller scontrol show job -o "$JOB" 2>/dev/null)"
     if [[ "$facts" == *" JobState=RUNNING "* && "$facts" != *" Restarts=$restart "* ]]; then
         echo "RUNNING elsewhere"
     else
@@ -155,7 +155,9 @@ run_node() {
 
 # One srun over all nodes; its exit code. Signals that come meanwhile are dealt with by the traps.
 run_step() {
-    local code=0 step
+    local code=0
+    # A port below those that the kernel gives out by itself; another for each start, in case something sits on it.
+    export HEAD="$HEAD_ADDRESS:$((10000 + (SLURM_JOB_ID + 7919 * (restart + attempt)) % 20000))"
     export RENDEZVOUS="$JOB.$restart.$attempt" LOGS="$output/logs/$JOB.$restart.$attempt"
     # What --fresh and --overwrite ask for is done once, at the first start that comes so far.
     export SLURM_RESTART_COUNT="$((restart + attempt))"
@@ -165,18 +167,30 @@ run_step() {
         --kill-on-bad-exit=0 --wait=60 \
         bash -c "$(declare -f setup address_of run_node); $(declare -p PYTHON PROGRAM); run_node \"\$@\"" eval.sh "$@" &
     step=$!
+    [[ "$stopping" != "$TIME_LIMIT" ]] || tell_ranks # the warning came just before
     while kill -0 "$step" 2>/dev/null; do
         code=0
         wait "$step" || code=$?
     done
+    step=""
     return "$code"
+}
+
+# SIGTERM to the tasks, not to srun, which would have them killed. A step that has not begun yet would not hear it.
+tell_ranks() {
+    local second
+    for ((second = 0; second < 60; second++)); do
+        ! compgen -G "$LOGS.*.log" >/dev/null || break
+        kill -0 "$step" 2>/dev/null || return
+        sleep 1
+    done
+    ask_controller scancel --signal=TERM "$JOB"
 }
 
 on_time_limit() {
     stopping="$TIME_LIMIT"
     say "$stopping: telling the ranks to stop"
-    # To the tasks, not to srun, which would have them killed.
-    scancel --signal=TERM "$JOB"
+    [[ -z "$step" ]] || tell_ranks
 }
 
 on_stop() {
@@ -187,7 +201,7 @@ on_stop() {
 
 # Pre-emption with a grace time tells the tasks alone.
 is_preempted() {
-    ask_controller show job -o "$JOB" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
+    ask_controller scontrol show job -o "$JOB" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
 }
 
 journal_sizes() {
@@ -218,7 +232,7 @@ let --time be well over the warning (--signal, 120 s if not changed) plus the st
         say "$1; not requeued, after $restart times already: the same command resumes"
         exit 75
     fi
-    if ask_controller requeue "$JOB"; then
+    if ask_controller scontrol requeue "$JOB"; then
         say "$1; requeued, to resume where it stopped"
         exit 0
     fi
@@ -239,6 +253,7 @@ fi
 restart="${SLURM_RESTART_COUNT:-0}"
 journals="$(journal_sizes)"
 stopping=""
+step=""
 LOGS=""
 if ((restart > 0)); then
     if is_done; then
@@ -256,9 +271,8 @@ fi
 # Addresses as SLURM knows them, "n1=10.0.0.1" on each line: host names need not resolve.
 ADDRESSES="$(scontrol show node -o "$SLURM_JOB_NODELIST" | sed -n 's/.*NodeName=\([^ ]*\) .* NodeAddr=\([^ ]*\).*/\1=\2/p')"
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export ADDRESSES HEAD
-# A port below those that the kernel gives out by itself.
-HEAD="$(address_of "$first"):$((10000 + SLURM_JOB_ID % 20000))"
+HEAD_ADDRESS="$(address_of "$first")"
+export ADDRESSES
 export TASKS_PER_NODE="${SLURM_NTASKS_PER_NODE:-}" INTERFACE RANKS_PER_NODE
 # Set by sbatch for tasks of other shapes than ours; the last, after sbatch --export, would strip PATH.
 unset SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_EXPORT_ENV

@@ -3,7 +3,7 @@
 #
 #   slurm/sweep.sh LIST OUTPUT [--at-once=N] [options of sbatch, each in one word: --nodes=1 --gpus-per-node=8 --time=4:00:00]
 #
-# LIST is a text file, flags as in a shell:
+# LIST is a text file. A flag with blanks or quotes in it, such as JSON, is in single quotes:
 #
 #   model  small  --model_args pretrained=/models/small,dtype=bfloat16
 #   model  large  --model_args pretrained=/models/large,dtype=bfloat16
@@ -59,7 +59,7 @@ submit() {
     for option in "$@"; do
         case "$option" in
             --at-once=*) at_once="%${option#*=}" ;;
-            --partition=* | --account=* | --qos=* | --reservation=*) options+=("$option") shared+=("$option") ;;
+            --partition=* | --account=* | --qos=* | --reservation=* | --time=* | --constraint=*) options+=("$option") shared+=("$option") ;;
             -*) options+=("$option") ;;
             *) die "an option of sbatch must be one word, --name=value, got $option" ;;
         esac
@@ -81,9 +81,10 @@ submit() {
     array="$(sbatch --parsable --output="$output/logs/%A_%a.out" "${options[@]}" \
         --array="0-$((${#models[@]} * ${#tasks[@]} - 1))$at_once" "${BASH_SOURCE[0]}" --element "$copy" "$output" "$eval_script")"
     array="${array%%;*}"
+    echo "array $array: ${#models[@]} models x ${#tasks[@]} task sets, in $output"
     report="$(sbatch --parsable --output="$output/logs/%j.report.out" "${shared[@]}" --nodes=1 --ntasks=1 \
         --dependency="afterany:$array" "${BASH_SOURCE[0]}" --report "$copy" "$output" "$eval_script")"
-    echo "array $array: ${#models[@]} models x ${#tasks[@]} task sets; report ${report%%;*} follows, in $output"
+    echo "report ${report%%;*} follows"
 }
 
 # In the array: one model on one task set.

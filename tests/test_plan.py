@@ -46,6 +46,12 @@ CONFIGS = {
         "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1,
         "vocab_size": 151936, "tie_word_embeddings": False, "dtype": "bfloat16",
     },
+    "qwen1.5-moe-a2.7b": {
+        "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 5632, "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4, "decoder_sparse_step": 1,
+        "vocab_size": 151936, "tie_word_embeddings": False, "dtype": "bfloat16",
+    },
     "gemma-2-27b": {
         "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 4608, "num_hidden_layers": 46,
         "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "intermediate_size": 36864,
@@ -59,6 +65,7 @@ PARAMETERS = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
     "gemma-2-27b": 27_227_128_320,
 }
 
@@ -103,6 +110,29 @@ def test_a_layer_by_hand(whole_of):
     assert moe.inner == 8 * 768
     # A token meets attention, the router and 8 of 128 experts.
     assert moe.active[0] == pytest.approx(2 * 2048 * 4096 + 2 * 2048 * 512 + 2048 * 128 + 8 * 3 * 2048 * 768, rel=0.02)
+    shared = measure_model(whole_of("qwen1.5-moe-a2.7b"))
+    # Attention with its biases and two norms, the router, 4 of 60 experts, and the shared expert with its gate.
+    attention = 4 * 2048 * 2048 + 3 * 2048 + 2 * 2048
+    assert shared.active[0] == attention + 2048 * 60 + 4 * 3 * 2048 * 1408 + 3 * 2048 * 5632 + 2048
+    assert shared.inner == 4 * 1408 + 5632
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Moe", "Qwen3Moe", "Mixtral", "DeepseekV3", "Llama4Text", "GptOss"])
+def test_only_routed_experts_are_shared_out(kind):
+    """Catches a model whose experts go by another name, and shared experts taken for routed ones: one of 4 runs."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4)
+    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    config = getattr(transformers, f"{kind}Config")(**shape, **experts, **groups, num_experts_per_tok=1)
+    with torch.device("meta"):
+        whole = transformers.AutoModelForCausalLM.from_config(config)
+    sizes = {name: weight.numel() for name, weight in whole.model.layers.named_parameters()}
+    routed = sum(size for name, size in sizes.items() if re.search(r"(mlp|feed_forward)\.experts\.", name))
+    layer = whole.model.layers[0]
+    assert routed and hf.active_parameters(layer, config) == sum(sizes.values()) - routed * 3 / 4
+    feed_forward = layer.feed_forward if kind == "Llama4Text" else layer.mlp
+    others = sum(weight.numel() for weight in feed_forward.parameters()) - routed
+    assert hf.active_parameters(feed_forward, config) == others + routed / 4, "also of the module alone"
 
 
 # GiB of weights, and of an 8,192-token pack at most 3.5 beside them; usable are (card - 1) * 0.95.
@@ -112,6 +142,7 @@ ON_ONE_GPU = {  # usable GiB       21.85      37.05      75.05      133.0
     "llama-3.1-8b": (True, True, True, True),  #    14.96 + 2.2
     "llama-3.1-70b": (False,) * 4,  #               131.42 + 3.4 = 134.8
     "qwen3-30b-a3b": (False, False, True, True),  # 56.87
+    "qwen1.5-moe-a2.7b": (False, True, True, True),  # 26.67 + 1.5
     "gemma-2-27b": (False, False, True, True),  #   50.71
 }
 # The smallest split over 8 GPUs that fits, by hand: weights / K, ends of the model and the pack.
@@ -122,6 +153,7 @@ SMALLEST = {
     ("llama-3.1-70b", 141): {TENSOR: 2, LAYERS: 2},
     ("qwen3-30b-a3b", 24): {TENSOR: 4, LAYERS: 4},
     ("qwen3-30b-a3b", 40): {TENSOR: 2, LAYERS: 2},
+    ("qwen1.5-moe-a2.7b", 24): {TENSOR: 2, LAYERS: 2},
     ("gemma-2-27b", 24): {TENSOR: 4, LAYERS: 4},  # 12 layers of 1.06 + 2.2 (embedding) + 2.8
     ("gemma-2-27b", 40): {TENSOR: 2, LAYERS: 2},
 }

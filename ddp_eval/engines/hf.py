@@ -680,7 +680,8 @@ def flops_of_pair_and_read(config: Any) -> tuple[float, float]:
 def active_parameters(model: Any, config: Any) -> float:
     """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to.
 
-    model: the whole of it, or one of its layers.
+    Routed experts lie below `experts` (Mixtral, Qwen 2, 3, DeepSeek, Llama 4, gpt-oss; transformers 5.23); `shared_expert`,
+    `shared_experts` and the router run for every token. model: the whole of it, or a module of one of its layers.
     """
     experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), None)
     routed = getattr(config, "num_experts_per_tok", None)
@@ -689,4 +690,4 @@ def active_parameters(model: Any, config: Any) -> float:
     ends = (model.get_input_embeddings(), model.get_output_embeddings()) if has_ends else ()
     skipped = {id(weight) for end in ends if end is not None for weight in end.parameters()}
     counted = [(name, weight.numel()) for name, weight in model.named_parameters() if id(weight) not in skipped]
-    return float(sum(size * (share if "expert" in name else 1.0) for name, size in counted))
+    return float(sum(size * (share if "experts" in name.split(".") else 1.0) for name, size in counted))

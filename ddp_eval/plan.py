@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from ddp_eval import cli
-from ddp_eval.choice import LARGEST_PACK, TYPICAL, Candidate, Ranks, consider, recommend
+from ddp_eval.choice import TYPICAL, Candidate, Ranks, consider, recommend
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.prediction import CUDA_SPEEDS, Amount
 from ddp_eval.sizing import GIB, format_bytes, measure_model, usable_bytes
 from ddp_eval.subcommand import SubcommandParser
 
+GPU = torch.device("cuda")  # what is planned for, whatever this machine has
 _ABOUT = """\
 What a model needs of memory, what fits, what would be the quickest, and the command to copy. Takes the flags of a
 run, and these of the machine."""
@@ -68,10 +69,10 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     if hf.is_seq2seq(config.model_args, model_config):
         raise UserError(f"plan reckons with decoder-only models, and {config.model_args['pretrained']} is an encoder-decoder")
     whole = hf.whole_model(config.loader_args, model_config)
-    sizes = measure_model(whole)
-    max_tokens = config.max_pack_tokens or LARGEST_PACK
+    sizes = measure_model(whole, GPU)
+    max_tokens = config.max_pack_tokens or sizes.largest_pack
     amount = _count_work(config, model_config, whole) if count_work else TYPICAL
-    ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS)
+    ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS, GPU)
     candidates = consider(whole, ranks, amount)
     best = recommend(candidates)
     dtype = str(next(whole.parameters()).dtype).removeprefix("torch.")
@@ -122,7 +123,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     class Unloaded(hf.HFEngine):
         splits_head = True  # not to be asked of a model without weights
 
-    engine = Unloaded(whole, torch.device("cuda"))
+    engine = Unloaded(whole, GPU)
     max_tokens = config.max_pack_tokens or engine.max_tokens()
     if engine.why_not_packs or not config.packing:
         plan, _ = plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests)

@@ -369,7 +369,7 @@ def _measure(config: Config, model_config: Any, followers: Followers, seated: Se
     amount = Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
     candidates = consider(whole, ranks_of(config, followers.world), amount)
     found = measure_layouts(
-        followers, seated, plan, candidates, measure_model(whole),
+        followers, seated, plan, candidates, measure_model(whole, followers.world.device),
         lambda world, layout: load_replica(config, model_config, world, layout),
     )  # fmt: skip
     return [{**one._asdict(), "layout": str(one.layout)} for one in found]

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import os
 import re
 import unittest.mock
@@ -52,6 +53,9 @@ _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
 # flex_attention works on tiles of this many tokens; equal lengths also spare its compiler.
 FLEX_STEP = 128
 LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
+# Of eager attention, for each head and each pair of tokens of a pack: scores, and their softmax in float32 on its way back.
+SCORE_BYTES = 8
+_MOST_SCORE_BYTES = {"cuda": 2**32, "cpu": 2**30}  # in one layer
 
 
 @dataclasses.dataclass
@@ -88,7 +92,7 @@ class HFEngine:
         self.launches_ahead = device.type != "cpu"
         self.config = model.config.get_text_config()
         self.plain_attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
-        self.tree_attention = self.plain_attention if keep_attention else _choose_attention(model, self.plain_attention, device)
+        self.tree_attention = self.plain_attention if keep_attention else choose_attention(model, self.plain_attention, device)
         self._attention = self.plain_attention
         self._stateful_rope = [
             module
@@ -183,8 +187,7 @@ class HFEngine:
         return None if self.splits_head else max(1, 2**30 // (4 * self.vocab_size))
 
     def max_tokens(self) -> int:
-        """The largest pack worth planning; a longer request still gets a pack of its own. Dense masks on the CPU pay L²."""
-        return 8192 if self.device.type == "cuda" or self.tree_attention == blocks.NAME else 4096
+        return largest_pack(self.config, self.tree_attention, self.device)
 
     @property
     def splits_head(self) -> bool:
@@ -487,7 +490,21 @@ def is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -
     return hits & (picked[rows] == columns)
 
 
-def _choose_attention(model: Any, plain: str, device: torch.device) -> str:
+def largest_pack(config: Any, tree_attention: str, device: torch.device) -> int:
+    """Tokens of the largest pack worth planning; a longer request still gets a pack of its own.
+
+    By the model's shape and the kind of device alone, so that every machine cuts alike. Dense masks on the CPU pay L², the
+    scores of eager attention take heads x L².
+    """
+    most = 8192 if device.type == "cuda" or tree_attention == blocks.NAME else 4096
+    if tree_attention != "eager":
+        return most
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    pairs = _MOST_SCORE_BYTES["cuda" if device.type == "cuda" else "cpu"] // (SCORE_BYTES * heads)
+    return min(most, math.isqrt(pairs))
+
+
+def choose_attention(model: Any, plain: str, device: torch.device) -> str:
     """The attention implementation that is fastest for trees, where the model came with sdpa; else what it came with.
 
     On the CPU: blocks.py. On CUDA in half precision: flex_attention, which skips what the tree masks (H100, Llama 8 B in
@@ -581,9 +598,11 @@ def whole_model(model_args: dict[str, Any], config: Any) -> Any:
     dtype = _dtype(model_args.get("dtype", "auto"))
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
-    trust = {"trust_remote_code": True} if model_args.get("trust_remote_code") else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if model_args.get("trust_remote_code") else {}
+    if model_args.get("attn_implementation") in attention.IMPLEMENTATIONS:  # others may not be installed here
+        options["attn_implementation"] = model_args["attn_implementation"]
     with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
 
 def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, **options: Any) -> Any:

@@ -76,7 +76,7 @@ def _consider_one(whole: Any, sizes: ModelSizes, layout: Layout, ranks: Ranks, a
     return Candidate(layout, None, weights, room, ranks.memory - weights - room, prediction)
 
 
-# Predictions closer than this are taken for equal; the copies on the fewest ranks, which wait for the fewest, then win.
+# Predictions closer than this are taken for equal: then copies within a node win, of these the ones on the fewest ranks.
 _TOLERANCE = 1.1
 
 
@@ -86,8 +86,12 @@ def recommend(candidates: list[Candidate]) -> Candidate:
     if fitting:
         limit = _TOLERANCE * min(candidate.expected_s for candidate in fitting)
         near = [candidate for candidate in fitting if candidate.expected_s <= limit]
-        return min(near, key=lambda candidate: (candidate.layout.ranks_per_replica, candidate.expected_s))
+        return min(near, key=lambda one: (_across_nodes(one), one.layout.ranks_per_replica, one.expected_s))
     return max((candidate for candidate in candidates if candidate.impossible is None), key=lambda candidate: candidate.spare)
+
+
+def _across_nodes(candidate: Candidate) -> bool:
+    return candidate.prediction is not None and not candidate.prediction.is_local
 
 
 def fewest_local_layers(candidates: list[Candidate], ranks_per_node: int) -> Candidate:
@@ -97,7 +101,7 @@ def fewest_local_layers(candidates: list[Candidate], ranks_per_node: int) -> Can
         for candidate in candidates
         if candidate.impossible is None
         and candidate.layout.kind in (REPLICAS, LAYERS)
-        and candidate.layout.ranks_per_replica <= ranks_per_node
+        and candidate.layout.is_local(ranks_per_node)
     ]
     return next((candidate for candidate in local if candidate.fits), local[-1])
 

@@ -175,7 +175,7 @@ def format_bytes(count: int) -> str:
 
 def usable_bytes(card_bytes: int) -> int:
     """What of a GPU's memory a model and its packs can have."""
-    return int((card_bytes - _CONTEXT_BYTES) * _ALLOCATOR_SHARE)
+    return max(0, int((card_bytes - _CONTEXT_BYTES) * _ALLOCATOR_SHARE))
 
 
 def memory_of_rank(device: torch.device, ranks_per_node: int) -> int:

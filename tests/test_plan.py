@@ -268,6 +268,14 @@ def test_seconds_by_hand():
     across = predict(TINY, Layout(TENSOR, 4), None, 4, 2, amount, SLOW)
     assert across.load_s == pytest.approx(400 / 80.0 + 200 / 400.0), "each of the two nodes needs half"
     assert across.run_s > 8 * 160 * 10 / SLOW.node_link, "the links between nodes are the slow ones"
+    # tensor:2 on nodes of 3 ranks: ranks 2 and 3 share a copy and no node. tensor:2 on nodes of 2 does not.
+    straddling = predict(TINY, Layout(TENSOR, 2), None, 6, 3, Amount(tokens=120, reads=0, packs=12), SLOW)
+    assert straddling.run_s == pytest.approx(4 * (5.0 + 160 * 10 / SLOW.node_link)) and "across nodes" in straddling.why
+    assert split.run_s < straddling.run_s and "across nodes" not in split.why
+    within = choice.Candidate(Layout(LAYERS, 3), prediction=one)
+    across = choice.Candidate(Layout(LAYERS, 2), prediction=one)
+    too_large = choice.Candidate(WHOLE_COPIES, spare=-1, prediction=one)
+    assert fewest_local_layers([too_large, across, within], 3) == within
 
 
 def test_memory_is_read():
@@ -288,7 +296,8 @@ def test_sizes_for_people():
 def test_the_text(capsys, tmp_path):
     """Catches a table without the reasons, or a line to copy that this program does not take."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-3.1-70b"]))
-    plan.main(["--model_args", f"pretrained={tmp_path}", "--gpus", "8", "--nodes", "2", "--gpu_memory", "80GiB"])
+    words = ["--model_args", f"pretrained={tmp_path}", "--gpus", "8", "--nodes", "2", "--gpu_memory", "80GiB"]
+    assert plan.main(words) == 0
     text = capsys.readouterr().out
     assert "70,553,706,496 parameters in bfloat16, 141,107,412,992 bytes of weights (131.4 GiB)" in text
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
@@ -297,6 +306,26 @@ def test_the_text(capsys, tmp_path):
     (batch,) = [line for line in text.splitlines() if line.startswith("sbatch --nodes=2")]
     flags = shlex.split(batch.partition("slurm/eval.sh ")[2])
     assert cli.parse(flags)[0].layout == chosen
+    assert "20 GB/s between nodes, 2 GB/s to load" in text and "float32" not in text
+    assert " 1 pack to fill and drain 2 stages" in lines["layers:2"] and " 1 packs" not in text
+
+
+def test_straddling_copies_are_not_recommended(whole_of):
+    """Catches copies of 2 ranks on nodes of 3: ranks 2 and 3 lie on different nodes, where layers:3 stay within theirs."""
+    candidates = consider(whole_of("llama-3.1-70b"), Ranks(6, 3, usable_bytes(80 * GIB), None, CUDA_SPEEDS, GPU))
+    reasons = {str(one.layout): one.prediction.why for one in candidates if one.prediction}
+    across = {layout for layout, why in reasons.items() if why.endswith("; some copies lie across nodes")}
+    assert across == {"tensor:2", "layers:2", "layers:6"}
+    assert recommend(candidates).layout == Layout(LAYERS, 3)
+
+
+def test_nothing_fits_is_an_exit_code(capsys, tiny_model_path):
+    """Catches scripts that go on with a layout that lacks memory, memory below zero, and half precision's speed for float32."""
+    path = tiny_model_path("llama")
+    assert plan.main(["--model_args", f"pretrained={path},dtype=float32", "--gpu_memory", "50MiB", "--gpus", "4"]) == 3
+    text = capsys.readouterr().out
+    assert "1 x 4 GPUs of 50.0 MiB, 0.0 MiB of each usable (about 1 GiB is for CUDA's context" in text
+    assert "nothing fits: " in text and "seconds at 400 TFLOP/s a GPU, in half precision: float32 takes several times" in text
 
 
 def test_the_command_to_copy_is_the_users_own(capsys, tmp_path, tiny_model_path):

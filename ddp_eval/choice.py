@@ -168,7 +168,7 @@ def _why_whole_only(config: Config, model_config: Any) -> str | None:
 
 def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
     """vLLM splits its engines itself, as tensor_parallel_size says."""
-    for name in ("peft", "load_in_8bit", "load_in_4bit", "quantization_config"):
+    for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
         if config.model_args.get(name):
             raise UserError(f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run")
     if hf.is_seq2seq(config.model_args, model_config):

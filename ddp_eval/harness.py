@@ -186,15 +186,38 @@ def describe_documents(samples: dict[str, list[dict[str, Any]]]) -> list[dict[st
 
 
 def describe_prompts(instances: Sequence[Instance], tasks: dict[str, Any]) -> dict[str, Any]:
-    """One SHA-256 over all texts, one for each task, and the tasks' versions."""
+    """One SHA-256 over all texts, one for each task, one over each task's documents, and the tasks' versions.
+
+    The right answers are among the documents, or made of them by `doc_to_target`, whose template counts with them.
+    """
     by_task: dict[str, list[str]] = {}
+    documents: dict[str, dict[int, Any]] = {}
     for one in instances:
         by_task.setdefault(one.task_name, []).extend(str(part) for part in one.args)
+        documents.setdefault(one.task_name, {})[one.doc_id] = one.doc
     return {
         "prompts_sha256": digest_strings(str(part) for one in instances for part in (one.task_name, *one.args)),
         "prompts_by_task": {task: digest_strings(texts) for task, texts in sorted(by_task.items())},
+        "documents_by_task": {
+            name: digest_strings([_template_of_targets(tasks.get(name)), *map(_plain_text, found.values())])
+            for name, found in sorted(documents.items())
+        },
         "versions": {name: getattr(task, "VERSION", None) for name, task in sorted(tasks.items())},
     }
+
+
+def _template_of_targets(task: Any) -> str:
+    """ "" where a task has none, or makes its targets by code."""
+    template = getattr(getattr(task, "config", None), "doc_to_target", None)
+    return str(template) if isinstance(template, (str, int)) else ""
+
+
+def _plain_text(document: Any) -> str:
+    """A document as JSON, the same in every process: of what JSON does not know, only the kind."""
+    try:
+        return json.dumps(document, skipkeys=True, default=lambda value: type(value).__name__)
+    except (ValueError, RecursionError):  # it holds itself
+        return ""
 
 
 def format_tables(results: dict[str, Any]) -> str:

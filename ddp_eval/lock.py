@@ -51,7 +51,8 @@ class Lock:
             else:
                 stale = self._watch(None, DYING_S, functools.partial(_is_dead_here, holder))
             if stale is False:
-                raise Held(f"process {holder.get('pid')} on {holder.get('host')}")
+                job = f", SLURM job {holder['slurm_job']}" if holder.get("slurm_job") else ""
+                raise Held(f"process {holder.get('pid')} on {holder.get('host')}{job}")
             if stale and self._take_over(holder):
                 break
         self._beating.start()

@@ -73,7 +73,8 @@ def check_group(world: World) -> str:
     """All-reduce on every rank's own device, as the run's collectives will; how long it took. Raises LostContact."""
     seconds = distributed.time_all_reduce(world)
     backend = "NCCL" if world.device.type == "cuda" else "gloo"
-    return f"all-reduce over {world.world_size} ranks by {backend} in {1000 * seconds:.1f} ms"
+    ranks = "1 rank" if world.world_size == 1 else f"{world.world_size} ranks"
+    return f"all-reduce over {ranks} by {backend} in {1000 * seconds:.1f} ms"
 
 
 def find_problems(facts: Sequence[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ddp_eval import plots, telemetry
 from ddp_eval.compare.command import jsonable
-from ddp_eval.compare.difference import NEAR_TIE_NATS, answers_of, compare_runs
+from ddp_eval.compare.difference import NEAR_TIE_NATS, answers_of, asks_twice, compare_runs
 from ddp_eval.compare.paired import TRANSFORMS
 from ddp_eval.compare.reading import Run, read_run, read_samples
 from ddp_eval.errors import UserError
@@ -24,6 +24,7 @@ from ddp_eval.subcommand import SubcommandParser
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _PROMPT_CHARACTERS = 6000  # of a longer prompt the end is shown
+_RIGHT_OR_WRONG = ("acc", "exact_match")  # metrics that say it of a document
 _ABOUT = """\
 Writes report.html into the directory of the first run: results, margins, where time and bytes went, samples
 (of runs with --log_samples), and with more runs their differences from the first."""
@@ -55,7 +56,7 @@ def render(runs: Sequence[Run], most_samples: int) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    samples = _samples(first, runs[1:], most_samples)
+    samples, documents = _samples(first, runs[1:], most_samples)
     right, wrong = _margins(first)
     return template.render(
         title=first.results.get("model_name") or first.path.name,
@@ -75,7 +76,7 @@ def render(runs: Sequence[Run], most_samples: int) -> str:
         collectives=_collectives(measured) if measured else [],
         comparisons=[{**one, "plot": _difference_plot(one)} for one in comparisons],
         samples=samples,
-        samples_json=_script_json(samples),
+        samples_json=_script_json({"documents": documents, "shown": samples}),
         manifest=json.dumps(jsonable(first.manifest), indent=1, ensure_ascii=False),
     )
 
@@ -148,7 +149,7 @@ def _margins(run: Run) -> tuple[Any, Any]:
     """Leads, in nats, of answers that were right and of those that were wrong, over all tasks with choices."""
     right, wrong = [np.zeros(0)], [np.zeros(0)]
     for task, requests in run.requests.items():
-        doc_ids, _, leads = answers_of(requests)
+        doc_ids, _, leads = answers_of(requests, asks_twice(run, task))
         accuracy = run.metrics.get(task, {}).get("acc,none")
         if accuracy is not None and len(doc_ids):
             known = dict(zip(accuracy.doc_id.tolist(), accuracy.value.tolist(), strict=True))
@@ -170,39 +171,55 @@ def _collectives(measured: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _samples(run: Run, others: Iterable[Run], most: int) -> list[dict[str, Any]]:
-    """What the browser shows: documents with their requests, and whether those were wrong, near ties, or flipped."""
-    shown = []
+def _samples(run: Run, others: Iterable[Run], most: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """What the browser shows, flipped documents first, and {task: documents that there are}.
+
+    lm_eval writes all documents once for each filter: the first gives a document's requests, all of them its metrics.
+    """
+    shown, documents = [], {}
     for task, file in run.samples.items():
-        marks = _marks(run, others, task)
+        marks, twice = _marks(run, others, task), asks_twice(run, task)
         seen: set[int] = set()
+        kept: dict[int, dict[str, Any]] = {}
         for sample in read_samples(file):
             doc_id = int(sample["doc_id"])
-            if doc_id in seen or (len(seen) >= most and not marks.get(doc_id)):
-                continue
+            if doc_id not in seen and (len(seen) < most or marks.get(doc_id)):
+                kept[doc_id] = {"task": task, "doc": doc_id, "marks": marks.get(doc_id, []), **_show_sample(sample, twice)}
             seen.add(doc_id)
-            shown.append({"task": task, "doc": doc_id, "marks": marks.get(doc_id, []), **_show_sample(sample)})
-    return shown
+            if doc_id in kept:
+                _add_filter(kept[doc_id], sample)
+        shown += sorted(kept.values(), key=lambda one: "flipped" not in one["marks"])
+        documents[task] = len(seen)
+    return shown, documents
 
 
 def _marks(run: Run, others: Iterable[Run], task: str) -> dict[int, list[str]]:
-    if task not in run.requests:
-        return {}
-    doc_ids, best, leads = answers_of(run.requests[task])
-    marks: dict[int, list[str]] = {}
+    """By document: "flipped" where another run chose or generated another answer, "near tie" where rounding may do so."""
+    doc_ids, best, leads = _choices(run, task)
+    flipped: set[int] = set()
+    for other in others:
+        other_ids, other_best, _ = _choices(other, task)
+        answers = dict(zip(other_ids.tolist(), other_best.tolist(), strict=True))
+        flipped |= {
+            doc_id
+            for doc_id, choice in zip(doc_ids.tolist(), best.tolist(), strict=True)
+            if answers.get(doc_id, choice) != choice
+        }
+        texts = other.texts.get(task, {})
+        flipped |= {key[0] for key, text in run.texts.get(task, {}).items() if texts.get(key, text) != text}
+    marks = {doc_id: ["flipped"] for doc_id in sorted(flipped)}
     for doc_id in doc_ids[leads <= NEAR_TIE_NATS].tolist():
         marks.setdefault(doc_id, []).append("near tie")
-    for other in others:
-        if task in other.requests:
-            other_ids, other_best, _ = answers_of(other.requests[task])
-            answers = dict(zip(other_ids.tolist(), other_best.tolist(), strict=True))
-            for doc_id, choice in zip(doc_ids.tolist(), best.tolist(), strict=True):
-                if answers.get(doc_id, choice) != choice and "flipped" not in marks.get(doc_id, []):
-                    marks.setdefault(doc_id, []).append("flipped")
     return marks
 
 
-def _show_sample(sample: dict[str, Any]) -> dict[str, Any]:
+def _choices(run: Run, task: str) -> tuple[Any, Any, Any]:
+    """What `answers_of` says, of no documents where the task has no choices."""
+    nothing = np.zeros(0, dtype=np.int64)
+    return answers_of(run.requests[task], asks_twice(run, task)) if task in run.requests else (nothing, nothing, np.zeros(0))
+
+
+def _show_sample(sample: dict[str, Any], twice: bool) -> dict[str, Any]:
     arguments = [list(argument.values()) for argument in sample["arguments"].values()]
     contexts = [str(argument[0]) for argument in arguments]
     alike = len(set(contexts)) == 1
@@ -214,16 +231,25 @@ def _show_sample(sample: dict[str, Any]) -> dict[str, Any]:
         text = str(argument[-1]) if alike and len(argument) > 1 else "".join(map(str, argument))
         nats, greedy = (resps[0][0], str(resps[0][1]) == "True") if isinstance(resps[0], list) else (resps[0], None)
         choices.append({"text": text[-_PROMPT_CHARACTERS:], "nats": str(nats), "greedy": greedy})
-    metrics = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (bool, int, float))}
-    judged = next((metrics[name] for name in ("acc", "exact_match") if name in metrics), None)
     return {
         "prompt": contexts[0][-_PROMPT_CHARACTERS:] if alike and len(arguments[0]) > 1 else "",
         "cut": len(contexts[0]) > _PROMPT_CHARACTERS,
         "choices": choices,
+        "answers": len(choices) // 2 if twice else len(choices),  # the first ones, among which the best is marked
         "target": sample["target"],
-        "metrics": metrics,
-        "wrong": None if judged is None else not judged,
+        "metrics": {},
+        "wrong": None,
     }
+
+
+def _add_filter(shown: dict[str, Any], sample: dict[str, Any]) -> None:
+    """Metrics behind one filter; the first that says right or wrong marks the document."""
+    metrics = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (bool, int, float))}
+    behind = "" if sample["filter"] == "none" else f" ({sample['filter']})"
+    shown["metrics"] |= {name + behind: value for name, value in metrics.items()}
+    judged = next((metrics[name] for name in _RIGHT_OR_WRONG if name in metrics), None)
+    if shown["wrong"] is None and judged is not None:
+        shown["wrong"] = not judged
 
 
 def _script_json(value: Any) -> str:

@@ -1,7 +1,7 @@
 """`python -m ddp_eval reproduce RUN_DIR`: from a run's manifest alone, the same evaluation again, on the ranks at hand.
 
 Before anything is scored the leader holds what it finds against the manifest: the model's and the tokenizer's files, packages,
-task versions, and the prompts of each task. What differs is refused by name unless --allow names it.
+task versions, and the prompts and documents of each task. What differs is refused by name unless --allow names it.
 
 A manifest may come from anybody, and so may the code that it would have run: no code runs on its word alone.
 """
@@ -16,15 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddp_eval import run_directory
 from ddp_eval.compare.command import NOT_AS_EXPECTED, add_expect, format_comparison, print_verdict, read_expectation, why_not
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.subcommand import SubcommandParser
 
-KINDS = ("model", "versions", "prompts", "packages")
+KINDS = ("model", "versions", "prompts", "documents", "packages")
 _ABOUT = """\
 Runs the evaluation of RUN_DIR again, from its manifest.json, on the ranks that torchrun starts or on one, and
-compares. Refuses, with the list, when the model's files, task versions, prompts or packages are not the same."""
+compares. Refuses, with the list, when the model's files, task versions, prompts, documents or packages are not the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +56,13 @@ def parse(argv: Sequence[str]) -> Order:
     manifest = _read_manifest(earlier)
     if output == earlier:
         raise UserError(f"--output_path must not be the run to reproduce, got {options.output_path}")
+    if (output / "manifest.json").is_file() and not (options.overwrite or run_directory.is_obeyed(output)):
+        raise UserError(f"{output} already holds a complete run: --overwrite runs it again, or give another --output_path")
     if "pretrained" not in (manifest.get("model") or {}):
         raise UserError(f"the run in {options.run} was given a loaded model by a program: only that program can run it again")
     values = dict(manifest["config"])
     values |= {"output_path": str(output), "overwrite": options.overwrite, "seed": tuple(values["seed"])}
+    values |= {"fresh": False, "preflight": False, "cache_requests": None}  # what the run was to do with what it found then
     values |= {name: value for name in ("device", "layout") if (value := getattr(options, name))}
     _refuse_untrusted(manifest, options)
     unknown = sorted(set(values) - {field.name for field in dataclasses.fields(Config)})
@@ -106,20 +110,27 @@ def conclude(order: Order) -> int:
     comparison = compare_runs(read_run(order.earlier), read_run(str(order.config.output_path)))
     failure = why_not(comparison, order.expectation)
     print(format_comparison(comparison))
-    print_verdict(order.expectation, [failure] if failure else [])
+    print_verdict(order.expectation, [failure] if failure else [], [comparison])
     return NOT_AS_EXPECTED if failure else 0
 
 
 def list_changes(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(kind, what changed in words) for everything in `found` that the manifest has otherwise.
 
-    found: {"model": as `describe_model` makes it, "packages", "versions", "prompts_by_task"}.
+    found: {"model": as `describe_model` makes it, "packages", "versions", "prompts_by_task", "documents_by_task"}.
     """
+    prompts, documents = found["prompts_by_task"], manifest.get("documents_by_task", {})  # an older manifest has none of these
+    asked_alike = [task for task in documents if prompts.get(task) == manifest["prompts_by_task"].get(task)]
     return [
         *(("model", text) for text in _model_changes(manifest["model"], found["model"] or {})),
         *_changes("versions", "task {} has version {}, not {}", manifest["tasks"]["versions"], found["versions"], _show),
+        *_changes("prompts", "the prompts of task {} are other ones", manifest["prompts_by_task"], prompts, _show),
         *_changes(
-            "prompts", "the prompts of task {} are other ones", manifest["prompts_by_task"], found["prompts_by_task"], _show
+            "documents",
+            "task {} has the same prompts, but other documents or right answers",
+            {task: documents[task] for task in asked_alike},
+            {task: found["documents_by_task"].get(task) for task in asked_alike},
+            _show,
         ),
         *_changes("packages", "{} is {}, not {}", manifest["packages"], found["packages"], _show),
     ]
@@ -169,7 +180,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = SubcommandParser("reproduce", _ABOUT, launcher="torchrun")
     parser.add_argument("run", metavar="RUN_DIR", help="the directory of a complete run")
     parser.add_argument("--output_path", "-o", metavar="DIR", help="where the new run goes (default: RUN_DIR.again)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --output_path already holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace the complete run that is already there")
     parser.add_argument("--allow", nargs="+", choices=KINDS, help="run although these differ from the manifest")
     parser.add_argument("--device", help="cuda or cpu (default: as the run was told)")
     parser.add_argument("--layout", help="how the model lies over the ranks (default: as the run was told)")

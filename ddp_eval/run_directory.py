@@ -5,7 +5,8 @@
     DIR/journal/run.json         while unfinished: the flags that began it, its layout, and the launch whose --fresh is obeyed
     DIR/journal/*.journal        while unfinished: finished packs (journal.py)
 
-A complete run has a manifest.json and no journal.
+A complete run has a manifest.json and no journal. One that is to be replaced stays until the new one has passed every check
+and begins to score: a mistake in the command, or a reproduction that is refused, costs nobody a finished run.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class RunDirectory:
     def __init__(self, path: Path, lock: Lock | None = None, replace: bool = False) -> None:
         self.path = path
         self.journals = path / JOURNALS
+        self.replaced: list[Path] = []  # files of a complete run that `obeyed` removes
         self._lock = lock
         self._replace = replace
 
@@ -67,11 +69,14 @@ class RunDirectory:
         return found if isinstance(found, str) else None
 
     def obeyed(self, config: Config, layout: str | None = None) -> None:
-        """What --fresh and --overwrite ask for is done, and not done again when the launcher starts this command again.
+        """Do what --fresh and --overwrite ask for, and not again when the launcher starts this command again.
 
         layout: the one that was chosen, which a resume keeps.
         """
         try:
+            for file in reversed(self.replaced):  # the manifest last: without it the others would pass for this run's
+                file.unlink(missing_ok=True)
+            self.replaced = []
             replace_json(
                 self.journals / _RUN, {"flags": _flags(config), "launch": restart.launches(), "layout": layout or self.layout}
             )
@@ -105,7 +110,7 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
     if not config.output_path:
         return None
     directory = Path(config.output_path)
-    if (config.overwrite or config.fresh) and not _is_obeyed(directory):
+    if (config.overwrite or config.fresh) and not is_obeyed(directory):
         return None
     if not os.path.isfile(directory / results.MANIFEST):
         return None
@@ -121,9 +126,16 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
         difference = f"its {results.RESULTS} cannot be read"
     if difference:
         raise _refuse(directory, difference)
-    if status.read_status(directory).get("state") != status.DONE:  # it was killed right behind its manifest
+    if status.read_status(directory).get("state") != status.DONE:
+        # One was killed right behind its manifest or before it replaced this run, or is at work to replace it.
         with contextlib.suppress(OSError):
-            RunDirectory(directory).finish()
+            lock = _take_lock(directory, lambda: None)
+            try:
+                if not os.path.isfile(directory / results.MANIFEST):
+                    return None
+                RunDirectory(directory).finish()
+            finally:
+                lock.release()
     return found
 
 
@@ -135,16 +147,11 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
     """
     assert config.output_path
     path = results.make_directory(config.output_path)
-    lock = Lock(path / LOCK, on_lost)
     try:
-        lock.acquire()
-    except Held as held:
-        raise UserError(
-            f"another run is at work in --output_path {config.output_path} ({held}): wait for it, or give another"
-        ) from None
+        lock = _take_lock(path, on_lost)
     except OSError as error:
         raise results.unwritable(config.output_path, error) from error
-    obeyed = _is_obeyed(path)
+    obeyed = is_obeyed(path)
     fresh, replace = config.fresh and not obeyed, (config.fresh or config.overwrite) and not obeyed
     directory = RunDirectory(path, lock, replace)
     try:
@@ -159,7 +166,16 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
     return directory
 
 
-def _is_obeyed(directory: Path) -> bool:
+def _take_lock(directory: Path, on_lost: Any) -> Lock:
+    lock = Lock(directory / LOCK, on_lost)
+    try:
+        lock.acquire()
+    except Held as held:
+        raise UserError(f"another run is at work in --output_path {directory} ({held}): wait for it, or give another") from None
+    return lock
+
+
+def is_obeyed(directory: Path) -> bool:
     """Whether an earlier start of this very launch has done what --fresh and --overwrite ask for, or the whole run."""
     stands = status.read_status(directory)
     marks = [
@@ -183,9 +199,12 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
         difference = "it has no journal to resume from"
     if difference and not replace:
         raise _refuse(directory.path, difference)
-    if difference or fresh:
+    if complete:
+        directory.replaced = files
+    elif difference or fresh:
         for file in files:
             file.unlink(missing_ok=True)
+    if difference or fresh:
         directory.forget_journals()
     for file in directory.path.glob(f".*{results.TEMPORARY_SUFFIX}"):
         file.unlink(missing_ok=True)

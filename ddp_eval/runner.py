@@ -322,7 +322,8 @@ def _lead(
             watch.step("writing the results")
             if not config.predict_only:
                 results.write_documents(config.output_path, harness.describe_documents(samples))
-            more = {"prompts_by_task": outcome.prompts["prompts_by_task"], "resumed_packs": resumed[0]}
+            more = {name: outcome.prompts[name] for name in ("prompts_by_task", "documents_by_task")}
+            more["resumed_packs"] = resumed[0]
             manifest = describe_run(config, world, outcome.results, {**facts, **more}, get_digests())
             measured = results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"), measure)
             if directory is not None:

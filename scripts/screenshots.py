@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 # name -> width and height of the window in pixels, more flags of Chromium
 SHOTS = {
-    "report_light": (1100, 4400, []),
+    "report_light": (1100, 5400, []),
     "report_dark": (1100, 2600, ["--blink-settings=preferredColorScheme=0"]),
     "report_phone": (500, 1100, []),
 }

@@ -26,6 +26,8 @@ REQUEUES=100      # goes back into the queue at most so often
 
 set -uo pipefail
 
+TIME_LIMIT="the time limit is near"
+
 # The last element of an array has the whole array's id as its SLURM_JOB_ID: scancel and scontrol would take it for all of them.
 JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 JOB="${JOB:-$SLURM_JOB_ID}"
@@ -67,7 +69,38 @@ is_for_the_user() {
 
 # What a rank last said, its progress left out.
 last_words() {
-    grep -hs '^ddp_eval: ' "$LOGS".*.log | grep -v ' requests, .* tokens/s' | tail -n 1 | sed 's/^ddp_eval: //'
+    local words
+    words="$(grep -hs '^ddp_eval: ' "$LOGS".*.log | grep -v ' requests, .* tokens/s' | tail -n 1 | sed 's/^ddp_eval: //')"
+    printf '%s' "${words:-no rank said why}"
+}
+
+is_own_lock() {
+    grep -qs "\"slurm_job\": *\"$JOB\"" "$output/.ddp_eval.lock"
+}
+
+# Whether a run of another job is at work in the directory: it touches its lock every few seconds.
+is_taken() {
+    [[ -n "$(find "$output/.ddp_eval.lock" -mmin -1 2>/dev/null)" ]] && ! is_own_lock
+}
+
+# A job that fails before it has opened the run directory (a wrong flag, a bad node, no Python) tells scripts too. Argument: why.
+# The fields are those of ddp_eval/status.py. Nothing replaces "done", or what another run at work has said.
+note_failure() {
+    local reason="${1//[[:cntrl:]]/ }" aside="$output/.status.json.$JOB.ddp_eval.tmp"
+    if is_taken || grep -qs '"state": *"done"' "$output/status.json"; then
+        return
+    fi
+    reason="${reason//\\/\\\\}"
+    reason="${reason//\"/\\\"}"
+    printf '{"state": "failed", "reason": "%s", "time": "%s", "launch": {"slurm": "%s"}}\n' \
+        "$reason" "$(date -Iseconds)" "$JOB" >"$aside" && mv "$aside" "$output/status.json"
+}
+
+# Arguments: how it failed, and why.
+fail() {
+    note_failure "$2"
+    say "$1: $2"
+    exit 1
 }
 
 # A controller that is busy or being restarted does not answer for a while: ask again, for half a minute and its own time-outs.
@@ -104,6 +137,7 @@ run_node() {
     # srun, site prologues and shells leave some of these behind; a rank would take them for its own.
     unset RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE
     unset MASTER_ADDR MASTER_PORT "${!TORCHELASTIC_@}" "${!PET_@}"
+    mkdir -p "${LOGS%/*}" # a node may have a disk of its own there
     exec 2>>"$LOGS.$SLURMD_NODENAME.log"
     setup || exit
     if [[ -n "$INTERFACE" ]]; then
@@ -139,7 +173,7 @@ run_step() {
 }
 
 on_time_limit() {
-    stopping="the time limit is near"
+    stopping="$TIME_LIMIT"
     say "$stopping: telling the ranks to stop"
     # To the tasks, not to srun, which would have them killed.
     scancel --signal=TERM "$JOB"
@@ -156,12 +190,29 @@ is_preempted() {
     ask_controller show job -o "$JOB" 2>/dev/null | grep -q ' PreemptTime=[0-9]'
 }
 
+journal_sizes() {
+    wc -c "$output"/journal/*.journal 2>/dev/null
+}
+
+# Whether both this start and the one before were warned of the time limit before they had finished a pack.
+is_in_vain() {
+    local before
+    [[ "$stopping" == "$TIME_LIMIT" && "$(journal_sizes)" == "$journals" ]] || return
+    before="$(cat "$output/logs/$JOB.in_vain" 2>/dev/null)"
+    echo "$restart" >"$output/logs/$JOB.in_vain"
+    ((restart > 0)) && [[ "$before" == "$((restart - 1))" ]]
+}
+
 requeue_and_leave() {
     local state
     state="$(job_state)"
     if [[ "$state" != RUNNING ]]; then
         say "$1; SLURM's state for it is $state"
         exit 75
+    fi
+    if is_in_vain; then
+        fail "failed, not requeued" "the warning before the time limit came before a pack was finished, twice in a row: \
+let --time be well over the warning (--signal, 120 s if not changed) plus the start"
     fi
     if ((restart >= REQUEUES)); then
         say "$1; not requeued, after $restart times already: the same command resumes"
@@ -180,9 +231,13 @@ if [[ -z "$output" ]]; then
     say "--output_path DIR is missing: a job needs a run directory, on a file system that all nodes share"
     exit 2
 fi
-mkdir -p "$output/logs" || exit 2
+if ! reason="$({ mkdir -p "$output/logs" && touch "$output/logs"; } 2>&1)"; then
+    say "failed, not requeued: --output_path $output cannot be written to (${reason##*: })"
+    exit 2
+fi
 
 restart="${SLURM_RESTART_COUNT:-0}"
+journals="$(journal_sizes)"
 stopping=""
 LOGS=""
 if ((restart > 0)); then
@@ -193,7 +248,7 @@ if ((restart > 0)); then
     say "restart $restart: resumes"
     # SLURM says that the earlier start is over. Where it still runs, on a node that SLURM has lost, it ends when its lock is gone.
     # A lock of any other job is none of ours.
-    if grep -qs "\"slurm_job\": *\"$JOB\"" "$output/.ddp_eval.lock"; then
+    if is_own_lock; then
         rm -f "$output/.ddp_eval.lock"
     fi
 fi
@@ -219,9 +274,6 @@ for ((attempt = 0; ; attempt++)); do
     # srun also returns 0 when it has lost the only node, and another code when a signal came behind the last word.
     if is_done; then
         leave_done "$@"
-    elif ((code == 0)) && [[ " $* " == *" --preflight"* ]]; then
-        say "done: $output"
-        exit 0
     elif [[ -n "$stopping" ]]; then
         requeue_and_leave "stopped: $stopping"
     elif is_preempted; then
@@ -229,12 +281,15 @@ for ((attempt = 0; ; attempt++)); do
     elif [[ "$(job_state)" != RUNNING ]]; then
         say "ended with code $code; SLURM's state for it is $(job_state)"
         exit 75
+    elif ((code == 0)) && [[ " $* " == *" --preflight"* ]]; then
+        say "node checks passed; nothing was evaluated"
+        exit 0
     elif is_for_the_user; then
-        say "failed, not requeued: $(last_words)"
-        exit 1
+        fail "failed, not requeued" "$(last_words)"
+    elif ((code == 0 && attempt >= RESTARTS)); then
+        fail "failed, not requeued" "the ranks ended well, but $output/status.json on this node does not say so: do all share it?"
     elif ((attempt >= RESTARTS)); then
-        say "failed with code $code, after $attempt restarts: $(last_words); see $LOGS.*.log"
-        exit 1
+        fail "failed with code $code, after $attempt restarts" "$(last_words); see $LOGS.*.log"
     fi
     say "a rank or a launcher has died (code $code): starts again, restart $((attempt + 1)) of $RESTARTS"
 done

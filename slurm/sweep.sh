@@ -28,9 +28,12 @@ declare -a models=() tasks=()
 declare -A flags=()
 read_list() {
     local kind name rest
+    ! grep -q $'\r' "$1" || die "$1 has Windows line ends: take them out, as by sed -i 's/\\r$//' $1"
     while read -r kind name rest || [[ -n "$kind" ]]; do
         [[ -z "$kind" || "$kind" == \#* ]] && continue
-        [[ "$name" =~ ^[A-Za-z0-9._-]+$ ]] || die "$1: the name after $kind must be letters, digits, . _ -, got \"$name\""
+        [[ "$name" =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
+            die "$1: the name after $kind must be letters, digits, . _ -, and begin with neither . nor -, got \"$name\""
+        [[ "$kind $name" != "model logs" ]] || die "$1: a model cannot be named logs, which is where the sweep's own words go"
         [[ -z "${flags[$kind $name]+there}" ]] || die "$1: there are two lines $kind $name"
         case "$kind" in
             model) models+=("$name") ;;
@@ -69,6 +72,7 @@ submit() {
         done
     done
     eval_script="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/eval.sh"
+    [[ -r "$eval_script" ]] || die "eval.sh is not beside sweep.sh: run slurm/sweep.sh itself, not through sbatch"
     mkdir -p "$output/logs"
     output="$(cd "$output" && pwd)"
     # What is edited later must not change the elements of an array that waits.
@@ -104,6 +108,7 @@ write_report() {
     setup
     for task in "${tasks[@]}"; do
         runs=()
+        rm -f "$output/compare.$task.txt" # of an earlier report
         for model in "${models[@]}"; do
             text="$(split_words "$model" "$task")" || exit
             if ! grep -qs '"state": *"done"' "$output/$model/$task/status.json"; then
@@ -113,7 +118,8 @@ write_report() {
                 echo "$model $task: done"
                 runs+=("$output/$model/$task")
             else
-                echo "$model $task: done with other flags than the list's; --overwrite in the list replaces it, see $output/logs"
+                echo "$model $task: the run there is of other flags; what the list asks for has not run: see the element's log" \
+                    "in $output/logs; if it was refused, --overwrite in the list replaces that run"
                 code=1
             fi
         done

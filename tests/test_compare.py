@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from tiny_models import evaluate_with_lm_eval
 
-from ddp_eval import results
+from ddp_eval import demo, results
 from ddp_eval.compare import paired
 from ddp_eval.compare.command import main
-from ddp_eval.compare.difference import compare_runs
-from ddp_eval.compare.reading import document_metrics, read_run
+from ddp_eval.compare.difference import answers_of, compare_runs
+from ddp_eval.compare.reading import document_metrics, read_run, shared_context
 from ddp_eval.errors import UserError
 
 
@@ -125,7 +128,7 @@ NATS = {(0, 0): -1.000, (0, 1): -1.002, (1, 0): -5.0, (1, 1): -2.0, (2, 0): -7.0
 RIGHT = {0: 1.0, 1: 0.0, 2: 1.0}
 
 
-def write_run(place: Path, nats=NATS, right=RIGHT, manifest=None, context=None, prompt="p") -> Path:
+def write_run(place: Path, nats=NATS, right=RIGHT, manifest=None, context=None, prompt="p", metric="acc") -> Path:
     """A run directory by the functions that write real ones."""
     place.mkdir()
     keys = sorted(nats)
@@ -139,13 +142,15 @@ def write_run(place: Path, nats=NATS, right=RIGHT, manifest=None, context=None, 
     )
     results.write_scores(place, scores)
     rows = [
-        {"task": "t", "doc_id": doc, "filter": "none", "metric": "acc", "value": value, "weight": 1.0}
+        {"task": "t", "doc_id": doc, "filter": "none", "metric": metric, "value": value, "weight": 1.0}
         | {"prompt_hash": f"{prompt}{doc}", "context_hash": context}
         for doc, value in right.items()
     ]
     results.write_documents(place, rows)
     mean = sum(right.values()) / len(right)
-    results.write_run(place, {"results": {"t": {"alias": "t", "acc,none": mean}}}, manifest or {"engine": {"dtype": "float32"}})
+    results.write_run(
+        place, {"results": {"t": {"alias": "t", f"{metric},none": mean}}}, manifest or {"engine": {"dtype": "float32"}}
+    )
     return place
 
 
@@ -193,6 +198,52 @@ def test_exit_codes(first, tmp_path, change, expect, code, capsys):
     other = write_run(tmp_path / "b", NATS | change)
     assert main([str(first), str(other), "--expect", *expect]) == code
     assert "expected" in capsys.readouterr().out
+
+
+def test_other_right_answers_are_not_identical(first, tmp_path, capsys):
+    """Catches gold labels that changed behind the same log-probabilities, also where right and wrong cancel."""
+    for name, right in (("fewer", {**RIGHT, 0: 0.0}), ("others", {0: 0.0, 1: 1.0, 2: 1.0})):
+        other = write_run(tmp_path / name, right=right)
+        assert main([str(first), str(other), "--expect", "identical"]) == 3
+        out = capsys.readouterr().out
+        assert "are alike, but not t acc" in out and "\nnot identical\n" in out
+        assert main([str(first), str(other), "--expect", "within", "1e-9"]) == 0
+
+
+def test_other_texts_are_not_within(tmp_path, capsys):
+    """Catches a CI check that passes though every generated answer is another, beside log-probabilities that are alike."""
+    for side, text in (("a", "one"), ("b", "eins")):
+        write_run(tmp_path / side)
+        results.write_texts(tmp_path / side, results.Texts(["g"] * 2, [0, 1], [0] * 2, [0] * 2, [text] * 2, [1] * 2, [False] * 2))
+    a, b = (str(tmp_path / side) for side in "ab")
+    assert main([a, b, "--expect", "within", "1e-4"]) == 3
+    assert f"expected within 0.0001 nats: 2 of 2 generated texts of {a} and {b} differ" in capsys.readouterr().out
+
+
+def test_flags_that_turn_within_are_told(tmp_path, capsys):
+    """Catches a greedy flag that a last bit turned and that nobody is told of, or that fails the check."""
+    runs = [str(write_run(tmp_path / side, {**NATS, (2, 0): nats})) for side, nats in (("a", -1.4999999), ("b", -1.5000001))]
+    assert main([*runs, "--expect", "within", "1e-4"]) == 0
+    assert "nats: yes\n0 answers and 1 greedy flags flipped" in capsys.readouterr().out
+
+
+def test_choices_without_their_question_are_no_answers(tmp_path):
+    """Catches flips and near ties among the second half of the requests of acc_mutual_info, which hold no question."""
+    nats = {(0, 0): -5.0, (0, 1): -4.0, (0, 2): -1.0, (0, 3): -1.001}
+    runs = [
+        write_run(tmp_path / side, {**nats, (0, 2): best}, {0: 1.0}, metric="acc_mutual_info")
+        for side, best in (("a", -1.0), ("b", -1.002))
+    ]
+    overall = compare_runs(*map(read_run, runs))["overall"]
+    assert (overall["answers"], overall["answers_flipped"], overall["near_ties"]) == (1, 0, 0)
+    assert [column.tolist() for column in answers_of(read_run(runs[0]).requests["t"], twice=True)] == [[0], [1], [1.0]]
+
+
+@pytest.mark.parametrize("field", ["passage", "flores_passage", "document_str", "narrative", "premise"])
+def test_questions_on_one_passage_share_it(field):
+    """Catches Belebele's and others' questions on one text taken for independent documents."""
+    contexts = [shared_context({field: text, "question": question}) for text, question in (("x", "a"), ("x", "b"), ("y", "a"))]
+    assert contexts[0] == contexts[1] != contexts[2] and None not in contexts
 
 
 @pytest.mark.parametrize("expect", [["identical"], ["within", "0.1"]])
@@ -276,6 +327,36 @@ def test_lm_evals_samples_are_read(first, tmp_path):
     assert theirs.metrics["roll"]["word_perplexity,none"].weight.tolist() == [4.0]
     assert len(set(theirs.contexts["t"].values())) == 1
     assert main([str(first), str(folder / "samples_t_2026-01-02T00-00-00.000001.jsonl"), "--expect", "identical"]) == 0
+
+
+def test_files_that_lm_eval_wrote(tmp_path, tiny_model, tiny_tokenizer, capsys):
+    """Catches a reader of files as we think they are: here lm_eval's own tracker has written them, of choices, sums and texts."""
+    import ddp_eval
+
+    own_tasks = str(Path(__file__).with_name("generation_tasks"))
+    tasks = ["demo_boolean_expressions", "demo_wikitext", "gen_boolean"]
+    model, tracker = tiny_model("llama"), EvaluationTracker(output_path=str(tmp_path / "theirs"))
+    manager = TaskManager(include_path=[demo.TASKS_PATH, own_tasks], include_defaults=False)
+    theirs = evaluate_with_lm_eval(model, tiny_tokenizer, tasks, task_manager=manager, limit=2, evaluation_tracker=tracker)
+    samples = theirs.pop("samples")
+    tracker.save_results_aggregated(results=theirs, samples=samples)
+    for task in tasks:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+    options = {"include_path": own_tasks, "limit": 2, "bootstrap_iters": 0, "log_samples": True}
+    ddp_eval.evaluate(model, tiny_tokenizer, tasks, output_path=str(tmp_path / "ours"), **options)
+
+    found = compare_runs(read_run(tmp_path / "ours"), read_run(tmp_path / "theirs"))
+    assert found["same_requests"] and found["differences"] == []
+    assert {task: part["requests"] for task, part in found["tasks"].items()} == dict(zip(tasks, (4, 2, 2), strict=True))
+    assert (found["overall"]["answers"], found["overall"]["answers_flipped"]) == (2, 0)
+    assert (found["overall"]["texts"], found["overall"]["texts_differing"]) == (2, 0)
+    assert (found["overall"]["prompts_compared"], found["overall"]["prompts_differing"]) == (6, 0)
+    for task in tasks:
+        for key, one in found["tasks"][task]["metrics"].items():
+            assert one["b"] == theirs["results"][task][key] and one["a"] == pytest.approx(one["b"], rel=1e-5), key
+    assert set(found["tasks"]["gen_boolean"]["metrics"]) == {"exact_match,first-word"}
+    assert main([str(tmp_path / "ours"), str(tmp_path / "theirs"), "--expect", "within", "0.01"]) == 0
+    assert "expected within 0.01 nats: yes" in capsys.readouterr().out
 
 
 def test_a_pair_of_gold_and_prediction_is_no_value():

@@ -231,4 +231,6 @@ def test_lock_names_its_slurm_job(path, monkeypatch):
     first = Lock(path, lambda: None)
     first.acquire()
     assert '"slurm_job": "12_3"' in path.read_text()
+    with pytest.raises(Held, match=r"process \d+ on .*, SLURM job 12_3$"):
+        Lock(path, lambda: None).acquire()
     first.release()

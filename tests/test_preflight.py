@@ -4,8 +4,9 @@ import os
 import socket
 
 import pytest
+import torch
 
-from ddp_eval import demo, interfaces, preflight
+from ddp_eval import demo, distributed, interfaces, preflight
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 
@@ -101,6 +102,12 @@ def test_one_process(tmp_path):
     ).lines
     assert "rank 0, 1 x CPU" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_rank_alone():
+    """Catches "1 ranks"."""
+    world = distributed.World(0, 0, 1, torch.device("cpu"))
+    assert preflight.check_group(world).startswith("all-reduce over 1 rank by gloo in ")
 
 
 def test_stale_file_of_the_model(tmp_path):

@@ -101,7 +101,7 @@ def test_in_a_browser(page, tmp_path, width):
     assert seen["clipped"] == []
     assert seen["plots"] == 5 and seen["texts"] > 40
     assert seen["rows"] == {"results-table": 4, "phases-table": 1, "comparison-table": 4, "drift-table": 2}
-    assert seen["picked"] == "6 documents" and seen["samples"] == 6 and seen["choices"] == 12
+    assert seen["picked"] == "6 of 6 documents shown" and seen["samples"] == 6 and seen["choices"] == 12
 
 
 @needs_chromium
@@ -143,6 +143,61 @@ def test_hostile_text_stays_text(run_dirs, tmp_path):
     page = report.render([read_run(place)], 100)
     assert "alert(1)" in page and "alert(2)" in page
     assert "<script>alert" not in page and page.count("</script>") == 2
+
+
+SAMPLE = {"filter": "none", "target": "t", "metrics": ["exact_match"], "exact_match": 0.0}
+
+
+def generated(doc_id, text, **change):
+    asked = {"arguments": {"gen_args_0": {"arg_0": "ask", "arg_1": {}}}, "resps": [[text]], "doc": {}, "doc_id": doc_id}
+    return {**SAMPLE, **asked, **change}
+
+
+def write_samples(place, samples):
+    """A directory of lm_eval's samples of the task t."""
+    place.mkdir()
+    (place / "samples_t.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return read_run(place)
+
+
+def test_texts_that_differ_are_found(tmp_path):
+    """Catches a generated answer that another run did not give, lost beyond the first documents, and a cut without a word."""
+    first = write_samples(tmp_path / "a", [generated(doc_id, "the same") for doc_id in range(5)])
+    other = write_samples(tmp_path / "b", [generated(doc_id, "another" if doc_id == 3 else "the same") for doc_id in range(5)])
+    shown, documents = report._samples(first, [other], 2)
+    assert [(one["doc"], one["marks"]) for one in shown] == [(3, ["flipped"]), (0, []), (1, [])]
+    assert documents == {"t": 5}
+    page = report.render([first, other], 2)
+    assert "1 of 5 generated texts differ" in page and "<th>texts differ</th>" in page
+
+
+def test_all_filters_are_shown(tmp_path):
+    """Catches the metrics of every filter but the first left out: lm_eval writes all documents once for each."""
+    strict = [generated(doc_id, "say 4", filter="strict-match") for doc_id in range(2)]
+    flexible = [generated(doc_id, "say 4", filter="flexible-extract", exact_match=1.0) for doc_id in range(2)]
+    shown, documents = report._samples(write_samples(tmp_path / "a", strict + flexible), [], 100)
+    assert documents == {"t": 2}
+    wanted = {"exact_match (strict-match)": 0.0, "exact_match (flexible-extract)": 1.0}
+    assert [(one["metrics"], one["wrong"]) for one in shown] == [(wanted, True)] * 2
+
+
+def test_a_metric_that_says_neither_right_nor_wrong(tmp_path):
+    """Catches a word error rate taken for right or wrong."""
+    sample = generated(0, "text", metrics=["wer"], wer=0.0)
+    (shown,) = report._samples(write_samples(tmp_path / "a", [sample]), [], 100)[0]
+    assert shown["wrong"] is None and shown["metrics"] == {"wer": 0.0}
+
+
+def test_the_best_is_one_of_the_answers(tmp_path):
+    """Catches a choice without its question, of acc_mutual_info, marked as the answer, or counted as a flip."""
+    nats = [-5.0, -4.0, -1.0, -2.0]
+    arguments = {f"gen_args_{idx}": {"arg_0": "ask" if idx < 2 else "", "arg_1": ["no", "yes"][idx % 2]} for idx in range(4)}
+    resps = [[[str(value), "False"]] for value in nats]
+    sample = {**generated(0, ""), "arguments": arguments, "resps": resps, "metrics": ["acc_mutual_info"], "acc_mutual_info": 1.0}
+    turned = {**sample, "resps": [*resps[:2], *reversed(resps[2:])]}
+    first, other = write_samples(tmp_path / "a", [sample]), write_samples(tmp_path / "b", [turned])
+    (shown,) = report._samples(first, [other], 100)[0]
+    assert (shown["answers"], len(shown["choices"]), shown["marks"]) == (2, 4, [])
 
 
 def test_margins_of_equal_choices_have_a_place():

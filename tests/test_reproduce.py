@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,9 +19,10 @@ MANIFEST = {
     "tasks": {"versions": {"t": 1, "group": 1}},
     "packages": {"torch": "2", "numpy": "1"},
     "prompts_by_task": {"t": "x"},
+    "documents_by_task": {"t": "d"},
     "working_directory": "/nowhere",
 }
-SAME = {"model": MANIFEST["model"], "packages": MANIFEST["packages"], "versions": {"t": 1}, "prompts_by_task": {"t": "x"}}
+SAME = {name: MANIFEST[name] for name in ("model", "packages", "prompts_by_task", "documents_by_task")} | {"versions": {"t": 1}}
 
 
 def test_the_same_is_let_through():
@@ -39,6 +41,11 @@ def test_the_same_is_let_through():
         ({"versions": {"t": 2}}, ("versions", "task t has version 2, not 1")),
         ({"prompts_by_task": {"t": "y"}}, ("prompts", "the prompts of task t are other ones")),
         ({"prompts_by_task": {"t": "x", "u": "z"}}, ("prompts", "the prompts of task u are other ones")),
+        (
+            {"documents_by_task": {"t": "e"}},
+            ("documents", "task t has the same prompts, but other documents or right answers"),
+        ),
+        ({"prompts_by_task": {"t": "y"}, "documents_by_task": {"t": "e"}}, ("prompts", "the prompts of task t are other ones")),
         ({"packages": {"torch": "3", "numpy": "1"}}, ("packages", "torch is 3, not 2")),
         ({"packages": {"torch": "2"}}, ("packages", "numpy is missing, not 1")),
     ],
@@ -46,6 +53,35 @@ def test_the_same_is_let_through():
 def test_every_change_has_a_name(change, wanted):
     """Catches a change that goes through, or is refused without saying what it is."""
     assert list_changes(MANIFEST, {**SAME, **change}) == [wanted]
+
+
+def describe(documents, targets="{{answer}}"):
+    """What the manifest says of a task of these documents, two requests each, that all ask the same."""
+    from lm_eval.api.instance import Instance
+
+    from ddp_eval.harness import describe_prompts
+
+    pairs = [(doc_id, doc, idx) for doc_id, doc in enumerate(documents) for idx in range(2)]
+    instances = [Instance("loglikelihood", doc, ("ask", str(idx)), idx, ("t", doc_id, 1)) for doc_id, doc, idx in pairs]
+    return describe_prompts(instances, {"t": SimpleNamespace(config=SimpleNamespace(doc_to_target=targets))})
+
+
+def test_documents_have_a_digest_of_their_own():
+    """Catches right answers that count for nothing, and digests that differ between processes though nothing changed."""
+    first, other = describe([{"answer": 0}, {"answer": 1}]), describe([{"answer": 1}, {"answer": 1}])
+    assert first["prompts_by_task"] == other["prompts_by_task"]
+    assert first["documents_by_task"] != other["documents_by_task"]
+    assert first["documents_by_task"] != describe([{"answer": 0}, {"answer": 1}], "{{other}}")["documents_by_task"]
+    ring = []
+    ring.append(ring)
+    for odd in (object, set, lambda: ring, lambda: lambda: None):  # the last stands where a task has code for its targets
+        assert describe([{"a": odd()}], odd())["documents_by_task"] == describe([{"a": odd()}], odd())["documents_by_task"]
+
+
+def test_an_older_manifest_is_not_refused():
+    """Catches runs of an earlier version that can no longer be reproduced, since they tell nothing of their documents."""
+    older = {name: value for name, value in MANIFEST.items() if name != "documents_by_task"}
+    assert list_changes(older, SAME) == []
 
 
 @pytest.fixture
@@ -113,6 +149,25 @@ def test_no_code_runs_on_a_manifests_word(run, tmp_path, monkeypatch, change, fl
     with pytest.raises(UserError, match=sentence + f".*: {flag} allows it"):
         parse([str(directory)])
     assert parse([str(directory), flag]).config.output_path
+
+
+def test_a_complete_run_is_no_reproduction(run, tmp_path):
+    """Catches a second reproduction that finds the first one complete, runs nothing, and calls that identical."""
+    directory, other = run(), tmp_path / "run.again"
+    other.mkdir()
+    (other / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run\.again already holds a complete run: --overwrite runs it again"):
+        parse([str(directory)])
+    assert parse([str(directory), "--overwrite"]).config.overwrite
+    (other / "manifest.json").unlink()
+    assert not parse([str(directory)]).config.overwrite
+
+
+def test_what_a_run_was_to_do_with_what_it_found_is_not_repeated(run):
+    """Catches a run once started with --fresh that, reproduced into another run's directory, deletes it."""
+    config = {**MANIFEST["config"], "fresh": True, "preflight": True, "cache_requests": "true"}
+    found = parse([str(run(config=config))]).config
+    assert (found.fresh, found.preflight, found.cache_requests) == (False, False, None)
 
 
 def test_no_run_no_reproduction(tmp_path):

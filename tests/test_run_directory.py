@@ -164,9 +164,33 @@ def test_a_start_that_died_early_has_obeyed_nothing(changes, opened, config, sta
     if opened:
         start(False, **changes).close()
     directory = start(True, **changes)
-    assert results.run_files(directory.path) == [] and packs_in(directory) == []
+    assert packs_in(directory) == []
+    directory.obeyed(config(**changes))
+    assert results.run_files(directory.path) == []
     directory.finish()
     directory.close()
+
+
+@pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True, "limit": 2.0}])
+def test_a_finished_run_outlives_one_that_never_begins(changes, config, opening, finished):
+    """Catches results destroyed by a mistake in the command that replaces them, or by a reproduction that is refused."""
+    kept = results.run_files(finished)
+    opening(config(**changes)).close()
+    assert results.run_files(finished) == kept != []
+    assert find_finished(config(), lambda *_: True) == {"results": {"demo_lambada": {"acc,none": 0.5}}}
+    with pytest.raises(UserError, match="already holds a run"):
+        open_directory(config(limit=3.0), lambda: None)
+    directory = opening(config(**changes))
+    directory.obeyed(config(**changes))
+    assert results.run_files(finished) == []
+
+
+def test_a_run_that_is_about_to_be_replaced_is_nobodys(config, opening, finished):
+    """Catches the same command beside one that replaces the run: it would take away the journal that the other writes."""
+    directory = opening(config(fresh=True))
+    with pytest.raises(UserError, match="another run is at work"):
+        find_finished(config(), lambda *_: True)
+    assert directory.journals.is_dir() and status.read_status(finished)["state"] == status.RUNNING
 
 
 def test_a_restart_leaves_what_its_launch_has_finished(config, start, finished):
@@ -258,6 +282,7 @@ def test_finished_run_is_replaced_when_asked(changes, config, opening, finished)
     """Catches --fresh that finds nothing to do."""
     assert find_finished(config(**changes), same) is None
     directory = opening(config(**changes))
+    directory.obeyed(config(**changes))
     assert results.run_files(directory.path) == []
 
 

@@ -117,7 +117,9 @@ def test_dead_sibling_is_named(monkeypatch):
         assert watching.await_death(0) is None
         process.kill()
         said = watching.await_death(5)  # nobody has asked for its exit code yet: it is a zombie
-        assert said.startswith(f"rank 3 (process {process.pid} on ") and said.endswith("the run ends; start it again")
+        assert said.startswith(f"rank 3 (process {process.pid} on ") and said.endswith(
+            " has died (why: see its words above or torchrun's below): the run ends; start it again"
+        )
     finally:
         process.kill()
         process.wait()

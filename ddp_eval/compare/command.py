@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"comparisons": [jsonable(one) for one in comparisons], "unmet": failures}, indent=2))
     else:
         print("\n\n".join(format_comparison(one) for one in comparisons))
-        print_verdict(expectation, failures)
+        print_verdict(expectation, failures, comparisons)
     return NOT_AS_EXPECTED if failures else 0
 
 
@@ -43,7 +43,8 @@ def add_expect(parser: argparse.ArgumentParser) -> None:
         "--expect",
         nargs="+",
         metavar="WHAT",
-        help="identical (every bit), or within NATS (largest difference of a log-probability); exit code 3 if it is not so",
+        help="identical (every bit, text and metric), or within NATS (largest difference of a log-probability, and the same "
+        "texts); exit code 3 if it is not so",
     )
 
 
@@ -78,17 +79,31 @@ def why_not(comparison: dict[str, Any], expectation: float | None) -> str | None
     overall = comparison["overall"]
     if expectation == 0:
         changed = overall["requests_differing"]
-        return f"{changed} of {overall['requests']} requests of {names} differ" if changed else None
+        if changed:
+            return f"{changed} of {overall['requests']} requests of {names} differ"
+        metrics = _metrics_differing(comparison)
+        return f"the requests of {names} are alike, but not {', '.join(metrics)}" if metrics else None
+    if overall["texts_differing"]:
+        return f"{overall['texts_differing']} of {overall['texts']} generated texts of {names} differ"
     summary = overall["delta_nats"]
     if summary is None:
         return f"{names} hold no log-probabilities"
     return f"{names} differ by up to {summary['max']:.3g} nats" if not summary["max"] <= expectation else None
 
 
-def print_verdict(expectation: float | None, failures: Sequence[str]) -> None:
+def print_verdict(expectation: float | None, failures: Sequence[str], comparisons: Sequence[dict[str, Any]]) -> None:
     if expectation is not None:
         wanted = "identical" if expectation == 0 else f"within {expectation:g} nats"
         print(f"\nexpected {wanted}: " + ("; ".join(failures) if failures else "yes"))
+        turned = {name: sum(one["overall"][name] for one in comparisons) for name in ("answers_flipped", "greedy_flipped")}
+        if expectation and any(turned.values()):
+            print(f"{turned['answers_flipped']} answers and {turned['greedy_flipped']} greedy flags flipped")
+
+
+def _metrics_differing(comparison: dict[str, Any]) -> list[str]:
+    return [
+        f"{task} {key.removesuffix(',none')}" for task, part in comparison["tasks"].items() for key in part["metrics_differing"]
+    ]
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
@@ -132,6 +147,8 @@ def format_comparison(comparison: dict[str, Any]) -> str:
             lines.append(f"{task}: {part['prompts_differing']} of {part['prompts_compared']} documents have another prompt")
     lines += [f"{task}: no answer could be compared" for task, part in comparison["tasks"].items() if not part["requests"]]
     lines += ["", "identical: every request has the same bits" if comparison["identical"] else "not identical"]
+    if metrics := _metrics_differing(comparison):
+        lines.append(f"metrics that differ, in all or in some document: {', '.join(metrics)}")
     lines += _format_differences(comparison["differences"])
     return "\n".join(lines)
 

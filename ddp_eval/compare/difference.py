@@ -19,7 +19,10 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 _GROUPS = (
     ("model", ("model.", "config.model", "engine.class", "engine.parameters")),
     ("dtype and kernels", ("engine.", "numerics")),
-    ("prompts", ("prompts", "tasks.", "seeds.", "config.tasks", "config.num_fewshot", "config.limit", "config.samples")),
+    (
+        "prompts",
+        ("prompts", "documents", "tasks.", "seeds.", "config.tasks", "config.num_fewshot", "config.limit", "config.samples"),
+    ),
     ("prompts", ("config.apply_chat_template", "config.system_instruction", "config.fewshot", "config.seed", "requests")),
     ("versions", ("packages.", "git.")),
     ("hardware", ("hardware.",)),
@@ -43,7 +46,11 @@ def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[s
         "near_tie_nats": near_tie_nats,
         "tasks_only_in": only,
         "same_requests": same_requests,
-        "identical": same_requests and bool(shared) and compared and overall["requests_differing"] == 0,
+        "identical": same_requests
+        and bool(shared)
+        and compared
+        and overall["requests_differing"] == 0
+        and not any(task["metrics_differing"] for task in tasks.values()),
         "tasks": tasks,
         "overall": overall,
         "differences": differences(a, b),
@@ -61,12 +68,20 @@ def differences(a: Run, b: Run) -> list[dict[str, Any]]:
     return sorted((one for one in found if one["a"] != one["b"]), key=lambda one: order.index(one["group"]))
 
 
-def answers_of(requests: Requests) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def asks_twice(run: Run, task: str) -> bool:
+    """Whether the second half of a document's requests are its choices without the question: lm_eval's acc_mutual_info."""
+    return any(key.startswith("acc_mutual_info,") for key in run.metrics.get(task, {}))
+
+
+def answers_of(
+    requests: Requests, twice: bool = False
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Documents with two or more choices: (n,) doc_id, (n,) the choice of highest log-probability, (n,) its lead over the next.
 
-    The first of equal choices is taken, as lm_eval's argmax does.
+    The first of equal choices is taken, as lm_eval's argmax does. twice: see `asks_twice`.
     """
     doc_ids, starts, counts = np.unique(requests.doc_id, return_index=True, return_counts=True)
+    counts = counts // 2 if twice else counts
     chosen = counts > 1
     doc_ids, starts, counts = doc_ids[chosen], starts[chosen], counts[chosen]
     blocks = [requests.loglikelihood[start : start + count] for start, count in zip(starts, counts, strict=True)]
@@ -95,6 +110,7 @@ def _compare_task(a: Run, b: Run, task: str, near_tie_nats: float) -> dict[str, 
     greedy_differ = left.is_greedy != right.is_greedy
     prompts = [a.prompts.get(task, {}), b.prompts.get(task, {})]
     both = prompts[0].keys() & prompts[1].keys()
+    documents = _paired_documents(a, b, task)
     return {
         "requests": len(deltas) + len(both_texts),
         "requests_only_in": only,
@@ -102,11 +118,12 @@ def _compare_task(a: Run, b: Run, task: str, near_tie_nats: float) -> dict[str, 
         "texts": len(both_texts),
         "texts_differing": texts_differing,
         "delta_nats": _summary(deltas),
-        **_flips(left, right, near_tie_nats),
+        **_flips(left, right, asks_twice(a, task) or asks_twice(b, task), near_tie_nats),
         "greedy_flipped": int(greedy_differ.sum()),
         "prompts_compared": len(both),
         "prompts_differing": sum(prompts[0][doc] != prompts[1][doc] for doc in both),
-        "metrics": _compare_metrics(a, b, task),
+        "metrics": _compare_metrics(a, b, task, documents),
+        "metrics_differing": _metrics_differing(a, b, task, documents),
         "deltas": deltas,
     }
 
@@ -144,11 +161,20 @@ def _compare_overall(a: Run, b: Run, shared: list[str], tasks: list[dict[str, An
     return {**overall, "delta_nats": _summary(deltas), "metrics": metrics}
 
 
-def _compare_metrics(a: Run, b: Run, task: str) -> dict[str, Any]:
+def _metrics_differing(a: Run, b: Run, task: str, documents: dict[str, Any]) -> list[str]:
+    """Which of the metrics that both have differ, in what was reported or in any document."""
+    reported = a.reported.get(task, {}), b.reported.get(task, {})
+    found = {key for key in reported[0].keys() & reported[1].keys() if reported[0][key] != reported[1][key]}
+    for key, (value_a, weight_a, value_b, weight_b, _) in documents.items():
+        if not np.array_equal([value_a, weight_a], [value_b, weight_b], equal_nan=True):
+            found.add(key)
+    return sorted(found)
+
+
+def _compare_metrics(a: Run, b: Run, task: str, documents: dict[str, Any]) -> dict[str, Any]:
     """By "metric,filter": paired statistics where both runs kept the documents, else the two numbers and their difference."""
     found: dict[str, Any] = {}
     reported = a.reported.get(task, {}), b.reported.get(task, {})
-    documents = _paired_documents(a, b, task)
     for key in dict.fromkeys((*reported[0], *reported[1], *documents)):
         if key in documents and _is_aggregate(a, b, task, key):
             value_a, weight_a, value_b, weight_b, clusters = documents[key]
@@ -184,10 +210,10 @@ def _is_aggregate(a: Run, b: Run, task: str, key: str) -> bool:
     return True
 
 
-def _flips(left: Requests, right: Requests, near_tie_nats: float) -> dict[str, int]:
+def _flips(left: Requests, right: Requests, twice: bool, near_tie_nats: float) -> dict[str, int]:
     """Documents whose best choice is another one, and how many of those had choices closer than `near_tie_nats` in both runs."""
-    doc_ids, best_left, _ = answers_of(left)
-    _, best_right, _ = answers_of(right)
+    doc_ids, best_left, _ = answers_of(left, twice)
+    _, best_right, _ = answers_of(right, twice)
     flipped = np.flatnonzero(best_left != best_right)
     near = 0
     for document in flipped:

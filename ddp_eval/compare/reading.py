@@ -19,7 +19,18 @@ from ddp_eval.errors import UserError
 
 _LM_EVAL_SAMPLES = re.compile(r"samples_(?P<task>.+?)(?P<date>_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl")
 # Fields of a document that hold what several questions may be about.
-_CONTEXT_FIELDS = ("passage", "context", "article", "paragraph", "story")
+_CONTEXT_FIELDS = (
+    "passage", "context", "article", "paragraph", "story",
+    "flores_passage",  # Belebele
+    "document_str",  # QA4MRE
+    "Context",  # ArabicMMLU
+    "narrative",  # MuSR
+    "abstract",  # Qasper
+    "background",  # EVALITA's admission tests
+    "support",  # SciQ
+    "scenario",  # ETHICS: virtue and deontology
+    "premise",  # XNLI, ANLI and the like: several hypotheses on one
+)  # fmt: skip
 # lm_eval's results.json -> where our manifest keeps the same.
 _LM_EVAL_FACTS = {
     "lm_eval_version": ("packages", "lm_eval"),
@@ -246,7 +257,7 @@ def _reported(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _manifest_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """What lm_eval's results.json says of the run, where our manifest has it."""
-    manifest: dict[str, Any] = {"config": {"model_args": results.get("config", {}).get("model_args")}}
+    manifest: dict[str, Any] = {"config": {"model_args": results.get("config", {}).get("model_args") or {}}}
     dtype = results.get("config", {}).get("model_dtype")
     if dtype:
         manifest["engine"] = {"dtype": dtype}

@@ -449,16 +449,17 @@ def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tens
     """log_softmax(logits)[rows, columns] in float32. rows: ascending."""
     if logits.device.type != "cpu":
         return logits.log_softmax(dim=-1, dtype=torch.float32)[rows, columns]
-    # A few rows at a time stay in the processor's cache.
+    # A few rows at a time stay in the processor's cache, in memory that need not be asked for again.
     step = max(1, 2**20 // logits.shape[1])
+    exact, results = (torch.empty((min(step, len(logits)), logits.shape[1])) for _ in range(2))
     edges = torch.searchsorted(rows, torch.arange(0, len(logits) + step, step)).tolist()
-    blocks_of_rows = zip(range(0, len(logits), step), logits.split(step), itertools.pairwise(edges), strict=True)
-    return torch.cat(
-        [
-            block.float().log_softmax(dim=-1)[rows[start:stop] - first, columns[start:stop]]
-            for first, block, (start, stop) in blocks_of_rows
-        ]
-    )
+    picked = []
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+        block = logits[number * step : (number + 1) * step]
+        source = block if block.dtype == torch.float32 else exact[: len(block)].copy_(block)
+        result = torch.log_softmax(source, dim=-1, out=results[: len(block)])
+        picked.append(result[rows[start:stop] - number * step, columns[start:stop]])
+    return torch.cat(picked)
 
 
 def find_hits(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, items: npt.NDArray[Any]) -> torch.Tensor:

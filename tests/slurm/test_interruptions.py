@@ -122,6 +122,20 @@ def test_time_limit(cluster, slow_job, check_done):
     check_done(job, 1, said)
 
 
+def test_time_limit_no_longer_than_the_warning(cluster, evaluate, tmp_path):
+    """Catches a job that goes round in circles, warned and requeued before any pack; SLURM's warning is sent by hand here."""
+    run = tmp_path / "run"
+    job = evaluate("--nodelist=n1 --nodes=1 --ntasks-per-node=1", *RUN, "--output_path", run, program=SLOW)
+    for restart in (0, 1):
+        # The task is there to be told: torchrun, about to start Python.
+        cluster.wait((run / "logs" / f"{job.number}.{restart}.0.n1.log").exists, f"start {restart}", 120)
+        cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    assert cluster.finish(job) == "FAILED", job.words() + logs(run)
+    assert cluster.facts(job)["Restarts"] == "1"
+    assert "failed, not requeued: the warning before the time limit came before a pack" in job.words()
+    assert status.read_status(run)["state"] == status.FAILED
+
+
 @pytest.mark.slow
 def test_cancelled(cluster, slow_job, evaluate, check_done, tmp_path):
     """Catches a cancelled job that comes back by itself, or that loses what it had done."""

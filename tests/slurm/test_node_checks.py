@@ -6,7 +6,7 @@ import shutil
 import pytest
 from jobs import RUN, logs
 
-from ddp_eval import demo
+from ddp_eval import demo, status
 
 pytestmark = pytest.mark.slurm
 
@@ -33,6 +33,7 @@ def test_node_with_another_version(cluster, evaluate, tmp_path):
     assert "numpy 0.9 where" in sentence or "n2 has 0.9" in sentence
     assert f"failed, not requeued: {sentence.removeprefix('ddp_eval: ')}" in job.words()
     assert "starts again" not in job.words()
+    assert sentence == f"ddp_eval: {status.read_status(tmp_path / 'run')['reason']}"
 
 
 def test_node_without_the_model(cluster, evaluate, tmp_path):
@@ -53,4 +54,5 @@ def test_good_nodes(cluster, evaluate, tmp_path):
     assert cluster.finish(job) == "COMPLETED", job.words() + logs(tmp_path / "run")
     assert "node n1: rank 0, 1 x CPU" in job.words() or "node n2: rank 0, 1 x CPU" in job.words()
     assert "ddp_eval: the node checks passed; all-reduce over 2 ranks by gloo" in job.words()
+    assert job.words().endswith("node checks passed; nothing was evaluated\n")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["logs"]

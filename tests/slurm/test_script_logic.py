@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
+import time
 
 import pytest
 from jobs import ROOT
+
+from ddp_eval import restart, status
 
 DONE = '{"state": "done", "reason": "", "time": "", "launch": {"slurm": "%s"}}'
 SCONTROL = """\
@@ -29,7 +34,7 @@ source "$FAKE/step"
 
 @pytest.fixture
 def evaluate(tmp_path):
-    """evaluate(step, job=what scontrol says of it, **variables) -> the finished eval.sh. step: what srun does, in bash."""
+    """evaluate(step, job=what scontrol says of it, *flags, **variables) -> the finished eval.sh. step: of srun, in bash."""
     programs = tmp_path / "programs"
     programs.mkdir()
     stubs = {"scontrol": SCONTROL, "srun": SRUN, "scancel": 'echo "$@" >>"$FAKE/asked"', "sleep": 'echo "$@" >>"$FAKE/slept"'}
@@ -38,13 +43,13 @@ def evaluate(tmp_path):
         (programs / name).chmod(0o755)
     (tmp_path / "run" / "logs").mkdir(parents=True)
 
-    def start(step, job="JobId=7 JobState=RUNNING Restarts=0 ", **variables):
+    def start(step, job="JobId=7 JobState=RUNNING Restarts=0 ", *flags, **variables):
         (tmp_path / "step").write_text(step)
         (tmp_path / "job").write_text(f" {job}\n" if job else "")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "FAKE": str(tmp_path)}
         environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", **variables}
-        command = ["bash", ROOT / "slurm" / "eval.sh", "--tasks", "demo", "--output_path", tmp_path / "run"]
+        command = ["bash", ROOT / "slurm" / "eval.sh", "--tasks", "demo", "--output_path", tmp_path / "run", *flags]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
 
     return start
@@ -138,6 +143,111 @@ def test_lock_of_another_job(holder, stays, evaluate, tmp_path):
     assert lock.exists() is stays
 
 
+WARNED = "kill -USR1 $PPID; /bin/sleep 0.5; exit 1"
+PACK_DONE = 'mkdir -p "$FAKE/run/journal"; echo pack >>"$FAKE/run/journal/0.journal"; '
+
+
+@pytest.mark.parametrize(
+    ("steps", "code"),
+    [
+        ([WARNED, WARNED], 1),
+        ([PACK_DONE + WARNED, WARNED, WARNED], 1),
+        ([WARNED, PACK_DONE + WARNED, WARNED], 0),
+        ([WARNED, None, WARNED], 0),  # None: a start that SLURM ended otherwise
+    ],
+)
+def test_time_limit_no_longer_than_the_warning(steps, code, evaluate, tmp_path):
+    """Catches a job that is warned, requeued and warned again for ever, and one that fails though it comes further."""
+    for number, step in enumerate(steps):
+        if step is not None:
+            state = f"JobId=7 JobState=RUNNING Restarts={number} "
+            finished = evaluate(step, state, SLURM_RESTART_COUNT=str(number))
+            last = number == len(steps) - 1
+            assert finished.returncode == (code if last else 0), finished.stdout
+            assert ("the time limit is near; requeued" in finished.stdout) is (not last or code == 0), finished.stdout
+    if code == 1:
+        assert "failed, not requeued: the warning before the time limit" in finished.stdout
+        assert "let --time be well over" in status.read_status(tmp_path / "run")["reason"]
+
+
+REFUSED = r"""
+printf '%s\n' 'ddp_eval: --tasks: "a\b"'$'\t''is none' '  exitcode  : 2 (pid: 5)' >"$LOGS.n1.log"
+exit 1
+"""
+
+
+@pytest.mark.parametrize("earlier", [None, '{"state": "running", "launch": {"slurm": "5"}}', "torn"])
+def test_failure_before_the_run_directory_is_open(earlier, evaluate, tmp_path, monkeypatch):
+    """Catches a status.json that is missing, of an earlier job, or torn by the words in it, after a wrong flag."""
+    if earlier:
+        (tmp_path / "run" / "status.json").write_text(earlier)
+        (tmp_path / "run" / ".ddp_eval.lock").write_text("of a job that was killed")
+        os.utime(tmp_path / "run" / ".ddp_eval.lock", (0, time.time() - 100))
+    finished = evaluate(REFUSED)
+    assert finished.returncode == 1 and 'failed, not requeued: --tasks: "a\\b"\tis none\n' in finished.stdout, finished.stdout
+    found = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (found["state"], found["reason"], found["launch"]) == (status.FAILED, '--tasks: "a\\b" is none', {"slurm": "7"})
+    for name in ("SLURM_ARRAY_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    status.write_status(tmp_path, status.FAILED, "")
+    own = status.read_status(tmp_path)
+    assert list(found) == list(own) and len(found["time"]) == len(own["time"]) and found["launch"] == restart.launches()
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"status.json", ".ddp_eval.lock", "logs"}
+
+
+@pytest.mark.parametrize("state", ["done", "running"])
+def test_failure_beside_a_run(state, evaluate, tmp_path):
+    """Catches a wrong flag that takes a finished run's "done" away, or another living run's "running"."""
+    text = f'{{"state": "{state}", "launch": {{"slurm": "5"}}}}'
+    (tmp_path / "run" / "status.json").write_text(text)
+    if state == "running":
+        (tmp_path / "run" / ".ddp_eval.lock").write_text('{"slurm_job": "5"}')
+    assert evaluate(REFUSED).returncode == 1
+    assert (tmp_path / "run" / "status.json").read_text() == text
+
+
+def test_failure_without_words(evaluate, tmp_path):
+    """Catches a lock of this job's own killed rank that keeps its failure from being noted."""
+    (tmp_path / "run" / ".ddp_eval.lock").write_text('{"slurm_job": "7"}')
+    finished = evaluate("exit 9")
+    assert finished.returncode == 1 and "failed with code 9, after 2 restarts: no rank said why; see " in finished.stdout
+    assert status.read_status(tmp_path / "run")["reason"].startswith("no rank said why; see ")
+
+
+def test_end_that_this_node_does_not_see(evaluate):
+    """Catches a run directory that is not shared passed off as a rank that died."""
+    finished = evaluate("exit 0")
+    assert finished.returncode == 1 and "status.json on this node does not say so: do all share it?" in finished.stdout, (
+        finished.stdout
+    )
+
+
+def test_output_path_that_cannot_be_made(evaluate, tmp_path):
+    """Catches mkdir's own words as the only ones."""
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").touch()
+    finished = evaluate("exit 0")
+    sentence = f"job 7: failed, not requeued: --output_path {tmp_path / 'run'} cannot be written to (Not a directory)\n"
+    assert finished.returncode == 2 and finished.stdout.endswith(sentence) and not finished.stderr, finished.stderr
+
+
+def test_node_without_the_run_directory(evaluate, tmp_path):
+    """Catches the words of a node lost because only the script's node has the directory for them."""
+    (tmp_path / "programs" / "python").write_text("#!/usr/bin/env bash\necho words >&2\nexit 1\n")
+    (tmp_path / "programs" / "python").chmod(0o755)
+    step = 'rm -r "$FAKE/run"; while [[ "$1" != bash ]]; do shift; done\n'
+    evaluate(f'{step}SLURMD_NODENAME=n2 SLURM_NODEID=1 SLURM_CPUS_ON_NODE=1 "$@"')
+    assert (tmp_path / "run" / "logs" / "7.0.2.n2.log").read_text() == "words\n"
+
+
+def test_end_of_the_node_checks(evaluate, tmp_path):
+    """Catches node checks called a run that is done, and a node that SLURM lost called good."""
+    finished = evaluate("exit 0", "JobId=7 JobState=RUNNING Restarts=0 ", "--preflight")
+    assert finished.returncode == 0 and finished.stdout.endswith("job 7: node checks passed; nothing was evaluated\n")
+    assert evaluate("exit 0", "JobId=7 JobState=NODE_FAIL Restarts=0 ", "--preflight").returncode == 75
+
+
 def report(tmp_path, flags):
     """sweep.sh --report on a list of one model and one task set, whose run is done with `--limit 3`."""
     run = tmp_path / "out" / "a" / "t"
@@ -157,9 +267,12 @@ def test_report_of_the_list(tmp_path):
 
 @pytest.mark.parametrize("flags", ["--limit 4", "", "--limit 3 --num_fewshot 1"])
 def test_report_of_an_edited_list(flags, tmp_path):
-    """Catches numbers of other flags compared as if the list's."""
+    """Catches numbers of other flags compared as if the list's, or left from an earlier report."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.t.txt").write_text("of an earlier report")
     finished = report(tmp_path, flags)
-    assert finished.returncode == 1 and "a t: done with other flags than the list's" in finished.stdout
+    assert finished.returncode == 1 and "a t: the run there is of other flags" in finished.stdout
+    assert not (tmp_path / "out" / "compare.t.txt").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["--report"]])

@@ -105,15 +105,31 @@ def test_array(cluster, sweep, tmp_path):
     [
         ("model a --x\n", 'must have a line "model NAME FLAGS" and a line "tasks NAME FLAGS"'),
         ("model a\nmodel a\ntasks t\n", "there are two lines model a"),
-        ("model a/b\ntasks t\n", 'the name after model must be letters, digits, . _ -, got "a/b"'),
+        (
+            "model a/b\ntasks t\n",
+            'the name after model must be letters, digits, . _ -, and begin with neither . nor -, got "a/b"',
+        ),
+        ("model --model_args pretrained=demo\ntasks t\n", 'and begin with neither . nor -, got "--model_args"'),
+        ("model ..\ntasks t\n", 'and begin with neither . nor -, got ".."'),
+        ("model logs\ntasks t\n", "a model cannot be named logs"),
+        ("model a --x\r\ntasks t --tasks demo\r\n", "has Windows line ends: take them out, as by sed -i 's/\\r$//' "),
         ("modle a\n", 'a line must begin with model or tasks, got "modle"'),
     ],
 )
 def test_bad_list(text, why, tmp_path):
     """Catches an array of the wrong size submitted from a list that says something else. Needs no cluster."""
-    (tmp_path / "list.txt").write_text(text)
+    (tmp_path / "list.txt").write_bytes(text.encode())
     command = [ROOT / "slurm" / "sweep.sh", tmp_path / "list.txt", tmp_path / "out"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert finished.returncode == 2
     assert why in finished.stderr, finished.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_sweep_through_sbatch(tmp_path):
+    """Catches an array of elements that all fail: SLURM runs a copy, which eval.sh is not beside. Needs no cluster."""
+    script = shutil.copy(ROOT / "slurm" / "sweep.sh", tmp_path / "slurm_script")
+    (tmp_path / "list.txt").write_text("model a\ntasks t\n")
+    finished = subprocess.run([script, tmp_path / "list.txt", tmp_path / "out"], capture_output=True, text=True, timeout=20)
+    assert finished.returncode == 2 and not (tmp_path / "out").exists()
+    assert finished.stderr == "sweep.sh: eval.sh is not beside sweep.sh: run slurm/sweep.sh itself, not through sbatch\n"

@@ -25,7 +25,7 @@ class Asked:
     """Requests for text, as (context, generation settings) pairs, and what becomes of their answers.
 
     tasks: of each request, for messages. seed: --seed's third value, torch's; None draws one.
-    think_end_token: as in lm_eval's model_args.
+    think_end_token, max_gen_toks: as in lm_eval's model_args; the second is for tasks that set no limit, 256 if not given.
     truncated: requests that lost the left end of their prompt.
     Raises UserError for settings that leave no room or cannot be meant.
     """
@@ -37,10 +37,12 @@ class Asked:
         tasks: Sequence[str],
         seed: int | None,
         think_end_token: str | int | None = None,
+        max_gen_toks: int | None = None,
     ) -> None:
         self._tokenizer = encoder.tokenizer
         self._think_end = read_think_end({"think_end_token": think_end_token})
         self._separate = encoder.separate
+        self._max_gen_toks = max_gen_toks or MAX_GEN_TOKS
         self._eos = _eos_text(self._tokenizer)
         self.truncated: list[int] = []
         settings: dict[str, int] = {}
@@ -74,7 +76,7 @@ class Asked:
         if not isinstance(gen_kwargs, dict):
             raise UserError(f"the task {task} gives generation settings that are no mapping: {gen_kwargs!r}")
         try:
-            options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, MAX_GEN_TOKS))
+            options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self._max_gen_toks))
             until = handle_stop_sequences(options.pop("until", None), eos=self._eos)
         except (TypeError, ValueError) as error:
             raise UserError(f"the task {task} gives generation settings that cannot be meant: {error}") from None

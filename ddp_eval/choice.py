@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+
 from ddp_eval import layout as layouts
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
@@ -14,7 +16,6 @@ from ddp_eval.layout import LAYERS, REPLICAS, Layout
 from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
 from ddp_eval.sizing import ModelSizes, check_possible, format_bytes, measure_model, memory_of_rank, rank_bytes, stage_spans
 
-LARGEST_PACK = 8192  # tokens that the engines plan for, unless told
 # What is reckoned with while the work is not known yet.
 TYPICAL = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)
 
@@ -44,18 +45,22 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The machine as far as a choice needs it. memory: bytes that one rank can use. max_tokens: budget of a pack."""
+    """The machine as far as a choice needs it.
+
+    memory: bytes that one rank can use. max_tokens: budget of a pack, None for what the engine plans.
+    """
 
     world_size: int
     ranks_per_node: int
     memory: int
-    max_tokens: int
+    max_tokens: int | None
     speeds: Speeds
+    device: torch.device
 
 
 def consider(whole: Any, ranks: Ranks, amount: Amount = TYPICAL) -> list[Candidate]:
     """Every layout of these ranks. whole: the model on the meta device."""
-    sizes = measure_model(whole)
+    sizes = measure_model(whole, ranks.device)
     return [_consider_one(whole, sizes, layout, ranks, amount) for layout in layouts.possible_layouts(ranks.world_size)]
 
 
@@ -65,13 +70,13 @@ def _consider_one(whole: Any, sizes: ModelSizes, layout: Layout, ranks: Ranks, a
     except UserError as error:
         return Candidate(layout, impossible=str(error).partition(" ")[2].partition(" ")[2])
     spans = stage_spans(whole, layout)
-    needs = rank_bytes(sizes, layout, spans, ranks.max_tokens)
+    needs = rank_bytes(sizes, layout, spans, ranks.max_tokens or sizes.largest_pack)
     weights, room = max(needs, key=sum)
     prediction = predict(sizes, layout, spans, ranks.world_size, ranks.ranks_per_node, amount, ranks.speeds)
     return Candidate(layout, None, weights, room, ranks.memory - weights - room, prediction)
 
 
-# Predictions closer than this are taken for equal; the copies on the fewest ranks, which wait for the fewest, then win.
+# Predictions closer than this are taken for equal: then copies within a node win, of these the ones on the fewest ranks.
 _TOLERANCE = 1.1
 
 
@@ -81,8 +86,12 @@ def recommend(candidates: list[Candidate]) -> Candidate:
     if fitting:
         limit = _TOLERANCE * min(candidate.expected_s for candidate in fitting)
         near = [candidate for candidate in fitting if candidate.expected_s <= limit]
-        return min(near, key=lambda candidate: (candidate.layout.ranks_per_replica, candidate.expected_s))
+        return min(near, key=lambda one: (_across_nodes(one), one.layout.ranks_per_replica, one.expected_s))
     return max((candidate for candidate in candidates if candidate.impossible is None), key=lambda candidate: candidate.spare)
+
+
+def _across_nodes(candidate: Candidate) -> bool:
+    return candidate.prediction is not None and not candidate.prediction.is_local
 
 
 def fewest_local_layers(candidates: list[Candidate], ranks_per_node: int) -> Candidate:
@@ -92,7 +101,7 @@ def fewest_local_layers(candidates: list[Candidate], ranks_per_node: int) -> Can
         for candidate in candidates
         if candidate.impossible is None
         and candidate.layout.kind in (REPLICAS, LAYERS)
-        and candidate.layout.ranks_per_replica <= ranks_per_node
+        and candidate.layout.is_local(ranks_per_node)
     ]
     return next((candidate for candidate in local if candidate.fits), local[-1])
 
@@ -159,7 +168,7 @@ def _why_whole_only(config: Config, model_config: Any) -> str | None:
 
 def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
     """vLLM splits its engines itself, as tensor_parallel_size says."""
-    for name in ("peft", "load_in_8bit", "load_in_4bit", "quantization_config"):
+    for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
         if config.model_args.get(name):
             raise UserError(f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run")
     if hf.is_seq2seq(config.model_args, model_config):
@@ -180,6 +189,7 @@ def ranks_of(config: Config, world: World) -> Ranks:
         world_size=world.world_size,
         ranks_per_node=world.ranks_per_node,
         memory=memory_of_rank(world.device, world.ranks_per_node),
-        max_tokens=config.max_pack_tokens or LARGEST_PACK,
+        max_tokens=config.max_pack_tokens,
         speeds=CUDA_SPEEDS if on_cuda else CPU_SPEEDS,
+        device=world.device,
     )

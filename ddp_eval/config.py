@@ -117,6 +117,7 @@ class Config:
         _check_at_least("--max_pack_tokens", self.max_pack_tokens, 1)
         _check_at_least("--bootstrap_iters", self.bootstrap_iters, 0)
         _check_whole("max_length", self.model_args.get("max_length"), 1)
+        _check_whole("max_gen_toks", self.model_args.get("max_gen_toks"), 1)
         _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
         _check_thinking(self.model_args)
         _check_trackers(self)

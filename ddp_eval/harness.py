@@ -310,6 +310,7 @@ class _LeaderLM(TemplateLM):
         self.tasks: dict[str, Any] = {}
         self._seed = config.seed[2]
         self._think_end_token = config.model_args.get("think_end_token")
+        self._max_gen_toks = config.model_args.get("max_gen_toks")
         self._score = score
         self._keep = keep
         self._inspect = inspect
@@ -415,6 +416,7 @@ class _LeaderLM(TemplateLM):
                 [instance.task_name for instance in repeated],
                 self._seed,
                 self._think_end_token,
+                self._max_gen_toks,
             )
         _warn_of_cuts(pairs, encoded_pairs)
         if asked.truncated:

@@ -1,6 +1,6 @@
 """How the model lies over the ranks: world size = replicas x ranks per replica.
 
-A replica is one whole copy of the model on neighbouring ranks, so that it stays within a node wherever it fits there:
+A replica is one whole copy of the model on neighbouring ranks, so that it stays within a node where it divides the node's ranks:
 
     layers:2 on 6 ranks      rank      0   1   2   3   4   5
                              replica   0   0   1   1   2   2
@@ -32,6 +32,14 @@ class Layout:
 
     def replicas(self, world_size: int) -> int:
         return world_size // self.ranks_per_replica
+
+    def is_local(self, ranks_per_node: int) -> bool:
+        """Whether every replica stays within a node.
+
+        >>> [Layout(LAYERS, 2).is_local(ranks_per_node) for ranks_per_node in (1, 2, 3, 4)]
+        [False, True, False, True]
+        """
+        return ranks_per_node % self.ranks_per_replica == 0
 
     def sentence(self, world_size: int) -> str:
         """For the one line that a run says of its layout."""

@@ -1,4 +1,8 @@
-"""`--layout measure`: a slice of the real work under each layout that fits, then the rest under the quickest."""
+"""`--layout measure`: a slice of the real work under each layout that fits, then the rest under the quickest.
+
+A layout that a rank cannot load is left out. One that fails later, in a pack of the slice, ends the run: other ranks may wait
+for the one that failed.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ddp_eval import distributed
 from ddp_eval.choice import Candidate
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine
 from ddp_eval.engines.load import lay_out
+from ddp_eval.errors import UserError
 from ddp_eval.execution import run_plan
-from ddp_eval.layout import Layout
+from ddp_eval.layout import TENSOR, Layout
 from ddp_eval.packing import Plan
 from ddp_eval.protocol import Followers
 from ddp_eval.sizing import ModelSizes
@@ -25,6 +31,26 @@ from ddp_eval.sizing import ModelSizes
 log = logging.getLogger("ddp_eval")
 
 PACKS_PER_RANK = 4  # of the slice
+# What transformers raises over a model, on all ranks alike; memory and files may fail one rank alone.
+_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
+
+
+def load_together(
+    world: World, layout: Layout, load: Callable[[World, Layout], Engine]
+) -> tuple[Engine | None, list[str | None] | None]:
+    """Load on all ranks what may fail on some. Collective.
+
+    Returns the engine, None where it failed; and, on the leader, why it failed on each rank, None where it did not.
+    Raises UserError where a rank of a tensor copy fails alone: its fellows wait for it in a collective, not here.
+    """
+    engine, why = None, None
+    try:
+        engine = load(world, layout)
+    except UserError as error:
+        if layout.kind == TENSOR and not isinstance(error.__cause__, _REFUSALS):
+            raise
+        why = str(error)
+    return engine, distributed.gather_reports(world, why)
 
 
 @dataclasses.dataclass
@@ -39,14 +65,21 @@ class Seated:
     engine: Engine
     why: str = ""
 
-    def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> None:
-        """Load the model anew, in another layout. The memory of what was loaded goes first."""
-        del self.engine
+    def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> str | None:
+        """Load the model anew, in another layout. The memory of what was loaded goes first.
+
+        Returns None, or why a rank could not; then nothing is loaded until the next move.
+        """
+        vars(self).pop("engine", None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.world, self.layout = lay_out(world, layout), layout
-        self.engine = load(self.world, layout)
+        engine, failures = load_together(self.world, layout, load)
+        if engine is not None:
+            self.engine = engine
+        assert failures is not None, "the leader gets them"
+        return next((f"rank {rank}: {why}" for rank, why in enumerate(failures) if why), None)
 
 
 class Measured(NamedTuple):
@@ -92,21 +125,25 @@ def measure_layouts(
 ) -> list[Measured]:
     """Run a slice of `plan` under each candidate that fits, beginning with what is loaded; leave the quickest in `seated`.
 
-    Says a line for each.
+    Says a line for each, also for those that cannot be loaded.
     """
     world = followers.world
     count = min(plan.num_packs, PACKS_PER_RANK * world.world_size)
     piece = take_packs(plan, np.linspace(0, plan.num_packs - 1, count).round().astype(int).tolist())
     first = take_packs(plan, list(range(min(plan.num_packs, world.world_size))))
 
-    def move_to(layout: Layout) -> None:
-        if layout != seated.layout:
-            followers.load(layout)
-            seated.move(world, layout, load)
+    def move_to(layout: Layout) -> str | None:
+        if layout == seated.layout:
+            return None
+        followers.load(layout, on_trial=True)
+        return seated.move(world, layout, load)
 
     found: list[Measured] = []
-    for candidate in sorted((one for one in candidates if one.fits), key=lambda one: one.layout != seated.layout):
-        move_to(candidate.layout)
+    tried = [one for one in candidates if one.fits or one.layout == seated.layout]
+    for candidate in sorted(tried, key=lambda one: one.layout != seated.layout):
+        if failure := move_to(candidate.layout):
+            log.warning("layout %s is left out: %s", candidate.layout, failure)
+            continue
         for part in (first, piece):  # the first forwards of a process are slow
             started = time.perf_counter()
             with followers.working_on(part, silent=True) as work:
@@ -120,7 +157,8 @@ def measure_layouts(
         )
     best = min(found, key=lambda one: one.seconds)
     _report(found, best)
-    move_to(best.layout)
+    if failure := move_to(best.layout):
+        raise UserError(f"layout {best.layout} was measured and could not be loaded again: {failure}")
     return found
 
 

@@ -13,26 +13,29 @@ from typing import Any
 import torch
 
 from ddp_eval import cli
-from ddp_eval.choice import LARGEST_PACK, TYPICAL, Candidate, Ranks, consider, recommend
+from ddp_eval.choice import TYPICAL, Candidate, Ranks, consider, recommend
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
-from ddp_eval.prediction import CUDA_SPEEDS, Amount
+from ddp_eval.prediction import CUDA_SPEEDS, Amount, count_packs
 from ddp_eval.sizing import GIB, format_bytes, measure_model, usable_bytes
 from ddp_eval.subcommand import SubcommandParser
 
+GPU = torch.device("cuda")  # what is planned for, whatever this machine has
 _ABOUT = """\
 What a model needs of memory, what fits, what would be the quickest, and the command to copy. Takes the flags of a
-run, and these of the machine."""
+run, and these of the machine. Exit code 3 when nothing fits."""
+NOTHING_FITS = 3  # the exit code, beside 2 for what the user must mend and 1 for a defect
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan. Returns the exit code. Raises UserError for what cannot be meant."""
+    """Print the plan. Returns the exit code: 0, or 3 when nothing fits. Raises UserError for what cannot be meant."""
     options, rest = _read(argv)
     has_tasks = any(word.split("=")[0] in ("--tasks", "-t") for word in rest)
     config, _ = cli.parse(rest if has_tasks else [*rest, "--tasks", "demo"])
     words = rest if has_tasks else [*rest, "--tasks", "TASKS"]
-    print(make_report(config, words, options.gpus, options.nodes, parse_memory(options.gpu_memory), has_tasks))
-    return 0
+    text, fits = make_report(config, words, options.gpus, options.nodes, parse_memory(options.gpu_memory), has_tasks)
+    print(text)
+    return 0 if fits else NOTHING_FITS
 
 
 def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -56,8 +59,8 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * units[match[2].lower()])
 
 
-def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_memory: int, count_work: bool) -> str:
-    """The whole text.
+def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_memory: int, count_work: bool) -> tuple[str, bool]:
+    """The whole text, and whether there is a layout that fits.
 
     words: the flags of the run, for the command to copy. count_work: build the prompts of config.tasks and cut them, else
     reckon with a typical amount.
@@ -68,29 +71,31 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     if hf.is_seq2seq(config.model_args, model_config):
         raise UserError(f"plan reckons with decoder-only models, and {config.model_args['pretrained']} is an encoder-decoder")
     whole = hf.whole_model(config.loader_args, model_config)
-    sizes = measure_model(whole)
-    max_tokens = config.max_pack_tokens or LARGEST_PACK
+    sizes = measure_model(whole, GPU)
+    max_tokens = config.max_pack_tokens or sizes.largest_pack
     amount = _count_work(config, model_config, whole) if count_work else TYPICAL
-    ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS)
+    ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS, GPU)
     candidates = consider(whole, ranks, amount)
     best = recommend(candidates)
     dtype = str(next(whole.parameters()).dtype).removeprefix("torch.")
     work = "counted" if count_work else "assumed: give --tasks to count yours"
     speeds = CUDA_SPEEDS
+    slower = ", in half precision: float32 takes several times as long" if dtype == "float32" else ""
     lines = [
         f"{type(whole).__name__}: {whole.num_parameters():,} parameters in {dtype}, {sizes.weights:,} bytes of weights "
         f"({format_bytes(sizes.weights)})",
-        f"{nodes} x {gpus} GPUs of {format_bytes(gpu_memory)}, {format_bytes(usable_bytes(gpu_memory))} of them usable; "
+        f"{nodes} x {gpus} GPUs of {format_bytes(gpu_memory)}, {format_bytes(usable_bytes(gpu_memory))} of each usable "
+        f"(about 1 GiB is for CUDA's context, 5% of the rest for the allocator); "
         f"packs of up to {max_tokens:,} tokens",
-        f"work: {amount.tokens:,} tokens in {amount.packs:,} packs ({work})",
-        f"seconds at {speeds.flops / 1e12:.0f} TFLOP/s a GPU, {speeds.link / 1e9:.0f} GB/s within a node, "
-        f"{speeds.node_link / 1e9:.0f} between nodes, {speeds.load / 1e9:.0f} to load: for comparison, not a promise",
+        f"work: {amount.tokens:,} tokens in {count_packs(amount.packs)} ({work})",
+        f"seconds at {speeds.flops / 1e12:.0f} TFLOP/s a GPU{slower}; {speeds.link / 1e9:.0f} GB/s within a node, "
+        f"{speeds.node_link / 1e9:.0f} GB/s between nodes, {speeds.load / 1e9:.0f} GB/s to load; for comparison, not a promise",
         "",
         *_table(candidates, ranks.world_size),
         "",
         *_advice(words, best, gpus, nodes),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines), best.fits
 
 
 def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
@@ -122,7 +127,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     class Unloaded(hf.HFEngine):
         splits_head = True  # not to be asked of a model without weights
 
-    engine = Unloaded(whole, torch.device("cuda"))
+    engine = Unloaded(whole, GPU)
     max_tokens = config.max_pack_tokens or engine.max_tokens()
     if engine.why_not_packs or not config.packing:
         plan, _ = plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests)

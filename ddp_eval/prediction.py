@@ -43,17 +43,30 @@ class Amount:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Seconds of loading and of the run; of the run, the share in which a rank waits, and bytes that each token costs a link."""
+    """Seconds of loading and of the run; of the run, the share in which a rank waits, and bytes that each token costs a link.
+
+    is_local: no copy of the model lies across nodes.
+    """
 
     load_s: float
     run_s: float
     idle_share: float
     link_bytes_per_token: float
+    is_local: bool
     why: str
 
     @property
     def total_s(self) -> float:
         return self.load_s + self.run_s
+
+
+def count_packs(count: int) -> str:
+    """For people.
+
+    >>> count_packs(1), count_packs(3000)
+    ('1 pack', '3,000 packs')
+    """
+    return f"{count:,} pack{'' if count == 1 else 's'}"
 
 
 def predict(
@@ -74,7 +87,8 @@ def predict(
     one_pack_s = (sum(layers) + head) / speeds.flops
     part = sizes.weights / ranks
     load_s = part * min(ranks, ranks_per_node) / speeds.load + part / speeds.copy
-    link = speeds.link if ranks <= ranks_per_node else speeds.node_link
+    is_local = layout.is_local(ranks_per_node)
+    link = speeds.link if is_local else speeds.node_link
     perfect_s = amount.packs * one_pack_s / world_size
 
     if layout.kind == LAYERS:
@@ -84,9 +98,8 @@ def predict(
         link_bytes = float(sizes.hidden * sizes.value_bytes)
         slowest_s = max(*stages_s, link_bytes * tokens / link)
         run_s = sum(stages_s) + (packs - 1) * slowest_s
-        why = (
-            f"{ranks - 1} packs to fill and drain {ranks} stages, the slowest {slowest_s * ranks / one_pack_s - 1:.0%} over even"
-        )
+        uneven = slowest_s * ranks / one_pack_s - 1
+        why = f"{count_packs(ranks - 1)} to fill and drain {ranks} stages, the slowest {uneven:.0%} over even"
     elif layout.kind == TENSOR:
         link_bytes = 2 * len(layers) * 2 * (ranks - 1) / ranks * float(sizes.hidden * sizes.value_bytes)
         link_s = link_bytes * tokens / link + 2 * len(layers) * speeds.latency_s
@@ -95,5 +108,6 @@ def predict(
     else:
         link_bytes = 0.0
         run_s = packs * one_pack_s
-        why = f"{packs} packs on the busiest rank"
-    return Prediction(load_s, run_s, max(0.0, 1 - perfect_s / run_s), link_bytes, why)
+        why = f"{count_packs(packs)} on the busiest rank"
+    where = "" if is_local else "; some copies lie across nodes"
+    return Prediction(load_s, run_s, max(0.0, 1 - perfect_s / run_s), link_bytes, is_local, why + where)

@@ -36,9 +36,13 @@ class Journals:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """The leader's word to load the model in this layout, in place of what is loaded."""
+    """The leader's word to load the model in this layout, in place of what is loaded.
+
+    on_trial: it may fail; each rank reports how it went (`measuring.load_together`).
+    """
 
     layout: Layout
+    on_trial: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +89,10 @@ class Followers:
         self.layout: Layout | None = None  # in which the model was loaded last
         self._listening = True
 
-    def load(self, layout: Layout) -> None:
+    def load(self, layout: Layout, on_trial: bool = False) -> None:
         """Have all ranks begin to load the model; the leader loads its own part."""
         self.layout = layout
-        distributed.send_message(self.world, Load(layout))
+        distributed.send_message(self.world, Load(layout, on_trial))
 
     def begin(self, directory: Path | None) -> None:
         """Have them load the model, and report to the run directory from now on."""

@@ -38,7 +38,7 @@ from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
 from ddp_eval.generation import Prompts
 from ddp_eval.layout import Layout
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, is_same_model
-from ddp_eval.measuring import Seated, measure_layouts
+from ddp_eval.measuring import Seated, load_together, measure_layouts
 from ddp_eval.packing import Plan, Requests
 from ddp_eval.planning import Decision, ScorePlan, make_plan
 from ddp_eval.prediction import Amount
@@ -344,7 +344,10 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
             engine = None  # its memory goes before the next takes some
             laid_out = lay_out(world, word.layout)
             with world.meter.phases("load"):
-                engine = load(laid_out, word.layout)
+                if word.on_trial:
+                    engine, _ = load_together(laid_out, word.layout, load)
+                else:
+                    engine = load(laid_out, word.layout)
             watch.step(watch.WAITING)
         else:
             assert engine is not None, "the leader says how to load before it says what to run"
@@ -370,7 +373,7 @@ def _measure(config: Config, model_config: Any, followers: Followers, seated: Se
     amount = Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
     candidates = consider(whole, ranks_of(config, followers.world), amount)
     found = measure_layouts(
-        followers, seated, plan, candidates, measure_model(whole),
+        followers, seated, plan, candidates, measure_model(whole, followers.world.device),
         lambda world, layout: load_replica(config, model_config, world, layout),
     )  # fmt: skip
     return [{**one._asdict(), "layout": str(one.layout)} for one in found]

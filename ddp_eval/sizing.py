@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from ddp_eval import machine
+from ddp_eval import blocks, machine
 from ddp_eval.layout import LAYERS, REPLICAS, TENSOR, Layout
 
 GIB = 2**30
 # Kept free of each GPU: CUDA's context and libraries, and what the allocator cannot hand out.
 _CONTEXT_BYTES, _ALLOCATOR_SHARE = GIB, 0.95
+# While the mask of sliding layers is made, for each pair of tokens: a difference of int64, and what is seen twice.
+_MASK_BYTES = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,8 @@ class ModelSizes:
     active: weights that one token multiplies with, of each layer; experts by the share that is routed to.
     hidden, inner, attended, vocab: values per token in the residual stream, the feed-forward layer, queries with keys and
     values, and the logits.
+    largest_pack: tokens of the largest pack that is planned. mask, scores: bytes for each pair of tokens of a pack: what making
+    its mask takes, and what the scores of all heads take where attention is eager.
     """
 
     layers: list[int]
@@ -43,6 +47,9 @@ class ModelSizes:
     inner: int
     attended: int
     vocab: int
+    largest_pack: int
+    mask: int
+    scores: int
 
     @property
     def weights(self) -> int:
@@ -50,8 +57,8 @@ class ModelSizes:
         return sum(self.layers) + self.embedding + self.head + self.rest
 
 
-def measure_model(whole: Any) -> ModelSizes:
-    """The sizes of a transformers model on the meta device."""
+def measure_model(whole: Any, device: torch.device) -> ModelSizes:
+    """The sizes of a transformers model on the meta device, when it runs on `device`."""
     from ddp_eval.engines import hf
 
     config = whole.config.get_text_config()
@@ -66,6 +73,7 @@ def measure_model(whole: Any) -> ModelSizes:
     hidden = int(config.hidden_size)
     head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    attention = hf.choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
     return ModelSizes(
         layers=layer_bytes,
         embedding=embedding_bytes,
@@ -79,6 +87,9 @@ def measure_model(whole: Any) -> ModelSizes:
         inner=_inner_width(config, hidden),
         attended=(heads + 2 * kv_heads) * head_dim,
         vocab=int(config.vocab_size),
+        largest_pack=hf.largest_pack(config, attention, device),
+        mask=0 if attention == blocks.NAME else _MASK_BYTES,
+        scores=hf.SCORE_BYTES * heads if attention == "eager" else 0,
     )
 
 
@@ -130,7 +141,8 @@ def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = 
     # Logits of some reads at a time, with their log-softmax in float32 and its input.
     reads = min(max_tokens, head_rows(sizes.vocab))
     logits = reads * sizes.vocab * (sizes.value_bytes + 2 * 4) if has_head else 0
-    return max_tokens * per_token * sizes.value_bytes + logits
+    pairs = max_tokens**2 * (sizes.mask + -(-sizes.scores // ranks))
+    return max_tokens * per_token * sizes.value_bytes + pairs + logits
 
 
 def stage_spans(whole: Any, layout: Layout) -> list[range] | None:
@@ -163,7 +175,7 @@ def format_bytes(count: int) -> str:
 
 def usable_bytes(card_bytes: int) -> int:
     """What of a GPU's memory a model and its packs can have."""
-    return int((card_bytes - _CONTEXT_BYTES) * _ALLOCATOR_SHARE)
+    return max(0, int((card_bytes - _CONTEXT_BYTES) * _ALLOCATOR_SHARE))
 
 
 def memory_of_rank(device: torch.device, ranks_per_node: int) -> int:

@@ -13,11 +13,15 @@ import torch
 import transformers
 
 from ddp_eval import generation
+from ddp_eval.asking import Asked
+from ddp_eval.choice import choose_layout
+from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import vllm
+from ddp_eval.engines import hf, vllm
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
 from ddp_eval.text_planning import plan_texts
+from ddp_eval.tokenization import Encoder
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launch import QUICK, launch
@@ -219,3 +223,34 @@ def test_rounds_of_generation(monkeypatch):
     for prompt, answer in zip((50, 3, 394), by_prompt, strict=True):
         assert answer == [(prompt + 7 * step) % 400 for step in range(1, len(answer) + 1)]
     assert llm.asked[0] == 3 and llm.asked[-1] < 3
+
+
+def test_lm_evals_own_arguments_do_not_reach_vllm(monkeypatch, tiny_model_path):
+    """Catches max_gen_toks and lora_local_path handed to vllm.LLM, which refuses the first and would ignore the adapter."""
+    model_args = {"pretrained": str(tiny_model_path("llama")), "max_gen_toks": 7, "max_length": 64, "think_end_token": "</t>"}
+    given = {}
+    stand_in = SimpleNamespace(LLM=lambda **options: given.update(options) or CountingModel())
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr(vllm, "check_installed", lambda: None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    model_config = hf.load_config({"pretrained": model_args["pretrained"]})
+    world = World(0, 0, 1, torch.device("cpu"))
+    vllm.load_vllm_engine(model_args, model_config, world)
+    assert given.pop("model") == model_args["pretrained"]
+    assert given == {
+        "max_model_len": 64, "seed": 1234, "max_logprobs": vllm.MOST_TARGETS,
+        "skip_tokenizer_init": True, "disable_log_stats": True,
+    }  # fmt: skip
+    config = Config(model="vllm", model_args={**model_args, "lora_local_path": "adapter"})
+    with pytest.raises(UserError, match="model_args lora_local_path is not for --model vllm: give --model hf, or save"):
+        choose_layout(config, model_config, world)
+
+
+def test_max_gen_toks_is_for_tasks_without_a_limit():
+    """Catches lm_eval's model_args max_gen_toks that is taken and changes nothing, or that overrules a task."""
+    encoder = Encoder(tiny_models.make_tokenizer(), 512)
+    pairs = [("a b", {"until": ["x"]}), ("a b c", {"until": ["x"], "max_gen_toks": 9})]
+    assert list(Asked(encoder, pairs, ["task"] * 2, 0, max_gen_toks=7).prompts.limits) == [7, 9]
+    assert list(Asked(encoder, pairs, ["task"] * 2, 0).prompts.limits) == [256, 9]
+    with pytest.raises(UserError, match="max_gen_toks in --model_args must be a whole number of 1 or more, got 0"):
+        Config(model="vllm", model_args={"pretrained": "m", "max_gen_toks": 0})

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import os
 import re
 import unittest.mock
@@ -52,6 +53,9 @@ _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
 # flex_attention works on tiles of this many tokens; equal lengths also spare its compiler.
 FLEX_STEP = 128
 LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
+# Of eager attention, for each head and each pair of tokens of a pack: scores, and their softmax in float32 on its way back.
+SCORE_BYTES = 8
+_MOST_SCORE_BYTES = {"cuda": 2**32, "cpu": 2**30}  # in one layer
 
 
 @dataclasses.dataclass
@@ -89,7 +93,7 @@ class HFEngine:
         self.launches_ahead = device.type != "cpu"
         self.config = model.config.get_text_config()
         self.plain_attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
-        self.tree_attention = self.plain_attention if keep_attention else _choose_attention(model, self.plain_attention, device)
+        self.tree_attention = self.plain_attention if keep_attention else choose_attention(model, self.plain_attention, device)
         self._attention = self.plain_attention
         self._stateful_rope = [
             module
@@ -184,8 +188,7 @@ class HFEngine:
         return None if self.splits_head else max(1, 2**30 // (4 * self.vocab_size))
 
     def max_tokens(self) -> int:
-        """The largest pack worth planning; a longer request still gets a pack of its own. Dense masks on the CPU pay L²."""
-        return 8192 if self.device.type == "cuda" or self.tree_attention == blocks.NAME else 4096
+        return largest_pack(self.config, self.tree_attention, self.device)
 
     @property
     def splits_head(self) -> bool:
@@ -520,7 +523,21 @@ def is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -
     return hits & (picked[rows] == columns)
 
 
-def _choose_attention(model: Any, plain: str, device: torch.device) -> str:
+def largest_pack(config: Any, tree_attention: str, device: torch.device) -> int:
+    """Tokens of the largest pack worth planning; a longer request still gets a pack of its own.
+
+    By the model's shape and the kind of device alone, so that every machine cuts alike. Dense masks on the CPU pay L², the
+    scores of eager attention take heads x L².
+    """
+    most = 8192 if device.type == "cuda" or tree_attention == blocks.NAME else 4096
+    if tree_attention != "eager":
+        return most
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    pairs = _MOST_SCORE_BYTES["cuda" if device.type == "cuda" else "cpu"] // (SCORE_BYTES * heads)
+    return min(most, math.isqrt(pairs))
+
+
+def choose_attention(model: Any, plain: str, device: torch.device) -> str:
     """The attention implementation that is fastest for trees, where the model came with sdpa; else what it came with.
 
     On the CPU: blocks.py. On CUDA in half precision: flex_attention, which skips what the tree masks (H100, Llama 8 B in
@@ -616,9 +633,11 @@ def whole_model(model_args: dict[str, Any], config: Any) -> Any:
     dtype = _dtype(model_args.get("dtype", "auto"))
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
-    trust = {"trust_remote_code": True} if model_args.get("trust_remote_code") else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if model_args.get("trust_remote_code") else {}
+    if model_args.get("attn_implementation") in attention.IMPLEMENTATIONS:  # others may not be installed here
+        options["attn_implementation"] = model_args["attn_implementation"]
     with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
 
 def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, **options: Any) -> Any:
@@ -715,7 +734,8 @@ def flops_of_pair_and_read(config: Any) -> tuple[float, float]:
 def active_parameters(model: Any, config: Any) -> float:
     """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to.
 
-    model: the whole of it, or one of its layers.
+    Routed experts lie below `experts` (Mixtral, Qwen 2, 3, DeepSeek, Llama 4, gpt-oss; transformers 5.23); `shared_expert`,
+    `shared_experts` and the router run for every token. model: the whole of it, or a module of one of its layers.
     """
     experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), None)
     routed = getattr(config, "num_experts_per_tok", None)
@@ -724,4 +744,4 @@ def active_parameters(model: Any, config: Any) -> float:
     ends = (model.get_input_embeddings(), model.get_output_embeddings()) if has_ends else ()
     skipped = {id(weight) for end in ends if end is not None for weight in end.parameters()}
     counted = [(name, weight.numel()) for name, weight in model.named_parameters() if id(weight) not in skipped]
-    return float(sum(size * (share if "expert" in name else 1.0) for name, size in counted))
+    return float(sum(size * (share if "experts" in name.split(".") else 1.0) for name, size in counted))

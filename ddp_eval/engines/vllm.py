@@ -37,6 +37,7 @@ from ddp_eval.stopping import StopRule
 _OWN_ARGS = (
     "pretrained",
     "max_length",
+    "max_gen_toks",
     "add_bos_token",
     "prefix_token_id",
     "use_fast_tokenizer",

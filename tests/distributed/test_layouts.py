@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ddp_eval import results
 
 TASKS = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy --limit 4 --max_pack_tokens 512"
 
+UNLOADABLE = (str(Path(__file__).with_name("unloadable_main.py")),)
 WAYS = (("send", "sent"), ("receive", "received"))  # of hidden states
 
 
@@ -84,7 +86,7 @@ def test_tensor_gives_the_numbers_of_one_rank(ranks, kind, run):
     assert one.task == many.task and one.is_greedy == many.is_greedy
     drift = np.abs(np.array(one.loglikelihood) - np.array(many.loglikelihood))
     assert drift.max() < 1e-4 * np.abs(one.loglikelihood).max()
-    assert drift.max() < 2e-3
+    assert drift.max() < 1e-4
 
 
 def test_rows_over_layers(run):
@@ -112,6 +114,18 @@ def test_what_cannot_be_laid_out_is_refused(ranks, layout, kind, sentence, run):
     assert not finished.foreign_frames(), str(finished)
 
 
+def test_measure_leaves_out_what_cannot_be_loaded(run, tmp_path):
+    """Catches a run that dies of a layout that one rank cannot load, or whose ranks then wait for each other."""
+    model = tiny_models.save_model("gpt2", tmp_path / "model")
+    words = f"--model_args pretrained={model} {TASKS} --layout measure --output_path {tmp_path / 'run'}"
+    finished = launch(2, *shlex.split(words), program=UNLOADABLE, timeout_s=280)
+    assert finished.returncode == 0, str(finished)
+    assert "layout layers:2 is left out: rank 1: the model does not fit into the memory of cpu" in finished.stderr, str(finished)
+    manifest = json.loads((tmp_path / "run" / results.MANIFEST).read_text())
+    assert [one["layout"] for one in manifest["measured_layouts"]] == ["replicas"]
+    assert score_bytes((tmp_path / "run", finished)) == score_bytes(run(0, "replicas", "gpt2"))
+
+
 @pytest.mark.slow
 def test_measure_tries_what_fits_and_goes_on_with_the_quickest(run):
     """Catches a layout that is measured with the weights of another, and a run that goes on in what it has just left."""
@@ -126,6 +140,6 @@ def test_measure_tries_what_fits_and_goes_on_with_the_quickest(run):
     assert [one["layout"] for one in manifest["measured_layouts"]] == ["replicas", "tensor:2", "layers:2"]
     one = scores(run(0, "replicas", extra="--max_pack_tokens 256"))
     drift = np.abs(np.array(one.loglikelihood) - np.array(scores((path, finished)).loglikelihood))
-    assert drift.max() < 2e-3
+    assert drift.max() < 1e-4
     ranks = json.loads((path / results.TELEMETRY).read_text())["ranks"]
     assert all(rank["phases_s"]["measure"] > 0 for rank in ranks), "what measuring takes is no trial of packs"

@@ -47,7 +47,7 @@ _IGNORED_FLAGS = {
     "verbosity": ("-v", "set the environment variable LMEVAL_LOG_LEVEL for lm_eval's messages"),
 }
 _REFUSED_FLAGS = {
-    "use_cache": ("-c", "use --output_path DIR, whose scores.parquet keeps the score of every request"),
+    "use_cache": ("-c", "use --output_path DIR: the same command there resumes"),
     "check_integrity": ("", "check tasks with python -m ddp_eval validate --tasks"),
 }
 

@@ -46,10 +46,11 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
     journals = work.journals if engine.bears_results else None
     packs, batches = _my_units(world, work)
-    num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])[work.left].sum()
+    num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])
+    left = int(num_requests[work.left].sum())
     with (
         _own_journal(world, work, journals) as own,
-        Progress(world, work.name, int(num_requests), silent=work.silent) as progress,
+        Progress(world, work.name, left, silent=work.silent, done=int(num_requests.sum()) - left) as progress,
     ):
         try:
             with phases("trial" if work.trial else "measure" if work.silent else "forward"):

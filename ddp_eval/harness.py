@@ -32,7 +32,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, make_table, sanitize_model_name
 
-from ddp_eval import demo, hub, watch
+from ddp_eval import demo, environment, hub, watch
 from ddp_eval.asking import Asked
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
@@ -92,6 +92,7 @@ def evaluate_tasks(
     Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
     """
     phases.switch("tasks")
+    environment.start_collecting()
     _check_chat_template(config.apply_chat_template, encoder.tokenizer)
     lm = _LeaderLM(encoder, model_config, score, keep, inspect, config, phases)
     manager = _task_manager(config, include_paths)
@@ -108,12 +109,14 @@ def evaluate_tasks(
     # lm_eval asks git for the working directory's commit, which prints an error of its own where there is none.
     commit = git_commit(os.getcwd())
     quiet_git = unittest.mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"])
-    bootstrap = unittest.mock.patch("lm_eval.api.metrics.bootstrap_stderr", bootstrap_stderr)
+    bootstrap = unittest.mock.patch("lm_eval.api.metrics.bootstrap_stderr", _timed(phases, "bootstrap", bootstrap_stderr))
+    describe = _timed(phases, "write", lambda: environment.start_collecting().result())
+    surroundings = unittest.mock.patch("torch.utils.collect_env.get_pretty_env_info", describe)
     go_on = _unharmed(go_on)
     bar = unittest.mock.patch("lm_eval.api.task.tqdm", lambda documents, total: prompt_bar(_between(go_on, documents), total))
     step_by_step = unittest.mock.patch.object(TaskFactory, "_build_task", _behind(go_on, TaskFactory._build_task))
     try:
-        with quiet_git, bootstrap, bar, step_by_step, less_chatter():
+        with quiet_git, bootstrap, surroundings, bar, step_by_step, less_chatter():
             results: Any = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=config.model_args,
@@ -282,6 +285,14 @@ def _behind(deed: Callable[[], None], function: Callable[..., Any]) -> Callable[
     return do
 
 
+def _timed(phases: Phases, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def do(*args: Any, **options: Any) -> Any:
+        with phases(phase):
+            return function(*args, **options)
+
+    return do
+
+
 def _between(deed: Callable[[], None], documents: Iterable[Any]) -> Iterator[Any]:
     for document in documents:
         deed()
@@ -428,7 +439,10 @@ class _LeaderLM(TemplateLM):
                 ", ".join(tasks),
             )
 
-        num_pairs = len(encoded_pairs.requests)
+        num_pairs, num_windows = len(encoded_pairs.requests), len(encoded_texts.requests)
+        if num_windows != len(texts):
+            total = num_pairs + num_windows + len(repeated)
+            log.warning("%s requests, of them %s windows of %s documents", f"{total:,}", f"{num_windows:,}", f"{len(texts):,}")
         requests = concatenate(encoded_pairs.requests, encoded_texts.requests)
         sums, greedy, generated, limits = self._score(requests, asked.prompts)
         pair_sums, pair_tokens = _sum_by_owner(encoded_pairs, sums[:num_pairs], len(pairs))
@@ -479,6 +493,9 @@ def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
         # Reading lm_eval's own 14,000 task files takes seconds: only for those who ask for one of them.
         if is_complete(config.tasks, manager.task_index):
             return manager
+        unknown = [name for name in config.tasks if isinstance(name, str) and name not in manager.task_index]
+        if unknown:
+            log.warning("looking %s up in lm_eval's index of tasks", _name_some(unknown))
         return TaskManager(include_path=paths, metadata=metadata)
     except Exception as error:
         raise UserError(f"lm_eval could not read the task files: {_describe(error)}") from error
@@ -544,12 +561,12 @@ def _check_chat_template(wanted: bool | str, tokenizer: Any) -> None:
 
 
 def _list_close(task: str, known: Iterable[str]) -> str:
+    return _find_close(task, known) or "`python -m ddp_eval ls tasks` lists all, --include_path DIR adds your own"
+
+
+def _find_close(task: str, known: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(task, list(known), n=3, cutoff=0.75)
-    return (
-        f"did you mean {' or '.join(close)}?"
-        if close
-        else "`python -m ddp_eval ls tasks` lists all, --include_path DIR adds your own"
-    )
+    return f"did you mean {' or '.join(close)}?" if close else None
 
 
 def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
@@ -564,7 +581,10 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
             _check_thinking(name, task.OUTPUT_TYPE, config)
         for name in lm.chosen:
             if name not in loaded["tasks"]:
-                raise UserError(f"--samples names the task {name}, which is not evaluated: {_list_close(name, loaded['tasks'])}")
+                hint = _find_close(name, loaded["tasks"]) or "add it there"
+                raise UserError(
+                    f"--samples names the task {name}, which is not among --tasks ({_name_some(config.tasks)}): {hint}"
+                )
             count = len(loaded["tasks"][name].eval_docs)
             if lm.chosen[name][-1] >= count:
                 raise UserError(

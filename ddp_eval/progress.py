@@ -16,15 +16,23 @@ class Progress:
     """Counts finished requests and tokens of all ranks; on the leader, shows them until the block ends.
 
     On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end. With `silent`, or no requests, nothing.
+    requests: those that are left; done: those that an earlier start has done, which count as the first of the whole.
     """
 
     PUSH_S = 0.5  # a rank tells its counts at most this often
 
     def __init__(
-        self, world: World, name: str, requests: int, stream: TextIO | None = None, quiet_s: float = 30.0, silent: bool = False
+        self,
+        world: World,
+        name: str,
+        requests: int,
+        stream: TextIO | None = None,
+        quiet_s: float = 30.0,
+        silent: bool = False,
+        done: int = 0,
     ) -> None:
         self._requests, self._tokens = Tally(world, f"{name}/requests"), Tally(world, f"{name}/tokens")
-        self._total = requests
+        self._left, self._done, self._total = requests, done, done + requests
         self._stream = stream or sys.stderr
         self._quiet_s = quiet_s
         self._unsent = [0, 0]
@@ -60,7 +68,8 @@ class Progress:
 
     def _show(self) -> None:
         if self._stream.isatty():
-            with tqdm(total=self._total, unit=" requests", file=self._stream, desc="ddp_eval", dynamic_ncols=True) as bar:
+            form = {"unit": " requests", "desc": "ddp_eval", "dynamic_ncols": True}
+            with tqdm(total=self._total, initial=self._done, file=self._stream, **form) as bar:
                 while not self._finished.wait(self.PUSH_S):
                     self._update(bar)
                 self._update(bar)
@@ -70,21 +79,22 @@ class Progress:
             self._print_line()
 
     def _read(self) -> tuple[int, float]:
-        """Requests done (the sampler's repeats do not count) and tokens per second so far."""
+        """Requests done by this start (the sampler's repeats do not count) and tokens per second so far."""
         elapsed_s = max(time.monotonic() - self._started, 1e-9)
-        return min(self._requests.read(), self._total), self._tokens.read() / elapsed_s
+        return min(self._requests.read(), self._left), self._tokens.read() / elapsed_s
 
     def _update(self, bar: Any) -> None:
         done, rate = self._read()
         bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        bar.update(done - bar.n)
+        bar.update(self._done + done - bar.n)
 
     def _print_line(self) -> None:
         done, rate = self._read()
         elapsed_s = time.monotonic() - self._started
-        left = f"{elapsed_s * (self._total - done) / done:.0f} s left" if done else "time left unknown"
+        left = f"{elapsed_s * (self._left - done) / done:.0f} s left" if done else "time left unknown"
+        whole = f"{self._done + done:,} of {self._total:,} requests"
         print(
-            f"ddp_eval: {done:,} of {self._total:,} requests, {rate:,.0f} tokens/s, {elapsed_s:.0f} s so far, {left}",
+            f"ddp_eval: {whole}, {rate:,.0f} tokens/s, {elapsed_s:.0f} s so far, {left}",
             file=self._stream,
             flush=True,
         )

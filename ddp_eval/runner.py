@@ -398,6 +398,7 @@ def _describe_costs(plan: Plan, seated: Seated, model_config: Any) -> dict[str, 
     step = hf.FLEX_STEP if seated.engine.describe().get("attention") == "flex_attention" else 1
     pair, read = hf.flops_of_pair_and_read(model_config.get_text_config())
     return {
+        "weights_bytes": seated.engine.describe()["parameters"] * seated.engine.dtype.itemsize,
         "fed_tokens": telemetry.fed_tokens(plan, step),
         "ranks_per_replica": seated.world.ranks_per_replica,
         "flops_per_token": seated.engine.flops_per_token() / seated.world.ranks_per_replica,

@@ -20,6 +20,7 @@ from ddp_eval.sizing import format_bytes
 # Of one sample: seconds since the rank's start; cores in use; resident bytes; and of the GPU: share busy, bytes used, watts.
 COLUMNS = ("at_s", "cpu_cores", "rss_bytes", "gpu_busy", "gpu_memory_bytes", "gpu_power_w")
 _MOST_SAMPLES = 600  # a longer run is sampled less often
+_LEAST_WEIGHTS_BYTES = 2**30  # of a model whose loading is a matter of the disk
 
 # Dense half-precision products, operations per second, from NVIDIA's data sheets (half of what they promise with sparsity). The
 # first counts whose words are all among those of the device's name.
@@ -156,7 +157,8 @@ def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[
 
     facts: "request_tokens", "computed_tokens" and "fed_tokens" of the packs; "left_request_tokens" and "left_tokens" of those
         that this start ran; "asked_tokens" and "generated_tokens" of the texts that it ran; "flops_per_token",
-        "flops_per_pair", "flops_per_read" of a rank; "ranks_per_replica", which all count the same; "peak" (see `peak_flops`).
+        "flops_per_pair", "flops_per_read" of a rank; "weights_bytes" of the whole model; "ranks_per_replica", which all
+        count the same; "peak" (see `peak_flops`).
 
     Of texts, no plan knows what will be computed: it is counted, and they are in the figures only where this start ran them.
 
@@ -194,6 +196,7 @@ def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[
         "imbalance": _ratio(busy_s - mean_s, mean_s) if facts["left_tokens"] + texts else None,
         "idle_share": sum(report["phases_s"].get("wait", 0.0) for report in reports) / sum(one["wall_s"] for one in reports),
         "peak": peak,
+        "weights_bytes": facts.get("weights_bytes"),
         **{unit: facts[unit] for unit in units.values()},
         "sample_columns": list(COLUMNS),
         "ranks": per_rank,
@@ -217,28 +220,25 @@ def advise(telemetry: dict[str, Any]) -> list[str]:
     building = share(leader, "tasks", "tokenize", "plan")
     if len(ranks) > 1:
         waits = sum(share(rank, "wait") for rank in ranks[1:]) / (len(ranks) - 1)
-        cause = (
-            f"rank 0 builds the prompts meanwhile ({building:.0%}): give more tasks to one run, or start fewer ranks"
-            if building > share(leader, "score", "write")
-            else f"rank 0 computes metrics meanwhile ({share(leader, 'score'):.0%}): lower --bootstrap_iters"
-        )
         who = f"ranks 1 to {len(ranks) - 1} wait" if len(ranks) > 2 else "rank 1 waits"
-        note(waits, 0.1, f"{who} {waits:.0%} of the time: {cause}")
+        note(waits, 0.1, f"{who} {waits:.0%} of the time: {_cause_of_waits(ranks)}")
         slowest = max(range(len(ranks)), key=lambda rank: ranks[rank]["phases_s"].get("forward", 0.0))
         uneven = (telemetry["imbalance"] or 0.0) * share(leader, "forward")
         note(uneven, 0.05, f"rank {slowest} computes {telemetry['imbalance']:.0%} longer than the mean: lower --max_pack_tokens")
     else:
         note(building, 0.3, f"building prompts takes {building:.0%} of the time: give more tasks to one run")
-    start = share(leader, "start")
+    start, load, weights_bytes = share(leader, "start"), share(leader, "load"), telemetry.get("weights_bytes") or 0
+    if weights_bytes < _LEAST_WEIGHTS_BYTES:  # of a small model transformers' code takes longer to load than the weights
+        start, load = start + load, 0.0
     note(start, 0.3, f"starting Python and its imports takes {start:.0%} of the time: give more tasks to one run")
-    load = share(leader, "load")
     note(
         load,
         0.3,
-        f"loading the model takes {load:.0%} of the time: keep its files on a local disk, or give more tasks to one run",
+        f"loading the model ({format_bytes(weights_bytes)}) takes {load:.0%} of the time: keep its files on a local disk, or "
+        "give more tasks to one run",
     )
-    score = share(leader, "score")
-    note(score, 0.3, f"computing metrics takes {score:.0%} of the time: lower --bootstrap_iters")
+    bootstrap = share(leader, "bootstrap")
+    note(bootstrap, 0.3, f"bootstrapping standard errors takes {bootstrap:.0%} of the time: lower --bootstrap_iters")
     padding = telemetry["padding"] or 1.0
     note(
         (1 - 1 / padding) * share(leader, "forward"),
@@ -247,6 +247,34 @@ def advise(telemetry: dict[str, Any]) -> list[str]:
     )
     least_s = 5.0  # of a run that is worth advice
     return [sentence for _, sentence in sorted(found, reverse=True)] if wall_s >= least_s else []
+
+
+# What may keep the others waiting: phases of the rank that they wait for, and what to say of them.
+_CAUSES = {
+    ("start", "join", "load"): "mostly for rank {rank} to start and import ({share:.0%}): give more tasks to one run",
+    ("tasks", "tokenize", "plan"): (
+        "rank {rank} builds the prompts meanwhile ({share:.0%}): give more tasks to one run, or start fewer ranks"
+    ),
+    ("forward", "trial", "measure"): "mostly for rank {rank} to compute ({share:.0%}): lower --max_pack_tokens",
+    ("bootstrap",): "rank {rank} bootstraps standard errors meanwhile ({share:.0%}): lower --bootstrap_iters",
+    ("score",): "rank {rank} computes metrics meanwhile ({share:.0%}): start fewer ranks",
+    ("write", "other"): "rank {rank} writes the results meanwhile ({share:.0%}): start fewer ranks",
+}
+
+
+def _cause_of_waits(ranks: Sequence[dict[str, Any]]) -> str:
+    """The one thing that takes rank 0, or at computing the slowest rank, longer than ranks 1 and up on average, by most."""
+
+    def seconds(rank: int, phases: Sequence[str]) -> float:
+        return float(sum(ranks[rank]["phases_s"].get(phase, 0.0) for phase in phases))
+
+    found = []
+    for phases, sentence in _CAUSES.items():
+        each_s = [seconds(rank, phases) for rank in range(len(ranks))]
+        rank = each_s.index(max(each_s)) if "forward" in phases else 0
+        found.append((each_s[rank] - sum(each_s[1:]) / (len(ranks) - 1), rank, sentence))
+    longer_s, rank, sentence = max(found)
+    return sentence.format(rank=rank, share=longer_s / ranks[rank]["wall_s"])
 
 
 def format_summary(telemetry: dict[str, Any]) -> str:
@@ -265,7 +293,7 @@ def format_summary(telemetry: dict[str, Any]) -> str:
     peaks = [rank["share_of_peak"] for rank in ranks if rank["share_of_peak"] is not None]
     ran = telemetry["tokens_per_s"] is not None
     parts = [
-        f"{telemetry['tokens_per_s']:,.0f} tokens/s ({telemetry['useful_tokens_per_s'] or 0:,.0f} useful)"
+        f"{telemetry['tokens_per_s']:,.0f} tokens/s ({telemetry['useful_tokens_per_s'] or 0:,.0f} of the requests as asked)"
         if ran
         else "nothing was left to run",
         *([f"{telemetry['generated_tokens_per_s']:,.0f} generated tokens/s"] if telemetry["generated_tokens_per_s"] else []),
@@ -287,7 +315,7 @@ def format_summary(telemetry: dict[str, Any]) -> str:
 
 PHASES = (
     "start", "join", "tasks", "tokenize", "load", "plan", "trial", "measure",
-    "send", "wait", "forward", "gather", "score", "write", "other",
+    "send", "wait", "forward", "gather", "score", "bootstrap", "write", "other",
 )  # fmt: skip
 
 

@@ -304,7 +304,7 @@ REFUSED = {
     "-a trust_remote_code=maybe": "model_args trust_remote_code must be true or false, got maybe",
     "-a device=cuda:1": "model_args device is not supported: use --device cuda:1",
     "-a backend=onnx": "model_args backend must be default, causal or seq2seq, got onnx",
-    "-c cache.db": ("--use_cache is not supported: use --output_path DIR, whose scores.parquet keeps the score of every request"),
+    "-c cache.db": ("--use_cache is not supported: use --output_path DIR: the same command there resumes"),
     "--check_integrity": "--check_integrity is not supported: check tasks with python -m ddp_eval validate --tasks",
     "--cache_requests often": "--cache_requests must be true, refresh or delete, got often",
     "--wandb_config_args a=b": "--wandb_config_args needs --wandb_args, such as --wandb_args project=NAME",
@@ -431,7 +431,7 @@ def test_a_config_file_means_what_it_means_to_lm_eval(text: str, tmp_path: Path)
         ("", "--config must hold flag names with their values, FILE holds None"),
         (
             "use_cache: c.db",
-            "--use_cache is not supported: use --output_path DIR, whose scores.parquet keeps the score of every request",
+            "--use_cache is not supported: use --output_path DIR: the same command there resumes",
         ),
         ("num_fewshot: true", "--num_fewshot must be a whole number, got True"),
         ("num_fewshot: 2.5", "--num_fewshot must be a whole number, got 2.5"),

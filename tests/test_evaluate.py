@@ -193,8 +193,10 @@ def test_samples_of_a_task_that_is_not_evaluated(
     run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any
 ) -> None:
     """Catches a misspelt task in --samples, for which every document would be evaluated in silence."""
-    with pytest.raises(UserError, match="demo_lambda, which is not evaluated: did you mean demo_lambada"):
-        run(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], samples={"demo_lambda": [0]})
+    for name, hint in (("demo_lambda", "did you mean demo_lambada?"), ("demo_hellaswag", "add it there")):
+        with pytest.raises(UserError) as refusal:
+            run(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], samples={name: [0]})
+        assert str(refusal.value) == f"--samples names the task {name}, which is not among --tasks (demo_lambada): {hint}"
 
 
 def fail_to_score(doc: Any, results: Any) -> dict[str, float]:

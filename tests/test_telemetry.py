@@ -210,6 +210,41 @@ def test_advice_names_the_cause():
     assert "advice" not in telemetry.format_summary(found) and "wall s" in telemetry.format_summary(found)
 
 
+def advice_of(leader, *others, weights_bytes=5_000_000):
+    """Of ranks that run for 10 s, with these seconds by phase; the rest they compute."""
+    everyone = [{"forward": 10.0 - sum(phases.values()), **phases} for phases in (leader, *others)]
+    ran = [{**reports()[0], "wall_s": 10.0, "phases_s": phases} for phases in everyone]
+    return telemetry.advise(telemetry.summarize(ran, {**FACTS, "fed_tokens": 3000, "weights_bytes": weights_bytes}))
+
+
+@pytest.mark.parametrize(
+    ("leader", "others", "cause"),
+    [
+        ({"start": 4.0, "score": 2.0}, [{"wait": 6.0}], "waits 60% of the time: mostly for rank 0 to start and import (40%)"),
+        ({"start": 4.0, "score": 2.0}, [{"start": 4.0, "wait": 2.0}], "waits 20% of the time: rank 0 computes metrics meanwhile"),
+        ({"bootstrap": 3.0, "score": 2.0}, [{"wait": 5.0}], "standard errors meanwhile (30%): lower --bootstrap_iters"),
+        ({"write": 3.0, "score": 2.0}, [{"wait": 5.0}], "rank 0 writes the results meanwhile (30%): start fewer ranks"),
+        ({"wait": 6.0}, [{"wait": 6.0}, {}], "ranks 1 to 2 wait 30% of the time: mostly for rank 2 to compute (30%)"),
+    ],
+)  # fmt: skip
+def test_a_wait_has_its_largest_cause(leader, others, cause):
+    """Catches a wait laid at the door of metrics, or of anything that the waiting ranks do as long themselves."""
+    (sentence,) = [one for one in advice_of(leader, *others) if " wait" in one]
+    assert cause in sentence
+
+
+def test_advice_where_it_helps():
+    """Catches --bootstrap_iters blamed for other seconds behind the scores, and a disk for what Python's imports take."""
+    assert advice_of({"score": 6.0}) == []
+    assert advice_of({"bootstrap": 4.0}) == ["bootstrapping standard errors takes 40% of the time: lower --bootstrap_iters"]
+    assert advice_of({"start": 1.0, "load": 3.0}) == [
+        "starting Python and its imports takes 40% of the time: give more tasks to one run"
+    ]
+    assert advice_of({"start": 1.0, "load": 3.0}, weights_bytes=2**34) == [
+        "loading the model (16.0 GiB) takes 30% of the time: keep its files on a local disk, or give more tasks to one run"
+    ]
+
+
 def test_the_sampler_samples_this_process():
     """Catches cores and bytes that are not this process's, and a sampler that costs more than it may."""
     world = World(0, 0, 1, torch.device("cpu"))

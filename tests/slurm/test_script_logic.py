@@ -28,7 +28,12 @@ esac
 """
 SRUN = """\
 echo run >>"$FAKE/runs"
+echo "$HEAD" >>"$FAKE/heads"
 source "$FAKE/step"
+"""
+SCANCEL = """\
+echo "$@" >>"$FAKE/asked"
+[[ ! -s "$FAKE/deaf" ]] || { sed -i 1d "$FAKE/deaf"; exit 1; }
 """
 
 
@@ -37,7 +42,8 @@ def evaluate(tmp_path):
     """evaluate(step, job=what scontrol says of it, *flags, **variables) -> the finished eval.sh. step: of srun, in bash."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    stubs = {"scontrol": SCONTROL, "srun": SRUN, "scancel": 'echo "$@" >>"$FAKE/asked"', "sleep": 'echo "$@" >>"$FAKE/slept"'}
+    sleep = 'echo "$@" >>"$FAKE/slept"; /bin/sleep 0.02'
+    stubs = {"scontrol": SCONTROL, "srun": SRUN, "scancel": SCANCEL, "sleep": sleep}
     for name, text in stubs.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}")
         (programs / name).chmod(0o755)
@@ -73,7 +79,7 @@ def test_last_element_of_an_array(evaluate, tmp_path):
 
 def test_time_limit_of_an_array_element(evaluate, tmp_path):
     """Catches a time limit that stops the ranks of every element."""
-    finished = evaluate("kill -USR1 $PPID; /bin/sleep 1; exit 1", **ELEMENT)
+    finished = evaluate('touch "$LOGS.n1.log"; kill -USR1 $PPID; /bin/sleep 1; exit 1', **ELEMENT)
     assert finished.returncode == 0 and "the time limit is near; requeued" in finished.stdout, finished.stdout
     assert "--signal=TERM 7_3" in lines(tmp_path / "asked")
 
@@ -86,12 +92,28 @@ def test_time_limit_between_two_starts(evaluate, tmp_path):
     assert len(lines(tmp_path / "runs")) == 1
 
 
+def test_warning_before_the_step_begins(evaluate, tmp_path):
+    """Catches a warning that reaches nobody, because srun has not started its tasks yet."""
+    step = 'kill -USR1 $PPID; /bin/sleep 0.5; cp "$FAKE/asked" "$FAKE/before"; touch "$LOGS.n1.log"; /bin/sleep 1; exit 1'
+    finished = evaluate(step)
+    assert finished.returncode == 0 and "the time limit is near; requeued" in finished.stdout, finished.stdout
+    assert "--signal=TERM 7" in lines(tmp_path / "asked") and "--signal=TERM 7" not in lines(tmp_path / "before")
+
+
+def test_warning_to_a_silent_controller(evaluate, tmp_path):
+    """Catches ranks that run into the time limit because slurmctld was being restarted when they should have been told."""
+    (tmp_path / "deaf").write_text("once\ntwice\n")
+    evaluate('touch "$LOGS.n1.log"; kill -USR1 $PPID; /bin/sleep 1; exit 1')
+    assert lines(tmp_path / "asked").count("--signal=TERM 7") == 3
+
+
 def test_silent_controller(evaluate, tmp_path):
     """Catches a job that fails for good because slurmctld was being restarted when one of its ranks had died."""
     step = f'(($(wc -l <"$FAKE/runs") == 1)) && exit 1\necho \'{DONE % 7}\' >"$FAKE/run/status.json"'
     finished = evaluate(step, job="")
     assert finished.returncode == 0 and "starts again, restart 1 of 2" in finished.stdout, finished.stdout
     assert lines(tmp_path / "slept")
+    assert len(set(lines(tmp_path / "heads"))) == 2, "a port that something else sits on is met again"
 
 
 def test_controller_that_refuses_to_requeue(evaluate, tmp_path):

@@ -43,7 +43,7 @@ def sweep(cluster, tmp_path):
         finished = subprocess.run(command, env={**cluster.environment, **variables}, capture_output=True, text=True, timeout=60)
         assert finished.returncode == 0, finished.stderr
         array, report = re.fullmatch(
-            r"array (\d+): 2 models x 2 task sets; report (\d+) follows, in .*\n", finished.stdout
+            r"array (\d+): 2 models x 2 task sets, in .*\nreport (\d+) follows\n", finished.stdout
         ).groups()
         return array, report
 

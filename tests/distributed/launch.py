@@ -31,7 +31,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 _MARK = "DDP_EVAL_TEST_LAUNCH"
 _LAUNCHER_VARIABLES = re.compile(r"(LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|PET_|SLURM_|DDP_EVAL_)|(RANK|WORLD_SIZE)$")
-_PROGRESS = re.compile(r" requests, .* tokens/s|^ddp_eval: layout ")
+_PROGRESS = re.compile(r" requests, .* tokens/s|^ddp_eval: layout |^ddp_eval: looking | requests, of them ")
 _FRAME = re.compile(r'^(?:\[rank\d+\]:)?\s*File "([^"]+)", line \d+', re.MULTILINE)
 # torchrun shows its own ChildFailedError with these frames whenever a worker fails; nothing of ours is in them.
 _TORCHRUN_FRAME = re.compile(r"<frozen runpy>|/torch/distributed/(run\.py|elastic/|launcher/)")
@@ -51,7 +51,7 @@ class Finished:
     stderr_times: list[tuple[float, str]]
 
     def sentences(self) -> list[str]:
-        """The lines on stderr that are ddp_eval's own words, progress and the choice of a layout left out."""
+        """The lines on stderr that are ddp_eval's own words, progress, what is under way and the choice of a layout left out."""
         lines = [line for line in self.stderr.split("\n") if line.startswith("ddp_eval: ")]
         return [line for line in lines if not _PROGRESS.search(line)]
 

@@ -3,10 +3,10 @@
 
     python scripts/chaos.py --trials 100
 
-Each trial is one run directory. Again and again the same command is started in it, on 1 to 4 ranks, and one rank, all ranks
-or the launcher get SIGKILL at a random moment, until a start ends by itself. Then scores.parquet, results.json (but for times)
-and texts.parquet must equal the undisturbed run's to the bit, and no pack or batch of texts may have been computed that was in a
-journal before. Exit code 1 if not.
+Each trial is one run directory. Again and again the same command is started in it, on 1 to 4 ranks, never as many as the time
+before, and one rank, all ranks or the launcher get SIGKILL at a random moment, until a start ends by itself. Then scores.parquet,
+results.json (but for times) and texts.parquet must equal the undisturbed run's to the bit, and no pack or batch of texts may have
+been computed that was in a journal before. Exit code 1 if not.
 
 The launcher is torchrun's elastic agent, started by fork from this process, which has imported torch, transformers and lm_eval
 once for all; `--torchrun` starts torchrun itself, which takes several seconds a start. A third of the launches allow an elastic
@@ -133,9 +133,11 @@ def report(args: argparse.Namespace, tally: Tally, length_s: float) -> None:
 
 def run_until_done(args: argparse.Namespace, directory: Path, dice: random.Random, length_s: float, tally: Tally) -> str | None:
     """Start and kill until a start ends by itself. Returns what went wrong, None if nothing did."""
+    ranks = 0
     for attempt in range(50):
         done_before = packs_in_journals(directory)
-        ranks, restarts = dice.randint(1, 4), 1 if dice.random() < 1 / 3 else 0
+        ranks = dice.choice([count for count in range(1, 5) if count != ranks])
+        restarts = 1 if dice.random() < 1 / 3 else 0
         launch = Launch(args, directory, ranks, restarts)
         tally.starts += 1
         moment = time.monotonic() + dice.uniform(0.05, 1.0) * length_s if attempt < MOST_KILLS else float("inf")
@@ -147,7 +149,7 @@ def run_until_done(args: argparse.Namespace, directory: Path, dice: random.Rando
             while not launch.ranks() and launch.poll() is None:  # the launcher has not started any yet
                 time.sleep(0.005)
             killed_at = launch.kill(target, dice)
-            tally.kills[target] += 1
+            tally.kills[target] += killed_at is not None
         code = launch.wait(GONE_S + 60)
         left = launch.wait_until_gone(GONE_S)
         if left:
@@ -220,14 +222,14 @@ class Launch:
         """Process ids of the ranks that are alive."""
         return [pid for note in self.notes.glob("*.pid") if is_alive(pid := int(note.stem))]
 
-    def kill(self, target: str, dice: random.Random) -> float:
-        """Returns when it was done."""
+    def kill(self, target: str, dice: random.Random) -> float | None:
+        """Returns when it was done; None if nobody was left to be killed."""
         ranks = sorted(self.ranks())
         victims = [self.pid] if target == "torchrun" else ranks if target == "all ranks" else ranks and [dice.choice(ranks)]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        return time.monotonic()
+        return time.monotonic() if victims else None
 
     def wait_until_gone(self, limit_s: float) -> list[int]:
         deadline = time.monotonic() + limit_s

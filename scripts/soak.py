@@ -5,7 +5,7 @@
 
 First `--runs` runs in a row by the same two ranks of torchrun, then one run of `--requests` short requests. Prints each
 rank's resident memory at 10%, 50% and 100% of both. Exit code 1 if a process (and with it a port) or a file outside of the run
-directories is left, or if memory grows by more than `--most_growth_mb` from 50% to 100%. Linux only.
+directories is left, or if memory grows by more than `--most_growth_mb` from 50% to 100%, or 2.5 times that from 10%. Linux only.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def soak(place: Path, name: str, command_lines: list[list[str]], most_growth_mb:
     for rank in (0, 1):
         samples = json.loads((notes / f"{rank}.json").read_text())
         tenth, half, end = (samples[max(0, len(samples) * share // 100 - 1)] for share in (10, 50, 100))
-        flat = flat and end - half <= most_growth_mb
+        flat = flat and end - half <= most_growth_mb and end - tenth <= 2.5 * most_growth_mb
         print(f"  rank {rank}: {tenth:.0f} MB at 10%, {half:.0f} MB at 50%, {end:.0f} MB at 100%")
     processes = marked_processes(notes.name)
     # torchrun leaves an empty folder for its ranks' logs.

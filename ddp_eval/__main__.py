@@ -112,7 +112,7 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
         )
         checks = checks or preflight.check_if_due(config)
         if checks is not None:
-            watch.step("trying an all-reduce")
+            watch.step("trying an all-reduce, in which any rank may be the one that hangs")
             speed = preflight.check_group(world)
             if config.preflight:
                 watching.stop()

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import decimal
 import difflib
 import glob
 import json
@@ -217,9 +219,15 @@ def _template_of_targets(task: Any) -> str:
 
 
 def _plain_text(document: Any) -> str:
-    """A document as JSON, the same in every process: of what JSON does not know, only the kind."""
+    """A document as JSON, the same in every process: of what neither JSON nor numpy nor a calendar knows, only the kind."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (np.generic, np.ndarray)):
+            return value.tolist()
+        return str(value) if isinstance(value, (datetime.date, datetime.time, decimal.Decimal)) else type(value).__name__
+
     try:
-        return json.dumps(document, skipkeys=True, default=lambda value: type(value).__name__)
+        return json.dumps(document, skipkeys=True, default=plain)
     except (ValueError, RecursionError):  # it holds itself
         return ""
 

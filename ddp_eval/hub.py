@@ -9,15 +9,16 @@ _PAUSES_S = (1.0, 2.0, None)  # between tries to reach it
 _OUT_OF_REACH = ("couldn't connect to", "couldn't reach", "offline mode", "offlinemodeisenabled", "localentrynotfound")
 
 
-def check_reach(name: str, file: str, revision: str | None = None) -> None:
-    """Raise ConnectionError if nobody answers at the hub and the cache lacks this file of the model `name`.
+def check_reach(name: str, file: str, revision: str | None = None, cache: str | None = None) -> None:
+    """Raise ConnectionError if nobody answers at the hub and the cache (None: the usual one) lacks this file of the model `name`.
 
     The hub's own client would try again for 23 s. One that is slow to answer is left to it.
     """
     import huggingface_hub
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or isinstance(huggingface_hub.try_to_load_from_cache(name, file, revision=revision), str):
+    cached = huggingface_hub.try_to_load_from_cache(name, file, cache_dir=cache, revision=revision)
+    if constants.HF_HUB_OFFLINE or isinstance(cached, str):
         return
     for pause_s in _PAUSES_S:
         try:

@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> Order:
     if output == earlier:
         raise UserError(f"--output_path must not be the run to reproduce, got {options.output_path}")
     if (output / "manifest.json").is_file() and not (options.overwrite or run_directory.is_obeyed(output)):
-        raise UserError(f"{output} already holds a complete run: --overwrite runs it again, or give another --output_path")
+        raise UserError(f"{output} already holds a complete run: --overwrite runs it again, `compare` holds the two together")
     if "pretrained" not in (manifest.get("model") or {}):
         raise UserError(f"the run in {options.run} was given a loaded model by a program: only that program can run it again")
     values = dict(manifest["config"])

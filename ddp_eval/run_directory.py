@@ -43,6 +43,7 @@ class RunDirectory:
         self.path = path
         self.journals = path / JOURNALS
         self.replaced: list[Path] = []  # files of a complete run that `obeyed` removes
+        self.stood: dict[str, Any] = {}  # the status of that run
         self._lock = lock
         self._replace = replace
 
@@ -100,6 +101,12 @@ class RunDirectory:
                 self.journals.rmdir()
 
     def close(self) -> None:
+        """Let go of the directory; a complete run that was to be replaced and was not is as it was."""
+        if self.replaced and self.stood:
+            with contextlib.suppress(OSError):
+                self.forget_journals()
+                replace_json(self.path / status.STATUS, self.stood)
+        self.replaced = []
         if self._lock is not None:
             self._lock.release()
 
@@ -159,6 +166,7 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
     directory = RunDirectory(path, lock, replace)
     try:
         _settle_contents(directory, config, fresh, replace)
+        directory.stood = status.read_status(path)
         status.write_status(path, status.RUNNING, "the run is at work")
     except OSError as error:
         directory.close()

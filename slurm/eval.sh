@@ -179,6 +179,8 @@ run_step() {
 # SIGTERM to the tasks, not to srun, which would have them killed. A step that has not begun yet would not hear it.
 tell_ranks() {
     local second
+    [[ -z "$told" ]] || return # a second SIGTERM would disturb what the first one began
+    told=1
     for ((second = 0; second < 60; second++)); do
         ! compgen -G "$LOGS.*.log" >/dev/null || break
         kill -0 "$step" 2>/dev/null || return
@@ -254,6 +256,7 @@ restart="${SLURM_RESTART_COUNT:-0}"
 journals="$(journal_sizes)"
 stopping=""
 step=""
+told=""
 LOGS=""
 if ((restart > 0)); then
     if is_done; then

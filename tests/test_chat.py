@@ -64,7 +64,7 @@ def prompts_by_lm_eval(model: Any, tokenizer: Any, tasks: list[str], lm_args: An
 
 def our_prompts(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> dict[str, list[Any]]:
     def score(requests: Any, prompts: Any) -> Any:
-        return np.zeros(len(requests)), np.zeros(len(requests), dtype=bool), []
+        return np.zeros(len(requests)), np.zeros(len(requests), dtype=bool), [], []
 
     config = Config(tasks=list(tasks), bootstrap_iters=0, **options)
     encoder = Encoder(tokenizer, 2048)

@@ -16,7 +16,7 @@ from tiny_models import evaluate_with_lm_eval
 
 from ddp_eval import demo, results
 from ddp_eval.compare import paired
-from ddp_eval.compare.command import main
+from ddp_eval.compare.command import main, why_not
 from ddp_eval.compare.difference import answers_of, compare_runs
 from ddp_eval.compare.reading import document_metrics, read_run, shared_context
 from ddp_eval.errors import UserError
@@ -210,6 +210,16 @@ def test_other_right_answers_are_not_identical(first, tmp_path, capsys):
         assert main([str(first), str(other), "--expect", "within", "1e-9"]) == 0
 
 
+def test_a_metric_that_is_gone_is_not_identical(tmp_path, capsys):
+    """Catches a metric that one run reports and the other does not."""
+    runs = [write_run(tmp_path / side) for side in ("a", "b")]
+    told = json.loads((runs[1] / results.RESULTS).read_text())
+    told["results"]["t"]["acc_norm,none"] = 0.5
+    (runs[1] / results.RESULTS).write_text(json.dumps(told))
+    assert main([*map(str, runs), "--expect", "identical"]) == 3
+    assert "are alike, but not t acc_norm" in capsys.readouterr().out
+
+
 def test_other_texts_are_not_within(tmp_path, capsys):
     """Catches a CI check that passes though every generated answer is another, beside log-probabilities that are alike."""
     for side, text in (("a", "one"), ("b", "eins")):
@@ -218,6 +228,14 @@ def test_other_texts_are_not_within(tmp_path, capsys):
     a, b = (str(tmp_path / side) for side in "ab")
     assert main([a, b, "--expect", "within", "1e-4"]) == 3
     assert f"expected within 0.0001 nats: 2 of 2 generated texts of {a} and {b} differ" in capsys.readouterr().out
+
+
+def test_runs_that_only_generate_can_be_within():
+    """Catches a check of texts that can never pass, because there are no log-probabilities beside them."""
+    overall = {"texts": 2, "texts_differing": 0, "delta_nats": None}
+    told = {"a": {"path": "a"}, "b": {"path": "b"}, "same_requests": True, "tasks": {"g": {"requests": 2}}, "overall": overall}
+    assert why_not(told, 1e-4) is None
+    assert why_not(told | {"overall": overall | {"texts": 0}}, 1e-4) == "a and b hold no log-probabilities"
 
 
 def test_flags_that_turn_within_are_told(tmp_path, capsys):

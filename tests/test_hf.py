@@ -381,6 +381,19 @@ def test_no_packing_gives_rows(tiny_model_path: Callable[[str], Path]) -> None:
     assert plan.rows and why_rows == "--no_packing was given"
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_a_callers_default_dtype_changes_nothing(default: torch.dtype) -> None:
+    """Catches memory asked for in the dtype that a training script has set."""
+    logits, rows, columns = torch.randn(5, 7), torch.arange(5), torch.tensor([1, 0, 6, 2, 3])
+    expected = hf.log_softmax_at(logits, rows, columns)
+    torch.set_default_dtype(default)
+    try:
+        found = hf.log_softmax_at(logits, rows, columns)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_low_precision_is_summed_in_float32(tiny_model_path: Callable[[str], Path]) -> None:
     """Catches a softmax or a sum in bfloat16: the logits are rounded, what is computed from them may not be."""
     engine = load(tiny_model_path("llama"), dtype="bfloat16")

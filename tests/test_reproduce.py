@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from ddp_eval.config import Config
@@ -72,6 +74,9 @@ def test_documents_have_a_digest_of_their_own():
     assert first["prompts_by_task"] == other["prompts_by_task"]
     assert first["documents_by_task"] != other["documents_by_task"]
     assert first["documents_by_task"] != describe([{"answer": 0}, {"answer": 1}], "{{other}}")["documents_by_task"]
+    golds = [[{"answer": kind(gold)}] for kind in (np.int64, np.float32, decimal.Decimal) for gold in (0, 1)]
+    for zero, one in zip(golds[::2], golds[1::2], strict=True):
+        assert describe(zero)["documents_by_task"] != describe(one)["documents_by_task"]
     ring = []
     ring.append(ring)
     for odd in (object, set, lambda: ring, lambda: lambda: None):  # the last stands where a task has code for its targets

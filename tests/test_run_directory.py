@@ -194,6 +194,17 @@ def test_a_run_that_is_about_to_be_replaced_is_nobodys(config, opening, finished
     assert directory.journals.is_dir() and status.read_status(finished)["state"] == status.RUNNING
 
 
+@pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True, "limit": 2.0}])
+def test_a_run_that_was_not_replaced_is_as_it_was(changes, config, opening, finished):
+    """Catches a complete run that passes for failed, because a command that was to replace it was refused."""
+    before = status.read_status(finished)
+    directory = opening(config(**changes))
+    status.note_end(finished, status.FAILED, "there is no such task", first_hand=True)
+    directory.close()
+    assert status.read_status(finished) == before and before["state"] == status.DONE
+    assert not directory.journals.exists() and find_finished(config(), lambda *_: True) is not None
+
+
 def test_a_restart_leaves_what_its_launch_has_finished(config, start, finished):
     """Catches a run that is replaced again because a rank died on its way out, or SLURM lost the node in the last second."""
     directory = start(False, fresh=True)

@@ -87,7 +87,7 @@ def why_not(comparison: dict[str, Any], expectation: float | None) -> str | None
         return f"{overall['texts_differing']} of {overall['texts']} generated texts of {names} differ"
     summary = overall["delta_nats"]
     if summary is None:
-        return f"{names} hold no log-probabilities"
+        return None if overall["texts"] else f"{names} hold no log-probabilities"
     return f"{names} differ by up to {summary['max']:.3g} nats" if not summary["max"] <= expectation else None
 
 

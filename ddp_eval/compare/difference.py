@@ -60,9 +60,10 @@ def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[s
 def differences(a: Run, b: Run) -> list[dict[str, Any]]:
     """Facts of the manifests that are not alike, by group. Of lm_eval's runs only what both sides tell."""
     left, right = dict(_flatten(a.manifest)), dict(_flatten(b.manifest))
+    both = a.kind != b.kind
     keys = [key for key in dict.fromkeys((*left, *right)) if key not in _SAYS_NOTHING]
-    if a.kind != b.kind:
-        keys = [key for key in keys if key in left and key in right]
+    # A manifest of an older version says nothing of documents.
+    keys = [key for key in keys if (key in left and key in right) or not (both or key.startswith("documents_by_task."))]
     found = [{"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys]
     order = [*dict.fromkeys(name for name, _ in _GROUPS), "settings"]
     return sorted((one for one in found if one["a"] != one["b"]), key=lambda one: order.index(one["group"]))
@@ -162,9 +163,11 @@ def _compare_overall(a: Run, b: Run, shared: list[str], tasks: list[dict[str, An
 
 
 def _metrics_differing(a: Run, b: Run, task: str, documents: dict[str, Any]) -> list[str]:
-    """Which of the metrics that both have differ, in what was reported or in any document."""
+    """Which metrics differ, in what was reported or in any document. Of lm_eval's runs only those that both have."""
     reported = a.reported.get(task, {}), b.reported.get(task, {})
     found = {key for key in reported[0].keys() & reported[1].keys() if reported[0][key] != reported[1][key]}
+    if a.kind == b.kind:
+        found |= reported[0].keys() ^ reported[1].keys()
     for key, (value_a, weight_a, value_b, weight_b, _) in documents.items():
         if not np.array_equal([value_a, weight_a], [value_b, weight_b], equal_nan=True):
             found.add(key)

@@ -12,7 +12,7 @@ import torch
 from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.protocol import next_work
 
 
@@ -80,7 +80,9 @@ def _fill(model: Any, header: list[_Tensor], device: torch.device) -> None:
                 module._buffers[leaf] = memory
             else:
                 module._parameters[leaf] = torch.nn.Parameter(memory, requires_grad=False)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(f"the model does not fit into the memory of {device}") from None
     model.tie_weights()
     left = [name for name, value in model.named_parameters(remove_duplicate=False) if value.is_meta]

@@ -422,8 +422,9 @@ class HFEngine:
 
 def send_back(pack: Pack, logprobs: torch.Tensor, hits: torch.Tensor) -> Launched:
     """Have the results set out behind their own forward: fetched later, they would wait for the next pack's too."""
-    launched = Launched(pack, logprobs.to("cpu", non_blocking=True), hits.to("cpu", non_blocking=True))
-    if logprobs.device.type == "cuda":
+    ahead = logprobs.device.type == "cuda"
+    launched = Launched(pack, logprobs.to("cpu", non_blocking=ahead), hits.to("cpu", non_blocking=ahead))
+    if ahead:
         launched.arrived = torch.cuda.Event()
         launched.arrived.record(torch.cuda.current_stream(logprobs.device))
     return launched
@@ -483,7 +484,8 @@ def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tens
         return logits.log_softmax(dim=-1, dtype=torch.float32)[rows, columns]
     # A few rows at a time stay in the processor's cache, in memory that need not be asked for again.
     step = max(1, 2**20 // logits.shape[1])
-    exact, results = (torch.empty((min(step, len(logits)), logits.shape[1])) for _ in range(2))
+    shape = min(step, len(logits)), logits.shape[1]
+    exact, results = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
     edges = torch.searchsorted(rows, torch.arange(0, len(logits) + step, step)).tolist()
     picked = []
     for number, (start, stop) in enumerate(itertools.pairwise(edges)):
@@ -587,7 +589,8 @@ def load_config(model_args: dict[str, Any]) -> Any:
         own = (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)
         overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}
         if not os.path.isdir(name):
-            hub.check_reach(name, os.path.join(model_args.get("subfolder") or "", "config.json"), model_args.get("revision"))
+            file = os.path.join(model_args.get("subfolder") or "", "config.json")
+            hub.check_reach(name, file, model_args.get("revision"), model_args.get("cache_dir"))
         config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
     adapters.check_adapter(model_args)
     return config
@@ -680,7 +683,9 @@ def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, 
         model = adapters.apply_adapter(model, load_tokenizer(model_args), model_args)
     try:
         return (model if "device_map" in extra else model.to(device)).eval()
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(f"the model {name} does not fit into the memory of {device}") from None
 
 

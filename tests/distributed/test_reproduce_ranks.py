@@ -47,9 +47,10 @@ def test_phases_add_up_to_the_wall_time(earlier):
     assert [rank["rank"] for rank in telemetry["ranks"]] == [0, 1, 2]
     for rank in telemetry["ranks"]:
         named_s = sum(seconds for phase, seconds in rank["phases_s"].items() if phase != "other")
-        assert named_s == pytest.approx(rank["wall_s"], rel=0.02)
+        assert named_s == pytest.approx(rank["wall_s"], abs=max(0.5, 0.02 * rank["wall_s"]))
         by_the_clock_s = os.stat(telemetry_file).st_mtime - rank["began_unix_s"]
-        assert rank["wall_s"] == pytest.approx(by_the_clock_s, rel=0.02)
+        # Rank 0 writes the file behind the other ranks' reports, and has to wait for the disk.
+        assert rank["wall_s"] == pytest.approx(by_the_clock_s, abs=max(1.0, 0.02 * rank["wall_s"]))
         assert rank["wall_s"] < earlier[1].elapsed_s
         assert rank["sampling_share"] < 0.005
     assert {"start", "load", "tasks", "tokenize", "plan", "wait", "forward", "gather", "score", "write"} <= set(
@@ -62,9 +63,11 @@ def test_bytes_of_a_run_by_hand(earlier):
     ranks = json.loads((earlier[0] / "run" / results.TELEMETRY).read_text())["ranks"]
     sent = [rank["collectives"]["all_gather (rows)"] for rank in ranks]
     assert len({one["sent_bytes"] for one in sent}) == 1
-    assert all(one["calls"] == 5 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
+    assert all(one["calls"] == 4 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
     most = max(rank["counts"]["requests"] for rank in ranks)
-    assert sent[0]["sent_bytes"] == 8 + most * 3 * 8, "process id; item, bits, flag of the rank with most; none halved, no texts"
+    assert sent[0]["sent_bytes"] == most * 3 * 8, "item, bits, flag of the rank with most; none halved, no texts"
+    joined = [rank["collectives"]["all_gather (processes)"] for rank in ranks]
+    assert {(one["calls"], one["sent_bytes"], one["received_bytes"]) for one in joined} == {(1, 8, 16)}
 
 
 def test_the_summary_is_printed(earlier):

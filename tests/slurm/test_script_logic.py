@@ -42,7 +42,7 @@ def evaluate(tmp_path):
     """evaluate(step, job=what scontrol says of it, *flags, **variables) -> the finished eval.sh. step: of srun, in bash."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    sleep = 'echo "$@" >>"$FAKE/slept"; /bin/sleep 0.02'
+    sleep = 'echo "$@" >>"$FAKE/slept"; /bin/sleep 0.1'
     stubs = {"scontrol": SCONTROL, "srun": SRUN, "scancel": SCANCEL, "sleep": sleep}
     for name, text in stubs.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{text}")

@@ -183,11 +183,13 @@ def test_a_pack_by_hand(whole_of, tmp_path):
 
 
 MEASURED = """
-import resource, torch
+import re, torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 from ddp_eval.engines.hf import HFEngine
 from ddp_eval.packing import build_pack, plan_one_tree, requests_from_lists
 from ddp_eval.sizing import measure_model, pack_bytes
+def high_water():  # of this program alone, in KiB: ru_maxrss begins with that of the process that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 device = torch.device("cpu")
 shape = dict(hidden_size=256, intermediate_size=512, num_attention_heads=16, num_key_value_heads=8, head_dim=16)
 model = AutoModelForCausalLM.from_config(Gemma2Config(vocab_size=512, num_hidden_layers=2, **shape), dtype=torch.float32).eval()
@@ -196,9 +198,9 @@ before = 0
 for length in (8, 512):
     stem = list(range(length))
     packs, _ = plan_one_tree(requests_from_lists([stem + [1] * length, stem + [2] * length], [2, 2]))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     engine.collect(engine.launch(build_pack(packs, 0)))
-peak = 2**10 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+peak = 2**10 * (high_water() - before)
 print(peak, pack_bytes(measure_model(model, device), len(packs.tokens), 1))
 """
 
@@ -207,7 +209,7 @@ def test_a_pack_takes_what_is_reckoned():
     """Catches an estimate that leaves out what is largest: 16 heads, 1,534 tokens, eager attention in a process of its own."""
     run = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, timeout=120, check=True)
     peak, reckoned = map(int, run.stdout.split()[-2:])
-    assert 0.7 * reckoned < peak < 1.1 * reckoned, (peak, reckoned)
+    assert 0.6 * reckoned < peak < 1.2 * reckoned, (peak, reckoned)
 
 
 def layouts_on(whole, card_gib, gpus=8):

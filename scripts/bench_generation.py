@@ -238,6 +238,7 @@ def format_report(report: dict[str, Any]) -> str:
         *map(format_row, rows),
         "",
         *[format_difference(row["task"], difference) for row in rows for difference in row["differences"]],
+        "",
         f"Geometric mean of the ratios: **{cut(mean)}**. Seconds of lm_eval on a quarter of the documents, by batch size: "
         + "; ".join(
             f"{row['task']} " + ", ".join(f"{size}: {seconds:.1f}" for size, seconds in row["quarter_times_s"].items())

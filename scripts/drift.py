@@ -69,6 +69,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             run(options, checkpoints[checkpoint], settings, places[name], world)
         row: dict[str, Any] = {"setting": name, "compared_with": reference}
         row["computed_tokens"] = json.loads((places[name] / results.MANIFEST).read_text())["computed_tokens"]
+        ranks = json.loads((places[name] / results.TELEMETRY).read_text())["ranks"]
+        row["forward_s"] = max(rank["phases_s"]["forward"] for rank in ranks)
         if reference:
             overall = compare_runs(read_run(places[reference]), read_run(places[name]))["overall"]
             row |= {key: overall[key] for key in ("requests", "requests_differing", "answers", "answers_flipped", "near_ties")}
@@ -77,7 +79,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         print(json.dumps(row), file=sys.stderr, flush=True)
     return {
         "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "model": Path(options.model).name,
         "tasks": options.tasks,
         "limit": options.limit,
@@ -122,18 +124,19 @@ def format_record(record: dict[str, Any]) -> str:
         f"Model {record['model']}, tasks {record['tasks']}, {record['limit']} documents each; {hardware['cpu']}, one thread, "
         f"torch {packages['torch']}, transformers {packages['transformers']}, {record['date']}; `{record['command']}`",
         "",
-        "| setting | compared with | tokens computed | requests changed | max nats | mean | p99 | answers flipped | near ties |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| setting | compared with | tokens computed | forward, s | requests changed | max nats | mean | p99 | answers flipped "
+        "| near ties |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        tokens = f"{row['computed_tokens']:,}"
+        cost = [f"{row['computed_tokens']:,}", f"{row['forward_s']:.1f}"]
         if row["compared_with"]:
             nats = [f"{row['delta_nats'][key]:.2g}" for key in ("max", "mean", "p99")]
             differ = f"{row['requests_differing']:,} of {row['requests']:,}"
             flips = f"{row['answers_flipped']:,} of {row['answers']:,}"
-            cells = [row["compared_with"], tokens, differ, *nats, flips, f"{row['near_ties']:,}"]
+            cells = [row["compared_with"], *cost, differ, *nats, flips, f"{row['near_ties']:,}"]
         else:
-            cells = ["(reference)", tokens, *[""] * 6]
+            cells = ["(reference)", *cost, *[""] * 6]
         lines.append(f"| {' | '.join([row['setting'], *cells])} |")
     return "\n".join(lines) + "\n"
 

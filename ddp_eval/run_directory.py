@@ -90,6 +90,7 @@ class RunDirectory:
         The journals go last: until the run is marked as done, their run.json says that --fresh is obeyed.
         """
         status.write_status(self.path, status.DONE, "the run is complete")
+        self.replaced = []
         self.forget_journals()
 
     def forget_journals(self) -> None:

@@ -59,7 +59,10 @@ submit() {
     for option in "$@"; do
         case "$option" in
             --at-once=*) at_once="%${option#*=}" ;;
-            --partition=* | --account=* | --qos=* | --reservation=* | --time=* | --constraint=*) options+=("$option") shared+=("$option") ;;
+            --partition=* | --account=* | --qos=* | --reservation=* | --time=* | --constraint=*)
+                options+=("$option")
+                shared+=("$option")
+                ;;
             -*) options+=("$option") ;;
             *) die "an option of sbatch must be one word, --name=value, got $option" ;;
         esac

@@ -60,10 +60,11 @@ def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[s
 def differences(a: Run, b: Run) -> list[dict[str, Any]]:
     """Facts of the manifests that are not alike, by group. Of lm_eval's runs only what both sides tell."""
     left, right = dict(_flatten(a.manifest)), dict(_flatten(b.manifest))
-    both = a.kind != b.kind
     keys = [key for key in dict.fromkeys((*left, *right)) if key not in _SAYS_NOTHING]
+    if a.kind != b.kind:
+        keys = [key for key in keys if key in left and key in right]
     # A manifest of an older version says nothing of documents.
-    keys = [key for key in keys if (key in left and key in right) or not (both or key.startswith("documents_by_task."))]
+    keys = [key for key in keys if (key in left and key in right) or not key.startswith("documents_by_task.")]
     found = [{"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys]
     order = [*dict.fromkeys(name for name, _ in _GROUPS), "settings"]
     return sorted((one for one in found if one["a"] != one["b"]), key=lambda one: order.index(one["group"]))

@@ -330,11 +330,8 @@ class Chooser:
 
     def _prepare(self, prompt_length: int, limit: int) -> tuple[Any, Any]:
         config, rest = prepare_config(self._model, self._settings, prompt_length + limit, self._pad)
-        unserved = any(getattr(config, name, None) for name in _NOT_SERVED) or config.encoder_repetition_penalty not in (
-            None,
-            1.0,
-        )
-        self._asks_for_more = bool(rest) or unserved
+        penalised = config.encoder_repetition_penalty not in (None, 1.0)
+        self._asks_for_more = bool(rest) or penalised or any(getattr(config, name, None) for name in _NOT_SERVED)
         if config.min_new_tokens is not None:
             config.min_length = config.min_new_tokens + prompt_length
         device = self._model.device

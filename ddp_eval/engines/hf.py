@@ -401,7 +401,7 @@ class HFEngine:
         """
         step = head_rows(self.vocab_size)
         order = np.argsort(pack.answer_reads, kind="stable")
-        reads, targets = pack.answer_reads[order], pack.answer_targets[order]
+        reads, targets, items = pack.answer_reads[order], pack.answer_targets[order], pack.answer_items[order]
         edges = np.searchsorted(reads, np.arange(0, len(values) + step, step))
         logprobs, hits = [], []
         for first, (start, stop) in zip(range(0, len(values), step), itertools.pairwise(edges.tolist()), strict=True):
@@ -409,7 +409,7 @@ class HFEngine:
             logits = self._head(rows) if hidden else rows
             wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
             logprobs.append(log_softmax_at(logits, *wanted))
-            hits.append(find_hits(logits, *wanted, pack.answer_items[order][start:stop]))
+            hits.append(find_hits(logits, *wanted, items[start:stop]))
         back = self._to_device(np.argsort(order, kind="stable"))
         return send_back(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
 

@@ -42,7 +42,7 @@ def _nothing(columns: int) -> list[np.ndarray]:
 def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     """Run this rank's batches of generation and packs, and gather everyone's results."""
     phases = world.meter.phases
-    engine.on_trial = work.trial
+    engine.on_trial = work.phase == "trial"
     rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
     journals = work.journals if engine.bears_results else None
     packs, batches = _my_units(world, work)
@@ -50,10 +50,10 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     left = int(num_requests[work.left].sum())
     with (
         _own_journal(world, work, journals) as own,
-        Progress(world, work.name, left, silent=work.silent, done=int(num_requests.sum()) - left) as progress,
+        Progress(world, work.name, left, silent=work.is_aside, done=int(num_requests.sum()) - left) as progress,
     ):
         try:
-            with phases("trial" if work.trial else "measure" if work.silent else "forward"):
+            with phases(work.phase):
                 for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
                     if engine.bears_results:
                         if divided > 1:
@@ -157,7 +157,7 @@ def _run_packs(
             sums, greedy = (np.concatenate(parts) for parts in list(zip(*results, strict=True))[1:])
             own.append(index, sums, greedy, len(results))
         requests, tokens = int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces)
-        if not work.silent:
+        if not work.is_aside:
             packs = [piece.pack for piece in pieces]
             pairs, reads = sum(int((pack.depth + 1).sum()) for pack in packs), sum(len(pack.reads) for pack in packs)
             counts = {"requests": requests, "computed_tokens": tokens, "visible_pairs": pairs, "reads": reads, "packs": 1}

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ddp_eval.packing import IntArray, digest_arrays
 
+NO_TOKEN = -1  # the end of an answer at which the model's scores were NaN or infinite, so that there was nothing to choose
 LEAST_SHARED = 32  # tokens that make prompts a family
 LEAST_FAMILY = 4  # prompts that are worth a batch of their own
 LEAST_BATCH = 32  # prompts: fewer keep no slots filled

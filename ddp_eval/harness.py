@@ -42,7 +42,7 @@ from ddp_eval.compare.reading import document_metrics, shared_context
 from ddp_eval.config import Config
 from ddp_eval.digests import digest_strings
 from ddp_eval.errors import UserError, one_line
-from ddp_eval.generation import Prompts
+from ddp_eval.generation import NO_TOKEN, Prompts
 from ddp_eval.machine import git_commit
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
@@ -473,6 +473,8 @@ class _LeaderLM(TemplateLM):
             is_greedy=[answers[id(one)][1] for one in scored],
             num_tokens=[counts[id(one)] for one in scored],
         )
+        broken = [answer[-1:] == [NO_TOKEN] for answer in generated]
+        generated = [answer[:-1] if end else answer for answer, end in zip(generated, broken, strict=True)]
         read = [asked.read(kind, answer) for kind, answer in zip(asked.prompts.kinds, generated, strict=True)]
         for one, text in zip(repeated, read, strict=True):
             answers.setdefault(id(one), []).append(text)
@@ -484,6 +486,7 @@ class _LeaderLM(TemplateLM):
             text=read,
             num_tokens=[len(answer) for answer in generated],
             at_limit=[len(answer) >= limit for answer, limit in zip(generated, limits, strict=True)],
+            not_finite=broken,
         )
         self._keep(scores, texts_kept)
         return answers

@@ -25,7 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token
 
-from ddp_eval import cli, distributed
+from ddp_eval import cli, contagion, distributed
 from ddp_eval.chatter import less_chatter, one_rank_speaks
 from ddp_eval.choice import choose_layout
 from ddp_eval.engines import hf
@@ -39,7 +39,7 @@ from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests
 from ddp_eval.planning import make_plan
 from ddp_eval.protocol import Followers
-from ddp_eval.runner import follow, trial_of
+from ddp_eval.runner import follow, run_aside, trial_of
 from ddp_eval.text_planning import plan_texts
 from ddp_eval.tokenization import Encoder
 
@@ -176,6 +176,9 @@ class DDPEvalLM(_LeaderLM):
         with followers.working_on(decision.plan, texts=generation.plan, tokenizer=decoder) as work:
             gathered = run_plan(seated.world, seated.engine, work)
         sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
+        (sums, greedy), _ = contagion.isolate(
+            (sums, greedy), requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
+        )
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
         if differing or texts_differing:
             log.warning("work that ran on two ranks differs: are the ranks' GPUs or threads not alike?")

@@ -146,7 +146,7 @@ def measure_layouts(
             continue
         for part in (first, piece):  # the first forwards of a process are slow
             started = time.perf_counter()
-            with followers.working_on(part, silent=True) as work:
+            with followers.working_on(part, phase="measure") as work:
                 run_plan(seated.world, seated.engine, work)
             seconds = time.perf_counter() - started
         flops = 2.0 * (sum(sizes.active) * len(piece.tokens) + sizes.hidden * sizes.vocab * len(piece.targets))

@@ -51,17 +51,21 @@ class Work:
 
     left: ascending indices of the packs to run; the others are done. Batches of `texts` are numbered behind the packs.
     texts, tokenizer: what to generate, and what decodes it. name: unlike that of any other work, of these ranks or any.
-    trial: the plan is a question to the model, and what fails comes back as NaN. silent: no progress is shown.
+    phase: whose time it takes, unless it is the run's own work without progress shown. In a "trial", a question to the model,
+    what fails comes back as NaN.
     """
 
     plan: Plan
     left: IntArray
     name: str
     journals: Journals | None = None
-    trial: bool = False
-    silent: bool = False
+    phase: str = "forward"
     texts: TextPlan = NO_TEXTS
     tokenizer: Any = None
+
+    @property
+    def is_aside(self) -> bool:
+        return self.phase != "forward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +108,13 @@ class Followers:
         plan: Plan,
         left: IntArray | None = None,
         journals: Journals | None = None,
-        trial: bool = False,
-        silent: bool = False,
+        phase: str = "forward",
         texts: TextPlan = NO_TEXTS,
         tokenizer: Any = None,
     ) -> Iterator[Work]:
         """Have all ranks run `plan` and `texts`, or what is `left` of them, while the leader runs it too."""
         left = np.arange(plan.num_packs + texts.num_batches) if left is None else left
-        work = Work(plan, left, uuid.uuid4().hex, journals, trial, silent or trial, texts, tokenizer)
+        work = Work(plan, left, uuid.uuid4().hex, journals, phase, texts, tokenizer)
         distributed.send_message(self.world, work)
         self._listening = False
         yield work

@@ -80,6 +80,7 @@ class Texts:
 
     task, doc_id, idx: as in Scores. repeat: int32, which of the answers to the same request. text: as the filters get it.
     num_tokens: int32, generated, the stop string included. at_limit: bool, whether the answer has as many tokens as it may.
+    not_finite: bool, whether it ends where the model's scores were NaN or infinite.
     """
 
     task: Sequence[str]
@@ -89,6 +90,7 @@ class Texts:
     text: Sequence[str]
     num_tokens: Sequence[int]
     at_limit: Sequence[bool]
+    not_finite: Sequence[bool]
 
     def __len__(self) -> int:
         return len(self.task)
@@ -166,15 +168,19 @@ def write_run(
     return measured
 
 
-def find_not_finite(scores: Scores) -> dict[str, dict[str, Any]]:
-    """Requests whose log-probability is NaN or infinite, by task: {"requests": how many, "first": up to 5 [doc_id, idx]}."""
+def find_not_finite(scores: Scores, texts: Texts) -> dict[str, dict[str, Any]]:
+    """Requests whose log-probability is NaN or infinite, and answers that end at such scores, by task.
+
+    Returns {task: {"requests": how many, "first": up to 5 [doc_id, idx]}}.
+    """
     values = np.asarray(scores.loglikelihood, dtype=np.float64)
     found: dict[str, dict[str, Any]] = {}
-    for row in np.flatnonzero(~np.isfinite(values)).tolist():
-        entry = found.setdefault(scores.task[row], {"requests": 0, "first": []})
-        entry["requests"] += 1
-        if len(entry["first"]) < 5:
-            entry["first"].append([int(scores.doc_id[row]), int(scores.idx[row])])
+    for kept, rows in ((scores, np.flatnonzero(~np.isfinite(values))), (texts, np.flatnonzero(texts.not_finite))):
+        for row in rows.tolist():
+            entry = found.setdefault(kept.task[row], {"requests": 0, "first": []})
+            entry["requests"] += 1
+            if len(entry["first"]) < 5:
+                entry["first"].append([int(kept.doc_id[row]), int(kept.idx[row])])
     return found
 
 
@@ -262,6 +268,7 @@ def _texts_schema() -> pyarrow.Schema:
     kinds = {
         "task": pyarrow.string(), "doc_id": pyarrow.int64(), "idx": pyarrow.int32(), "repeat": pyarrow.int32(),
         "text": pyarrow.string(), "num_tokens": pyarrow.int32(), "at_limit": pyarrow.bool_(),
+        "not_finite": pyarrow.bool_(),
     }  # fmt: skip
     return pyarrow.schema([pyarrow.field(name, kind, nullable=False) for name, kind in kinds.items()])
 

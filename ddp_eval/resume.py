@@ -58,11 +58,11 @@ def tell_found(found: Found, num_requests: np.ndarray, world: World) -> None:
 
 
 def warn_of_not_finite(tasks: dict[str, dict[str, Any]]) -> None:
-    """Say which requests have a log-probability that is NaN or infinite. tasks: from `results.find_not_finite`."""
+    """Say which requests met numbers that are NaN or infinite. tasks: from `results.find_not_finite`."""
     for task, found in tasks.items():
         first = ", ".join(f"document {document} choice {choice}" for document, choice in found["first"])
         log.warning(
-            "%d requests of the task %s have a log-probability that is NaN or infinite (%s%s): do not trust its metrics",
+            "%d requests of the task %s came to numbers that are NaN or infinite (%s%s): do not trust its metrics",
             found["requests"],
             task,
             first,

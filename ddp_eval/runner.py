@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
+from ddp_eval import contagion, demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
 from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
@@ -277,6 +277,9 @@ def _lead(
             earlier = found.rows, found.halved, found.lengths, found.answers
             gathered = Gathered(*(np.concatenate(parts) for parts in zip(earlier, gathered, strict=True)))
         sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
+        (sums, greedy), facts["saved_from_nan"] = contagion.isolate(
+            (sums, greedy), requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
+        )
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
         resumed.append(len(done))
         if len(prompts):
@@ -296,7 +299,7 @@ def _lead(
         return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
 
     def keep(scores: results.Scores, texts: results.Texts) -> None:
-        facts["not_finite"] = results.find_not_finite(scores)
+        facts["not_finite"] = results.find_not_finite(scores, texts)
         warn_of_not_finite(facts["not_finite"])
         if config.output_path:
             results.write_scores(config.output_path, scores)
@@ -359,12 +362,15 @@ def trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
     if seated.world.ranks_per_replica == 1:
         return None
 
-    def score(plan: Plan) -> np.ndarray:
-        with followers.working_on(plan, trial=True) as work:
-            rows = run_plan(seated.world, seated.engine, work).rows
-        return fill_slots(rows, plan.num_items)[0]
+    return lambda plan: run_aside(followers, seated, plan, "trial")[0]
 
-    return score
+
+def run_aside(followers: Followers, seated: Seated, plan: Plan, phase: str) -> contagion.Scored:
+    """Have all ranks run a small plan beside the run's own. Returns its items' sums and flags."""
+    with followers.working_on(plan, phase=phase) as work:
+        rows = run_plan(seated.world, seated.engine, work).rows
+    sums, greedy, _ = fill_slots(rows, plan.num_items)
+    return sums, greedy
 
 
 def _measure(config: Config, model_config: Any, followers: Followers, seated: Seated, plan: Plan) -> list[dict[str, Any]]:

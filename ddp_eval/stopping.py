@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ddp_eval.generation import NO_TOKEN
+
 
 class StopRule:
     """The stop strings of one kind of request, for one tokenizer."""
@@ -21,10 +23,12 @@ class StopRule:
             self._by_window.setdefault(window, []).append(text)
 
     def ends(self, answers: Sequence[list[int]]) -> list[bool]:
-        """Whether each answer, as long as it is now, has just come to a stop string."""
-        found = [False] * len(answers)
+        """Whether each answer, as long as it is now, has just come to a stop string, or to NO_TOKEN."""
+        found = [answer[-1:] == [NO_TOKEN] for answer in answers]
         for window, texts in self._by_window.items():
-            decoded = self._tokenizer.batch_decode([answer[-window:] for answer in answers])
+            decoded = self._tokenizer.batch_decode(
+                [[] if end else answer[-window:] for answer, end in zip(answers, found, strict=True)]
+            )
             for row, tail in enumerate(decoded):
                 found[row] = found[row] or any(text in tail for text in texts)
         return found

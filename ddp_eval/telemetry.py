@@ -255,7 +255,7 @@ _CAUSES = {
     ("tasks", "tokenize", "plan"): (
         "rank {rank} builds the prompts meanwhile ({share:.0%}): give more tasks to one run, or start fewer ranks"
     ),
-    ("forward", "trial", "measure"): "mostly for rank {rank} to compute ({share:.0%}): lower --max_pack_tokens",
+    ("forward", "trial", "measure", "again"): "mostly for rank {rank} to compute ({share:.0%}): lower --max_pack_tokens",
     ("bootstrap",): "rank {rank} bootstraps standard errors meanwhile ({share:.0%}): lower --bootstrap_iters",
     ("score",): "rank {rank} computes metrics meanwhile ({share:.0%}): start fewer ranks",
     ("write", "other"): "rank {rank} writes the results meanwhile ({share:.0%}): start fewer ranks",
@@ -315,7 +315,7 @@ def format_summary(telemetry: dict[str, Any]) -> str:
 
 PHASES = (
     "start", "join", "tasks", "tokenize", "load", "plan", "trial", "measure",
-    "send", "wait", "forward", "gather", "score", "bootstrap", "write", "other",
+    "send", "wait", "forward", "gather", "again", "score", "bootstrap", "write", "other",
 )  # fmt: skip
 
 

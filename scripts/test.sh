@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv, checks style and types, then runs the tests. Arguments go to pytest: scripts/test.sh -k packing
-# Slow tests are left out: scripts/test.sh -m slow runs them, -m "" runs everything.
+# Slow tests are left out: scripts/test.sh -m slow runs them, -m "" runs everything. Two files of tests run at a time, since most
+# of the time they wait for processes that start; one at a time: scripts/test.sh -n 0
 set -euo pipefail
 # shellcheck source=scripts/setup_venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -10,4 +11,4 @@ setup_venv test,dev
 cd "$REPOSITORY"
 "$VENV/bin/ruff" check --quiet
 "$VENV/bin/mypy" --no-error-summary
-exec "$VENV/bin/python" -m pytest "$@"
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

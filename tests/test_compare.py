@@ -224,7 +224,9 @@ def test_other_texts_are_not_within(tmp_path, capsys):
     """Catches a CI check that passes though every generated answer is another, beside log-probabilities that are alike."""
     for side, text in (("a", "one"), ("b", "eins")):
         write_run(tmp_path / side)
-        results.write_texts(tmp_path / side, results.Texts(["g"] * 2, [0, 1], [0] * 2, [0] * 2, [text] * 2, [1] * 2, [False] * 2))
+        results.write_texts(
+            tmp_path / side, results.Texts(["g"] * 2, [0, 1], [0] * 2, [0] * 2, [text] * 2, [1] * 2, [False] * 2, [False] * 2)
+        )
     a, b = (str(tmp_path / side) for side in "ab")
     assert main([a, b, "--expect", "within", "1e-4"]) == 3
     assert f"expected within 0.0001 nats: 2 of 2 generated texts of {a} and {b} differ" in capsys.readouterr().out

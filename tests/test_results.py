@@ -352,7 +352,9 @@ def test_import_is_light():
 
 def test_numbers_that_are_none_are_counted():
     """Would catch a NaN or an infinity that vanishes in a mean, and one that is reported under another request."""
-    scores = example_scores()
-    assert results.find_not_finite(scores) == {"arc": {"requests": 1, "first": [[0, 1]]}}
+    scores, no_texts = example_scores(), results.Texts([], [], [], [], [], [], [], [])
+    assert results.find_not_finite(scores, no_texts) == {"arc": {"requests": 1, "first": [[0, 1]]}}
     many = Scores(["a"] * 8, [3] * 8, range(8), [math.inf] * 4 + [-math.inf] * 4, [False] * 8, [1] * 8)
-    assert results.find_not_finite(many) == {"a": {"requests": 8, "first": [[3, idx] for idx in range(5)]}}
+    assert results.find_not_finite(many, no_texts) == {"a": {"requests": 8, "first": [[3, idx] for idx in range(5)]}}
+    texts = results.Texts(["b"] * 2, [4, 5], [0, 1], [0] * 2, ["x"] * 2, [1] * 2, [False] * 2, [False, True])
+    assert results.find_not_finite(scores, texts)["b"] == {"requests": 1, "first": [[5, 1]]}

@@ -162,10 +162,13 @@ def test_vllm_gives_the_numbers_of_transformers(ranks, size, scores_of):
 
 
 class CountingModel:
-    """Stands in for vllm.LLM: the token after another is 7 more, modulo 400; it ends at token 1, as vLLM does at EOS."""
+    """Stands in for vllm.LLM: the token after another is 7 more, modulo 400; it ends at token 1, as vLLM does at EOS.
 
-    def __init__(self):
-        self.asked = []
+    The log-probability of the token `broken` is NaN.
+    """
+
+    def __init__(self, broken=None):
+        self.asked, self.broken = [], broken
         cache = SimpleNamespace(enable_prefix_caching=True)
         self.llm_engine = SimpleNamespace(
             model_config=SimpleNamespace(dtype=torch.float32), vllm_config=SimpleNamespace(cache_config=cache)
@@ -184,7 +187,8 @@ class CountingModel:
             last = (last + 7) % 400
             tokens.append(last)
         reason = "stop" if tokens[-1] == 1 else "length"
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, finish_reason=reason)])
+        logprobs = [{token: SimpleNamespace(logprob=np.nan if token == self.broken else -1.0)} for token in tokens]
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, finish_reason=reason, logprobs=logprobs)])
 
 
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "min_tokens"])
@@ -223,6 +227,17 @@ def test_rounds_of_generation(monkeypatch):
     for prompt, answer in zip((50, 3, 394), by_prompt, strict=True):
         assert answer == [(prompt + 7 * step) % 400 for step in range(1, len(answer) + 1)]
     assert llm.asked[0] == 3 and llm.asked[-1] < 3
+
+
+def test_an_answer_ends_where_vllm_is_at_a_loss(monkeypatch):
+    """Catches what vLLM makes of NaN taken for text; the second round is the one that meets it."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
+    llm = CountingModel(broken=(50 + 7 * 40) % 400)
+    engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+    batch = generation.Batch([np.array([50]), np.array([51])], [60, 60], [0, 0], generation.Settings((), {}), 2, 0, range(2))
+    answers = engine.generate(batch, tiny_models.make_tokenizer(), lambda *told: None)
+    assert answers[0] == [*((50 + 7 * step) % 400 for step in range(1, 40)), generation.NO_TOKEN]
+    assert len(answers[1]) == 60 or answers[1][-1] == 1
 
 
 def test_lm_evals_own_arguments_do_not_reach_vllm(monkeypatch, tiny_model_path):

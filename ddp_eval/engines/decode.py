@@ -7,7 +7,7 @@
 
 The model runs without a cache of transformers': its attention calls `attend`, which keeps the keys and values it is given and
 attends to those kept. So any model whose attention goes through transformers' AttentionInterface will do; `check_decoding` has
-it prove itself against plain forwards. Others answer by their own `generate`, one request at a time (`generate_alone`).
+it prove itself against plain forwards. Others answer by their own `generate`, one request at a time (lone.py).
 
 Letters: B rows, S slots, P tokens of the common prefix, W tokens kept of the longest row beyond it, L tokens of a tree,
 V vocabulary, K key-value heads, Q query heads for each of them, D head size.
@@ -15,6 +15,7 @@ V vocabulary, K key-value heads, Q query heads for each of them, D head size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +25,9 @@ import torch
 
 from ddp_eval import blocks
 from ddp_eval.attention import LayerRule, layer_rules
+from ddp_eval.engines import lone
 from ddp_eval.errors import one_line
-from ddp_eval.generation import Batch, Settings, Sizes, as_bytes, common
+from ddp_eval.generation import NO_TOKEN, Batch, Settings, Sizes, as_bytes, common
 from ddp_eval.packing import IntArray
 from ddp_eval.planning import ROUNDING
 from ddp_eval.stopping import StopRule
@@ -41,14 +43,32 @@ Tell = Callable[[int, int], None]  # (requests done, tokens done), from time to 
 
 
 def generate(engine: hf.HFEngine, batch: Batch, tokenizer: Any, tell: Tell) -> list[list[int]]:
-    """The tokens of every answer of `batch`, its stop string and EOS included."""
+    """The tokens of every answer of `batch`, its stop string, EOS or NO_TOKEN included."""
     register()
     rule = StopRule(tokenizer, batch.settings.until)
     pad = tokenizer.pad_token_id
     if not batch.slots:
-        return generate_alone(engine, batch, rule, pad, tell)
+        return lone.answer_all(engine, batch, rule, pad, tell)
     with engine.inference(NAME):
-        return _Loop(engine, batch, rule, pad, tell).run()
+        answers = _Loop(engine, batch, rule, pad, tell).run()
+        for index, answer in enumerate(answers):
+            if answer[-1] == NO_TOKEN:  # its own, or a neighbour's: masks multiply with zero, and zero times NaN is NaN
+                again = _Loop(engine, _single(batch, index), rule, pad, lambda requests, tokens: tell(0, tokens))
+                answers[index] = again.run()[0]
+    return answers
+
+
+def _single(batch: Batch, index: int) -> Batch:
+    item = batch.items[index]
+    return dataclasses.replace(
+        batch,
+        prompts=[batch.prompts[index]],
+        limits=[batch.limits[index]],
+        seeds=[batch.seeds[index]],
+        slots=1,
+        prefix=0,
+        items=range(item, item + 1),
+    )
 
 
 class _Loop:
@@ -329,7 +349,7 @@ class Chooser:
         return self.mode in ("greedy_search", "sample") and self.num_returned == 1 and not self._asks_for_more
 
     def _prepare(self, prompt_length: int, limit: int) -> tuple[Any, Any]:
-        config, rest = prepare_config(self._model, self._settings, prompt_length + limit, self._pad)
+        config, rest = lone.prepare_config(self._model, self._settings, prompt_length + limit, self._pad)
         penalised = config.encoder_repetition_penalty not in (None, 1.0)
         self._asks_for_more = bool(rest) or penalised or any(getattr(config, name, None) for name in _NOT_SERVED)
         if config.min_new_tokens is not None:
@@ -353,19 +373,26 @@ class Chooser:
         limits: Sequence[int],
         draws: Sequence[float],
     ) -> list[int]:
-        """The next token of each row. logits: (rows, V). draws: numbers in [0, 1), used where there is chance."""
+        """The next token of each row, NO_TOKEN where the scores are NaN or infinite.
+
+        logits: (rows, V). draws: numbers in [0, 1), used where there is chance.
+        """
         scores = logits.float()
         if self._shared is None:
             rows = zip(scores, prompts, answers, limits, strict=True)
             scores = torch.cat([self._process(*row) for row in rows])
         elif len(self._shared):
             scores = self._shared(None, scores)
-        if not self._sample:
-            return _argmax(scores)
-        weights = scores.softmax(dim=-1).double().cumsum(dim=-1)
-        target = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None] * weights[:, -1:]
-        drawn: list[int] = torch.searchsorted(weights, target, right=True)[:, 0].clamp_(max=weights.shape[1] - 1).tolist()
-        return drawn
+        if self._sample:
+            weights = scores.softmax(dim=-1).double().cumsum(dim=-1)
+            target = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None] * weights[:, -1:]
+            tokens = torch.searchsorted(weights, target, right=True).clamp_(max=weights.shape[1] - 1)
+            evidence = weights[:, -1:]
+        else:
+            tokens = scores.argmax(dim=-1, keepdim=True)  # of a NaN, where there is one
+            evidence = scores.gather(1, tokens)
+        chosen: list[int] = torch.where(evidence.isfinite(), tokens, NO_TOKEN)[:, 0].tolist()
+        return chosen
 
     def _process(self, scores: torch.Tensor, prompt: IntArray, answer: list[int], limit: int) -> torch.Tensor:
         """(1, V) of one row, by processors that look at what it has so far."""
@@ -386,61 +413,6 @@ _NOT_SERVED = (
     "encoder_no_repeat_ngram_size", "watermarking_config", "cache_implementation", "token_healing",
     "max_time", "prompt_lookup_num_tokens", "assistant_early_exit", "output_scores", "guidance_scale",
 )  # fmt: skip
-
-
-def prepare_config(model: Any, settings: Settings, max_length: int, pad: int | None) -> tuple[Any, dict[str, Any]]:
-    """The GenerationConfig that lm_eval's HF backend generates with, the checkpoint's settings included, and what is left over.
-
-    Raises ValueError for settings that transformers refuses.
-    """
-    options = greedy_or_not(settings.options)
-    config, rest = model._prepare_generation_config(None, max_length=max_length, pad_token_id=pad, use_cache=True, **options)
-    if config.stop_strings is not None:
-        raise ValueError("stop_strings, which its generation_config or the task asks for, need a tokenizer: give them as until")
-    model._validate_model_kwargs(dict(rest))
-    model._prepare_special_tokens(config, True, device=model.device, batch_size=1)
-    return config, rest
-
-
-def greedy_or_not(options: dict[str, Any]) -> dict[str, Any]:
-    """What `HFLM._model_generate` passes on: a temperature of 0 is none."""
-    passed = dict(options)
-    if passed.get("do_sample") is False and passed.get("temperature", 0.0) == 0.0:
-        passed.pop("temperature", None)
-    return passed
-
-
-def generate_alone(engine: hf.HFEngine, batch: Batch, rule: StopRule, pad: int | None, tell: Tell) -> list[list[int]]:
-    """Every answer by the model's own `generate`, one request at a time.
-
-    Of several beams, the first alone is looked at for stop strings and ends all of them: lm_eval's rule, not ours.
-    """
-    from transformers import StoppingCriteriaList
-
-    answers = []
-    options = greedy_or_not(batch.settings.options)
-    devices = [engine.device] if engine.device.type == "cuda" else []
-    for prompt, limit, seed in zip(batch.prompts, batch.limits, batch.seeds, strict=True):
-        start = len(prompt)
-
-        def stop(tokens: torch.Tensor, scores: Any, start: int = start, **kwargs: Any) -> torch.Tensor:
-            return torch.full((len(tokens),), rule.ends([tokens[0, start:].tolist()])[0], device=tokens.device)
-
-        context = torch.from_numpy(prompt.astype(np.int64))[None].to(engine.device)
-        with engine.inference(None), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed % 2**63)
-            output = engine.model.generate(
-                input_ids=context,
-                attention_mask=torch.ones_like(context),
-                max_length=start + limit,
-                stopping_criteria=StoppingCriteriaList([stop]),
-                pad_token_id=pad,
-                use_cache=True,
-                **options,
-            )
-        answers.append(output[0, start:].tolist())
-        tell(1, start + len(answers[-1]))
-    return answers
 
 
 def attend(
@@ -539,11 +511,6 @@ def _attend_slots(
     to_prefix = shares[..., :length].transpose(0, 1).reshape(kv_heads, rows * groups, length) @ prefix_values
     mixed = mixed + to_prefix.view(kv_heads, rows, groups, -1).transpose(0, 1)
     return mixed.reshape(rows, 1, heads, values.shape[3])
-
-
-def _argmax(scores: torch.Tensor) -> list[int]:
-    chosen: list[int] = scores.argmax(dim=-1).tolist()
-    return chosen
 
 
 def _draws(seed: int, count: int) -> npt.NDArray[np.float64]:

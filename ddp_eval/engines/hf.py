@@ -24,7 +24,7 @@ import torch
 
 from ddp_eval import attention, blocks, hub
 from ddp_eval.distributed import World
-from ddp_eval.engines import adapters, quantised, slices
+from ddp_eval.engines import adapters, lone, quantised, slices
 from ddp_eval.engines.last_layer import LastLayer
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.generation import Batch, Settings, Sizes
@@ -277,9 +277,7 @@ class HFEngine:
 
     @property
     def most_new_tokens(self) -> int | None:
-        """Of the checkpoint's generation_config; transformers lets it go before the max_length that lm_eval passes."""
-        most: int | None = self.model.generation_config.max_new_tokens
-        return most
+        return lone.most_new_tokens(self.model)
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """Whether batches serve these settings of generation. Raises ValueError for those that transformers refuses."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines import hf
+from ddp_eval.engines import hf, lone
 from ddp_eval.engines.hf import Launched
 from ddp_eval.generation import LEAST_BATCH, Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
@@ -135,15 +135,11 @@ class Seq2SeqEngine:
 
     @property
     def most_new_tokens(self) -> int | None:
-        """Of the checkpoint's generation_config; transformers lets it go before the max_length that lm_eval passes."""
-        most: int | None = self.model.generation_config.max_new_tokens
-        return most
+        return lone.most_new_tokens(self.model)
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """Never in batches. Raises ValueError for settings that transformers refuses."""
-        from ddp_eval.engines.decode import prepare_config
-
-        prepare_config(self.model, settings, 2, pad)
+        lone.prepare_config(self.model, settings, 2, pad)
         return False
 
     def generation_sizes(self) -> Sizes:
@@ -151,29 +147,11 @@ class Seq2SeqEngine:
 
     def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]:
         """Every answer by the model's own `generate`, one prompt at a time; the decoder's first token is not among its tokens."""
-        from transformers import StoppingCriteriaList
-
-        from ddp_eval.engines.decode import greedy_or_not
-
         rule, answers = StopRule(tokenizer, batch.settings.until), []
-
-        def stop(tokens: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.tensor(rule.ends([row[1:] for row in tokens.tolist()]), device=tokens.device)
-
-        devices = [self.device] if self.device.type == "cuda" else []
         for prompt, limit, seed in zip(batch.prompts, batch.limits, batch.seeds, strict=True):
             context, mask = self._pad([torch.from_numpy(prompt.astype(np.int64))])
-            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), torch.random.fork_rng(devices):
-                torch.manual_seed(seed % 2**63)
-                output = self.model.generate(
-                    input_ids=context,
-                    attention_mask=mask,
-                    max_length=limit + 1,
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                    pad_token_id=tokenizer.pad_token_id,
-                    use_cache=True,
-                    **greedy_or_not(batch.settings.options),
-                )
-            answers.append(output[0, 1:].tolist())
+            inputs = {"input_ids": context, "attention_mask": mask}
+            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+                answers.append(lone.answer(self.model, inputs, 1, limit, seed, batch.settings, rule.ends, tokenizer.pad_token_id))
             tell(1, len(prompt) + len(answers[-1]))
         return answers

@@ -18,6 +18,7 @@ import dataclasses
 import importlib.util
 import itertools
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
-from ddp_eval.generation import Batch, Settings, Sizes
+from ddp_eval.generation import NO_TOKEN, Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
 from ddp_eval.stopping import StopRule
 
@@ -290,7 +291,7 @@ class VllmEngine:
             outputs = self._llm.generate(inputs, settings, use_tqdm=False)
             going = []
             for index, room, output in zip(left, rooms, outputs, strict=True):
-                fresh = list(output.outputs[0].token_ids)
+                fresh = _until_broken(output.outputs[0])
                 ended = len(fresh) < room or output.outputs[0].finish_reason != "length"
                 for token in fresh:
                     answers[index].append(token)
@@ -312,9 +313,19 @@ class VllmEngine:
             options["temperature"] = 0.0
         drawn = {"seed": seed % 2**63} if settings.is_random else {}
         try:
-            return SamplingParams(**options, **drawn, max_tokens=most_tokens, detokenize=False)
+            # logprobs=0: of the token taken alone, which tells a NaN.
+            return SamplingParams(**{**options, "logprobs": 0}, **drawn, max_tokens=most_tokens, detokenize=False)
         except TypeError as error:
             raise ValueError(str(error)) from None
+
+
+def _until_broken(completion: Any) -> list[int]:
+    """The tokens of an answer, up to NO_TOKEN where the model's scores were NaN or infinite."""
+    tokens = list(completion.token_ids)
+    for place, (token, found) in enumerate(zip(tokens, completion.logprobs, strict=True)):
+        if not math.isfinite(found[token].logprob):
+            return [*tokens[:place], NO_TOKEN]
+    return tokens
 
 
 def _read_off(prompt: Prompt, output: Any, logprobs: npt.NDArray[np.float64], hits: npt.NDArray[np.bool_]) -> None:

@@ -110,7 +110,7 @@ def test_packs_launched_ahead_keep_their_results(requests):
     plan, _ = packing.plan_packs(requests, engine.cost_model(), max_tokens=200)
     assert engine.launches_ahead and plan.num_packs > 2
     world = World(0, 0, 1, engine.device)
-    gathered = execution.run_plan(world, engine, Work(plan, np.arange(plan.num_packs), "ahead", silent=True))
+    gathered = execution.run_plan(world, engine, Work(plan, np.arange(plan.num_packs), "ahead", phase="measure"))
     sums, _, _ = execution.fill_slots(gathered.rows, plan.num_items)
     np.testing.assert_allclose(sums, score(engine, plan, np.arange(plan.num_items)), atol=1e-5)
 

@@ -1,0 +1,50 @@
+"""What comes out NaN in a pack is run again by itself: it may have it from others of its pack.
+
+Masked attention multiplies what a token does not see with zero, and zero times NaN is NaN. So a request that overflows can spoil
+all that share its forward pass; where each has its own row, as in lm_eval, it spoils none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from ddp_eval.engines import Engine
+from ddp_eval.packing import IntArray, Plan, Requests
+from ddp_eval.planning import Decision, plan_alone
+
+log = logging.getLogger("ddp_eval")
+
+SAMPLE = 64  # items that are run again at first: where none of them comes out right, the model itself is broken, and no more are
+
+Scored = tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]  # (items,) sums in nats, and whether greedy
+
+
+def isolate(
+    scored: Scored, requests: Requests, decision: Decision, engine: Engine, run: Callable[[Plan], Scored]
+) -> tuple[Scored, int]:
+    """Score the items that came out NaN in packs again, each in a forward of its own.
+
+    decision: how `requests` were cut. run: scores a plan on all ranks.
+    Returns all items' scores, and how many of them are numbers now.
+    """
+    sums, greedy = scored[0].copy(), scored[1].copy()
+    broken = np.flatnonzero(np.isnan(sums))
+    if decision.plan.rows or not len(broken):
+        return scored, 0
+    log.warning("%d of %d requests came out NaN in packs: they are run again by themselves", len(broken), len(sums))
+    request_of_item = np.unique(decision.item_of_request, return_index=True)[1]
+
+    def again(items: IntArray) -> None:
+        plan, item_of_request = plan_alone(engine, requests.select(request_of_item[items]))
+        new_sums, new_greedy = run(plan)
+        sums[items], greedy[items] = new_sums[item_of_request], new_greedy[item_of_request]
+
+    some = broken[np.linspace(0, len(broken) - 1, min(SAMPLE, len(broken))).astype(np.int64)]
+    again(some)
+    if len(some) < len(broken) and not np.isnan(sums[some]).all():
+        again(np.setdiff1d(broken, some))
+    return (sums, greedy), int((~np.isnan(sums[broken])).sum())

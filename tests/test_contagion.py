@@ -1,0 +1,203 @@
+"""A request whose forward overflows to NaN, and what shares a pack or a batch of answers with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from test_evaluate import answers_of, write_task
+from tiny_models import evaluate_with_lm_eval
+
+import ddp_eval
+from ddp_eval import contagion, generation
+from ddp_eval.engines import decode
+from ddp_eval.engines.hf import HFEngine
+from ddp_eval.engines.seq2seq import Seq2SeqEngine
+from ddp_eval.generation import NO_TOKEN, Batch, Settings, build_batch
+from ddp_eval.packing import build_pack, requests_from_lists
+from ddp_eval.planning import Decision, make_plan, plan_alone
+
+CPU = torch.device("cpu")
+BAD = 33  # "@", whose embedding is NaN
+
+
+@pytest.fixture(scope="module")
+def poisoned() -> Any:
+    """A model that one token, and nothing else, brings to NaN."""
+    model = tiny_models.make_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BAD] = torch.nan
+    return model
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs and batches without their self-check, whose tokens may be the bad one."""
+    monkeypatch.setattr("ddp_eval.planning.check_packs", lambda *arguments: None)
+    monkeypatch.setattr(decode, "check_decoding", lambda engine: None)
+
+
+@pytest.mark.usefixtures("trusted")
+def test_a_request_keeps_its_nan_to_itself(poisoned: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches log-probabilities that are NaN here and numbers in lm_eval, since a neighbour in the pack is NaN."""
+    tokenizer = tiny_models.make_tokenizer(model_max_length=512)
+    bad = tokenizer.decode([BAD])
+    texts = [f"One of the words {'and' if number != 3 else bad} number {number}" for number in range(9)]
+    path = write_task(tmp_path / "tasks", [{"context": text, "continuation": " of the end"} for text in texts])
+    assert BAD in tokenizer.encode(texts[3]) and not any(BAD in tokenizer.encode(text) for text in texts[:3] + texts[4:])
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=path, include_defaults=False)
+    theirs = answers_of(evaluate_with_lm_eval(poisoned, tokenizer, ["pairs"], task_manager=manager)["samples"]["pairs"])
+    run = ddp_eval.evaluate(poisoned, tokenizer, ["pairs"], include_path=path, log_samples=True, bootstrap_iters=0)
+    assert run is not None and run["ddp_eval"]["layout_of_requests"] == "packs"
+    ours = answers_of(run["samples"]["pairs"])
+    assert [np.isnan(ours[key][0]) for key in theirs] == [np.isnan(theirs[key][0]) for key in theirs]
+    assert sum(np.isnan(ours[key][0]) for key in theirs) == 1
+    assert all(abs(ours[key][0] - theirs[key][0]) < 1e-4 for key in theirs if not np.isnan(theirs[key][0]))
+    assert run["ddp_eval"]["saved_from_nan"] >= 1
+    assert run["ddp_eval"]["not_finite"] == {"pairs": {"requests": 1, "first": [[3, 0]]}}
+    said = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert said[0].endswith("requests came out NaN in packs: they are run again by themselves") and len(said) == 2
+
+
+def test_a_broken_model_is_not_run_again_for_every_request(poisoned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches hours of single forwards over a model that gives nothing but NaN, and a sample that finds no cure and is all."""
+    monkeypatch.setattr(contagion, "SAMPLE", 4)
+    requests = requests_from_lists([[BAD, 9, number, 5] for number in range(10, 30)], [2] * 20)
+    engine = HFEngine(poisoned, CPU)
+    plan, item_of_request = plan_alone(engine, requests)
+    decision = Decision(plan.__class__(**{**vars(plan), "rows": False}), item_of_request, None)
+    runs: list[int] = []
+
+    def run(values: float) -> Callable[[Any], contagion.Scored]:
+        def score(plan: Any) -> contagion.Scored:
+            runs.append(plan.num_items)
+            return np.full(plan.num_items, values), np.ones(plan.num_items, dtype=bool)
+
+        return score
+
+    nothing = np.full(20, np.nan), np.zeros(20, dtype=bool)
+    assert contagion.isolate(nothing, requests, decision, engine, run(np.nan))[1] == 0 and runs == [4]
+    (sums, greedy), saved = contagion.isolate(nothing, requests, decision, engine, run(-1.0))
+    assert saved == 20 and runs == [4, 4, 16] and (sums == -1.0).all() and greedy.all()
+    assert np.isnan(nothing[0]).all(), "what was gathered is left as it is"
+
+
+def test_each_answer_goes_to_its_own_item(tiny_model: Callable[[str], Any]) -> None:
+    """Catches scores of the second run that are given to other requests."""
+    engine = HFEngine(tiny_model("llama"), CPU)
+    random = np.random.default_rng(0)
+    lists = [random.integers(2, 60, length).tolist() for length in (9, 7, 12, 7, 5, 11)]
+    requests = requests_from_lists([*lists, lists[2]], [3, 2, 4, 2, 1, 5, 4])
+    decision = make_plan(engine, requests, packing=True, max_pack_tokens=None)
+
+    def run(plan: Any) -> contagion.Scored:
+        found = [engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)]
+        return np.concatenate([sums for sums, _ in found]), np.concatenate([greedy for _, greedy in found])
+
+    right = run(decision.plan)
+    for chosen in ([0], [2, 4], [5, 1, 3, 0]):
+        sums, greedy = right[0].copy(), right[1].copy()
+        sums[chosen], greedy[chosen] = np.nan, ~greedy[chosen]
+        (sums, greedy), saved = contagion.isolate((sums, greedy), requests, decision, engine, run)
+        assert saved == len(chosen)
+        np.testing.assert_allclose(sums, right[0], atol=1e-4)
+        np.testing.assert_array_equal(greedy, right[1])
+    engine.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.0}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_answer_ends_where_there_is_nothing_to_choose(
+    options: dict[str, Any], alone: bool, poisoned: Any, tiny_model: Callable[[str], Any], tiny_tokenizer: Any
+) -> None:
+    """Catches token 0 chosen of NaN to the limit, torch's own error over a NaN, and neighbours that fall with it."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(100, 200, 12).astype(np.int32) for _ in range(8)]
+    healthy = Batch(prompts, [6] * 8, list(range(21, 29)), Settings((), options), 0 if alone else 3, 0, range(8))
+    expected = _generate(tiny_model("llama"), healthy, tiny_tokenizer)
+    ill = [prompt.copy() for prompt in prompts]
+    ill[2][5] = BAD
+    found = _generate(poisoned, Batch(ill, [6] * 8, healthy.seeds, healthy.settings, healthy.slots, 0, range(8)), tiny_tokenizer)
+    assert found[2] == [NO_TOKEN]
+    assert not any(NO_TOKEN in answer for answer in expected) and not any(BAD in answer for answer in expected)
+    assert [answer for place, answer in enumerate(found) if place != 2] == expected[:2] + expected[3:]
+
+
+def test_an_answer_keeps_what_came_before(poisoned: Any, tiny_tokenizer: Any) -> None:
+    """Catches an answer thrown away whole, and one that goes on behind the NaN: the bad token is the second chosen."""
+    prompt = np.arange(5, 20, dtype=np.int32)
+    processor = {"forced_bos_token_id": None, "sequence_bias": [[[BAD], 1e6]]}
+    for slots in (1, 0):
+        batch = Batch([prompt], [6], [0], Settings((), processor), slots, 0, range(1))
+        assert _generate(poisoned, batch, tiny_tokenizer) == [[BAD, NO_TOKEN]]
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("numerics", ["fast", "alone"])
+def test_such_answers_are_counted(numerics: str, poisoned: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches an answer cut short by a NaN that is scored like any other, without a word."""
+    import pyarrow.parquet
+
+    tokenizer = tiny_models.make_tokenizer(model_max_length=512)
+    texts = [f"Say the words {'and' if number != 1 else tokenizer.decode([BAD])} number {number}" for number in range(3)]
+    path = write_task(tmp_path / "tasks", [{"context": text, "continuation": "x"} for text in texts])
+    task = Path(path) / "pairs.yaml"
+    text = task.read_text().replace("output_type: loglikelihood", "output_type: generate_until")
+    task.write_text(
+        text.replace("metric: acc", "metric: exact_match") + "generation_kwargs: {until: ['zzzz'], max_gen_toks: 5}\n"
+    )
+    run = ddp_eval.evaluate(
+        poisoned, tokenizer, ["pairs"], include_path=path, bootstrap_iters=0, numerics=numerics, output_path=tmp_path / "run"
+    )
+    assert run is not None
+    assert run["ddp_eval"]["not_finite"] == {"pairs": {"requests": 1, "first": [[1, 0]]}}
+    rows = pyarrow.parquet.read_table(tmp_path / "run" / "texts.parquet").to_pylist()
+    assert [(row["not_finite"], row["num_tokens"], row["at_limit"]) for row in rows] == [
+        (False, 5, True),
+        (True, 0, False),
+        (False, 5, True),
+    ]
+    said = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+    assert said == [
+        "1 requests of the task pairs came to numbers that are NaN or infinite (document 1 choice 0): do not trust its metrics"
+    ]
+
+
+def test_an_encoder_decoder_ends_there_too(tiny_tokenizer: Any) -> None:
+    """Catches the third way of generating that goes on with NaN."""
+    model = tiny_models.make_model("bart")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BAD] = torch.nan
+        model.lm_head.weight = torch.nn.Parameter(torch.nan_to_num(model.lm_head.weight.clone()))  # tied to them
+    for options in ({}, {"do_sample": True}, {"num_beams": 2}):
+        batch = Batch([np.array([5, BAD, 7]), np.array([5, 6, 7])], [4, 4], [1, 2], Settings((), options), 0, 0, range(2))
+        answers = Seq2SeqEngine(model, CPU).generate(batch, tiny_tokenizer, lambda requests, tokens: None)
+        assert answers[0] == [NO_TOKEN] and NO_TOKEN not in answers[1]
+
+
+def test_batches_keep_the_mark_in_a_journal(tmp_path: Path) -> None:
+    """Catches a mark that a resume reads back as a token."""
+    from ddp_eval.journal import Journal, read_journals
+
+    prompts = generation.Prompts([np.array([1, 2])] * 2, [0] * 2, [4] * 2, [3, 4], [Settings((), {"do_sample": True})], ["t"] * 2)
+    plan, _ = generation.plan_batches(prompts, generation.Sizes(100, 2, 2), [False])
+    own = Journal(tmp_path / "a.journal", b"k" * 32, "here")
+    own.append_texts(0, [[5, NO_TOKEN], [6]])
+    own.close()
+    found = read_journals(tmp_path, b"k" * 32, np.zeros(1, dtype=np.int64), plan.item_starts)
+    assert len(build_batch(plan, 0)) == 2 and found.answers[:, 0].tolist() == [5, NO_TOKEN, 6]
+
+
+def _generate(model: Any, batch: Batch, tokenizer: Any) -> list[list[int]]:
+    engine = HFEngine(model, CPU)
+    try:
+        return decode.generate(engine, batch, tokenizer, lambda requests, tokens: None)
+    finally:
+        engine.close()

@@ -223,8 +223,12 @@ def advise(telemetry: dict[str, Any]) -> list[str]:
         who = f"ranks 1 to {len(ranks) - 1} wait" if len(ranks) > 2 else "rank 1 waits"
         note(waits, 0.1, f"{who} {waits:.0%} of the time: {_cause_of_waits(ranks)}")
         slowest = max(range(len(ranks)), key=lambda rank: ranks[rank]["phases_s"].get("forward", 0.0))
-        uneven = (telemetry["imbalance"] or 0.0) * share(leader, "forward")
-        note(uneven, 0.05, f"rank {slowest} computes {telemetry['imbalance']:.0%} longer than the mean: lower --max_pack_tokens")
+        longer = telemetry["imbalance"] or 0.0  # None where a resume found nothing left to compute
+        note(
+            longer * share(leader, "forward"),
+            0.05,
+            f"rank {slowest} computes {longer:.0%} longer than the mean: lower --max_pack_tokens",
+        )
     else:
         note(building, 0.3, f"building prompts takes {building:.0%} of the time: give more tasks to one run")
     start, load, weights_bytes = share(leader, "start"), share(leader, "load"), telemetry.get("weights_bytes") or 0

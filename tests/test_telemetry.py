@@ -125,6 +125,16 @@ def test_a_resume_with_nothing_left(tmp_path, monkeypatch, capfd):
     assert found["tokens_per_s"] is found["useful_tokens_per_s"] is found["ranks"][0]["share_of_peak"] is None
 
 
+def test_two_ranks_with_nothing_left():
+    """Catches a resume that ends in a traceback behind its results: that ranks are even is not known, and is asked about."""
+    idle = [{**one, "counts": {}, "phases_s": {"wait": 8.0}} for one in reports()]
+    found = telemetry.summarize(idle, {**FACTS, "left_request_tokens": 0, "left_tokens": 0})
+    assert found["imbalance"] is None
+    assert "nothing was left to run" in telemetry.format_summary(found) and "longer than the mean" not in str(
+        telemetry.advise(found)
+    )
+
+
 def test_what_is_left_of_a_plan_by_hand():
     """Catches a resume that counts the tokens of packs that an earlier start has run, and repeated requests counted once."""
     requests = requests_from_lists([[1, 2, 3, 4], [7, 8, 9, 10, 11, 12], [1, 2, 5], [1, 2, 5]], [1, 2, 1, 1])

@@ -50,7 +50,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     left = int(num_requests[work.left].sum())
     with (
         _own_journal(world, work, journals) as own,
-        Progress(world, work.name, left, silent=work.is_aside, done=int(num_requests.sum()) - left) as progress,
+        Progress(world, work.name, left, silent=work.is_silent, done=int(num_requests.sum()) - left) as progress,
     ):
         try:
             with phases(work.phase):
@@ -157,7 +157,7 @@ def _run_packs(
             sums, greedy = (np.concatenate(parts) for parts in list(zip(*results, strict=True))[1:])
             own.append(index, sums, greedy, len(results))
         requests, tokens = int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces)
-        if not work.is_aside:
+        if work.phase == "forward":
             packs = [piece.pack for piece in pieces]
             pairs, reads = sum(int((pack.depth + 1).sum()) for pack in packs), sum(len(pack.reads) for pack in packs)
             counts = {"requests": requests, "computed_tokens": tokens, "visible_pairs": pairs, "reads": reads, "packs": 1}

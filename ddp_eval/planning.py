@@ -44,8 +44,10 @@ def make_plan(
     alone: a forward for each distinct input, whatever else is asked.
     score_plan: how to put a trial plan to the model where a copy of it lies on several ranks; `engine` alone if not given.
     """
+    if alone and engine.takes_pairs:
+        return Decision(*plan_pairs(requests, 1, share=False), "--numerics alone was given")
     if alone:
-        return Decision(*plan_alone(engine, requests), "--numerics alone was given")
+        return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
     max_tokens = max_pack_tokens or engine.max_tokens()
     if engine.takes_pairs:
         return _plan_pairs(engine, requests, max_tokens, packing)
@@ -56,13 +58,6 @@ def make_plan(
         in_tree = min(max_tokens, engine.largest_tree or max_tokens)
         return Decision(*plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads()), None)
     return Decision(*plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests), why_rows)
-
-
-def plan_alone(engine: Engine, requests: Requests) -> tuple[Plan, IntArray]:
-    """A forward for each distinct input. Returns the plan, and (N,) the item that answers each request."""
-    if engine.takes_pairs:
-        return plan_pairs(requests, 1, share=False)
-    return plan_rows(requests, 1, engine.max_reads(), isolate=True)
 
 
 def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool) -> Decision:

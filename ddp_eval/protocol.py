@@ -51,7 +51,7 @@ class Work:
 
     left: ascending indices of the packs to run; the others are done. Batches of `texts` are numbered behind the packs.
     texts, tokenizer: what to generate, and what decodes it. name: unlike that of any other work, of these ranks or any.
-    phase: whose time it takes, unless it is the run's own work without progress shown. In a "trial", a question to the model,
+    phase: what its time is counted as; all but "forward" is beside the run's own work. In a "trial", a question to the model,
     what fails comes back as NaN.
     """
 
@@ -64,8 +64,9 @@ class Work:
     tokenizer: Any = None
 
     @property
-    def is_aside(self) -> bool:
-        return self.phase != "forward"
+    def is_silent(self) -> bool:
+        """Whether no progress is shown."""
+        return self.phase in ("trial", "measure")
 
 
 @dataclasses.dataclass(frozen=True)

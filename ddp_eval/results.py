@@ -171,17 +171,14 @@ def write_run(
 def find_not_finite(scores: Scores, texts: Texts) -> dict[str, dict[str, Any]]:
     """Requests whose log-probability is NaN or infinite, and answers that end at such scores, by task.
 
-    Returns {task: {"requests": how many, "first": up to 5 [doc_id, idx]}}.
+    Returns {task: {"requests": how many, "first": up to 5 [doc_id, idx]}}. A request with several answers is one.
     """
     values = np.asarray(scores.loglikelihood, dtype=np.float64)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[tuple[int, int], None]] = {}
     for kept, rows in ((scores, np.flatnonzero(~np.isfinite(values))), (texts, np.flatnonzero(texts.not_finite))):
         for row in rows.tolist():
-            entry = found.setdefault(kept.task[row], {"requests": 0, "first": []})
-            entry["requests"] += 1
-            if len(entry["first"]) < 5:
-                entry["first"].append([int(kept.doc_id[row]), int(kept.idx[row])])
-    return found
+            found.setdefault(kept.task[row], {})[int(kept.doc_id[row]), int(kept.idx[row])] = None
+    return {task: {"requests": len(names), "first": [list(name) for name in [*names][:5]]} for task, names in found.items()}
 
 
 def write_scores(directory: str | os.PathLike[str], scores: Scores) -> None:

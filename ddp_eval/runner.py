@@ -35,7 +35,7 @@ from ddp_eval.engines import Engine, adapters, hf, vllm
 from ddp_eval.engines.load import lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
-from ddp_eval.generation import Prompts
+from ddp_eval.generation import NO_TOKEN, Prompts
 from ddp_eval.layout import Layout
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, is_same_model
 from ddp_eval.measuring import Seated, load_together, measure_layouts
@@ -283,7 +283,10 @@ def _lead(
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
         resumed.append(len(done))
         if len(prompts):
-            facts["generation"] |= {"generated_tokens": sum(map(len, texts)), "repeated_answers_differ": texts_differing}
+            facts["generation"] |= {
+                "generated_tokens": sum(len(text) - text.count(NO_TOKEN) for text in texts),
+                "repeated_answers_differ": texts_differing,
+            }
         if texts_differing:
             log.warning("%d answers that ran on two ranks differ: are the ranks' GPUs or threads not alike?", texts_differing)
         watch.step("computing the metrics")

@@ -259,7 +259,8 @@ _CAUSES = {
     ("tasks", "tokenize", "plan"): (
         "rank {rank} builds the prompts meanwhile ({share:.0%}): give more tasks to one run, or start fewer ranks"
     ),
-    ("forward", "trial", "measure", "again"): "mostly for rank {rank} to compute ({share:.0%}): lower --max_pack_tokens",
+    ("forward", "trial", "measure"): "mostly for rank {rank} to compute ({share:.0%}): lower --max_pack_tokens",
+    ("again",): "rank {rank} runs again what came out NaN meanwhile ({share:.0%}): mend the model, or give another dtype",
     ("bootstrap",): "rank {rank} bootstraps standard errors meanwhile ({share:.0%}): lower --bootstrap_iters",
     ("score",): "rank {rank} computes metrics meanwhile ({share:.0%}): start fewer ranks",
     ("write", "other"): "rank {rank} writes the results meanwhile ({share:.0%}): start fewer ranks",

@@ -4,9 +4,9 @@
     python scripts/chaos.py --trials 100
 
 Each trial is one run directory. Again and again the same command is started in it, on 1 to 4 ranks, never as many as the time
-before, and one rank, all ranks or the launcher get SIGKILL at a random moment, until a start ends by itself. Then scores.parquet,
-results.json (but for times) and texts.parquet must equal the undisturbed run's to the bit, and no pack or batch of texts may have
-been computed that was in a journal before. Exit code 1 if not.
+before, and one rank, all ranks or the launcher get SIGKILL at a random moment, until a start ends by itself; a trial in which no
+start was killed does not count. Then scores.parquet, results.json (but for times) and texts.parquet must equal the undisturbed
+run's to the bit, and no pack or batch of texts may have been computed that was in a journal before. Exit code 1 if not.
 
 The launcher is torchrun's elastic agent, started by fork from this process, which has imported torch, transformers and lm_eval
 once for all; `--torchrun` starts torchrun itself, which takes several seconds a start. A third of the launches allow an elastic
@@ -104,15 +104,19 @@ def run_trials(args: argparse.Namespace, place: Path) -> int:
             print(launch.log())
             return 1
         length_s = time.monotonic() - started
-    for trial in range(args.trials):
-        directory = place / f"trial{trial}"
+    trials = 0
+    while trials < args.trials:
+        directory, kills = place / "trial", sum(tally.kills.values())
         wrong = run_until_done(args, directory, dice, length_s, tally) or differences(expected, directory)
         if wrong:
-            print(f"trial {trial} (seed {args.seed}): {wrong}")
+            print(f"trial {trials} (seed {args.seed}): {wrong}")
             return 1
         shutil.rmtree(directory)
-        if (trial + 1) % 10 == 0:
-            print(f"{trial + 1} trials, {sum(tally.kills.values())} kills, {time.monotonic() - began:.0f} s", flush=True)
+        if sum(tally.kills.values()) == kills:  # it was done before its moment came
+            continue
+        trials += 1
+        if trials % 10 == 0:
+            print(f"{trials} trials, {sum(tally.kills.values())} kills, {time.monotonic() - began:.0f} s", flush=True)
     report(args, tally, length_s)
     return 0
 

@@ -11,4 +11,4 @@ setup_venv test,dev
 cd "$REPOSITORY"
 "$VENV/bin/ruff" check --quiet
 "$VENV/bin/mypy" --no-error-summary
-exec "$VENV/bin/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

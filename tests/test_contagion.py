@@ -19,8 +19,8 @@ from ddp_eval.engines import decode
 from ddp_eval.engines.hf import HFEngine
 from ddp_eval.engines.seq2seq import Seq2SeqEngine
 from ddp_eval.generation import NO_TOKEN, Batch, Settings, build_batch
-from ddp_eval.packing import build_pack, requests_from_lists
-from ddp_eval.planning import Decision, make_plan, plan_alone
+from ddp_eval.packing import build_pack, plan_one_tree, requests_from_lists
+from ddp_eval.planning import Decision, make_plan
 
 CPU = torch.device("cpu")
 BAD = 33  # "@", whose embedding is NaN
@@ -63,16 +63,17 @@ def test_a_request_keeps_its_nan_to_itself(poisoned: Any, tmp_path: Path, caplog
     assert run["ddp_eval"]["saved_from_nan"] >= 1
     assert run["ddp_eval"]["not_finite"] == {"pairs": {"requests": 1, "first": [[3, 0]]}}
     said = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
-    assert said[0].endswith("requests came out NaN in packs: they are run again by themselves") and len(said) == 2
+    assert said[0].endswith("distinct requests came out NaN in packs with others: trying them by themselves") and len(said) == 2
 
 
-def test_a_broken_model_is_not_run_again_for_every_request(poisoned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_model_is_not_run_again_for_every_request(
+    poisoned: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Catches hours of single forwards over a model that gives nothing but NaN, and a sample that finds no cure and is all."""
     monkeypatch.setattr(contagion, "SAMPLE", 4)
     requests = requests_from_lists([[BAD, 9, number, 5] for number in range(10, 30)], [2] * 20)
     engine = HFEngine(poisoned, CPU)
-    plan, item_of_request = plan_alone(engine, requests)
-    decision = Decision(plan.__class__(**{**vars(plan), "rows": False}), item_of_request, None)
+    decision = Decision(*plan_one_tree(requests), None)
     runs: list[int] = []
 
     def run(values: float) -> Callable[[Any], contagion.Scored]:
@@ -84,9 +85,16 @@ def test_a_broken_model_is_not_run_again_for_every_request(poisoned: Any, monkey
 
     nothing = np.full(20, np.nan), np.zeros(20, dtype=bool)
     assert contagion.isolate(nothing, requests, decision, engine, run(np.nan))[1] == 0 and runs == [4]
+    assert "none of 4 came out otherwise: the model is at fault, and 16 others are left as they are" in caplog.text
     (sums, greedy), saved = contagion.isolate(nothing, requests, decision, engine, run(-1.0))
     assert saved == 20 and runs == [4, 4, 16] and (sums == -1.0).all() and greedy.all()
     assert np.isnan(nothing[0]).all(), "what was gathered is left as it is"
+    runs.clear()
+    rows = decision._replace(plan=make_plan(engine, requests, packing=False, max_pack_tokens=None).plan)
+    apart = Seq2SeqEngine(tiny_models.make_model("bart"), CPU)
+    for cut, by in (decision, apart), (rows, engine):
+        assert contagion.isolate(nothing, requests, cut, by, run(-1.0))[1] == 0
+    assert not runs, "there each has its own row"
 
 
 def test_each_answer_goes_to_its_own_item(tiny_model: Callable[[str], Any]) -> None:
@@ -112,7 +120,16 @@ def test_each_answer_goes_to_its_own_item(tiny_model: Callable[[str], Any]) -> N
     engine.close()
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.0}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "temperature": 1.0},
+        {"do_sample": True, "eta_cutoff": 1e-3},
+        {"do_sample": True, "top_h": 0.9},
+    ],
+    ids=["greedy", "sampled", "eta_cutoff", "top_h"],
+)
 @pytest.mark.parametrize("alone", [False, True])
 def test_an_answer_ends_where_there_is_nothing_to_choose(
     options: dict[str, Any], alone: bool, poisoned: Any, tiny_model: Callable[[str], Any], tiny_tokenizer: Any
@@ -128,6 +145,60 @@ def test_an_answer_ends_where_there_is_nothing_to_choose(
     assert found[2] == [NO_TOKEN]
     assert not any(NO_TOKEN in answer for answer in expected) and not any(BAD in answer for answer in expected)
     assert [answer for place, answer in enumerate(found) if place != 2] == expected[:2] + expected[3:]
+
+
+def test_one_nan_does_not_stay_in_a_slot(poisoned: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches keys of a broken row left behind the next one's, which is shorter: all that come to the slot would be run again."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(100, 200, length).astype(np.int32) for length in range(60, 20, -2)]
+    prompts[0][3] = BAD
+    singles, single = [], decode._single
+    monkeypatch.setattr(decode, "_single", lambda batch, index: singles.append(index) or single(batch, index))
+    monkeypatch.setattr(decode, "ADMIT_TOKENS", 16)
+    batch = Batch(prompts, [6] * 20, [0] * 20, Settings((), {}), 4, 0, range(20))
+    answers = _generate(poisoned, batch, tiny_tokenizer)
+    assert answers[0] == [NO_TOKEN] and sum(NO_TOKEN in answer for answer in answers) == 1
+    assert set(singles) <= {0, 1, 2, 3}, "those that were let in together"
+
+
+def test_where_all_fall_the_first_few_tell(poisoned: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a batch behind a bad common prefix that is run again row by row, to the same end."""
+    singles, single = [], decode._single
+    monkeypatch.setattr(decode, "_single", lambda batch, index: singles.append(index) or single(batch, index))
+    stem = np.array([*range(100, 140), BAD], dtype=np.int32)
+    prompts = [np.append(stem, np.arange(150, 155 + number)).astype(np.int32) for number in range(12)]
+    batch = Batch(prompts, [6] * 12, [0] * 12, Settings((), {}), 4, len(stem), range(12))
+    assert _generate(poisoned, batch, tiny_tokenizer) == [[NO_TOKEN]] * 12
+    assert singles == list(range(decode.FEW))
+
+
+def test_greedily_an_infinite_score_is_the_choice(tiny_tokenizer: Any) -> None:
+    """Catches answers cut where transformers, and lm_eval with it, take the token whose score overflows."""
+    model = tiny_models.make_model("llama")
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: logits.index_fill(-1, torch.tensor([9]), torch.inf))
+    prompt = np.arange(5, 20, dtype=np.int32)
+    expected = model.generate(torch.from_numpy(prompt.astype(np.int64))[None], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for slots in (1, 0):
+        batch = Batch([prompt], [4], [0], Settings((), {}), slots, 0, range(1))
+        assert _generate(model, batch, tiny_tokenizer) == [expected[0, len(prompt) :].tolist()]
+
+
+def test_a_beam_that_breaks_loses(poisoned: Any, tiny_model: Callable[[str], Any], tiny_tokenizer: Any) -> None:
+    """Catches a healthy answer that is marked since another beam came to NaN, and one that is junk and not marked."""
+    model, prompt = tiny_model("llama"), np.arange(5, 20, dtype=np.int32)
+    context = torch.from_numpy(prompt.astype(np.int64))[None]
+    with torch.inference_mode():
+        second = int(model(context).logits[0, -1].topk(2).indices[1])
+    settings = Settings((), {"num_beams": 2, "do_sample": False})
+    whole = _generate(model, Batch([prompt], [1], [0], settings, 0, 0, range(1)), tiny_tokenizer)
+    broken = tiny_models.make_model("llama")
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[second] = torch.nan
+    answers = _generate(broken, Batch([prompt], [3], [0], settings, 0, 0, range(1)), tiny_tokenizer)
+    assert answers[0][0] == whole[0][0] and NO_TOKEN not in answers[0] and second not in answers[0]
+    ill = prompt.copy()
+    ill[4] = BAD
+    assert _generate(poisoned, Batch([ill], [3], [0], settings, 0, 0, range(1)), tiny_tokenizer) == [[NO_TOKEN]]
 
 
 def test_an_answer_keeps_what_came_before(poisoned: Any, tiny_tokenizer: Any) -> None:

@@ -26,6 +26,7 @@ import torch
 from ddp_eval import blocks
 from ddp_eval.attention import LayerRule, layer_rules
 from ddp_eval.engines import lone
+from ddp_eval.engines.lone import is_lost
 from ddp_eval.errors import one_line
 from ddp_eval.generation import NO_TOKEN, Batch, Settings, Sizes, as_bytes, common
 from ddp_eval.packing import IntArray
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 NAME = "ddp_eval_decode"  # the attention implementation's name towards transformers
 ADMIT_TOKENS = 256  # prompts wait for free slots until they bring so many tokens together: a forward of few is dear
 SIGN_STEPS = 64  # between two signs of life
+FEW = 8  # answers that tell whether others, too, end in NaN of their own
 
 Tell = Callable[[int, int], None]  # (requests done, tokens done), from time to time
 
@@ -51,10 +53,13 @@ def generate(engine: hf.HFEngine, batch: Batch, tokenizer: Any, tell: Tell) -> l
         return lone.answer_all(engine, batch, rule, pad, tell)
     with engine.inference(NAME):
         answers = _Loop(engine, batch, rule, pad, tell).run()
-        for index, answer in enumerate(answers):
-            if answer[-1] == NO_TOKEN:  # its own, or a neighbour's: masks multiply with zero, and zero times NaN is NaN
-                again = _Loop(engine, _single(batch, index), rule, pad, lambda requests, tokens: tell(0, tokens))
-                answers[index] = again.run()[0]
+        # Their own NaN, or a neighbour's: see contagion.py. Where the first few come to it by themselves, so will the others.
+        broken = [index for index, answer in enumerate(answers) if answer[-1] == NO_TOKEN]
+        for place, index in enumerate(broken):
+            if place == FEW and all(answers[one][-1] == NO_TOKEN for one in broken[:FEW]):
+                break
+            again = _Loop(engine, _single(batch, index), rule, pad, lambda requests, tokens: tell(0, tokens))
+            answers[index] = again.run()[0]
     return answers
 
 
@@ -131,7 +136,7 @@ class _Loop:
             index = self._in_slot[slot]
             answer = self._answers[index]
             if ended[slot - first] or answer[-1] in self._chooser.eos or len(answer) >= batch.limits[index]:
-                self._rows.drop(slot)
+                self._rows.drop(slot, answer[-1] == NO_TOKEN)
                 self._in_slot[slot] = self._in_slot[-1]
                 self._in_slot.pop()
                 self._tell(1, len(answer))
@@ -200,9 +205,13 @@ class Rows:
         self._layer = 0
         return self._engine.next_logits(fed, attention_mask=masks.get("", masks), position_ids=depth[:, None])
 
-    def drop(self, slot: int) -> None:
-        """Free a slot: the last row moves into it."""
+    def drop(self, slot: int, is_broken: bool) -> None:
+        """Free a slot: the last row moves into it. is_broken: with NaN among its keys, which would reach the next row there."""
         last = len(self._lengths) - 1
+        if is_broken:
+            for kept in self._kept:
+                for part in kept:
+                    part[slot].zero_()
         if slot != last:
             length = self._lengths[last]
             for keys, values in self._kept:
@@ -337,6 +346,7 @@ class Chooser:
         config, processors = self._prepare(1, 1)
         self.eos = set() if config._eos_token_tensor is None else set(config._eos_token_tensor.tolist())
         self._sample = bool(config.do_sample)
+        self._lets_nan_pass = bool(config.remove_invalid_values)  # one of the processors sees to it
         self._shared = processors if all(type(one).__name__ in _STATELESS for one in processors) else None
         self._own: dict[tuple[int, int], Any] = {}
         mode = config.get_generation_mode()
@@ -373,11 +383,14 @@ class Chooser:
         limits: Sequence[int],
         draws: Sequence[float],
     ) -> list[int]:
-        """The next token of each row, NO_TOKEN where the scores are NaN or infinite.
+        """The next token of each row; NO_TOKEN where a score is NaN, or infinite where there is chance.
 
         logits: (rows, V). draws: numbers in [0, 1), used where there is chance.
         """
         scores = logits.float()
+        lost = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+        if not self._lets_nan_pass and (lost := is_lost(scores, self._sample)).any():
+            scores = scores.masked_fill(lost[:, None], 0.0)
         if self._shared is None:
             rows = zip(scores, prompts, answers, limits, strict=True)
             scores = torch.cat([self._process(*row) for row in rows])
@@ -386,12 +399,10 @@ class Chooser:
         if self._sample:
             weights = scores.softmax(dim=-1).double().cumsum(dim=-1)
             target = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None] * weights[:, -1:]
-            tokens = torch.searchsorted(weights, target, right=True).clamp_(max=weights.shape[1] - 1)
-            evidence = weights[:, -1:]
+            tokens = torch.searchsorted(weights, target, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
         else:
-            tokens = scores.argmax(dim=-1, keepdim=True)  # of a NaN, where there is one
-            evidence = scores.gather(1, tokens)
-        chosen: list[int] = torch.where(evidence.isfinite(), tokens, NO_TOKEN)[:, 0].tolist()
+            tokens = scores.argmax(dim=-1)
+        chosen: list[int] = torch.where(lost, NO_TOKEN, tokens).tolist()
         return chosen
 
     def _process(self, scores: torch.Tensor, prompt: IntArray, answer: list[int], limit: int) -> torch.Tensor:
@@ -593,7 +604,7 @@ def _try_decoding(engine: hf.HFEngine) -> npt.NDArray[np.float64]:
             for slot in reversed(range(len(in_slot))):
                 index = in_slot[slot]
                 if len(decoded[index]) == len(forced[index]):
-                    rows.drop(slot)
+                    rows.drop(slot, False)
                     in_slot[slot] = in_slot[-1]
                     in_slot.pop()
                     if index == 0:

@@ -84,6 +84,7 @@ class HFEngine:
 
     bears_results = True  # False on the ranks of a replica that only help: what they collect does not count
     takes_pairs = False
+    keeps_apart = False
     on_trial = False  # in a trial, parts of a replica turn an error into NaN: their fellows wait for them
 
     def __init__(self, model: Any, device: torch.device, keep_attention: bool = False, whole: Any = None) -> None:

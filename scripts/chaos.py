@@ -158,7 +158,7 @@ def run_until_done(args: argparse.Namespace, directory: Path, dice: random.Rando
         left = launch.wait_until_gone(GONE_S)
         if left:
             return f"processes {left} outlive the launcher\n{launch.log()}"
-        if killed_at is not None:
+        if killed_at is not None and not launch.restarted():  # else it has gone on
             tally.gone_s.append(time.monotonic() - killed_at)
         if code is None:
             os.kill(launch.pid, signal.SIGUSR2)

@@ -39,8 +39,8 @@ def isolate(
     request_of_item = np.unique(decision.item_of_request, return_index=True)[1]
 
     def again(items: IntArray) -> None:
-        some = requests.select(request_of_item[items])
-        plan, item_of_request = plan_rows(some, engine.max_tokens(), engine.max_reads(), isolate=True)
+        chosen = requests.select(request_of_item[items])
+        plan, item_of_request = plan_rows(chosen, engine.max_tokens(), engine.max_reads(), isolate=True)
         new_sums, new_greedy = run(plan)
         sums[items], greedy[items] = new_sums[item_of_request], new_greedy[item_of_request]
 

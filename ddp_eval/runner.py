@@ -119,6 +119,7 @@ def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspe
     finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args))
     if finished is not None:
         log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
+        warn_of_not_finite(finished["ddp_eval"].get("not_finite", {}))
         return finished
     if not config.output_path:
         followers.begin(None)

@@ -272,3 +272,21 @@ def _generate(model: Any, batch: Batch, tokenizer: Any) -> list[list[int]]:
         return decode.generate(engine, batch, tokenizer, lambda requests, tokens: None)
     finally:
         engine.close()
+
+
+def test_a_finished_run_still_says_so(poisoned: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches metrics over NaN that the same command shows again, on its finished directory, as if nothing were wrong."""
+    from ddp_eval import runner
+    from ddp_eval.config import Config
+    from ddp_eval.distributed import join_group
+
+    tokenizer = tiny_models.make_tokenizer(model_max_length=512)
+    for part in (poisoned, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    path = write_task(tmp_path / "tasks", [{"context": f"A word {tokenizer.decode([BAD])}", "continuation": " of it"}])
+    flags: dict[str, Any] = {"model_args": {"pretrained": str(tmp_path / "model")}, "tasks": ["pairs"], "include_path": path}
+    for _ in range(2):
+        caplog.clear()
+        runner.run(Config(**flags, bootstrap_iters=0, output_path=str(tmp_path / "run")), join_group("cpu"))
+        assert "1 requests of the task pairs came to numbers that are NaN or infinite" in caplog.text
+    assert "nothing is left to do" in caplog.text

@@ -31,10 +31,10 @@ def isolate(
     decision: how `requests` were cut. run: scores a plan on all ranks.
     Returns all items' scores, and how many of them are numbers now.
     """
-    sums, greedy = scored[0].copy(), scored[1].copy()
-    broken = np.flatnonzero(np.isnan(sums))
+    broken = np.flatnonzero(np.isnan(scored[0]))
     if decision.plan.rows or engine.keeps_apart or not len(broken):
         return scored, 0
+    sums, greedy = scored[0].copy(), scored[1].copy()
     log.warning("%d of %d distinct requests came out NaN in packs with others: trying them by themselves", len(broken), len(sums))
     request_of_item = np.unique(decision.item_of_request, return_index=True)[1]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from test_evaluate import answers_of, write_task
+from test_evaluate import answers_of, write_asking_task, write_task
 from tiny_models import evaluate_with_lm_eval
 
 import ddp_eval
@@ -218,12 +218,7 @@ def test_such_answers_are_counted(numerics: str, poisoned: Any, tmp_path: Path, 
 
     tokenizer = tiny_models.make_tokenizer(model_max_length=512)
     texts = [f"Say the words {'and' if number != 1 else tokenizer.decode([BAD])} number {number}" for number in range(3)]
-    path = write_task(tmp_path / "tasks", [{"context": text, "continuation": "x"} for text in texts])
-    task = Path(path) / "pairs.yaml"
-    text = task.read_text().replace("output_type: loglikelihood", "output_type: generate_until")
-    task.write_text(
-        text.replace("metric: acc", "metric: exact_match") + "generation_kwargs: {until: ['zzzz'], max_gen_toks: 5}\n"
-    )
+    path = write_asking_task(tmp_path / "tasks", texts, {"until": ["zzzz"], "max_gen_toks": 5})
     run = ddp_eval.evaluate(
         poisoned, tokenizer, ["pairs"], include_path=path, bootstrap_iters=0, numerics=numerics, output_path=tmp_path / "run"
     )

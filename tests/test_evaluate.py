@@ -8,7 +8,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +312,15 @@ def write_task(directory: Path, rows: list[dict[str, str]], more: str = "") -> s
         "    higher_is_better: true\n" + more
     )
     return str(directory)
+
+
+def write_asking_task(directory: Path, texts: Sequence[str], settings: dict[str, Any], more: str = "") -> str:
+    """As `write_task`, a task that has an answer generated behind each of `texts`. settings: its generation_kwargs."""
+    path = write_task(directory, [{"context": text, "continuation": "x"} for text in texts], more)
+    task = directory / "pairs.yaml"
+    text = task.read_text().replace("output_type: loglikelihood", "output_type: generate_until")
+    task.write_text(text.replace("metric: acc", "metric: exact_match") + f"generation_kwargs: {json.dumps(settings)}\n")
+    return path
 
 
 def test_answer_that_is_begun_for_the_model(run: Callable[..., Any], tiny_model: Callable[..., Any], tmp_path: Path) -> None:

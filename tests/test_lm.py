@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import lm_eval
 import pytest
 import tiny_models
 from lm_eval.tasks import TaskManager
-from test_evaluate import CHAT_TEMPLATE, answers_of, write_task
+from test_evaluate import CHAT_TEMPLATE, answers_of, write_asking_task
 
 from ddp_eval import demo
 from ddp_eval.errors import UserError
@@ -52,12 +51,8 @@ def by_us(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
 
 def test_texts_and_repeats(lm: DDPEvalLM, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     """Catches a repeated request answered once, twice alike, or drawn otherwise than in a run."""
-    path = write_task(tmp_path / "tasks", [{"context": text, "continuation": "x"} for text in ("What is it?", "the end of")])
-    task = Path(path) / "pairs.yaml"
     settings = {"until": ["\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
-    text = task.read_text().replace("output_type: loglikelihood", "output_type: generate_until")
-    text = text.replace("metric: acc", "metric: exact_match")
-    task.write_text(f"{text}generation_kwargs: {json.dumps(settings)}\nrepeats: 3\n")
+    path = write_asking_task(tmp_path / "tasks", ["What is it?", "the end of"], settings, more="repeats: 3\n")
     theirs = by_lm_eval(lm, path, ["pairs"])
     ours = by_us(tiny_model("llama"), ["pairs"], tokenizer=lm.tokenizer, include_path=path)
     answers = [one["resps"] for one in theirs["samples"]["pairs"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evaluate import answers_of, assert_same_outcome, write_task
+from test_evaluate import answers_of, assert_same_outcome, write_asking_task, write_task
 from tiny_models import evaluate_with_lm_eval
 
 from ddp_eval.engines import hf
@@ -191,14 +190,7 @@ def test_texts_are_those_of_lm_eval(settings: dict[str, Any], model_of: Callable
 
     tokenizer = tiny_models.make_tokenizer(model_max_length=512)
     texts = ("What is it?", "many words in a row " * 3, "the end of")
-    path = write_task(tmp_path / "tasks", [{"context": text, "continuation": "x"} for text in texts])
-    task = Path(path) / "pairs.yaml"
-    task.write_text(
-        task.read_text()
-        .replace("output_type: loglikelihood", "output_type: generate_until")
-        .replace("metric: acc", "metric: exact_match")
-        + f"generation_kwargs: {json.dumps(settings)}\n"
-    )
+    path = write_asking_task(tmp_path / "tasks", texts, settings)
     manager, short = TaskManager(include_path=path, include_defaults=False), {"max_length": 20}
     theirs = evaluate_with_lm_eval(model_of("bart"), tokenizer, ["pairs"], lm_args=short, task_manager=manager)
     ours = run(model_of("bart"), tokenizer, ["pairs"], model_args=short, include_path=path)

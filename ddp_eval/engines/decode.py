@@ -26,7 +26,6 @@ import torch
 from ddp_eval import blocks
 from ddp_eval.attention import LayerRule, layer_rules
 from ddp_eval.engines import lone
-from ddp_eval.engines.lone import is_lost
 from ddp_eval.errors import one_line
 from ddp_eval.generation import NO_TOKEN, Batch, Settings, Sizes, as_bytes, common
 from ddp_eval.packing import IntArray
@@ -389,7 +388,7 @@ class Chooser:
         """
         scores = logits.float()
         lost = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        if not self._lets_nan_pass and (lost := is_lost(scores, self._sample)).any():
+        if not self._lets_nan_pass and (lost := lone.is_lost(scores, self._sample)).any():
             scores = scores.masked_fill(lost[:, None], 0.0)
         if self._shared is None:
             rows = zip(scores, prompts, answers, limits, strict=True)

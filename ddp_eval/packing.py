@@ -89,6 +89,11 @@ class CostModel:
     slowdown: float = 1.0
     dense: bool = True
 
+    @property
+    def most_padding(self) -> int:
+        """Tokens of padding in a batch of rows from which another forward is cheaper."""
+        return max(FEWEST_PADDING, int(self.forward / self.token))
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -194,12 +199,19 @@ def plan_one_tree(requests: Requests) -> tuple[Plan, IntArray]:
     return assemble(requests, order, item_of_request, shared, whole, only, rows=False)
 
 
-def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None, isolate: bool = False) -> tuple[Plan, IntArray]:
+def plan_rows(
+    requests: Requests,
+    max_tokens: int,
+    max_reads: int | None = None,
+    isolate: bool = False,
+    most_padding: int | None = None,
+) -> tuple[Plan, IntArray]:
     """Cut `requests` into batches of plain rows of near-equal length, for models that cannot take a tree.
 
     A request that continues or lies within the one before it shares its row; nothing else is shared.
     max_tokens: the most that a batch holds once every row is padded to its longest, max_reads: likewise for its reads.
     isolate: batch only rows of one length, with no longer request in a row, for models whose numbers depend on the longest.
+    most_padding: tokens by which all rows of a batch together may be lengthened, if that matters.
     Returns as `plan_packs`.
     """
     order, item_of_request, shared = _sort_and_share(requests)
@@ -219,7 +231,7 @@ def plan_rows(requests: Requests, max_tokens: int, max_reads: int | None = None,
     row_reads = np.add.reduceat(requests.num_targets[order].astype(np.int64), row_bounds[:-1])
 
     by_length = np.argsort(row_lengths, kind="stable")
-    batch_bounds = _batch_rows(row_lengths[by_length], row_reads[by_length], max_tokens, max_reads, isolate)
+    batch_bounds = _batch_rows(row_lengths[by_length], row_reads[by_length], max_tokens, max_reads, isolate, most_padding)
     item_order = np.concatenate([np.arange(row_bounds[row], row_bounds[row + 1]) for row in by_length])
     rank_of_item = np.empty_like(item_order)
     rank_of_item[item_order] = np.arange(len(item_order))
@@ -371,6 +383,9 @@ def _common_prefixes(requests: Requests, order: IntArray, lengths: IntArray) -> 
     return common
 
 
+# What another forward costs at the least, in tokens: its launches, and products of few tokens.
+FEWEST_PADDING = 64
+
 # Ranks that a plan should keep evenly busy. Any number may run it: the plan is made for this one so that it is always the same.
 TYPICAL_RANKS = 8
 MANY_ITEMS = 1000  # from here on no rank may have more than EVEN times the mean, if any way of cutting allows it
@@ -496,23 +511,32 @@ def _fill_up_to(costs: _Costs, most: float, max_tokens: int, max_reads: int | No
     return np.array(bounds, dtype=np.int64)
 
 
-def _batch_rows(row_lengths: IntArray, row_reads: IntArray, max_tokens: int, max_reads: int | None, one_length: bool) -> IntArray:
+def _batch_rows(
+    row_lengths: IntArray,
+    row_reads: IntArray,
+    max_tokens: int,
+    max_reads: int | None,
+    one_length: bool,
+    most_padding: int | None,
+) -> IntArray:
     """Split rows of ascending length into batches within the limits. Returns the bounds, in rows.
 
     A batch's logits are computed for every row at every column where any row is read: about rows times the columns from the
     first read to the longest row's end.
     """
-    bounds, reads, first_read = [0], 0, 0
+    bounds, tokens, reads, first_read = [0], 0, 0, 0
     for row, (length, count) in enumerate(zip(row_lengths.tolist(), row_reads.tolist(), strict=True)):
-        too_long = (row + 1 - bounds[-1]) * length > max_tokens
         rows = row + 1 - bounds[-1]
+        too_long = rows * length > max_tokens
+        too_padded = most_padding is not None and rows * length - (tokens + length) > most_padding
         columns = min(reads + count, length - min(first_read, length - count)) if rows > 1 else count
         too_many = max_reads is not None and rows * columns > max_reads
         other_length = one_length and row > 0 and length != row_lengths[row - 1]
-        if row > bounds[-1] and (too_long or too_many or other_length):
+        if row > bounds[-1] and (too_long or too_padded or too_many or other_length):
             bounds.append(row)
-            reads = 0
+            tokens = reads = 0
         first_read = length - count if row == bounds[-1] else min(first_read, length - count)
+        tokens += length
         reads += count
     return np.array([*bounds, len(row_lengths)], dtype=np.int64)
 

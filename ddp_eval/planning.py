@@ -57,7 +57,13 @@ def make_plan(
     if why_rows is None:
         in_tree = min(max_tokens, engine.largest_tree or max_tokens)
         return Decision(*plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads()), None)
-    return Decision(*plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests), why_rows)
+    return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
+
+
+def cut_rows(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+    """Batches of plain rows, as few and as little padded as pays. Returns as `plan_rows`."""
+    most_padding = None if engine.keeps_apart else engine.cost_model().most_padding
+    return plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests, most_padding)
 
 
 def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool) -> Decision:

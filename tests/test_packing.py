@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddp_eval.packing import (
+    FEWEST_PADDING,
     CostModel,
     Pack,
     Plan,
@@ -190,6 +191,24 @@ def test_rows_answer_every_request_once(requests: list[Request], max_tokens: int
         num_rows = int((pack.depth == 0).sum())
         assert num_rows == 1 or num_rows * (int(pack.depth.max()) + 1) <= max_tokens
         assert num_rows == 1 or max_reads is None or len(pack.reads) <= max_reads
+
+
+@settings(deadline=None, max_examples=100)
+@given(request_sets(), st.integers(0, 40))
+def test_rows_are_not_padded_beyond_what_a_forward_costs(requests: list[Request], most_padding: int) -> None:
+    """Catches short rows lengthened to a long one's length, and batches cut where nothing was saved."""
+    plan, item_of_request = plan_rows(to_requests(requests), NO_LIMIT, most_padding=most_padding)
+    packs = check_plan(plan, item_of_request, requests)
+    rows = [np.diff(np.append(np.flatnonzero(pack.depth == 0), len(pack))) for pack in packs]
+    assert all(int((lengths.max() - lengths).sum()) <= most_padding for lengths in rows)
+    for lengths, others in itertools.pairwise(rows):
+        assert int((others.min() - lengths).sum()) > most_padding
+
+
+def test_padding_is_weighed_against_a_forward() -> None:
+    """Catches launches counted in operations where padding is counted in tokens."""
+    assert CostModel(forward=3e6, token=1000.0).most_padding == 3000
+    assert CostModel(forward=5.0, token=1000.0).most_padding == FEWEST_PADDING
 
 
 @settings(deadline=None)

@@ -24,7 +24,7 @@ import torch
 
 from ddp_eval import attention, blocks, hub
 from ddp_eval.distributed import World
-from ddp_eval.engines import adapters, lone, quantised, slices
+from ddp_eval.engines import adapters, lone, products, quantised, rotary
 from ddp_eval.engines.last_layer import LastLayer
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.generation import Batch, Settings, Sizes
@@ -101,7 +101,10 @@ class HFEngine:
             for module in model.modules()
             if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
         ]
-        self._whole_layers = slices.install(model) if device.type == "cpu" and model.dtype == torch.float32 else lambda: None
+        self._faster = contextlib.ExitStack()
+        if device.type == "cpu" and model.dtype == torch.float32:
+            self._faster.callback(products.install(model))
+            self._faster.callback(rotary.install(model))
         self.last_layer = LastLayer(model)
         self.why_not_packs: str | None = None
         self._rules: dict[str, attention.LayerRule] = {}
@@ -121,7 +124,7 @@ class HFEngine:
     def close(self) -> None:
         """Give the model back as it came."""
         self.last_layer.close()
-        self._whole_layers()
+        self._faster.close()
         self._attend_with(self.plain_attention)
         self._forget_lengths()
 

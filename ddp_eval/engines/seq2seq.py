@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines import hf, lone
+from ddp_eval.engines import hf, lone, products
 from ddp_eval.engines.hf import Launched
 from ddp_eval.generation import LEAST_BATCH, Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
@@ -51,9 +51,11 @@ class Seq2SeqEngine:
         self.device = device
         self.config = model.config.get_text_config()
         self.launches_ahead = device.type != "cpu"
+        self._remove_products = products.install(model)
 
     def close(self) -> None:
-        """Nothing of the model was changed."""
+        """Give the model back as it came."""
+        self._remove_products()
 
     @property
     def dtype(self) -> torch.dtype:

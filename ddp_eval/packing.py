@@ -78,6 +78,7 @@ class CostModel:
     A pack of L tokens, Q attention pairs and R reads costs `forward + token * L + slowdown * pair * Q + read * R`: attention
     reaches only a fraction of a matrix product's speed. With `dense` the attention kernel pays for all L * L pairs when
     a mask is given (and for half of them in a pack with no branch); without, for the visible pairs alone.
+    `idle` is the number of tokens below which a forward takes hardly less time: it reads all weights whatever there is to do.
     `enough` is work that one rank does in a few seconds: less than that need not be spread over more.
     """
 
@@ -88,11 +89,12 @@ class CostModel:
     read: float = 0.0
     slowdown: float = 1.0
     dense: bool = True
+    idle: float = 0.0
 
     @property
     def most_padding(self) -> int:
         """Tokens of padding in a batch of rows from which another forward is cheaper."""
-        return max(FEWEST_PADDING, int(self.forward / self.token))
+        return int(self.idle + self.forward / self.token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,20 +284,18 @@ def build_pack(plan: Plan, index: int) -> Pack:
     )
 
 
-def pad_tail(pack: Pack, step: int) -> Pack:
-    """The same pack with a length that is a multiple of `step`: each added token is a root that sees itself alone.
+def pad_tail(pack: Pack, length: int, masked: bool) -> Pack:
+    """The same pack with `length` tokens: those added are a chain that sees itself alone.
 
-    A chain stays one, so that it needs no mask: its added tokens see all, and nothing sees them.
+    masked: False for a chain that runs without a mask: its added tokens see all, and nothing sees them.
     """
-    extra = -len(pack) % step
-    total = len(pack) + extra
-    zeros = np.zeros(extra, dtype=np.int32)
-    if pack.is_chain:
-        end = np.full(total, total, dtype=np.int32)
-    else:
-        end = np.concatenate([pack.end, np.arange(len(pack) + 1, total + 1, dtype=np.int32)])
+    extra = length - len(pack)
+    end = pack.end if masked else np.full(len(pack), length, dtype=np.int32)
     return dataclasses.replace(
-        pack, tokens=np.concatenate([pack.tokens, zeros]), depth=np.concatenate([pack.depth, zeros]), end=end
+        pack,
+        tokens=np.concatenate([pack.tokens, np.zeros(extra, dtype=np.int32)]),
+        depth=np.concatenate([pack.depth, np.arange(extra, dtype=np.int32)]),
+        end=np.concatenate([end, np.full(extra, length, dtype=np.int32)]),
     )
 
 
@@ -382,9 +382,6 @@ def _common_prefixes(requests: Requests, order: IntArray, lengths: IntArray) -> 
         open_pairs = open_pairs[steps == block]
     return common
 
-
-# What another forward costs at the least, in tokens: its launches, and products of few tokens.
-FEWEST_PADDING = 64
 
 # Ranks that a plan should keep evenly busy. Any number may run it: the plan is made for this one so that it is always the same.
 TYPICAL_RANKS = 8

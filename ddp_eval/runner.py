@@ -15,6 +15,7 @@ rank 0                                             ranks 1 … N-1
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import random
@@ -405,11 +406,11 @@ def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
 
 def _describe_costs(plan: Plan, seated: Seated, model_config: Any) -> dict[str, Any]:
     """What telemetry reckons shares with. flops_per_…: of one rank, which has its part in every token of its replica."""
-    step = hf.FLEX_STEP if seated.engine.describe().get("attention") == "flex_attention" else 1
+    pad = functools.partial(hf.pad_lengths, seated.engine.describe().get("attention"))
     pair, read = hf.flops_of_pair_and_read(model_config.get_text_config())
     return {
         "weights_bytes": seated.engine.describe()["parameters"] * seated.engine.dtype.itemsize,
-        "fed_tokens": telemetry.fed_tokens(plan, step),
+        "fed_tokens": telemetry.fed_tokens(plan, pad),
         "ranks_per_replica": seated.world.ranks_per_replica,
         "flops_per_token": seated.engine.flops_per_token() / seated.world.ranks_per_replica,
         "flops_per_pair": pair / seated.world.ranks_per_replica,

@@ -116,12 +116,12 @@ def _gpu_reader(world: World) -> Callable[[], list[float | None]]:
     return read
 
 
-def fed_tokens(plan: Plan, step: int = 1) -> int:
-    """Tokens that all forwards of a plan take, padding included. step: packs are padded to multiples of it."""
+def fed_tokens(plan: Plan, pad: Callable[[np.ndarray], np.ndarray] = np.asarray) -> int:
+    """Tokens that all forwards of a plan take, padding included. pad: from packs' tokens to the lengths that they are fed in."""
     if not plan.num_packs:
         return 0
     if not plan.rows:
-        return int((-(-np.diff(plan.token_starts) // step) * step).sum())
+        return int(pad(np.diff(plan.token_starts)).sum())
     roots = np.flatnonzero(plan.shared == 0)
     row_lengths = np.maximum.reduceat(plan.lengths, roots).astype(np.int64)
     first_rows = np.searchsorted(roots, plan.item_starts[:-1])

@@ -118,7 +118,8 @@ def run_variant(name: str, model: Any, device: Any, requests: Any) -> tuple[floa
             engine._shortcuts, engine._keeps_reads = (False,) * len(shortcuts), False
         started = time.perf_counter()
         if name in ("padded", "reads only"):
-            plan, _ = packing.plan_rows(requests, engine.max_tokens(), max(1, 2**28 // engine.vocab_size))
+            few_reads, padding = max(1, 2**28 // engine.vocab_size), engine.cost_model().most_padding
+            plan, _ = packing.plan_rows(requests, engine.max_tokens(), few_reads, most_padding=padding)
         elif name == "choices":
             with unittest.mock.patch.object(packing, "_sort_and_share", share_contexts(packing._sort_and_share)):
                 plan, _ = packing.plan_packs(requests, engine.cost_model(), engine.max_tokens(), engine.max_reads())

@@ -21,7 +21,7 @@ import torch
 import transformers
 from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
 
-from ddp_eval import attention
+from ddp_eval import attention, telemetry
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
@@ -541,6 +541,18 @@ def test_no_weights(model_copy: Path) -> None:
     (model_copy / "model.safetensors").unlink()
     with refused(f"cannot load the model {model_copy}"):
         load(model_copy)
+
+
+def test_rows_are_cut_by_their_padding(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that pads short rows to far longer ones, and one that cuts where rows are not padded at all."""
+    engine = hf.HFEngine(tiny_model("llama"), CPU)
+    requests = requests_from_lists([[number, length, *range(2, length)] for number in range(30) for length in (5, 50)], [2] * 60)
+    plan = make_plan(engine, requests, packing=False, max_pack_tokens=None).plan
+    padding = telemetry.fed_tokens(plan) - len(plan.tokens)
+    assert plan.rows and plan.num_packs > 1 and padding <= plan.num_packs * engine.cost_model().most_padding
+    monkeypatch.setattr(engine, "keeps_apart", True)
+    assert make_plan(engine, requests, packing=False, max_pack_tokens=None).plan.num_packs == 1
+    engine.close()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

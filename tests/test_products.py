@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
 
 from ddp_eval import machine
 from ddp_eval.engines import hf, products
+from ddp_eval.engines.seq2seq import Seq2SeqEngine
+from ddp_eval.packing import build_pack
+from ddp_eval.planning import make_plan
 
 CPU = torch.device("cpu")
 
@@ -24,41 +29,80 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_are_the_layers_own(bias: bool) -> None:
-    """Catches a bias left out, rows mixed up where the tokens are not contiguous, and shapes that come out otherwise."""
+@pytest.mark.parametrize("features", [40, products.WIDE])
+def test_products_are_the_layers_own(bias: bool, features: int) -> None:
+    """Catches a bias left out, rows mixed up where the tokens are not contiguous, and rows of padding that come out."""
     torch.manual_seed(0)
-    layer = torch.nn.Linear(24, 40, bias=bias)
-    many = torch.randn(200, 2, 24).transpose(0, 1)
+    layer = torch.nn.Linear(24, features, bias=bias)
+    many = torch.randn(256, 2, 24).transpose(0, 1)
     with torch.inference_mode():
         expected = layer(many)
-        for tokens, rows in (
-            (many, expected),
-            (many[0], expected[0]),
-            (many[:, ::2], expected[:, ::2]),
-            (many[:, :3], expected[:, :3]),
-        ):
+        for part in ((), (0,), (slice(None), slice(None, None, 2)), (slice(None), slice(3)), (1, slice(250))):
+            tokens, rows = many[part], expected[part]
             found = products.linear(layer, tokens)
             assert found.shape == rows.shape and torch.allclose(found, rows, atol=1e-5)
 
 
-def test_few_tokens_and_other_dtypes_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches weights reordered for a single token of generation, and tokens of a dtype that the kernel would misread."""
-    layer = torch.nn.Linear(24, 40)
+def test_numbers_of_tokens_are_few() -> None:
+    """Catches a kernel compiled and kept for every length that a run comes across, and much padding to avoid it."""
+    counts = np.arange(1, 8193)
+    grid = products.to_grid(counts)
+    assert ((counts <= grid) & (grid <= counts * 17 / 16)).all()
+    assert len(np.unique(grid[grid % products.FINE == 0])) == 32 + 16 and (grid[2048:] % products.FINE == 0).all()
+    assert [products.to_grid(count) for count in (1, 120, 121, 640, 2047, 2049, 8000)] == [1, 120, 128, 640, 2048, 2176, 8192]
+
+
+def test_what_is_not_on_the_grid_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches weights reordered for a token of generation, narrow layers' input copied, gradients lost, and slow weights."""
+    narrow, wide = torch.nn.Linear(24, 40), torch.nn.Linear(24, products.WIDE)
     seen: list[int] = []
     multiply = products.multiply
     monkeypatch.setattr(products, "multiply", lambda tokens, *rest: seen.append(len(tokens)) or multiply(tokens, *rest))
     with torch.inference_mode():
-        for count in (1, products.FEWEST_TOKENS - 1, products.FEWEST_TOKENS):
-            products.linear(layer, torch.randn(count, 24))
+        for count in (1, 60, 127, 128, 200, 256):
+            products.linear(narrow, torch.randn(count, 24))
+        assert seen == [128, 256]
+        for count in (1, 60, 127, 128, 200, 256):
+            products.linear(wide, torch.randn(count, 24))
+        assert seen[2:] == [128, 128, 256]
         with pytest.raises(RuntimeError):
-            products.linear(layer, torch.randn(products.FEWEST_TOKENS, 24).to(torch.bfloat16))
-    assert seen == [products.FEWEST_TOKENS]
+            products.linear(wide, torch.randn(128, 24).to(torch.bfloat16))
+        wide.weight = torch.nn.Parameter(torch.randn(24, products.WIDE).T)
+        products.linear(wide, torch.randn(128, 24))
+    products.linear(narrow, torch.randn(128, 24)).sum().backward()
+    assert seen[5:] == [] and narrow.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "qwen3_moe", "llama4"])
+def test_packs_lengthened_to_the_grid_give_the_same_answers(
+    kind: str, tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches padding that a real token sees, or that is read, or a mask cut for the pack as it was."""
+    from test_hf import assert_equal_answers, grow_tree, load, run, to_requests
+
+    monkeypatch.setattr(products, "FINE", 32)
+    monkeypatch.setattr(products, "MOST_ADDED", 1.0)
+    engine = load(tiny_model_path(kind))
+    requests, expected = grow_tree(engine.model, seed=3)
+    fed: list[tuple[int, int]] = []
+    call = engine._call
+    monkeypatch.setattr(engine, "_call", lambda tokens, *rest, **more: fed.append(tokens.shape) or call(tokens, *rest, **more))
+    plan, item_of_request, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    fed.clear()
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+    packs = [build_pack(plan, index) for index in range(plan.num_packs)]
+    assert fed == [engine.input_shape(pack) for pack in packs] and all(length % 32 == 0 for _, length in fed)
+    assert any(length > len(pack) for (_, length), pack in zip(fed, packs, strict=True))
+    chain, item_of_request, _ = make_plan(engine, to_requests(requests[:1]), packing=True, max_pack_tokens=None)
+    assert build_pack(chain, 0).is_chain and len(build_pack(chain, 0)) % 32
+    assert run(engine, chain, item_of_request)[0][0] == pytest.approx(expected[0][0], abs=1e-4)
+    engine.close()
 
 
 def test_a_model_with_them_gives_the_same_logits_and_is_given_back() -> None:
     """Catches layers left out, a layer put in another's place, and a model that keeps them."""
     model = tiny_models.make_model("llama")
-    tokens = torch.randint(0, model.config.vocab_size, (3, 60), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(1))
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     with torch.inference_mode():
         expected = model(tokens).logits
@@ -86,16 +130,41 @@ def test_only_plain_layers_in_float32_are_taken() -> None:
     assert hooked.forward is own and "forward" not in vars(plain)
 
 
+def test_an_encoder_decoder_is_given_back() -> None:
+    """Catches an encoder-decoder whose layers stay ours."""
+    model = tiny_models.make_model("t5")
+    linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    engine = Seq2SeqEngine(model, CPU)
+    assert all(module.forward.func is products.linear for module in linears)
+    engine.close()
+    engine.close()
+    assert not any("forward" in vars(module) for module in linears)
+
+
 @pytest.mark.parametrize(
-    ("name", "expected"), [("AMD EPYC 9654", True), ("Intel(R) Xeon(R) Platinum 8480+", False), (None, False)]
+    ("name", "vectors", "expected"),
+    [
+        ("AMD EPYC 9654", "AVX512", True),
+        ("AMD EPYC 7742", "AVX2", False),
+        ("Intel(R) Xeon(R) 8480+", "AVX512", False),
+        (None, "AVX512", False),
+    ],
 )
-def test_only_processors_on_which_it_was_seen_to_be_faster(
-    name: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_only_where_it_was_seen_to_be_faster(
+    name: str | None, vectors: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a kernel chosen where nobody has timed it."""
+    """Catches a kernel chosen where nobody has timed it, or that torch has taken away, or that its user has switched off."""
     monkeypatch.undo()
     monkeypatch.setattr(machine, "cpu_name", lambda: name)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    products.is_wanted.cache_clear()
-    assert products.is_wanted() is expected
-    products.is_wanted.cache_clear()
+    try:
+        products._is_faster_here.cache_clear()
+        assert products.is_wanted() is expected
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not products.is_wanted()
+        products._is_faster_here.cache_clear()
+        monkeypatch.setattr(products, "multiply", lambda *tokens: torch.ops.mkldnn._no_such_product(*tokens))
+        assert not products.is_wanted()
+    finally:
+        products._is_faster_here.cache_clear()

@@ -21,7 +21,7 @@ class Engine(Protocol):
     on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN.
     takes_pairs: an encoder-decoder, whose packs are those of pairing.py.
     why_not_packs: why only rows must be run, or None.
-    keeps_apart: each request of a pack has a row of its own, so that no NaN of others can reach it.
+    keeps_apart: each request of a pack has a row of its own, so that no NaN of others can reach it, and no padding.
     isolates_requests: a request's numbers depend on how long the others in its forward are.
     largest_tree: the most tokens of a pack in which the model goes by the positions that it is given; None: any number.
     longest_reach: the widest window or chunk of its layers, in tokens.

@@ -242,6 +242,7 @@ class HFEngine:
             read=read,
             slowdown=2.0,
             dense=self.tree_attention in ("sdpa", "eager"),
+            idle=512 if self.device.type == "cuda" else 64,
         )
 
     def flops_per_token(self) -> float:
@@ -259,7 +260,7 @@ class HFEngine:
         """(B, L) of the token ids that a pack's forward is given."""
         if pack.rows:
             return int((pack.depth == 0).sum()), int(pack.depth.max()) + 1
-        return 1, len(pack) + (-len(pack) % FLEX_STEP if self._attention_for(pack) == "flex_attention" else 0)
+        return 1, pad_lengths(self._attention_for(pack), len(pack))
 
     def launch(self, pack: Pack) -> Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
@@ -336,11 +337,10 @@ class HFEngine:
     def _forward_tree(self, pack: Pack) -> torch.Tensor:
         """(R, H) hidden states (or (R, V) logits) at the reads of a prefix tree in one line."""
         self._attend_with(self._attention_for(pack))
-        if self._attention == "flex_attention":
-            pack = pad_tail(pack, FLEX_STEP)
+        masked = self._attention == blocks.NAME or not pack.is_chain
+        pack = pad_tail(pack, self.input_shape(pack)[1], masked)
         tokens = self._to_device(pack.tokens)
         depth = self._to_device(pack.depth)
-        masked = self._attention == blocks.NAME or not pack.is_chain
         mask = self._make_mask(pack, depth) if masked else None
         reads = self._to_device(pack.reads)
         output = self._call(tokens[None], reads, attention_mask=mask, position_ids=depth[None])
@@ -475,9 +475,17 @@ def sum_answers(launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArra
     return sums, np.equal(misses, 0)
 
 
+def pad_lengths(implementation: str | None, lengths: products.Count) -> products.Count:
+    """The lengths that packs of so many tokens are fed with, by their attention implementation."""
+    if implementation == "flex_attention":
+        return -(-lengths // FLEX_STEP) * FLEX_STEP
+    return products.to_grid(lengths) if implementation == blocks.NAME else lengths
+
+
 def head_rows(vocabulary: int) -> int:
     """Of how many reads the head computes logits at a time."""
-    return max(64, min(2048, LOGITS_AT_ONCE // max(1, vocabulary)))
+    most = min(2048, LOGITS_AT_ONCE // max(1, vocabulary))
+    return max(64, most - most % products.FINE)
 
 
 def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -169,12 +169,12 @@ def test_a_pack_by_hand(whole_of, tmp_path):
     assert eager.largest_pack == 4096, "4 GiB of 8 bytes for each of 32 heads and 4,096 x 4,096 pairs"
     assert flex.largest_pack == 8192
     mask, linear = 10, 6 * 4608 + 3 * 36864 + 2 * (32 + 2 * 16) * 128
-    logits = (2**26 // 256000) * 256000 * (2 + 8)
+    logits = 256 * 256000 * (2 + 8)  # 2**26 // 256000 is 262
     assert sizing.pack_bytes(eager, 4096, 1) == 2 * 4096 * linear + 4096**2 * (mask + 32 * 8) + logits
     split = sizing.pack_bytes(eager, 4096, 4, has_head=False)
     assert split == pytest.approx(2 * 4096 * (6 * 4608 + (linear - 6 * 4608) / 4) + 4096**2 * (mask + 8 * 8))
     assert sizing.pack_bytes(flex, 8192, 1) - 2 * sizing.pack_bytes(flex, 4096, 1, has_head=False) == pytest.approx(
-        8192**2 * 10 / 2 + (2**26 // 128256) * 128256 * 10
+        8192**2 * 10 / 2 + 512 * 128256 * 10
     )
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-3.1-8b"]))
     asked = {"pretrained": str(tmp_path), "attn_implementation": "eager"}

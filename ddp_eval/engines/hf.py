@@ -484,8 +484,8 @@ def pad_lengths(implementation: str | None, lengths: products.Count) -> products
 
 def head_rows(vocabulary: int) -> int:
     """Of how many reads the head computes logits at a time."""
-    most = min(2048, LOGITS_AT_ONCE // max(1, vocabulary))
-    return max(64, most - most % products.FINE)
+    most = max(64, min(2048, LOGITS_AT_ONCE // max(1, vocabulary)))
+    return most if most < products.FINE else most - most % products.FINE
 
 
 def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

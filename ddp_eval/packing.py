@@ -285,7 +285,7 @@ def build_pack(plan: Plan, index: int) -> Pack:
 
 
 def pad_tail(pack: Pack, length: int, masked: bool) -> Pack:
-    """The same pack with `length` tokens: those added are a chain that sees itself alone.
+    """The same pack with `length` tokens: those added see only each other, at positions that the pack has anyway.
 
     masked: False for a chain that runs without a mask: its added tokens see all, and nothing sees them.
     """
@@ -294,7 +294,7 @@ def pad_tail(pack: Pack, length: int, masked: bool) -> Pack:
     return dataclasses.replace(
         pack,
         tokens=np.concatenate([pack.tokens, np.zeros(extra, dtype=np.int32)]),
-        depth=np.concatenate([pack.depth, np.arange(extra, dtype=np.int32)]),
+        depth=np.concatenate([pack.depth, np.arange(extra, dtype=np.int32) % (pack.depth.max() + 1)]),
         end=np.concatenate([end, np.full(extra, length, dtype=np.int32)]),
     )
 

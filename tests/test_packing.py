@@ -18,6 +18,7 @@ from ddp_eval.packing import (
     build_pack,
     concatenate,
     halve,
+    pad_tail,
     plan_packs,
     plan_rows,
     requests_from_lists,
@@ -202,6 +203,18 @@ def test_rows_are_not_padded_beyond_what_a_forward_costs(requests: list[Request]
     assert all(int((lengths.max() - lengths).sum()) <= most_padding for lengths in rows)
     for lengths, others in itertools.pairwise(rows):
         assert int((others.min() - lengths).sum()) > most_padding
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_added_tokens_change_nothing_for_those_that_were_there(masked: bool) -> None:
+    """Catches padding at a position that the model may not have, and padding that a token of the pack sees."""
+    plan, _ = plan_packs(to_requests([([7, 8, 9, 1], 1)] + [([7, 8, 9, 2], 1)] * masked), ONE_PACK, NO_LIMIT)
+    pack = build_pack(plan, 0)
+    longer, old = pad_tail(pack, 32, masked), slice(len(pack))
+    assert len(longer) == 32 and longer.depth.max() == pack.depth.max()
+    assert all(part.dtype == np.int32 for part in (longer.tokens, longer.depth, longer.end))
+    assert (longer.tokens[old] == pack.tokens).all() and (longer.depth[old] == pack.depth).all()
+    assert longer.is_chain is not masked and (not masked or longer.end[old].max() <= len(pack))
 
 
 def test_padding_is_weighed_against_a_forward() -> None:

@@ -32,10 +32,11 @@ def to_grid(tokens: Count) -> Count:
 
     By the number alone, on every machine: what is planned and sent must not depend on the processor.
     """
-    step = np.where(np.less(tokens, FEW), FINE, COARSE)
+    if isinstance(tokens, np.ndarray):
+        return np.array([to_grid(int(count)) for count in tokens], dtype=tokens.dtype)
+    step = FINE if tokens < FEW else COARSE
     longer = -(-tokens // step) * step
-    found = np.where(longer - tokens <= MOST_ADDED * np.asarray(tokens), longer, tokens)
-    return found if isinstance(tokens, np.ndarray) else int(found)
+    return longer if longer - tokens <= MOST_ADDED * tokens else tokens
 
 
 def install(model: Any) -> Callable[[], None]:
@@ -78,7 +79,7 @@ def linear(module: torch.nn.Linear, tokens: torch.Tensor) -> torch.Tensor:
     weight, bias = module.weight, module.bias
     count = tokens.numel() // module.in_features
     longer = to_grid(count)
-    on_grid = longer >= FINE and longer % (FINE if longer < FEW else COARSE) == 0
+    on_grid = longer > 0 and longer % (FINE if longer < FEW else COARSE) == 0
     as_it_came = tokens.dtype == torch.float32 and weight.is_contiguous() and not torch.is_grad_enabled()
     if not (as_it_came and on_grid and (longer == count or module.out_features >= WIDE)):
         return torch.nn.functional.linear(tokens, weight, bias)

@@ -107,8 +107,8 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     from ddp_eval.engines import hf
     from ddp_eval.generation import plan_batches
     from ddp_eval.meter import Phases
-    from ddp_eval.packing import Requests, plan_packs
-    from ddp_eval.planning import cut_rows
+    from ddp_eval.packing import Requests
+    from ddp_eval.planning import cut_packs, cut_rows
     from ddp_eval.tokenization import Encoder
 
     class Counted(Exception):
@@ -130,11 +130,8 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
 
     engine = Unloaded(whole, GPU)
     max_tokens = config.max_pack_tokens or engine.max_tokens()
-    if engine.why_not_packs or not config.packing:
-        plan, _ = cut_rows(engine, requests, max_tokens)
-    else:
-        in_tree = min(max_tokens, engine.largest_tree or max_tokens)
-        plan, _ = plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
+    cut = cut_rows if engine.why_not_packs or not config.packing else cut_packs
+    plan, _ = cut(engine, requests, max_tokens)
     texts, _ = plan_batches(prompts, engine.generation_sizes(), [False] * len(prompts.settings))
     answers = int(texts.limits.sum())
     return Amount(len(plan.tokens) + len(texts.tokens) + answers, len(plan.targets) + answers, plan.num_packs + texts.num_batches)

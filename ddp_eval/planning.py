@@ -55,9 +55,14 @@ def make_plan(
     if why_rows is None and len(requests):
         why_rows = check_packs(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
     if why_rows is None:
-        in_tree = min(max_tokens, engine.largest_tree or max_tokens)
-        return Decision(*plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads()), None)
+        return Decision(*cut_packs(engine, requests, max_tokens), None)
     return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
+
+
+def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+    """Packs as the engine takes them. Returns as `plan_packs`."""
+    in_tree = min(max_tokens, engine.largest_tree or max_tokens)
+    return plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
 
 
 def cut_rows(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:

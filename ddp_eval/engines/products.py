@@ -34,9 +34,13 @@ def to_grid(tokens: Count) -> Count:
     """
     if isinstance(tokens, np.ndarray):
         return np.array([to_grid(int(count)) for count in tokens], dtype=tokens.dtype)
-    step = FINE if tokens < FEW else COARSE
+    step = _step(tokens)
     longer = -(-tokens // step) * step
     return longer if longer - tokens <= MOST_ADDED * tokens else tokens
+
+
+def _step(tokens: int) -> int:
+    return FINE if tokens < FEW else COARSE
 
 
 def install(model: Any) -> Callable[[], None]:
@@ -79,7 +83,7 @@ def linear(module: torch.nn.Linear, tokens: torch.Tensor) -> torch.Tensor:
     weight, bias = module.weight, module.bias
     count = tokens.numel() // module.in_features
     longer = to_grid(count)
-    on_grid = longer > 0 and longer % (FINE if longer < FEW else COARSE) == 0
+    on_grid = longer > 0 and longer % _step(longer) == 0
     as_it_came = tokens.dtype == torch.float32 and weight.is_contiguous() and not torch.is_grad_enabled()
     if not (as_it_came and on_grid and (longer == count or module.out_features >= WIDE)):
         return torch.nn.functional.linear(tokens, weight, bias)

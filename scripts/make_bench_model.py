@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Make a model of a benchmark's shape: a random-weight Llama, and a tokenizer trained on the texts of the tasks.
+
+    python scripts/make_bench_model.py --shape llama23m --tasks local_mmlu,local_hellaswag,… --include_path DIR --out llama23m
+
+Speed does not depend on the values of the weights. How many tokens there are depends on the tokenizer, and one that has learnt
+the tasks' own texts cuts them about as a real one of its size does. Same tasks and versions: the same files, to the last bit.
+`--config_only` leaves the weights to the benchmark (`--random_weights`), which draws them on its device: 1 B and 8 B parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama23m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
+    "llama100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    # The first with the vocabulary of Qwen 2 and 3, most of whose tokens no text comes to: the head pays for all of them.
+    "llama150k": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    # Llama 3.2 1 B and Llama 3.1 8 B.
+    "llama1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "llama8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+        "max_position_embeddings": 8192,
+    },
+}
+TOKENIZER_SIZE = 16_000  # tokens; at most so many, where the texts are few
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), required=True, help="which shape")
+    parser.add_argument("--tasks", required=True, help="comma-separated tasks or groups whose texts the tokenizer learns")
+    parser.add_argument("--include_path", help="directory of the tasks' files")
+    parser.add_argument(
+        "--config_only", action="store_true", help="write no weights: the benchmarks draw them (--random_weights)"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="directory to write")
+    args = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.disable(logging.WARNING)
+    tokenizer = train_tokenizer(read_texts(args.tasks.split(","), args.include_path))
+    tokenizer.save_pretrained(args.out)
+    config = make_config(args.shape, tokenizer)
+    config.save_pretrained(args.out)
+    if not args.config_only:
+        make_model(config).save_pretrained(args.out)
+    print(f"{args.out}: {args.shape}, a tokenizer of {len(tokenizer)} tokens, vocabulary {config.vocab_size}")
+
+
+def read_texts(tasks: Sequence[str], include_path: str | None) -> list[str]:
+    """Every distinct string of the tasks' requests without examples, in lm_eval's order."""
+    import lm_eval
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    texts: dict[str, None] = {}
+
+    class Reader(LM):
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            texts.update(dict.fromkeys(text for request in requests for text in request.args))
+            return [(0.0, False)] * len(requests)
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            texts.update(dict.fromkeys(request.args[0] for request in requests))
+            return [0.0] * len(requests)
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            texts.update(dict.fromkeys(request.args[0] for request in requests))
+            return [""] * len(requests)
+
+    manager = TaskManager(include_path=include_path, include_defaults=not include_path)
+    lm_eval.simple_evaluate(model=Reader(), tasks=list(tasks), num_fewshot=0, task_manager=manager, bootstrap_iters=0)
+    return list(texts)
+
+
+def train_tokenizer(texts: Sequence[str]) -> Any:
+    """A byte-level BPE as GPT-2's, Llama 3's and Qwen's are."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def make_config(shape: str, tokenizer: Any) -> Any:
+    from transformers import LlamaConfig
+
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = {"vocab_size": TOKENIZER_SIZE, "max_position_embeddings": 2048, **SHAPES[shape]}
+    return LlamaConfig(**settings, **ids, architectures=["LlamaForCausalLM"])
+
+
+def make_model(config: Any) -> Any:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+if __name__ == "__main__":
+    main()

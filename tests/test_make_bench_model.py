@@ -1,0 +1,54 @@
+"""Models of a benchmark's shape, as scripts/make_bench_model.py makes them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from ddp_eval import demo
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import make_bench_model
+
+TASK = "demo_boolean_expressions"
+
+
+@pytest.mark.parametrize(
+    ("shape", "millions"),
+    [("llama23m", 22.9), ("llama100m", 109.5), ("llama150k", 69.0), ("llama1b", 1235.8), ("llama8b", 8030.3)],
+)
+def test_number_of_parameters(shape, millions):
+    """Catches a shape that is not the one that the records and their readers speak of."""
+    tokenizer = make_bench_model.train_tokenizer(["some text"])
+    with torch.device("meta"):
+        model = make_bench_model.make_model(make_bench_model.make_config(shape, tokenizer))
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def run(monkeypatch, directory, *more):
+    flags = ["--shape", "llama23m", "--tasks", TASK, "--include_path", demo.TASKS_PATH, "--out", str(directory), *more]
+    monkeypatch.setattr(sys, "argv", ["make_bench_model.py", *flags])
+    make_bench_model.main()
+
+
+def test_same_files_twice(tmp_path, monkeypatch):
+    """Catches weights or tokens that depend on the process, so that nobody could make a record's model again."""
+    for name in ("first", "second"):
+        run(monkeypatch, tmp_path / name)
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert "model.safetensors" in names and "tokenizer.json" in names
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+def test_tokenizer_knows_the_tasks_words_and_weights_are_left_out(tmp_path, monkeypatch):
+    """Catches a tokenizer that learnt nothing of the prompts, and gigabytes of weights that nobody asked for."""
+    run(monkeypatch, tmp_path, "--config_only")
+    assert not list(tmp_path.glob("*.safetensors"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer("not ( True ) and False is").input_ids) <= 8
+    assert transformers.AutoConfig.from_pretrained(tmp_path).hidden_size == 384

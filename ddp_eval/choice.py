@@ -10,7 +10,7 @@ import torch
 from ddp_eval import layout as layouts
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf, quantised, vllm
+from ddp_eval.engines import checkpoint, quantised, vllm
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import LAYERS, REPLICAS, Layout
 from ddp_eval.prediction import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
@@ -140,14 +140,14 @@ def _choose(config: Config, model_config: Any, world: World, earlier: str | None
     if fixed is not None:
         if whole_only:
             raise UserError(f"--layout {fixed} cannot split {whole_only}: give --layout replicas")
-        check_possible(hf.whole_model(config.loader_args, model_config), fixed)
+        check_possible(checkpoint.whole_model(config.loader_args, model_config), fixed)
         return fixed, "as asked"
     if whole_only and config.layout == layouts.MEASURE:
         raise UserError(f"--layout measure is not for {whole_only}, which only whole copies serve: give --layout replicas")
     if whole_only:
         return layouts.WHOLE_COPIES, f"nothing else serves {whole_only}"
     try:
-        candidates = consider(hf.whole_model(config.loader_args, model_config), ranks_of(config, world))
+        candidates = consider(checkpoint.whole_model(config.loader_args, model_config), ranks_of(config, world))
     except (UserError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         return layouts.WHOLE_COPIES, f"what it takes cannot be worked out: {one_line(error)}"
     if config.layout == layouts.LAYERS:
@@ -163,7 +163,7 @@ def _why_whole_only(config: Config, model_config: Any) -> str | None:
         return "quantised weights"
     if config.model_args.get("peft"):
         return "a model with an adapter"
-    return "an encoder-decoder" if hf.is_seq2seq(config.model_args, model_config) else None
+    return "an encoder-decoder" if checkpoint.is_seq2seq(config.model_args, model_config) else None
 
 
 def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
@@ -171,7 +171,7 @@ def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
     for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
         if config.model_args.get(name):
             raise UserError(f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run")
-    if hf.is_seq2seq(config.model_args, model_config):
+    if checkpoint.is_seq2seq(config.model_args, model_config):
         raise UserError("encoder-decoders are not for --model vllm: give --model hf")
     vllm.check_installed()
     if config.layout not in (layouts.AUTO, layouts.REPLICAS):

@@ -5,18 +5,24 @@ into one sentence on stderr and exit code 2, with no traceback. Every other exce
 and keeps its traceback.
 """
 
+# What is said of short memory in errors that have no class of their own: by torch on a CPU, then by CUDA and its libraries.
+_SHORT_OF_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 
 class UserError(Exception):
     """What was expected, what came, and what to do, in one sentence."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory did not do, or this machine's, for which torch has no class of its own."""
+    """Whether a device's memory did not do, or this machine's; also where a compiler wrapped such an error in one of its own."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ("DefaultCPUAllocator", "std::bad_alloc"))
+    if not isinstance(error, RuntimeError):
+        return False
+    cause = error.__cause__
+    return any(words in str(error) for words in _SHORT_OF_MEMORY) or (cause is not None and is_out_of_memory(cause))
 
 
 def one_line(text: object, most: int = 300) -> str:

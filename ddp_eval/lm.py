@@ -28,7 +28,7 @@ from lm_eval.models.utils import configure_pad_token
 from ddp_eval import cli, contagion, distributed
 from ddp_eval.chatter import less_chatter, one_rank_speaks
 from ddp_eval.choice import choose_layout
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, fill_texts, run_plan
@@ -86,7 +86,7 @@ class DDPEvalLM(_LeaderLM):
         try:
             if not world.is_leader:
                 with one_rank_speaks(False):
-                    follow(world, lambda world, layout: load_replica(config, hf.load_config(model_args), world, layout))
+                    follow(world, lambda world, layout: load_replica(config, checkpoint.load_config(model_args), world, layout))
                 raise Served(0)
             for note in notes:
                 log.warning("%s", note)
@@ -101,9 +101,9 @@ class DDPEvalLM(_LeaderLM):
 
     def _load(self, model_args: dict[str, Any]) -> None:
         config, world = self._settings, self._world
-        model_config = hf.load_config(model_args)
+        model_config = checkpoint.load_config(model_args)
         layout, why = choose_layout(config, model_config, world)
-        tokenizer = hf.load_tokenizer(model_args)
+        tokenizer = checkpoint.load_tokenizer(model_args)
         configure_pad_token(tokenizer, model_config=model_config)
         try:
             encoder = Encoder(
@@ -111,7 +111,7 @@ class DDPEvalLM(_LeaderLM):
                 max_length_of(model_args, model_config, tokenizer),
                 model_args.get("add_bos_token"),
                 model_args.get("prefix_token_id"),
-                separate=hf.is_seq2seq(model_args, model_config),
+                separate=checkpoint.is_seq2seq(model_args, model_config),
             )
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -173,7 +173,8 @@ class DDPEvalLM(_LeaderLM):
         if decision.why_rows and config.packing and not alone:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
         decoder = self.tokenizer if len(prompts) else None
-        with followers.working_on(decision.plan, texts=generation.plan, tokenizer=decoder) as work:
+        trees = seated.engine.tree_attention
+        with followers.working_on(decision.plan, texts=generation.plan, tokenizer=decoder, attention=trees) as work:
             gathered = run_plan(seated.world, seated.engine, work)
         sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
         (sums, greedy), _ = contagion.isolate(

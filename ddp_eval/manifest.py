@@ -13,7 +13,7 @@ import torch
 from ddp_eval import digests, machine
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint
 from ddp_eval.errors import one_line
 
 log = logging.getLogger("ddp_eval")
@@ -66,7 +66,7 @@ def see_model(model_args: dict[str, Any]) -> str | None:
 
     A copy's differ, though its digests do not. None if the files cannot be found.
     """
-    name, adapter = hf.resolve_pretrained(model_args), model_args.get("peft")
+    name, adapter = checkpoint.resolve_pretrained(model_args), model_args.get("peft")
     facts = []
     try:
         folders = [_folder(each, model_args) for each in (name, str(model_args.get("tokenizer") or name))]
@@ -86,7 +86,7 @@ def is_same_model(manifest: dict[str, Any], model_args: dict[str, Any]) -> bool:
     known, seen = manifest.get("model"), see_model(model_args)
     if not isinstance(known, dict) or seen in (None, known.get("seen")):
         return True
-    now = describe_model(hf.resolve_pretrained(model_args), model_args, None)
+    now = describe_model(checkpoint.resolve_pretrained(model_args), model_args, None)
     kinds = ("model_files", "tokenizer_files", "adapter_files")
     return all(None in (known.get(kind), now.get(kind)) or known[kind] == now[kind] for kind in kinds)
 

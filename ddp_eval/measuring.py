@@ -64,13 +64,16 @@ class Seated:
     layout: Layout
     engine: Engine
     why: str = ""
+    attention: str = ""  # of the engine that was loaded last
 
     def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> str | None:
-        """Load the model anew, in another layout. The memory of what was loaded goes first.
+        """Load the model anew, in another layout, with the same attention. The memory of what was loaded goes first.
 
         Returns None, or why a rank could not; then nothing is loaded until the next move.
         """
-        vars(self).pop("engine", None)
+        if loaded := vars(self).pop("engine", None):
+            self.attention = loaded.tree_attention
+        del loaded
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -78,6 +81,7 @@ class Seated:
         engine, failures = load_together(self.world, layout, load)
         if engine is not None:
             self.engine = engine
+            self.engine.tree_attention = self.attention
         assert failures is not None, "the leader gets them"
         return next((f"rank {rank}: {why}" for rank, why in enumerate(failures) if why), None)
 
@@ -146,7 +150,7 @@ def measure_layouts(
             continue
         for part in (first, piece):  # the first forwards of a process are slow
             started = time.perf_counter()
-            with followers.working_on(part, phase="measure") as work:
+            with followers.working_on(part, phase="measure", attention=seated.engine.tree_attention) as work:
                 run_plan(seated.world, seated.engine, work)
             seconds = time.perf_counter() - started
         flops = 2.0 * (sum(sizes.active) * len(piece.tokens) + sizes.hidden * sizes.vocab * len(piece.targets))

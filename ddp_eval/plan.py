@@ -65,12 +65,12 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     words: the flags of the run, for the command to copy. count_work: build the prompts of config.tasks and cut them, else
     reckon with a typical amount.
     """
-    from ddp_eval.engines import hf
+    from ddp_eval.engines import checkpoint
 
-    model_config = hf.load_config(config.loader_args)
-    if hf.is_seq2seq(config.model_args, model_config):
+    model_config = checkpoint.load_config(config.loader_args)
+    if checkpoint.is_seq2seq(config.model_args, model_config):
         raise UserError(f"plan reckons with decoder-only models, and {config.model_args['pretrained']} is an encoder-decoder")
-    whole = hf.whole_model(config.loader_args, model_config)
+    whole = checkpoint.whole_model(config.loader_args, model_config)
     sizes = measure_model(whole, GPU)
     max_tokens = config.max_pack_tokens or sizes.largest_pack
     amount = _count_work(config, model_config, whole) if count_work else TYPICAL
@@ -104,7 +104,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     Answers count as long as they may be.
     """
     from ddp_eval import demo, harness
-    from ddp_eval.engines import hf
+    from ddp_eval.engines import checkpoint, hf
     from ddp_eval.generation import plan_batches
     from ddp_eval.meter import Phases
     from ddp_eval.packing import Requests
@@ -117,7 +117,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     def stop(requests: Requests, prompts: Any) -> Any:
         raise Counted(requests, prompts)
 
-    tokenizer = hf.load_tokenizer(config.loader_args)
+    tokenizer = checkpoint.load_tokenizer(config.loader_args)
     max_length = harness.max_length_of(config.model_args, model_config, tokenizer)
     encoder = Encoder(tokenizer, max_length, config.model_args.get("add_bos_token"), config.model_args.get("prefix_token_id"))
     try:

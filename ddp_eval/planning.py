@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,9 +12,11 @@ import torch
 
 from ddp_eval.distributed import LostContact
 from ddp_eval.engines import Engine
-from ddp_eval.errors import UserError, one_line
+from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.packing import IntArray, Plan, Requests, build_pack, plan_one_tree, plan_packs, plan_rows, requests_from_lists
 from ddp_eval.pairing import plan_pairs
+
+log = logging.getLogger("ddp_eval")
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
@@ -53,7 +56,7 @@ def make_plan(
         return _plan_pairs(engine, requests, max_tokens, packing)
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
     if why_rows is None and len(requests):
-        why_rows = check_packs(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
+        why_rows = choose_trees(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens), None)
     return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
@@ -112,6 +115,23 @@ def trial_requests(requests: Requests, vocab_size: int, reach: int | None) -> Re
     return requests_from_lists(sequences, [3, 5, 4, 6, 12])
 
 
+def choose_trees(engine: Engine, requests: Requests, score_plan: ScorePlan | None = None) -> str | None:
+    """`check_packs` with the attention that is fastest for trees, and where that fails with the model's own, which then stays.
+
+    flex_attention needs a C compiler, which slim containers lack; of a model's own attention no more is known than it says.
+    """
+    fastest = engine.tree_attention
+    why = check_packs(engine, requests, score_plan)
+    if why is None or fastest == engine.plain_attention:
+        return why
+    engine.tree_attention = engine.plain_attention
+    if check_packs(engine, requests, score_plan) is not None:
+        engine.tree_attention = fastest
+        return why
+    log.warning("packs run with %s attention, not with %s, the fastest here: %s", engine.tree_attention, fastest, why)
+    return None
+
+
 def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None = None) -> str | None:
     """Try `requests` packed against plain rows. Returns None when they agree, else one phrase that says how far off.
 
@@ -128,6 +148,8 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     except (LostContact, UserError):
         raise  # no word on packs
     except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError("no memory is left beside the model for a pack of a hundred tokens") from None
         return f"it fails on packs ({type(error).__name__}: {one_line(error, 200)})"
     plain = score(*plan_rows(requests, max_tokens=2**30))
     some = requests.select(np.arange(min(2, len(requests))))
@@ -137,6 +159,10 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     # A NaN is not "at most" anything either.
     if float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed:
         return None
+    if not np.isfinite(plain).all():
+        return "its scores are not finite"
+    if not np.isfinite(packed).all():
+        return "it fails on packs, or its scores there are not finite"
     return f"packed and plain runs differ by {float(drift.max()):.2g} nats per token, where {allowed:.2g} on average is allowed"
 
 

@@ -176,15 +176,15 @@ def _look_at_gpu(config: Config) -> dict[str, Any] | None:
 
 def _look_at_model(config: Config) -> dict[str, Any]:
     """What the checkpoint is on this node: {file: bytes} of a directory, or the hub's commit. Raises UserError."""
-    from ddp_eval.engines import hf
+    from ddp_eval.engines import checkpoint
 
     if "pretrained" not in config.model_args:
         return {}
-    name = hf.resolve_pretrained(config.model_args)
+    name = checkpoint.resolve_pretrained(config.model_args)
     if not os.path.isdir(name):
         if distributed.launch_local_rank() != 0:
             return {}
-        return {"revision": getattr(hf.load_config(config.loader_args), "_commit_hash", None)}
+        return {"revision": getattr(checkpoint.load_config(config.loader_args), "_commit_hash", None)}
     try:
         return {entry.name: _try_reading(entry) for entry in sorted(Path(name).iterdir()) if not entry.is_dir()}
     except OSError as error:

@@ -52,7 +52,7 @@ class Work:
     left: ascending indices of the packs to run; the others are done. Batches of `texts` are numbered behind the packs.
     texts, tokenizer: what to generate, and what decodes it. name: unlike that of any other work, of these ranks or any.
     phase: what its time is counted as; all but "forward" is beside the run's own work. In a "trial", a question to the model,
-    what fails comes back as NaN.
+    what fails comes back as NaN. attention: what trees run with, which the leader has tried; empty if there is no choice.
     """
 
     plan: Plan
@@ -62,6 +62,7 @@ class Work:
     phase: str = "forward"
     texts: TextPlan = NO_TEXTS
     tokenizer: Any = None
+    attention: str = ""
 
     @property
     def is_silent(self) -> bool:
@@ -112,10 +113,11 @@ class Followers:
         phase: str = "forward",
         texts: TextPlan = NO_TEXTS,
         tokenizer: Any = None,
+        attention: str = "",
     ) -> Iterator[Work]:
         """Have all ranks run `plan` and `texts`, or what is `left` of them, while the leader runs it too."""
         left = np.arange(plan.num_packs + texts.num_batches) if left is None else left
-        work = Work(plan, left, uuid.uuid4().hex, journals, phase, texts, tokenizer)
+        work = Work(plan, left, uuid.uuid4().hex, journals, phase, texts, tokenizer, attention)
         distributed.send_message(self.world, work)
         self._listening = False
         yield work

@@ -32,7 +32,7 @@ from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
-from ddp_eval.engines import Engine, adapters, hf, vllm
+from ddp_eval.engines import Engine, adapters, checkpoint, hf, vllm
 from ddp_eval.engines.load import lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
@@ -70,7 +70,7 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
             watch.of_run(begin.directory)
             watch.step("loading the model")
             with world.meter.phases("load"):
-                model_config = hf.load_config(config.loader_args)
+                model_config = checkpoint.load_config(config.loader_args)
             follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
             return None
         with Followers(world) as followers, trackers.tracking(config) as track:
@@ -146,9 +146,9 @@ def _load_and_lead(
     """Weights load in a thread of their own while lm_eval builds the prompts."""
     watch.step("building the prompts")
     with world.meter.phases("load"):
-        model_config = hf.load_config(config.loader_args)
+        model_config = checkpoint.load_config(config.loader_args)
         layout, why = choose_layout(config, model_config, world, directory.layout if directory else None)
-        tokenizer = hf.load_tokenizer(config.loader_args)
+        tokenizer = checkpoint.load_tokenizer(config.loader_args)
     followers.load(layout)
     seated: Future[Seated] = Future()
     digests: Future[dict[str, Any]] = Future()
@@ -157,7 +157,7 @@ def _load_and_lead(
         laid_out = lay_out(world, layout)
         with world.meter.background("load"):
             _fulfil(seated, lambda: Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why))
-        name = hf.resolve_pretrained(config.model_args)
+        name = checkpoint.resolve_pretrained(config.model_args)
         _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
 
     # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
@@ -209,7 +209,7 @@ def _lead(
             max_length,
             model_args.get("add_bos_token"),
             model_args.get("prefix_token_id"),
-            separate=hf.is_seq2seq(model_args, model_config),
+            separate=checkpoint.is_seq2seq(model_args, model_config),
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -272,7 +272,10 @@ def _lead(
         costs.update(_describe_left(decision, requests, left))
         decoder = encoder.tokenizer if len(prompts) else None
         watch.step(watch.WAITING)  # a rank may still load the model
-        with followers.working_on(decision.plan, left, journals, texts=generation.plan, tokenizer=decoder) as work:
+        trees = seated.engine.tree_attention
+        with followers.working_on(
+            decision.plan, left, journals, texts=generation.plan, tokenizer=decoder, attention=trees
+        ) as work:
             gathered = run_plan(seated.world, seated.engine, work)
         costs.update(_describe_answered(generation, prompts, gathered.lengths))
         if found:
@@ -372,7 +375,7 @@ def trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
 
 def run_aside(followers: Followers, seated: Seated, plan: Plan, phase: str) -> contagion.Scored:
     """Have all ranks run a small plan beside the run's own. Returns its items' sums and flags."""
-    with followers.working_on(plan, phase=phase) as work:
+    with followers.working_on(plan, phase=phase, attention=seated.engine.tree_attention) as work:
         rows = run_plan(seated.world, seated.engine, work).rows
     sums, greedy, _ = fill_slots(rows, plan.num_items)
     return sums, greedy
@@ -380,7 +383,7 @@ def run_aside(followers: Followers, seated: Seated, plan: Plan, phase: str) -> c
 
 def _measure(config: Config, model_config: Any, followers: Followers, seated: Seated, plan: Plan) -> list[dict[str, Any]]:
     """`--layout measure`: leave `seated` in the layout that is quickest on some of the work. Returns what was measured."""
-    whole = hf.whole_model(config.loader_args, model_config)
+    whole = checkpoint.whole_model(config.loader_args, model_config)
     amount = Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
     candidates = consider(whole, ranks_of(config, followers.world), amount)
     found = measure_layouts(

@@ -135,7 +135,7 @@ def rank_bytes(sizes: ModelSizes, layout: Layout, spans: list[range] | None, max
 
 def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = True, in_flight: int = 0) -> int:
     """Room that the forward of one pack takes. ranks: over how many its matrices are split; in_flight: hidden states kept."""
-    from ddp_eval.engines.hf import head_rows
+    from ddp_eval.engines.readout import head_rows
 
     per_token = 6 * sizes.hidden + (3 * sizes.inner + 2 * sizes.attended) // ranks + in_flight * sizes.hidden
     # Logits of some reads at a time, with their log-softmax in float32 and its input.

@@ -52,16 +52,15 @@ def main() -> None:
     with contextlib.ExitStack() as sides:
         lm_eval_side = sides.enter_context(Side("lm_eval", args, job)) if args.peer == "lm_eval" else None
         our_side = sides.enter_context(Side("ours", args, job))
-        rows = []
+        rows: list[dict[str, Any]] = []
+        report = {"conditions": our_side.ask("conditions"), "rows": rows}
         for task in args.tasks.split(","):
             rows.append(measure_task(lm_eval_side, our_side, task, sizes, args.repeats))
             print(format_row(rows[-1]), file=sys.stderr, flush=True)
-        report = {"conditions": our_side.ask("conditions"), "rows": rows}
-    text = format_report(report)
-    print(text)
-    if args.out:
-        Path(f"{args.out}.md").write_text(text + "\n")
-        Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+            if args.out:  # after every task: what ends the whole early leaves the rows that are done
+                Path(f"{args.out}.md").write_text(format_report(report) + "\n")
+                Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(format_report(report))
 
 
 def read_arguments() -> argparse.Namespace:
@@ -100,15 +99,17 @@ def load_model(args: argparse.Namespace, device: Any) -> Any:
 
 
 def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
-    """Medians of alternating runs, and how far apart the two sides' answers are."""
+    """Medians of alternating runs, and how far apart the two sides' answers are. Ends the script where memory does not do."""
     task, _, limit_text = task.partition(":")
     limit = float(limit_text) if limit_text else None
+    quarter = max(1, limit // 4) if limit else 0.25
     ours: list[dict[str, Any]] = []
     theirs: Any = None
     tried: dict[str, float] = {}
     if lm_eval_side:
         lm_eval_side.ask("run", task, 1, 1)  # warms up
-        tried = {str(size): lm_eval_side.ask("run", task, limit and max(1, limit // 4), size)[0] for size in sizes}
+        tried = {str(size): lm_eval_side.ask("run", task, quarter, size)[0] for size in sizes}
+    our_side.ask("run", task, quarter, None)
     times: dict[str, list[float]] = {name: [] for name in tried if tried[name] <= 1.15 * min(tried.values())}
     for _ in range(repeats):
         for name, seen in times.items():
@@ -116,7 +117,11 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
             seen.append(elapsed_s)
             theirs = answers or theirs
         elapsed_s, answers = our_side.ask("run", task, limit, None)
+        if answers is None or answers["packs_halved"]:
+            sys.exit(f"{task}: memory did not do for ddp_eval's packs beside lm_eval's process: the times would say nothing")
         ours.append({**answers, "elapsed_s": elapsed_s})
+    if lm_eval_side and theirs is None:
+        sys.exit(f"{task}: lm_eval ran out of memory at every one of --batch_sizes {','.join(times)}")
 
     def median(get: Any) -> float:
         return statistics.median(get(run) for run in ours)

@@ -40,14 +40,14 @@ def main() -> None:
     import transformers
     from bench import load_model
 
-    from ddp_eval.engines import hf
+    from ddp_eval.engines import checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     if device.type == "cpu":
-        hf.keep_freed_memory()
+        checkpoint.keep_freed_memory()
     model = load_model(args, device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     rows = []

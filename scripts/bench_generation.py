@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
+import functools
 import json
 import math
 import os
@@ -85,10 +85,10 @@ def load_model(args: argparse.Namespace, device: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.AutoConfig.from_pretrained(args.model, initializer_range=args.initializer_range)
     end = transformers.AutoTokenizer.from_pretrained(args.model).eos_token_id
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
+    with device, torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.get_output_embeddings().weight[end] *= args.end_factor
-    return model.to(device).eval()
+    return model.eval()
 
 
 def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
@@ -182,12 +182,26 @@ def explain_difference(
     step = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if step is None:
         return {"step": min(len(ours), len(theirs)), "tokens": [], "logits": []}
-    exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    exact = model if model.dtype == torch.float32 else exact_copy(model)
     with torch.inference_mode():
-        tokens = torch.tensor([[*prompt, *ours[:step]]], device=model.device)
+        tokens = torch.tensor([[*prompt, *ours[:step]]], device=exact.device)
         logits = exact(input_ids=tokens, use_cache=False).logits[0, -1]
     taken = [ours[step], theirs[step]]
     return {"step": step, "tokens": [tokenizer.decode([token]) for token in taken], "logits": logits[taken].tolist()}
+
+
+@functools.lru_cache(maxsize=1)
+def exact_copy(model: Any) -> Any:
+    """The model in float32, on its own device where there is room for that, else on the CPU."""
+    import torch
+    import transformers
+
+    needed = 4.5 * model.num_parameters()
+    fits = model.device.type != "cuda" or torch.cuda.mem_get_info(model.device)[0] > needed
+    with model.device if fits else torch.device("cpu"):
+        exact = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    exact.load_state_dict(model.state_dict())
+    return exact.eval()
 
 
 def format_difference(task: str, difference: dict[str, Any]) -> str:

@@ -88,10 +88,10 @@ def preload() -> None:
         importlib.import_module(module)
     for module in ("ddp_eval.harness", "ddp_eval.runner"):
         importlib.import_module(module)
-    from ddp_eval.engines import hf
+    from ddp_eval.engines import checkpoint
 
-    hf.load_config({"pretrained": "demo"})
-    hf.load_tokenizer({"pretrained": "demo"})
+    checkpoint.load_config({"pretrained": "demo"})
+    checkpoint.load_tokenizer({"pretrained": "demo"})
 
 
 def run_trials(args: argparse.Namespace, place: Path) -> int:

@@ -26,7 +26,7 @@ from ddp_eval import distributed, machine, results, runner
 from ddp_eval.compare.difference import compare_runs
 from ddp_eval.compare.reading import read_run
 from ddp_eval.config import Config
-from ddp_eval.engines import hf
+from ddp_eval.engines.checkpoint import resolve_pretrained
 
 # name -> checkpoint, settings, what it is compared with
 ROWS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, checkpoint: str, settings: dict[str, Any], 
 
 def save_in_half(model: str, directory: Path) -> Path:
     """A copy of the checkpoint with weights in bfloat16."""
-    name = hf.resolve_pretrained({"pretrained": model})
+    name = resolve_pretrained({"pretrained": model})
     transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(name).save_pretrained(directory)
     return directory

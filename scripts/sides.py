@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import logging
@@ -79,12 +80,14 @@ def serve(name: str, args: argparse.Namespace, job: Job, connection: Any) -> Non
     import torch
     import transformers
 
+    from ddp_eval.errors import is_out_of_memory
+
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     if name == "ours" and device.type == "cpu":
-        from ddp_eval.engines.hf import keep_freed_memory
+        from ddp_eval.engines.checkpoint import keep_freed_memory
 
         keep_freed_memory()  # as the command does
     model = job.load(args, device)
@@ -105,12 +108,14 @@ def serve(name: str, args: argparse.Namespace, job: Job, connection: Any) -> Non
             elif question == "run":
                 with contextlib.redirect_stdout(io.StringIO()):
                     answer = run(model, tokenizer, *rest, args)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            answer = job.no_memory
         except BaseException as error:
-            traceback.print_exc()
-            answer = RuntimeError(f"{name}: {error}")
+            answer = job.no_memory
+            if not is_out_of_memory(error):
+                traceback.print_exc()
+                answer = RuntimeError(f"{name}: {error}")
+        if device.type == "cuda":  # the other side is next, and needs the room; only here have the frames of an error let go
+            gc.collect()
+            torch.cuda.empty_cache()
         connection.send(answer)
 
 

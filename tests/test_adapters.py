@@ -206,11 +206,11 @@ def test_settings_of_quantised_weights(model_args: dict[str, Any], sentence: str
 def test_only_whole_copies_serve_them(tiny_model_path: Callable[[str], Path]) -> None:
     """Catches adapters and quantised weights split over ranks, where nobody puts the adapter on."""
     from ddp_eval.choice import choose_layout
-    from ddp_eval.engines import hf
+    from ddp_eval.engines import checkpoint
 
     world = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
     model_args = {"pretrained": str(tiny_model_path("llama"))}
-    model_config = hf.load_config(model_args)
+    model_config = checkpoint.load_config(model_args)
     for more, what in (({"peft": "a"}, "a model with an adapter"), ({"load_in_8bit": True}, "quantised weights")):
         config = Config(model_args={**model_args, **more}, layout="tensor:2")
         with pytest.raises(UserError, match=f"--layout tensor:2 cannot split {what}: give --layout replicas"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import sys
 import types
 from pathlib import Path
@@ -88,3 +90,53 @@ def test_where_two_answers_part(tiny_model, tiny_tokenizer):
     assert bench_generation.explain_difference(model, tiny_tokenizer, prompt, (8,), (8, 11))["logits"] == []
     tie = {"step": 1, "tokens": ["a", "b"], "logits": [7.25, 7.25001]}
     assert bench_generation.format_difference("story", tie).endswith("apart: a tie")
+
+
+def test_half_precision_is_explained_in_float32(tiny_model, tiny_tokenizer):
+    """Catches a tie told from rounded logits, and another model's weights in the exact copy."""
+    model = copy.deepcopy(tiny_model("gpt2")).bfloat16()  # no buffers that are rounded too
+    found = bench_generation.explain_difference(model, tiny_tokenizer, (5, 6, 7), (8, 9), (8, 11))
+    with torch.inference_mode():
+        logits = copy.deepcopy(model).float()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, -1]
+    assert found["logits"] == pytest.approx([float(logits[9]), float(logits[11])], abs=1e-6)
+
+
+class FakeSide:
+    """Answers what `measure_task` asks, in turn. answer: (limit, batch size) -> what a side answers."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def ask(self, question, task, limit, size):
+        self.asked.append((limit, size))
+        return self.answer(limit, size)
+
+
+OURS = {
+    **{"requests": 1, "request_tokens": 2, "computed_tokens": 2, "packs": 1, "layout_of_requests": "packs", "packs_halved": {}},
+    **{"phases_s": {"forward": 1.0}, "peak_flops": 1e9, "useful": {"flops": 1e8}, "answers": {"t": []}, "metrics": {"t": {}}},
+}
+THEIRS = {"answers": {"t": []}, "metrics": {"t": {"acc": 1.0}}}
+
+
+def test_lm_eval_counts_at_its_best_size_and_both_sides_are_warm():
+    """Catches a side that pays for its first run in its times, sizes tried on all documents, and one picked that is not best."""
+    seconds = {1: 4.0, 8: 2.0, 16: math.inf}
+    theirs = FakeSide(lambda limit, size: (seconds[size], THEIRS if seconds[size] < math.inf else None))
+    ours = FakeSide(lambda limit, size: (1.0, {**OURS, "metrics": THEIRS["metrics"]}))
+    row = bench.measure_task(theirs, ours, "t:40", [1, 8, 16], repeats=2)
+    assert (row["ratio"], row["lm_eval_batch_size"]) == (2.0, 8)
+    assert theirs.asked == [(1, 1), (10.0, 1), (10.0, 8), (10.0, 16), (40.0, 8), (40.0, 8)]
+    assert ours.asked == [(10.0, None), (40.0, None), (40.0, None)]
+    bench.measure_task(theirs, ours, "t", [8], repeats=1)
+    assert theirs.asked[-2:] == [(0.25, 8), (None, 8)], "a quarter of all documents"
+
+
+def test_times_that_memory_spoilt_are_not_reported():
+    """Catches packs run in pieces, or a side that had no room, in a table of speeds."""
+    no_room, pieces = (math.inf, None), (1.0, {**OURS, "packs_halved": {"0": 2}})
+    for answer in (no_room, pieces):
+        with pytest.raises(SystemExit, match="t: memory did not do for ddp_eval's packs"):
+            bench.measure_task(None, FakeSide(lambda limit, size, answer=answer: answer), "t:4", [1], repeats=1)
+    with pytest.raises(SystemExit, match="t: lm_eval ran out of memory at every one of --batch_sizes 8,16"):
+        bench.measure_task(FakeSide(lambda *asked: no_room), FakeSide(lambda *asked: (1.0, OURS)), "t:4", [8, 16], repeats=1)

@@ -12,7 +12,7 @@ import torch
 from ddp_eval import execution
 from ddp_eval.distributed import World
 from ddp_eval.engines import hf
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packing import Pack, build_pack, plan_one_tree, requests_from_lists
 
 CPU = torch.device("cpu")
@@ -33,6 +33,21 @@ def pack() -> Pack:
     prefix = random.integers(0, 400, 30).tolist()
     sequences = [prefix + random.integers(0, 400, 9).tolist() for _ in range(8)]
     return build_pack(plan_one_tree(requests_from_lists(sequences, [5] * 8))[0], 0)
+
+
+def test_shortages_by_what_is_said_of_them() -> None:
+    """Catches a run that ends where halves would do, because CUDA's libraries and torch's compilers have words of their own."""
+    for words in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        assert is_out_of_memory(RuntimeError(words))
+    try:
+        try:
+            run_out_on_a_gpu()
+        except RuntimeError as error:
+            raise RuntimeError("backend='inductor' raised") from error
+    except RuntimeError as wrapped:
+        assert is_out_of_memory(wrapped)
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(ValueError("CUDA error: out of memory"))
 
 
 @pytest.mark.parametrize("run_out", SHORTAGES, ids=["gpu", "cpu", "numpy"])

@@ -21,8 +21,8 @@ import torch
 import transformers
 from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
 
-from ddp_eval import attention, telemetry
-from ddp_eval.engines import hf
+from ddp_eval import attention, blocks, telemetry
+from ddp_eval.engines import checkpoint, hf, readout
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
 from ddp_eval.planning import check_packs, make_plan
@@ -36,7 +36,7 @@ Request = tuple[list[int], int]  # tokens, how many of the last are scored
 
 def load(path: Path, **model_args: Any) -> hf.HFEngine:
     args = {"pretrained": str(path), "dtype": "float32", **model_args}
-    return hf.load_engine(args, hf.load_config(args), CPU)
+    return hf.load_engine(args, checkpoint.load_config(args), CPU)
 
 
 def grow_tree(
@@ -189,9 +189,9 @@ def test_results_set_out_behind_their_own_forward(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     pack = build_pack(plan_packs(to_requests([([1, 2, 3], 2)]), ONE_PACK, 60)[0], 0)
-    launched = hf.send_back(pack, OnGpu([-1.0, -2.0]), OnGpu([True, True]))  # type: ignore[arg-type]
+    launched = readout.send_back(pack, OnGpu([-1.0, -2.0]), OnGpu([True, True]))  # type: ignore[arg-type]
     assert happened == [("copy", "cpu", True), ("copy", "cpu", True), ("record", "stream of cuda:0")]
-    sums, greedy = hf.sum_answers(launched)
+    sums, greedy = readout.sum_answers(launched)
     assert happened[3:] == ["synchronize"] and (sums.tolist(), greedy.tolist()) == ([-3.0], [True])
 
 
@@ -202,7 +202,7 @@ def test_hits_are_argmax() -> None:
     rows = np.sort(random.integers(0, 40, 300))
     columns = np.where(random.random(300) < 0.7, logits.argmax(-1).numpy()[rows], random.integers(0, 6, 300))
     items = random.permutation(np.resize(np.arange(60), 300))
-    hits = hf.find_hits(logits, torch.from_numpy(rows), torch.from_numpy(columns), items).numpy()
+    hits = readout.find_hits(logits, torch.from_numpy(rows), torch.from_numpy(columns), items).numpy()
     expected = logits.argmax(-1).numpy()[rows] == columns
     misses, expected_misses = (np.bincount(items, weights=~each) for each in (hits, expected))
     assert ((misses == 0) == (expected_misses == 0)).all() and 5 < (misses == 0).sum() < 55
@@ -385,10 +385,10 @@ def test_no_packing_gives_rows(tiny_model_path: Callable[[str], Path]) -> None:
 def test_a_callers_default_dtype_changes_nothing(default: torch.dtype) -> None:
     """Catches memory asked for in the dtype that a training script has set."""
     logits, rows, columns = torch.randn(5, 7), torch.arange(5), torch.tensor([1, 0, 6, 2, 3])
-    expected = hf.log_softmax_at(logits, rows, columns)
+    expected = readout.log_softmax_at(logits, rows, columns)
     torch.set_default_dtype(default)
     try:
-        found = hf.log_softmax_at(logits, rows, columns)
+        found = readout.log_softmax_at(logits, rows, columns)
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
@@ -436,15 +436,15 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
     """Catches a missing path that is looked up as a name on the hub."""
     path = str(tmp_path / "nothing")
     with refused(path, "does not exist"):
-        hf.load_config({"pretrained": path})
+        checkpoint.load_config({"pretrained": path})
     with refused(path, "does not exist"):
-        hf.load_tokenizer({"pretrained": path})
+        checkpoint.load_tokenizer({"pretrained": path})
 
 
 def test_unknown_hub_name_is_named() -> None:
     """Catches transformers' page of advice, or its traceback, for a mistyped name."""
     with refused("cannot load the model no-such-owner/no-such-model"):
-        hf.load_config({"pretrained": "no-such-owner/no-such-model"})
+        checkpoint.load_config({"pretrained": "no-such-owner/no-such-model"})
 
 
 def test_hub_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,14 +455,14 @@ def test_hub_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(
         "cannot load the model no-such-owner/no-such-model: couldn't reach http://127.0.0.1:9", "where there is a network"
     ):
-        hf.load_config({"pretrained": "no-such-owner/no-such-model"})
+        checkpoint.load_config({"pretrained": "no-such-owner/no-such-model"})
     assert time.monotonic() - started < 15
 
 
 def test_directory_without_config(tmp_path: Path) -> None:
     """Catches a traceback for a directory of something else."""
     with refused(str(tmp_path), "holds no model"):
-        hf.load_config({"pretrained": str(tmp_path)})
+        checkpoint.load_config({"pretrained": str(tmp_path)})
 
 
 def test_model_without_tokenizer(model_copy: Path) -> None:
@@ -470,14 +470,14 @@ def test_model_without_tokenizer(model_copy: Path) -> None:
     for file in model_copy.glob("tokenizer*"):
         file.unlink()
     with refused(str(model_copy), "tokenizer", "tokenizer=NAME"):
-        hf.load_tokenizer({"pretrained": str(model_copy)})
+        checkpoint.load_tokenizer({"pretrained": str(model_copy)})
 
 
 def test_tokenizer_from_elsewhere(model_copy: Path, tiny_model_path: Callable[[str], Path]) -> None:
     """Catches `tokenizer=` that is read nowhere."""
     for file in model_copy.glob("tokenizer*"):
         file.unlink()
-    tokenizer = hf.load_tokenizer({"pretrained": str(model_copy), "tokenizer": str(tiny_model_path("llama"))})
+    tokenizer = checkpoint.load_tokenizer({"pretrained": str(model_copy), "tokenizer": str(tiny_model_path("llama"))})
     assert tokenizer("the").input_ids == tiny_models.make_tokenizer()("the").input_ids
 
 
@@ -604,3 +604,59 @@ def test_last_layer_works_whole_where_positions_are_mixed_behind_it(monkeypatch:
     assert engine.splits_head and not engine.skips_unread
     engine.close()
     assert "forward" not in vars(engine.last_layer.feed_forward)
+
+
+def test_ways_that_round_otherwise_agree_and_others_do_not() -> None:
+    """Catches shortcuts given up in half precision for one step of rounding, and shortcuts taken that come to something else."""
+    logits = torch.randn((2, 5000), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        whole = logits.to(dtype)
+        neighbours = (whole.double() * (1 + torch.finfo(dtype).eps)).to(dtype)
+        assert (neighbours != whole).float().mean() > 0.9 and hf._agree(neighbours, whole, dtype), dtype
+        wrong = whole.clone()
+        wrong[0, 7] += 0.5
+        assert not hf._agree(wrong, whole, dtype), dtype
+    assert not hf._agree(logits[:1], logits, torch.float32)
+
+
+def test_short_memory_is_no_word_on_what_a_model_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches another plan, and so other packs than on other machines, because memory was short while the model was asked."""
+    engine = hf.HFEngine(tiny_models.make_model("llama"), CPU)
+
+    def run_out(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine.model, "forward", run_out)
+    with pytest.raises(UserError, match="cpu has no memory left beside the model for a forward of four tokens"):
+        _ = engine.splits_head
+    monkeypatch.undo()
+    assert engine.splits_head and engine.skips_unread
+
+
+def refuse(*args: Any) -> Any:
+    raise RuntimeError("Failed to find C compiler")
+
+
+def test_trees_by_the_models_own_attention_where_the_fastest_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches rows, several times slower, where packs need no more than another attention; and costs of the wrong one."""
+    model = tiny_models.make_model("llama")
+    requests, expected = grow_tree(model, seed=3)
+    monkeypatch.setattr(blocks, "with_keys", refuse)
+    engine = hf.HFEngine(model, CPU)
+    assert engine.tree_attention == blocks.NAME
+    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert why_rows is None and not plan.rows and engine.tree_attention == "sdpa" and engine.cost_model().dense
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+    assert "packs run with sdpa attention, not with ddp_eval_blocks" in caplog.text
+
+
+def test_attention_stays_where_no_other_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a model that cannot run packs at all, and is left with an attention that was only tried."""
+    engine = hf.HFEngine(tiny_models.make_model("llama"), CPU)
+    launch = engine.launch
+    monkeypatch.setattr(engine, "launch", lambda pack: launch(pack) if pack.rows else refuse())
+    decision = make_plan(engine, to_requests([([1, 2, 3], 1)]), packing=True, max_pack_tokens=None)
+    assert decision.plan.rows and "Failed to find C compiler" in str(decision.why_rows)
+    assert engine.tree_attention == blocks.NAME

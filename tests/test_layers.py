@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from ddp_eval import distributed
-from ddp_eval.engines import hf, layers
+from ddp_eval.engines import checkpoint, hf, layers
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
 
@@ -99,7 +99,7 @@ def run_engines(engines, plan):
 
 
 def load_stages(model_args, stages):
-    config = hf.load_config(model_args)
+    config = checkpoint.load_config(model_args)
     device = torch.device("cpu")
     worlds = [distributed.World(rank, rank, stages, device, ranks_per_replica=stages) for rank in range(stages)]
     return [layers.load_layers_engine(model_args, config, world) for world in worlds]
@@ -110,7 +110,7 @@ def test_stages_give_the_bits_of_the_whole(kind, tmp_path, monkeypatch):
     """Catches a scaled embedding or a position added twice, a norm or head left out, and a layer under another one's mask."""
     Wire(monkeypatch)
     model_args = save(kind, tmp_path)
-    whole = hf.load_engine(model_args, hf.load_config(model_args), torch.device("cpu"))
+    whole = hf.load_engine(model_args, checkpoint.load_config(model_args), torch.device("cpu"))
     for stages in (2, 3):
         engines = load_stages(model_args, stages)
         for rows in (False, True):
@@ -127,7 +127,7 @@ def test_stages_give_the_bits_of_the_whole(kind, tmp_path, monkeypatch):
 def test_a_stage_holds_its_weights_alone(kind, tmp_path):
     """Catches weights of other stages that stay in memory, layers that are on no stage, and costs reckoned from a part."""
     model_args = save(kind, tmp_path)
-    whole = hf.load_engine(model_args, hf.load_config(model_args), torch.device("cpu"))
+    whole = hf.load_engine(model_args, checkpoint.load_config(model_args), torch.device("cpu"))
     engines = load_stages(model_args, 3)
     names = [set(dict(engine.model.named_parameters())) for engine in engines]
     assert set.union(*names) == set(dict(whole.model.named_parameters()))

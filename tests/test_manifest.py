@@ -110,7 +110,8 @@ def test_key_of_a_copy(key, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "matters"), [("attention.py", True), ("engines/hf.py", True), ("report.py", False), ("plan.py", False)]
+    ("module", "matters"),
+    [("attention.py", True), ("engines/hf.py", True), ("engines/readout.py", True), ("report.py", False), ("plan.py", False)],
 )
 def test_key_of_other_code(module, matters, key, checkpoint, tmp_path, monkeypatch):
     """Catches packs of two versions of an engine mixed in one run, and hours lost because a report was mended."""

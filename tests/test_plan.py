@@ -15,7 +15,7 @@ import transformers
 from ddp_eval import choice, cli, distributed, plan, sizing
 from ddp_eval.choice import Ranks, consider, fewest_local_layers, recommend
 from ddp_eval.config import Config
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint, hf, readout
 from ddp_eval.errors import UserError
 from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout
 from ddp_eval.packing import build_pack, plan_packs, requests_from_lists
@@ -83,7 +83,7 @@ def whole_of(tmp_path_factory):
             directory = tmp_path_factory.mktemp("config")
             (directory / "config.json").write_text(json.dumps(CONFIGS[name]))
             model_args = {"pretrained": str(directory)}
-            made[name] = hf.whole_model(model_args, hf.load_config(model_args))
+            made[name] = checkpoint.whole_model(model_args, checkpoint.load_config(model_args))
         return made[name]
 
     return get
@@ -178,8 +178,8 @@ def test_a_pack_by_hand(whole_of, tmp_path):
     )
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-3.1-8b"]))
     asked = {"pretrained": str(tmp_path), "attn_implementation": "eager"}
-    assert measure_model(hf.whole_model(asked, hf.load_config(asked)), GPU).largest_pack == 4096, "eager as asked"
-    assert measure_model(hf.whole_model(asked, hf.load_config(asked)), CPU).largest_pack == 2048
+    assert measure_model(checkpoint.whole_model(asked, checkpoint.load_config(asked)), GPU).largest_pack == 4096, "eager as asked"
+    assert measure_model(checkpoint.whole_model(asked, checkpoint.load_config(asked)), CPU).largest_pack == 2048
 
 
 MEASURED = """
@@ -366,8 +366,8 @@ def test_the_work_can_be_counted(capsys, tiny_model_path):
 def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     """Catches a run that loads copies where only a part fits, and a choice that costs a run on one rank anything."""
     model_args = {"pretrained": str(tiny_model_path("gpt2"))}
-    model_config = hf.load_config(model_args)
-    weights = measure_model(hf.whole_model(model_args, model_config), CPU).weights
+    model_config = checkpoint.load_config(model_args)
+    weights = measure_model(checkpoint.whole_model(model_args, model_config), CPU).weights
     world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
 
     def chosen(memory, layout="auto", world=world, earlier=None):
@@ -389,7 +389,7 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     assert chosen(8 * weights, "measure", earlier="layers:2")[0] == Layout(LAYERS, 2)
     assert chosen(8 * weights, "replicas", earlier="layers:2")[0] == WHOLE_COPIES
     assert chosen(8 * weights, earlier="layers:3")[0] == WHOLE_COPIES, "two ranks are no three"
-    monkeypatch.setattr(hf, "whole_model", None)
+    monkeypatch.setattr(checkpoint, "whole_model", None)
     assert chosen(0, world=distributed.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
 
 
@@ -406,7 +406,7 @@ def test_every_kind_of_model_can_be_sized(kind, tiny_model):
 def test_quantised_weights_are_left_alone(tiny_model_path):
     """Catches a 4-bit model reckoned with at full width, or cut into stages that nobody has tried."""
     model_args = {"pretrained": str(tiny_model_path("llama"))}
-    model_config = hf.load_config(model_args)
+    model_config = checkpoint.load_config(model_args)
     model_config.quantization_config = {"quant_method": "gptq", "bits": 4}
     world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
     assert choice.choose_layout(Config(model_args=model_args), model_config, world)[0] == WHOLE_COPIES
@@ -418,7 +418,7 @@ def test_quantised_weights_are_left_alone(tiny_model_path):
 
 
 def rank_bytes_of(model_args, model_config, layout):
-    whole = hf.whole_model(model_args, model_config)
+    whole = checkpoint.whole_model(model_args, model_config)
     return sizing.rank_bytes(measure_model(whole, CPU), layout, sizing.stage_spans(whole, layout), 16)
 
 
@@ -426,7 +426,7 @@ def test_room_for_logits_is_what_the_head_takes(tiny_model, monkeypatch):
     """Catches a plan that reckons with fewer reads at a time than the engine computes."""
     model = tiny_model("llama")
     sizes = measure_model(model, CPU)
-    monkeypatch.setattr(hf, "LOGITS_AT_ONCE", 70 * sizes.vocab)
+    monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 70 * sizes.vocab)
     engine = hf.HFEngine(model, torch.device("cpu"))
     computed, head = [], engine._head
     packs, _ = plan_packs(requests_from_lists([[index % 50 for index in range(151)]], [150]), engine.cost_model(), 1000)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_evaluate import answers_of, assert_same_outcome, write_asking_task, write_task
 from tiny_models import evaluate_with_lm_eval
 
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint
 from ddp_eval.engines.seq2seq import Seq2SeqEngine
 from ddp_eval.errors import UserError
 from ddp_eval.packing import build_pack, halve, requests_from_lists
@@ -202,9 +202,9 @@ def test_texts_are_those_of_lm_eval(settings: dict[str, Any], model_of: Callable
 def test_which_models_are_encoder_decoders() -> None:
     """Catches lm_eval's `backend=` lost, and a decoder taken out of an encoder-decoder treated as one."""
     t5, llama = transformers.T5Config(), transformers.LlamaConfig()
-    assert hf.is_seq2seq({}, t5) and not hf.is_seq2seq({}, llama)
-    assert hf.is_seq2seq({"backend": "seq2seq"}, llama) and not hf.is_seq2seq({"backend": "causal"}, t5)
-    assert not hf.is_seq2seq({}, transformers.BartConfig(is_encoder_decoder=False))
+    assert checkpoint.is_seq2seq({}, t5) and not checkpoint.is_seq2seq({}, llama)
+    assert checkpoint.is_seq2seq({"backend": "seq2seq"}, llama) and not checkpoint.is_seq2seq({"backend": "causal"}, t5)
+    assert not checkpoint.is_seq2seq({}, transformers.BartConfig(is_encoder_decoder=False))
 
 
 def test_what_serves_no_encoder_decoder() -> None:

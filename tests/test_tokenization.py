@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ddp_eval import tokenization
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint
 from ddp_eval.tokenization import Encoded, Encoder, rolling_windows
 
 PAIRS = [
@@ -186,7 +186,7 @@ def test_loaded_tokenizer(kind: str, add_bos_token: bool | None, tmp_path: Path,
     """Catches options of lm_eval's that do not reach the tokenizer as it is loaded."""
     make_tokenizer(kind).save_pretrained(tmp_path)
     args = {"pretrained": "unused", "tokenizer": str(tmp_path), "add_bos_token": add_bos_token}
-    encoder = Encoder(hf.load_tokenizer(args), 10**6, add_bos_token)
+    encoder = Encoder(checkpoint.load_tokenizer(args), 10**6, add_bos_token)
     expected = encode_with_lm_eval("loglikelihood", PAIRS, str(tmp_path), tiny_model("llama"), add_bos_token=add_bos_token)
     tokens = [(context or [encoder.prefix_token_id]) + continuation for context, continuation in expected if continuation]
     assert [row[1] for row in rows_of(encoder.encode_pairs(PAIRS))] == tokens

@@ -17,7 +17,7 @@ from ddp_eval.asking import Asked
 from ddp_eval.choice import choose_layout
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf, vllm
+from ddp_eval.engines import checkpoint, vllm
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
 from ddp_eval.text_planning import plan_texts
@@ -288,7 +288,7 @@ def test_lm_evals_own_arguments_do_not_reach_vllm(monkeypatch, tiny_model_path):
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
     monkeypatch.setattr(vllm, "check_installed", lambda: None)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    model_config = hf.load_config({"pretrained": model_args["pretrained"]})
+    model_config = checkpoint.load_config({"pretrained": model_args["pretrained"]})
     world = World(0, 0, 1, torch.device("cpu"))
     vllm.load_vllm_engine(model_args, model_config, world)
     assert given.pop("model") == model_args["pretrained"]

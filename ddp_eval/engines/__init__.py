@@ -21,6 +21,7 @@ class Engine(Protocol):
     on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN.
     takes_pairs: an encoder-decoder, whose packs are those of pairing.py.
     why_not_packs: why only rows must be run, or None.
+    tree_attention, plain_attention: the attention implementations of trees, and of all else; empty where there is none to choose.
     keeps_apart: each request of a pack has a row of its own, so that no NaN of others can reach it, and no padding.
     isolates_requests: a request's numbers depend on how long the others in its forward are.
     largest_tree: the most tokens of a pack in which the model goes by the positions that it is given; None: any number.
@@ -38,6 +39,8 @@ class Engine(Protocol):
     keeps_apart: bool
     on_trial: bool
     why_not_packs: str | None
+    tree_attention: str
+    plain_attention: str
 
     @property
     def why_not_batches(self) -> str | None: ...

@@ -1,19 +1,15 @@
-"""Run packs through a transformers model: load a replica, mask, forward, read off log-probabilities.
+"""Run packs through a transformers model: mask, forward, head (checkpoint.py loads it, readout.py reads off its logits).
 
-Letters: L pack length, B rows, R reads, V vocabulary, A answers (scored tokens).
+Letters: L pack length, B rows, R reads, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dataclasses
 import functools
 import inspect
 import itertools
 import math
-import os
-import re
 import unittest.mock
 from collections.abc import Iterator
 from typing import Any
@@ -22,53 +18,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval import attention, blocks, hub
+from ddp_eval import attention, blocks
 from ddp_eval.distributed import World
-from ddp_eval.engines import adapters, lone, products, quantised, rotary
+from ddp_eval.engines import checkpoint, lone, products, readout, rotary
 from ddp_eval.engines.last_layer import LastLayer
-from ddp_eval.errors import UserError, is_out_of_memory, one_line
+from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.generation import Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack, pad_tail
 
-# model_args that this engine reads itself; the rest goes to `from_pretrained`.
-_OWN_ARGS = (
-    "pretrained",
-    "tokenizer",
-    "max_length",
-    "add_bos_token",
-    "prefix_token_id",
-    "use_fast_tokenizer",
-    "chat_template_args",
-    "enable_thinking",
-    "think_end_token",
-    "device",
-    "peft",
-    "backend",
-)
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
-_LOADER_ARGS = ("dtype", "attn_implementation")  # for from_pretrained, not fields of the config
-_SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
-
 
 # flex_attention works on tiles of this many tokens; equal lengths also spare its compiler.
 FLEX_STEP = 128
-LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
 # Of eager attention, for each head and each pair of tokens of a pack: scores, and their softmax in float32 on its way back.
 SCORE_BYTES = 8
 _MOST_SCORE_BYTES = {"cuda": 2**32, "cpu": 2**30}  # in one layer
-
-
-@dataclasses.dataclass
-class Launched:
-    """A forward pass under way: its pack and (A,) log-probabilities and hits, which are here once `arrived` has come.
-
-    hits: (A,) whether each was the argmax; behind an item's first miss they may all be False.
-    """
-
-    pack: Pack
-    logprobs: torch.Tensor
-    hits: torch.Tensor
-    arrived: torch.cuda.Event | None = None
 
 
 class HFEngine:
@@ -210,22 +174,27 @@ class HFEngine:
         tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
         columns = torch.tensor([1, 3], device=self.device)
         body = self.model.base_model
-        try:
-            with self._inference():
-                self._attend_with(self.plain_attention)
-                whole = self.model(input_ids=tokens, use_cache=False).logits[0, columns].float()
-                splits = False
-                if body is not self.model and self.model.get_output_embeddings() is not None:
-                    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
-                        hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[0, columns]
-                        splits = _agree(self._head(hidden), whole)
-                skips = False
-                if self.last_layer.index is not None:
-                    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError), self.last_layer.only(columns):
-                        skips = _agree(self.model(input_ids=tokens, use_cache=False).logits[0, columns], whole)
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            return False, False
+        splits = skips = False
+        with self._unless_unable(), self._inference():
+            self._attend_with(self.plain_attention)
+            whole = self.model(input_ids=tokens, use_cache=False).logits[0, columns]
+            if body is not self.model and self.model.get_output_embeddings() is not None:
+                with self._unless_unable():
+                    hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[0, columns]
+                    splits = _agree(self._head(hidden), whole, self.dtype)
+            if self.last_layer.index is not None:
+                with self._unless_unable(), self.last_layer.only(columns):
+                    skips = _agree(self.model(input_ids=tokens, use_cache=False).logits[0, columns], whole, self.dtype)
         return splits, skips
+
+    @contextlib.contextmanager
+    def _unless_unable(self) -> Iterator[None]:
+        """Let go what a model raises that cannot do a thing. Short memory says nothing of that: it raises UserError."""
+        try:
+            yield
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise UserError(f"{self.device} has no memory left beside the model for a forward of four tokens") from None
 
     def cost_model(self) -> CostModel:
         """Floating-point operations of a forward, from the model's shape alone."""
@@ -262,7 +231,7 @@ class HFEngine:
             return int((pack.depth == 0).sum()), int(pack.depth.max()) + 1
         return 1, pad_lengths(self._attention_for(pack), len(pack))
 
-    def launch(self, pack: Pack) -> Launched:
+    def launch(self, pack: Pack) -> readout.Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
         splits_head = self.splits_head
         with self._inference():
@@ -330,9 +299,9 @@ class HFEngine:
             self._forget_lengths()
             yield
 
-    def collect(self, launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def collect(self, launched: readout.Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
-        return sum_answers(launched)
+        return readout.sum_answers(launched)
 
     def _forward_tree(self, pack: Pack) -> torch.Tensor:
         """(R, H) hidden states (or (R, V) logits) at the reads of a prefix tree in one line."""
@@ -396,12 +365,12 @@ class HFEngine:
             logits: torch.Tensor = self.model(input_ids=nothing, use_cache=False).logits[0]
         return logits
 
-    def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> Launched:
+    def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> readout.Launched:
         """Log-probabilities in float32, block by block of reads: never all logits at once, nor a second copy of them.
 
         values: (R, H) hidden states, or (R, V) logits with `hidden` false.
         """
-        step = head_rows(self.vocab_size)
+        step = readout.head_rows(self.vocab_size)
         order = np.argsort(pack.answer_reads, kind="stable")
         reads, targets, items = pack.answer_reads[order], pack.answer_targets[order], pack.answer_items[order]
         edges = np.searchsorted(reads, np.arange(0, len(values) + step, step))
@@ -410,26 +379,16 @@ class HFEngine:
             rows = values[first : first + step]
             logits = self._head(rows) if hidden else rows
             wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
-            logprobs.append(log_softmax_at(logits, *wanted))
-            hits.append(find_hits(logits, *wanted, items[start:stop]))
+            logprobs.append(readout.log_softmax_at(logits, *wanted))
+            hits.append(readout.find_hits(logits, *wanted, items[start:stop]))
         back = self._to_device(np.argsort(order, kind="stable"))
-        return send_back(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
+        return readout.send_back(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array.astype(np.int64, copy=False))
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()  # from other memory a copy waits for what the device is at
         return tensor.to(self.device, non_blocking=True)
-
-
-def send_back(pack: Pack, logprobs: torch.Tensor, hits: torch.Tensor) -> Launched:
-    """Have the results set out behind their own forward: fetched later, they would wait for the next pack's too."""
-    ahead = logprobs.device.type == "cuda"
-    launched = Launched(pack, logprobs.to("cpu", non_blocking=ahead), hits.to("cpu", non_blocking=ahead))
-    if ahead:
-        launched.arrived = torch.cuda.Event()
-        launched.arrived.record(torch.cuda.current_stream(logprobs.device))
-    return launched
 
 
 @contextlib.contextmanager
@@ -455,24 +414,17 @@ def without_halves(world: World, pack: Pack) -> Iterator[None]:
         ) from None
 
 
-def _agree(parts: torch.Tensor, whole: torch.Tensor) -> bool:
-    """Whether two ways came to the same logits. Broken weights give NaN both ways; they are reported where they end up."""
+def _agree(parts: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways came to the same logits. Broken weights give NaN both ways; they are reported where they end up.
+
+    dtype: the model's. Products of other shapes may run by other kernels, whose results are a few of its steps apart.
+    """
     if parts.shape != whole.shape:
         return False
+    allowed = min(max(1e-3, 4 * torch.finfo(dtype).eps), 2**-5)
+    parts, whole = parts.float(), whole.float()
     largest = float(whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
-    return torch.allclose(parts.float(), whole, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
-
-
-def sum_answers(launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """(items,) log-probabilities in nats, added up in float64, and (items,) whether every scored token was the argmax."""
-    if launched.arrived is not None:
-        launched.arrived.synchronize()
-    logprobs = launched.logprobs.numpy().astype(np.float64)
-    hits = launched.hits.numpy()
-    owner, count = launched.pack.answer_items, len(launched.pack.items)
-    sums = np.bincount(owner, weights=logprobs, minlength=count).astype(np.float64)
-    misses = np.bincount(owner, weights=~hits, minlength=count)
-    return sums, np.equal(misses, 0)
+    return torch.allclose(parts, whole, rtol=allowed, atol=allowed * largest, equal_nan=True)
 
 
 def pad_lengths(implementation: str | None, lengths: products.Count) -> products.Count:
@@ -480,59 +432,6 @@ def pad_lengths(implementation: str | None, lengths: products.Count) -> products
     if implementation == "flex_attention":
         return -(-lengths // FLEX_STEP) * FLEX_STEP
     return products.to_grid(lengths) if implementation == blocks.NAME else lengths
-
-
-def head_rows(vocabulary: int) -> int:
-    """Of how many reads the head computes logits at a time."""
-    most = max(64, min(2048, LOGITS_AT_ONCE // max(1, vocabulary)))
-    return most if most < products.FINE else most - most % products.FINE
-
-
-def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """log_softmax(logits)[rows, columns] in float32. rows: ascending."""
-    if logits.device.type != "cpu":
-        return logits.log_softmax(dim=-1, dtype=torch.float32)[rows, columns]
-    # A few rows at a time stay in the processor's cache, in memory that need not be asked for again.
-    step = max(1, 2**20 // logits.shape[1])
-    shape = min(step, len(logits)), logits.shape[1]
-    exact, results = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
-    edges = torch.searchsorted(rows, torch.arange(0, len(logits) + step, step)).tolist()
-    picked = []
-    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
-        block = logits[number * step : (number + 1) * step]
-        source = block if block.dtype == torch.float32 else exact[: len(block)].copy_(block)
-        result = torch.log_softmax(source, dim=-1, out=results[: len(block)])
-        picked.append(result[rows[start:stop] - number * step, columns[start:stop]])
-    return torch.cat(picked)
-
-
-def find_hits(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, items: npt.NDArray[Any]) -> torch.Tensor:
-    """Whether each logits[row, column] is what argmax picks in its row: of equals, the first.
-
-    items: (len(rows),) whose answers these are. Of an item whose first is a miss the rest is not looked at, and False.
-    """
-    if logits.device.type != "cpu":
-        return logits.argmax(dim=-1)[rows] == columns
-    hits = torch.zeros(len(rows), dtype=torch.bool)
-    firsts, item = np.unique(items, return_index=True, return_inverse=True)[1:]
-    first = torch.from_numpy(firsts)
-    hits[first] = is_argmax(logits, rows[first], columns[first])
-    others = hits[first][torch.from_numpy(item)]
-    others[first] = False
-    hits[others] = is_argmax(logits, rows[others], columns[others])
-    return hits
-
-
-def is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Whether each logits[row, column] is what argmax picks in its row: of equals, the first. For CPUs."""
-    # argmax takes 20 times as long as amax on a CPU: it decides only where there may be several.
-    few = 2 * len(rows) < len(logits)
-    largest = logits[rows].amax(dim=-1) if few else logits.amax(dim=-1)[rows]
-    hits = logits[rows, columns] == largest
-    contested = rows[hits].unique()
-    picked = torch.full((len(logits),), -1)
-    picked[contested] = logits[contested].max(dim=-1).indices
-    return hits & (picked[rows] == columns)
 
 
 def largest_pack(config: Any, tree_attention: str, device: torch.device) -> int:
@@ -575,166 +474,11 @@ def choose_attention(model: Any, plain: str, device: torch.device) -> str:
     return taken
 
 
-def resolve_pretrained(model_args: dict[str, Any]) -> str:
-    """The path or hub name to load; "demo" is the small model in this package."""
-    from ddp_eval import demo
-
-    name = str(model_args["pretrained"])
-    if name == "demo":
-        return demo.MODEL_PATH
-    looks_local = name.startswith(("/", "./", "../", "~")) or name.endswith("/") or name.count("/") > 1
-    if looks_local and not os.path.isdir(os.path.expanduser(name)):
-        raise UserError(f"the model directory {name} does not exist")
-    return os.path.expanduser(name) if name.startswith("~") else name
-
-
-def load_config(model_args: dict[str, Any]) -> Any:
-    """The model's transformers config. Raises UserError when there is none."""
-    import transformers
-
-    name = resolve_pretrained(model_args)
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, model_args.get("subfolder") or "", "config.json")):
-        raise UserError(f"the directory {name} holds no model: config.json is missing")
-    with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
-        own = (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)
-        overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}
-        if not os.path.isdir(name):
-            file = os.path.join(model_args.get("subfolder") or "", "config.json")
-            hub.check_reach(name, file, model_args.get("revision"), model_args.get("cache_dir"))
-        config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
-    adapters.check_adapter(model_args)
-    return config
-
-
-def is_seq2seq(model_args: dict[str, Any], config: Any) -> bool:
-    """Whether the model runs as an encoder-decoder, by lm_eval's rule: `backend=`, else the kind of its config."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-
-    backend = model_args.get("backend", "default")
-    if backend != "default":
-        return bool(backend == "seq2seq")
-    known = getattr(config, "model_type", None) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    return known and getattr(config, "is_encoder_decoder", True)  # the decoder of such a model alone is causal
-
-
-def load_tokenizer(model_args: dict[str, Any]) -> Any:
-    """The tokenizer named by `tokenizer=`, else the model's own. Raises UserError when there is none."""
-    import transformers
-
-    name = str(model_args.get("tokenizer") or resolve_pretrained(model_args))
-    options = {**_shared(model_args), "use_fast": model_args.get("use_fast_tokenizer", True)}
-    if model_args.get("add_bos_token") is not None:
-        options["add_bos_token"] = model_args["add_bos_token"]
-    with _as_user_error(f"cannot load a tokenizer from {name} (another can be given as tokenizer=NAME in --model_args)"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-    if not len(tokenizer):
-        raise UserError(
-            f"the tokenizer in {name} has no vocabulary: are its files missing? Another can be given as tokenizer=NAME"
-        )
-    return tokenizer
-
-
 def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -> HFEngine:
     """Load a replica's weights onto `device`. Raises UserError for unusable files, arguments or too little memory."""
-    return HFEngine(load_weights(model_args, config, device), device, keep_attention="attn_implementation" in model_args)
-
-
-def whole_model(model_args: dict[str, Any], config: Any) -> Any:
-    """The model with shapes and no weights: on the meta device, in the dtype that it would be loaded in."""
-    import transformers
-
-    dtype = _dtype(model_args.get("dtype", "auto"))
-    if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or torch.float32
-    options: dict[str, Any] = {"trust_remote_code": True} if model_args.get("trust_remote_code") else {}
-    if model_args.get("attn_implementation") in attention.IMPLEMENTATIONS:  # others may not be installed here
-        options["attn_implementation"] = model_args["attn_implementation"]
-    with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-
-
-def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, **options: Any) -> Any:
-    """A model in evaluation mode on `device`.
-
-    source: the class whose `from_pretrained` loads it; AutoModelForCausalLM if not given. options: for `from_pretrained`.
-    """
-    import transformers
-
-    if device.type == "cpu":
-        keep_freed_memory()
-    name = resolve_pretrained(model_args)
-    # What names a field of the config is in it already.
-    own = (*_OWN_ARGS, *_SHARED_ARGS, "dtype")
-    extra = {
-        key: value
-        for key, value in model_args.items()
-        if key not in own and not quantised.is_own(key) and (key in _LOADER_ARGS or not hasattr(config, key))
-    }
-    extra.update(quantised.loading_options(model_args))
-    if quantised.is_quantised(model_args, config):
-        extra["device_map"] = {"": str(device)}
-    with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
-        loaded: Any = (source or transformers.AutoModelForCausalLM).from_pretrained(
-            name,
-            config=config,
-            dtype=_dtype(model_args.get("dtype", "auto")),
-            output_loading_info=True,
-            **_shared(model_args),
-            **extra,
-            **options,
-        )
-    model, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise UserError(
-            f"the checkpoint {name} lacks {len(missing)} of the model's weights, such as {missing[0]}: they would be random"
-        )
-    if model_args.get("peft"):
-        model = adapters.apply_adapter(model, load_tokenizer(model_args), model_args)
-    try:
-        return (model if "device_map" in extra else model.to(device)).eval()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"the model {name} does not fit into the memory of {device}") from None
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what tensors give back instead of returning it to the kernel.
-
-    Otherwise each large tensor of each forward is mapped anew and zeroed page by page: 10% of a run of a small model.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
-def _shared(model_args: dict[str, Any]) -> dict[str, Any]:
-    return {key: model_args[key] for key in _SHARED_ARGS if key in model_args}
-
-
-def _dtype(name: Any) -> Any:
-    """A torch dtype by its name; "auto" is the checkpoint's own."""
-    if name == "auto" or isinstance(name, torch.dtype):
-        return name
-    found = getattr(torch, str(name), None)
-    if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise UserError(f"dtype in --model_args must be auto, float32, bfloat16 or float16, got {name}")
-    return found
-
-
-@contextlib.contextmanager
-def _as_user_error(what: str) -> Any:
-    """Turn what transformers raises over unusable names, files and arguments into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown:
-            raise UserError(f"{what}: it takes no model_args {unknown[1]}") from error
-        first = one_line(error, 1000).split(". ")[0].removesuffix(".")
-        raise UserError(f"{what}: {one_line(first)}{hub.advice(error)}") from error
+    return HFEngine(
+        checkpoint.load_weights(model_args, config, device), device, keep_attention="attn_implementation" in model_args
+    )
 
 
 def flops_of_pair_and_read(config: Any) -> tuple[float, float]:

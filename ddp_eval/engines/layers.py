@@ -28,7 +28,7 @@ import torch
 
 from ddp_eval import distributed
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint, hf, readout
 from ddp_eval.errors import UserError
 from ddp_eval.layout import split_layers
 from ddp_eval.packing import Pack
@@ -174,9 +174,9 @@ def _holds_weights_of(stage: Stage, file: str) -> bool:
 
 def load_layers_engine(model_args: dict[str, Any], config: Any, world: World) -> LayersEngine:
     """Load this rank's stage onto its device. Raises UserError for what cannot be split or loaded."""
-    whole = hf.whole_model(model_args, config)
+    whole = checkpoint.whole_model(model_args, config)
     stage = plan_stages(whole, world.ranks_per_replica)[world.place]
-    model = hf.load_weights(model_args, config, world.device, stage_class(type(whole), stage))
+    model = checkpoint.load_weights(model_args, config, world.device, stage_class(type(whole), stage))
     return LayersEngine(model, world, stage, whole, keep_attention="attn_implementation" in model_args)
 
 
@@ -249,7 +249,7 @@ class LayersEngine(hf.HFEngine):
         while len(self._sent) > MOST_IN_FLIGHT:
             self._sent.popleft().wait()
 
-    def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> hf.Launched:
+    def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> readout.Launched:
         if self.stage.is_last:
             return super()._read_off(values, hidden, pack)
-        return hf.Launched(pack, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+        return readout.Launched(pack, torch.zeros(0), torch.zeros(0, dtype=torch.bool))

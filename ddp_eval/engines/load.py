@@ -10,7 +10,7 @@ import torch
 from ddp_eval import layout
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import Engine, hf
+from ddp_eval.engines import Engine, checkpoint, hf
 from ddp_eval.layout import Layout
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def load_replica(config: Config, model_config: Any, world: World, chosen: Layout
         from ddp_eval.engines import broadcast
 
         return broadcast.load_engine(model_args, model_config, world)
-    if hf.is_seq2seq(model_args, model_config):
+    if checkpoint.is_seq2seq(model_args, model_config):
         from ddp_eval.engines import seq2seq
 
         return seq2seq.load_engine(model_args, model_config, world.device)
@@ -50,7 +50,7 @@ def load_replica(config: Config, model_config: Any, world: World, chosen: Layout
 
 def wrap_model(model: Any, device: torch.device) -> hf.HFEngine | Seq2SeqEngine:
     """The engine of a whole model that is loaded already. To be closed, which gives the model back as it came."""
-    if hf.is_seq2seq({}, model.config):
+    if checkpoint.is_seq2seq({}, model.config):
         from ddp_eval.engines.seq2seq import Seq2SeqEngine
 
         return Seq2SeqEngine(model, device)

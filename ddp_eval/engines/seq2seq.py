@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines import hf, lone, products
-from ddp_eval.engines.hf import Launched
+from ddp_eval.engines import checkpoint, hf, lone, products, readout
+from ddp_eval.engines.readout import Launched
 from ddp_eval.generation import LEAST_BATCH, Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
 from ddp_eval.pairing import contexts_of
@@ -30,7 +30,7 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
     """Load a replica's weights onto `device`. Raises UserError for unusable files, arguments or too little memory."""
     import transformers
 
-    return Seq2SeqEngine(hf.load_weights(model_args, config, device, transformers.AutoModelForSeq2SeqLM), device)
+    return Seq2SeqEngine(checkpoint.load_weights(model_args, config, device, transformers.AutoModelForSeq2SeqLM), device)
 
 
 class Seq2SeqEngine:
@@ -41,6 +41,7 @@ class Seq2SeqEngine:
     keeps_apart = True
     on_trial = False
     why_not_packs: str | None = None
+    tree_attention = plain_attention = ""
     why_not_batches = "an encoder-decoder"
     isolates_requests = False
     largest_tree: int | None = None
@@ -129,12 +130,15 @@ class Seq2SeqEngine:
         """logits: (A, V), in the order of the pack's answers."""
         rows = torch.arange(len(logits), device=self.device)
         targets = torch.from_numpy(pack.answer_targets).to(self.device)
-        logprobs, hits = hf.log_softmax_at(logits, rows, targets), hf.find_hits(logits, rows, targets, pack.answer_items)
-        return hf.send_back(pack, logprobs, hits)
+        logprobs, hits = (
+            readout.log_softmax_at(logits, rows, targets),
+            readout.find_hits(logits, rows, targets, pack.answer_items),
+        )
+        return readout.send_back(pack, logprobs, hits)
 
     def collect(self, launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
-        return hf.sum_answers(launched)
+        return readout.sum_answers(launched)
 
     @property
     def most_new_tokens(self) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint, hf, readout
 from ddp_eval.errors import UserError
 from ddp_eval.packing import Pack
 
@@ -51,10 +51,10 @@ def load_tensor_engine(model_args: dict[str, Any], config: Any, world: World) ->
     """Load this rank's share onto its device. Collective. Raises UserError for what cannot be split or loaded."""
     from transformers.distributed import DistributedConfig
 
-    whole = hf.whole_model(model_args, config)
+    whole = checkpoint.whole_model(model_args, config)
     check_model(whole, world.ranks_per_replica)
     split = DistributedConfig(tp_size=world.ranks_per_replica, dp_replicate_size=world.replicas)
-    model = hf.load_weights(model_args, config, world.device, copies_apart(type(whole)), distributed_config=split)
+    model = checkpoint.load_weights(model_args, config, world.device, copies_apart(type(whole)), distributed_config=split)
     return TensorEngine(model, world, whole, keep_attention="attn_implementation" in model_args)
 
 
@@ -92,7 +92,7 @@ class TensorEngine(hf.HFEngine):
         """As of one rank, and over how many the sums are spread: that decides their last bits."""
         return {**super().describe(), "tensor_ranks": self.world.ranks_per_replica}
 
-    def launch(self, pack: Pack) -> hf.Launched:
+    def launch(self, pack: Pack) -> readout.Launched:
         """As of a model on one rank; in a trial, NaN where the forward fails (it does on all ranks alike)."""
         try:
             with hf.without_halves(self.world, pack):
@@ -101,4 +101,4 @@ class TensorEngine(hf.HFEngine):
             if not self.on_trial:
                 raise
             answers = len(pack.answer_reads)
-            return hf.Launched(pack, torch.full((answers,), torch.nan), torch.zeros(answers, dtype=torch.bool))
+            return readout.Launched(pack, torch.full((answers,), torch.nan), torch.zeros(answers, dtype=torch.bool))

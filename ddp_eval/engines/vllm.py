@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint, hf
 from ddp_eval.errors import UserError
 from ddp_eval.generation import NO_TOKEN, Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
@@ -164,13 +164,13 @@ def load_vllm_engine(model_args: dict[str, Any], config: Any, world: World) -> V
     options.setdefault("max_logprobs", MOST_TARGETS)
     if world.world_size > 1:
         options["distributed_executor_backend"] = "external_launcher"
-    name = hf.resolve_pretrained(model_args)
+    name = checkpoint.resolve_pretrained(model_args)
     try:
         llm = vllm.LLM(model=name, skip_tokenizer_init=True, disable_log_stats=True, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"vLLM cannot start with the model {name}: {reason}") from error
-    return VllmEngine(llm, world, config, hf.whole_model(model_args, config))
+    return VllmEngine(llm, world, config, checkpoint.whole_model(model_args, config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +186,7 @@ class VllmEngine:
     takes_pairs = False
     keeps_apart = True
     why_not_packs: str | None = None
+    tree_attention = plain_attention = ""
     why_not_batches: str | None = None
     most_new_tokens: int | None = None  # of a checkpoint, vLLM's server obeys it and LLM.generate does not
     isolates_requests = False

@@ -9,6 +9,8 @@ forward_little_memory  from its second pack on, what has over 300 tokens does no
 forward_stuck      it writes its process id to FAULT_FILE and stops in its second pack
 killed_after       SIGKILL when its first batch of texts is in its journal; it writes its process id to FAULT_FILE before
 journal_full       the disk has no room for its second pack
+
+no_compiler happens to every rank: the attention that is fastest for trees cannot run
 """
 
 import errno
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 from quick_main import main
 
-from ddp_eval import journal, runner
+from ddp_eval import blocks, journal, runner
 from ddp_eval.engines import hf
 from ddp_eval.errors import UserError
 
@@ -99,6 +101,10 @@ def fill_disk():
     journal.Journal.append = append_or_fail
 
 
+def refuse_to_compile(*args, **kwargs):
+    raise RuntimeError("Failed to find C compiler")
+
+
 def load_slowly(*args, **kwargs):
     time.sleep(600)
 
@@ -106,7 +112,9 @@ def load_slowly(*args, **kwargs):
 if __name__ == "__main__":
     if os.environ["FAULT"] == "load_user_error_early":
         hf.load_engine = load_slowly
-    if os.environ["RANK"] == os.environ["FAULT_RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if os.environ["FAULT"] == "no_compiler":
+        blocks.with_keys = refuse_to_compile
+    elif os.environ["RANK"] == os.environ["FAULT_RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         if os.environ["FAULT"] == "journal_full":
             fill_disk()
         elif os.environ["FAULT"] == "killed_after":

@@ -137,6 +137,31 @@ def test_packs_that_one_rank_runs_in_pieces(tmp_path):
     assert f"{len(halved)} packs did not fit the memory" in finished.stderr
 
 
+@pytest.mark.parametrize(
+    "layout",
+    ["replicas", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layers:2", "tensor:2", "measure"))],
+)
+def test_trees_where_the_fastest_attention_fails(layout, tmp_path):
+    """Catches packs given up where the model's own attention serves them, and ranks that do not hear which one is taken."""
+    flags = ("--model_args", "pretrained=demo", "--tasks", "demo_hellaswag", "--limit", "20", "--max_pack_tokens", "1500")
+    runs = {"whole": (1, "none", "replicas"), "one": (1, "no_compiler", "replicas"), "two": (2, "no_compiler", layout)}
+    scores, manifests = {}, {}
+    for name, (ranks, fault, chosen) in runs.items():
+        out = tmp_path / name
+        more = ("--output_path", out, "--layout", chosen)
+        finished = launch(ranks, *flags, *more, program=FAULTY, FAULT=fault, FAULT_RANK="0")
+        assert finished.returncode == 0, str(finished)
+        scores[name] = pyarrow.parquet.read_table(out / "scores.parquet").to_pydict()
+        manifests[name] = json.loads((out / "manifest.json").read_text())
+    said = "packs run with sdpa attention, not with ddp_eval_blocks, the fastest here: it fails on packs"
+    assert said in finished.stderr, str(finished)
+    for name in ("one", "two"):
+        assert manifests[name]["layout_of_requests"] == "packs" and manifests[name]["engine"]["attention"] == "sdpa"
+        assert scores[name]["loglikelihood"] == pytest.approx(scores["whole"]["loglikelihood"], abs=1e-4)
+    if layout != "tensor:2" and layout != "measure":
+        assert scores["two"] == scores["one"], "the same bits"
+
+
 def check_sentence(finished, text):
     assert finished.returncode == 1, str(finished)
     (sentence,) = finished.sentences()

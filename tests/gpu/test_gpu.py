@@ -9,7 +9,7 @@ import torch
 from ddp_eval import demo, execution, packing, preflight
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.engines import checkpoint, hf
 from ddp_eval.planning import check_packs
 from ddp_eval.protocol import Work
 
@@ -37,7 +37,7 @@ def requests() -> packing.Requests:
 
 def load(dtype: str, **model_args: object) -> hf.HFEngine:
     args = {"pretrained": "demo", "dtype": dtype, **model_args}
-    return hf.load_engine(args, hf.load_config(args), torch.device("cuda", 0))
+    return hf.load_engine(args, checkpoint.load_config(args), torch.device("cuda", 0))
 
 
 def score(engine: hf.HFEngine, plan: packing.Plan, item_of_request: np.ndarray) -> np.ndarray:
@@ -77,13 +77,19 @@ def test_chains_equal_plain_rows(requests, dtype, model_args):
     np.testing.assert_allclose(score(engine, *chains), plain, atol=1e-3 if dtype == "float32" else 0.5)
 
 
-@pytest.mark.parametrize("planner", [packing.plan_rows, lambda some, most: packing.plan_packs(some, packing.CostModel(), most)])
-def test_a_launch_waits_for_nothing(requests, planner):
+def cut_packs(requests, max_tokens):
+    return packing.plan_packs(requests, packing.CostModel(dense=False), max_tokens)
+
+
+@pytest.mark.parametrize(("planner", "max_tokens"), [(packing.plan_rows, 1), (cut_packs, 1), (cut_packs, 400)])
+def test_a_launch_waits_for_nothing(requests, planner, max_tokens):
     """A value asked of the device within a launch: the next pack is then prepared only when this one is done."""
     engine = load("bfloat16")
-    plan, _ = planner(requests, 1)
+    plan, _ = planner(requests, max_tokens)
     packs = [packing.build_pack(plan, index) for index in range(2)]
-    engine.collect(engine.launch(packs[0]))  # asks the model what it can do, once
+    assert max_tokens == 1 or not packs[0].is_chain, "trees, with their masks"
+    for pack in packs:
+        engine.collect(engine.launch(pack))  # asks the model what it can do, once, and compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         launched = [engine.launch(pack) for pack in packs]
@@ -155,7 +161,7 @@ def test_same_scores_as_on_the_cpu(requests):
     """A device-dependent index or dtype slip."""
     on_gpu = load("float32")
     args = {"pretrained": "demo", "dtype": "float32"}
-    on_cpu = hf.load_engine(args, hf.load_config(args), torch.device("cpu"))
+    on_cpu = hf.load_engine(args, checkpoint.load_config(args), torch.device("cpu"))
     plan = packing.plan_packs(requests, on_cpu.cost_model(), max_tokens=2048)
     np.testing.assert_allclose(score(on_gpu, *plan), score(on_cpu, *plan), atol=1e-3)
 

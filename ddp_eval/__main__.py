@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import functools
 import importlib
 import logging
@@ -141,17 +143,22 @@ def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspe
     watching.stop()
     distributed.leave_group(world)
     if results is not None:
-        from ddp_eval.harness import format_results, format_tables
-        from ddp_eval.telemetry import format_summary
+        with contextlib.suppress(BrokenPipeError):  # whoever read it has gone; the run is in its directory
+            _show(config, results)
 
-        if config.show_config:
-            print(format_results(results))
-        if not config.predict_only:  # no metrics, no table
-            print(format_tables(results))
-        if "telemetry" in results["ddp_eval"]:  # not where the run was found complete
-            print(format_summary(results["ddp_eval"]["telemetry"]))
-        if config.output_path:
-            print(f"ddp_eval: the run is in {config.output_path}")
+
+def _show(config: Config, results: dict[str, Any]) -> None:
+    from ddp_eval.harness import format_results, format_tables
+    from ddp_eval.telemetry import format_summary
+
+    if config.show_config:
+        print(format_results(results))
+    if not config.predict_only:  # no metrics, no table
+        print(format_tables(results))
+    if "telemetry" in results["ddp_eval"]:  # not where the run was found complete
+        print(format_summary(results["ddp_eval"]["telemetry"]))
+    if config.output_path:
+        print(f"ddp_eval: the run is in {config.output_path}")
 
 
 def _report_checks(checks: Passed, speed: str, world: World) -> None:
@@ -171,14 +178,29 @@ def _report_and_leave(error: UserError) -> NoReturn:
     watch.leave(2, status.FAILED, str(error))
 
 
-def _end() -> NoReturn:
-    """End well, without the second that the interpreter takes to let go of what ends with the process anyway."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+def command() -> None:
+    """`main` as the whole of a process, which ends at once where all went well.
+
+    The interpreter takes a second to take apart what ends with the process anyway. Threads, and what other libraries have to do
+    at the end, come first: of what is registered, the first is the last to run.
+    """
+    went_well: list[bool] = []
+    atexit.register(_end, went_well)
+    main()
+    went_well.append(True)
+
+
+def _end(went_well: list[bool]) -> None:
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:  # nobody reads it any more: the interpreter has an exit code for that
+        return
+    if went_well:
+        ctypes.CDLL(None).fflush(None)  # what NCCL and others print
+        os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
-    _end()
+    command()

@@ -5,8 +5,11 @@ into one sentence on stderr and exit code 2, with no traceback. Every other exce
 and keeps its traceback.
 """
 
-# What is said of short memory in errors that have no class of their own: by torch on a CPU, then by CUDA and its libraries.
-_SHORT_OF_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+import re
+
+# What is said of short memory in errors that have no class of their own: by torch on a CPU, by CUDA and its libraries, and by
+# torch's compiler, whose errors quote others.
+_SHORT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|std::bad_alloc|STATUS_ALLOC_FAILED|CUDA.*out of memory", re.DOTALL)
 
 
 class UserError(Exception):
@@ -14,15 +17,12 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory did not do, or this machine's; also where a compiler wrapped such an error in one of its own."""
+    """Whether a device's memory did not do, or this machine's."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
-    cause = error.__cause__
-    return any(words in str(error) for words in _SHORT_OF_MEMORY) or (cause is not None and is_out_of_memory(cause))
+    return isinstance(error, RuntimeError) and _SHORT_OF_MEMORY.search(str(error)) is not None
 
 
 def one_line(text: object, most: int = 300) -> str:

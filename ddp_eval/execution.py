@@ -43,7 +43,8 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     """Run this rank's batches of generation and packs, and gather everyone's results."""
     phases = world.meter.phases
     engine.on_trial = work.phase == "trial"
-    engine.tree_attention = work.attention or engine.tree_attention
+    if work.attention == engine.plain_attention:  # a caller's ranks may each have come with another
+        engine.tree_attention = work.attention
     rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
     journals = work.journals if engine.bears_results else None
     packs, batches = _my_units(world, work)

@@ -64,7 +64,7 @@ class Seated:
     layout: Layout
     engine: Engine
     why: str = ""
-    attention: str = ""  # of the engine that was loaded last
+    attention: str = ""  # of trees, of the engine that gave way to this one
 
     def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> str | None:
         """Load the model anew, in another layout, with the same attention. The memory of what was loaded goes first.

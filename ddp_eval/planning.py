@@ -51,12 +51,12 @@ def make_plan(
         return Decision(*plan_pairs(requests, 1, share=False), "--numerics alone was given")
     if alone:
         return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
-    max_tokens = max_pack_tokens or engine.max_tokens()
     if engine.takes_pairs:
-        return _plan_pairs(engine, requests, max_tokens, packing)
+        return _plan_pairs(engine, requests, max_pack_tokens or engine.max_tokens(), packing)
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
     if why_rows is None and len(requests):
         why_rows = choose_trees(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
+    max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens), None)
     return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
@@ -140,7 +140,15 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     """
 
     def score(plan: Plan, item_of_request: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-        sums = score_plan(plan) if score_plan is not None else _score_alone(engine, plan)
+        try:
+            sums = score_plan(plan) if score_plan is not None else _score_alone(engine, plan)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"rank 0 ran out of memory when it tried the model on {len(plan.tokens)} tokens: "
+                "give devices with more memory, or spread the model over several (--layout)"
+            ) from None
         return sums[item_of_request]
 
     try:
@@ -148,8 +156,6 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     except (LostContact, UserError):
         raise  # no word on packs
     except Exception as error:
-        if is_out_of_memory(error):
-            raise UserError("no memory is left beside the model for a pack of a hundred tokens") from None
         return f"it fails on packs ({type(error).__name__}: {one_line(error, 200)})"
     plain = score(*plan_rows(requests, max_tokens=2**30))
     some = requests.select(np.arange(min(2, len(requests))))

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import statistics
@@ -32,10 +31,9 @@ import sys
 import tempfile
 import time
 import unittest.mock
-from pathlib import Path
 from typing import Any
 
-from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
+from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep  # beside this file
 
 CALLS = ("loglikelihood", "loglikelihood_rolling")
 EIGHT_TASKS = [
@@ -57,9 +55,7 @@ def main() -> None:
         for task in args.tasks.split(","):
             rows.append(measure_task(lm_eval_side, our_side, task, sizes, args.repeats))
             print(format_row(rows[-1]), file=sys.stderr, flush=True)
-            if args.out:  # after every task: what ends the whole early leaves the rows that are done
-                Path(f"{args.out}.md").write_text(format_report(report) + "\n")
-                Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+            keep(report, format_report, args.out)
     print(format_report(report))
 
 

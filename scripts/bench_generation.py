@@ -23,17 +23,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import json
+import copy
 import math
 import os
 import statistics
 import sys
 import unittest.mock
-from pathlib import Path
 from typing import Any
 
-from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions  # beside this file
+from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep  # beside this file
 
 CALLS = ("generate_until",)
 TIE = 1e-4  # logits that are no further apart in float32 are equal but for rounding
@@ -46,16 +44,13 @@ def main() -> None:
     job = Job(load_model, run_ours, run_lm_eval, no_memory={"elapsed_s": math.inf})
     with contextlib.ExitStack() as stack:
         theirs, ours = (stack.enter_context(Side(name, args, job)) for name in ("lm_eval", "ours"))
-        rows = []
+        rows: list[dict[str, Any]] = []
+        report = {"conditions": ours.ask("conditions"), "rows": rows}
         for task in args.tasks.split(","):
             rows.append(measure_task(theirs, ours, task, sizes, args.repeats))
             print(format_row(rows[-1]), file=sys.stderr, flush=True)
-        report = {"conditions": ours.ask("conditions"), "rows": rows}
-    text = format_report(report)
-    print(text)
-    if args.out:
-        Path(f"{args.out}.md").write_text(text + "\n")
-        Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+            keep(report, format_report, args.out)
+    print(format_report(report))
 
 
 def read_arguments() -> argparse.Namespace:
@@ -97,7 +92,8 @@ def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats:
     limit = float(limit_text) if limit_text else None
     for side in (theirs, ours):
         side.ask("run", task, 1, 1)  # warms up
-    tried = {size: theirs.ask("run", task, limit and max(1, limit // 4), size)["elapsed_s"] for size in sizes}
+    quarter = max(1, limit // 4) if limit else 0.25
+    tried = {size: theirs.ask("run", task, quarter, size)["elapsed_s"] for size in sizes}
     times: dict[int, list[float]] = {size: [] for size in tried if tried[size] <= 1.15 * min(tried.values())}
     alone: dict[str, Any] | None = None  # lm_eval's answers at batch size 1
     mine: list[dict[str, Any]] = []
@@ -107,11 +103,15 @@ def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats:
             seen.append(answer["elapsed_s"])
             alone = answer if size == 1 else alone
         mine.append(ours.ask("run", task, limit, None))
+        if "texts" not in mine[-1]:
+            sys.exit(f"{task}: memory did not do for ddp_eval beside lm_eval's process")
     medians = {size: statistics.median(seen) for size, seen in times.items()}
     best = min(medians, key=medians.__getitem__)
     ours_s = statistics.median(run["elapsed_s"] for run in mine)
     lengths = sorted(mine[0]["num_tokens"])
     alone = alone or theirs.ask("run", task, limit, 1)
+    if "texts" not in alone:
+        sys.exit(f"{task}: memory did not do for lm_eval at batch size 1")
     pairs = [(prompt, answer, alone["answers"][prompt]) for prompt, answer in mine[-1]["answers"].items()]
     return {
         "task": task,
@@ -190,7 +190,6 @@ def explain_difference(
     return {"step": step, "tokens": [tokenizer.decode([token]) for token in taken], "logits": logits[taken].tolist()}
 
 
-@functools.lru_cache(maxsize=1)
 def exact_copy(model: Any) -> Any:
     """The model in float32, on its own device where there is room for that, else on the CPU."""
     import torch
@@ -199,7 +198,7 @@ def exact_copy(model: Any) -> Any:
     needed = 4.5 * model.num_parameters()
     fits = model.device.type != "cuda" or torch.cuda.mem_get_info(model.device)[0] > needed
     with model.device if fits else torch.device("cpu"):
-        exact = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        exact = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
     exact.load_state_dict(model.state_dict())
     return exact.eval()
 

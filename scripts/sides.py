@@ -113,7 +113,9 @@ def serve(name: str, args: argparse.Namespace, job: Job, connection: Any) -> Non
             if not is_out_of_memory(error):
                 traceback.print_exc()
                 answer = RuntimeError(f"{name}: {error}")
-        if device.type == "cuda":  # the other side is next, and needs the room; only here have the frames of an error let go
+        # The other side is next, and needs the room; only here have the frames of an error let go. So each time that is taken
+        # includes asking the card for memory anew, on both sides.
+        if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
         connection.send(answer)
@@ -197,6 +199,13 @@ def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> di
         "packages": describe_packages(),
         "python": platform.python_version(),
     }
+
+
+def keep(report: dict[str, Any], format_report: Callable[[dict[str, Any]], str], out: str | None) -> None:
+    """Write OUT.md and OUT.json. After every task: what ends the whole early leaves the rows that are done."""
+    if out:
+        Path(f"{out}.md").write_text(format_report(report) + "\n")
+        Path(f"{out}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def cut(value: float, digits: int = 3) -> str:

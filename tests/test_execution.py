@@ -37,15 +37,16 @@ def pack() -> Pack:
 
 def test_shortages_by_what_is_said_of_them() -> None:
     """Catches a run that ends where halves would do, because CUDA's libraries and torch's compilers have words of their own."""
-    for words in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    for words in (
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
         assert is_out_of_memory(RuntimeError(words))
-    try:
-        try:
-            run_out_on_a_gpu()
-        except RuntimeError as error:
-            raise RuntimeError("backend='inductor' raised") from error
-    except RuntimeError as wrapped:
-        assert is_out_of_memory(wrapped)
+    assert is_out_of_memory(BackendCompilerFailed(run_out_on_a_gpu, torch.OutOfMemoryError("CUDA out of memory"), None))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(ValueError("CUDA error: out of memory"))
 

@@ -21,11 +21,11 @@ import torch
 import transformers
 from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
 
-from ddp_eval import attention, blocks, telemetry
+from ddp_eval import attention, blocks, planning, telemetry
 from ddp_eval.engines import checkpoint, hf, readout
 from ddp_eval.errors import UserError
 from ddp_eval.packing import CostModel, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
-from ddp_eval.planning import check_packs, make_plan
+from ddp_eval.planning import check_packs, cut_packs, make_plan
 
 CPU = torch.device("cpu")
 TOLERANCE_NATS = 1e-4
@@ -616,6 +616,8 @@ def test_ways_that_round_otherwise_agree_and_others_do_not() -> None:
         wrong = whole.clone()
         wrong[0, 7] += 0.5
         assert not hf._agree(wrong, whole, dtype), dtype
+        shifted = whole + 0.02 * whole.abs().max()
+        assert not hf._agree(shifted, whole, dtype), "each a little, all of them"
     assert not hf._agree(logits[:1], logits, torch.float32)
 
 
@@ -646,8 +648,11 @@ def test_trees_by_the_models_own_attention_where_the_fastest_fails(
     monkeypatch.setattr(blocks, "with_keys", refuse)
     engine = hf.HFEngine(model, CPU)
     assert engine.tree_attention == blocks.NAME
+    most = []
+    monkeypatch.setattr(planning, "cut_packs", lambda *args: most.append(args[2]) or cut_packs(*args))
     plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert why_rows is None and not plan.rows and engine.tree_attention == "sdpa" and engine.cost_model().dense
+    assert most == [4096] == [engine.max_tokens()], "dense masks pay for the square"
     assert_equal_answers(run(engine, plan, item_of_request), expected)
     assert "packs run with sdpa attention, not with ddp_eval_blocks" in caplog.text
 
@@ -660,3 +665,27 @@ def test_attention_stays_where_no_other_helps(monkeypatch: pytest.MonkeyPatch) -
     decision = make_plan(engine, to_requests([([1, 2, 3], 1)]), packing=True, max_pack_tokens=None)
     assert decision.plan.rows and "Failed to find C compiler" in str(decision.why_rows)
     assert engine.tree_attention == blocks.NAME
+
+
+def test_short_memory_is_no_word_on_packs_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows, or another attention, because memory was short while packs were tried, and a traceback in its rows."""
+    for kind in (True, False):
+        engine = hf.HFEngine(tiny_models.make_model("llama"), CPU)
+        launch = engine.launch
+
+        def run_out(pack: Any, launch: Any = launch, kind: bool = kind) -> Any:
+            if pack.rows == kind:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return launch(pack)
+
+        monkeypatch.setattr(engine, "launch", run_out)
+        with pytest.raises(UserError, match=r"rank 0 ran out of memory when it tried the model on [0-9]+ tokens: give"):
+            make_plan(engine, to_requests([([1, 2, 3], 1)]), packing=True, max_pack_tokens=None)
+
+
+def test_scores_that_are_not_finite_are_said_to_be() -> None:
+    """Catches broken weights told as packs that differ by nan from plain runs."""
+    model = tiny_models.make_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    decision = make_plan(hf.HFEngine(model, CPU), to_requests([([1, 2, 3], 1)]), packing=True, max_pack_tokens=None)
+    assert decision.why_rows == "its scores are not finite"

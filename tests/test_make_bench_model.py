@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from ddp_eval import demo
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import make_bench_model
 
-TASK = "demo_boolean_expressions"
+SCRIPT = make_bench_model.__file__
 
 
 @pytest.mark.parametrize(
@@ -29,25 +31,26 @@ def test_number_of_parameters(shape, millions):
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def run(monkeypatch, directory, *more):
-    flags = ["--shape", "llama23m", "--tasks", TASK, "--include_path", demo.TASKS_PATH, "--out", str(directory), *more]
-    monkeypatch.setattr(sys, "argv", ["make_bench_model.py", *flags])
-    make_bench_model.main()
+def make(directory, *more, seed="0"):
+    flags = ["--shape", "llama23m", "--tasks", "demo_boolean_expressions", "--include_path", demo.TASKS_PATH, "--out", directory]
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run([sys.executable, SCRIPT, *flags, *more], capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    return directory
 
 
-def test_same_files_twice(tmp_path, monkeypatch):
+def test_same_files_twice(tmp_path):
     """Catches weights or tokens that depend on the process, so that nobody could make a record's model again."""
-    for name in ("first", "second"):
-        run(monkeypatch, tmp_path / name)
-    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    first, second = (make(tmp_path / seed, seed=seed) for seed in ("1", "2"))
+    names = sorted(path.name for path in first.iterdir())
     assert "model.safetensors" in names and "tokenizer.json" in names
     for name in names:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_tokenizer_knows_the_tasks_words_and_weights_are_left_out(tmp_path, monkeypatch):
+def test_tokenizer_knows_the_tasks_words_and_weights_are_left_out(tmp_path):
     """Catches a tokenizer that learnt nothing of the prompts, and gigabytes of weights that nobody asked for."""
-    run(monkeypatch, tmp_path, "--config_only")
+    make(tmp_path, "--config_only")
     assert not list(tmp_path.glob("*.safetensors"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer("not ( True ) and False is").input_ids) <= 8

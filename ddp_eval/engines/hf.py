@@ -194,7 +194,10 @@ class HFEngine:
             yield
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
-                raise UserError(f"{self.device} has no memory left beside the model for a forward of four tokens") from None
+                raise UserError(
+                    f"{self.device} has no memory left beside the model for a forward of four tokens: "
+                    "give a device with more memory, or spread the model over several (--layout)"
+                ) from None
 
     def cost_model(self) -> CostModel:
         """Floating-point operations of a forward, from the model's shape alone."""
@@ -424,7 +427,9 @@ def _agree(parts: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> bool
     allowed = min(max(1e-3, 4 * torch.finfo(dtype).eps), 2**-5)
     parts, whole = parts.float(), whole.float()
     largest = float(whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
-    return torch.allclose(parts, whole, rtol=allowed, atol=allowed * largest, equal_nan=True)
+    # Rounding moves some of them; another way moves all.
+    off = float((parts - whole).abs().nan_to_num(posinf=0.0).mean())
+    return off <= allowed / 4 * largest and torch.allclose(parts, whole, rtol=allowed, atol=allowed * largest, equal_nan=True)
 
 
 def pad_lengths(implementation: str | None, lengths: products.Count) -> products.Count:

@@ -29,7 +29,7 @@ import torch
 from ddp_eval import distributed
 from ddp_eval.distributed import World
 from ddp_eval.engines import checkpoint, hf, readout
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.layout import split_layers
 from ddp_eval.packing import Pack
 
@@ -234,8 +234,8 @@ class LayersEngine(hf.HFEngine):
             if self.stage.is_last:
                 return super()._call(tokens, columns, **kwargs)
             hidden = self.model.base_model(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
-        except Exception:
-            if not self.on_trial:
+        except Exception as error:
+            if not self.on_trial or is_out_of_memory(error):
                 raise
             # The next stage waits for this one: in a trial it answers that it cannot.
             hidden = torch.full((*tokens.shape, self.config.hidden_size), torch.nan, dtype=self.dtype, device=self.device)

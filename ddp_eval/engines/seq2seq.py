@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.engines import checkpoint, hf, lone, products, readout
-from ddp_eval.engines.readout import Launched
 from ddp_eval.generation import LEAST_BATCH, Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
 from ddp_eval.pairing import contexts_of
@@ -91,7 +90,7 @@ class Seq2SeqEngine:
         """Of a token in the mean: the encoder or the decoder, taken for half of the layers each."""
         return hf.active_parameters(self.model, self.config)
 
-    def launch(self, pack: Pack) -> Launched:
+    def launch(self, pack: Pack) -> readout.Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
         from transformers.modeling_outputs import BaseModelOutput
 
@@ -126,7 +125,7 @@ class Seq2SeqEngine:
         mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
         return tokens.to(self.device), mask.to(self.device)
 
-    def _read_off(self, logits: torch.Tensor, pack: Pack) -> Launched:
+    def _read_off(self, logits: torch.Tensor, pack: Pack) -> readout.Launched:
         """logits: (A, V), in the order of the pack's answers."""
         rows = torch.arange(len(logits), device=self.device)
         targets = torch.from_numpy(pack.answer_targets).to(self.device)
@@ -136,7 +135,7 @@ class Seq2SeqEngine:
         )
         return readout.send_back(pack, logprobs, hits)
 
-    def collect(self, launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def collect(self, launched: readout.Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
         """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
         return readout.sum_answers(launched)
 

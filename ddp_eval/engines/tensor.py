@@ -97,6 +97,8 @@ class TensorEngine(hf.HFEngine):
         try:
             with hf.without_halves(self.world, pack):
                 return super().launch(pack)
+        except UserError:
+            raise
         except Exception:
             if not self.on_trial:
                 raise

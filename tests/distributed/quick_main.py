@@ -2,7 +2,7 @@
 
 import os
 
-from ddp_eval.__main__ import main
+from ddp_eval.__main__ import command as main
 
 if os.environ.get("RANK", "0") == "0":
     os.environ.setdefault("TQDM_DISABLE", "1")  # main does, but too late for what this imports

@@ -191,15 +191,16 @@ def command() -> None:
 
 
 def _end(went_well: list[bool]) -> None:
+    if not went_well:
+        return
     try:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
     except OSError:  # nobody reads it any more: the interpreter has an exit code for that
         return
-    if went_well:
-        ctypes.CDLL(None).fflush(None)  # what NCCL and others print
-        os._exit(0)
+    ctypes.CDLL(None).fflush(None)  # what NCCL and others print
+    os._exit(0)
 
 
 if __name__ == "__main__":

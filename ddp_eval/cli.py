@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ddp_eval import layout
-from ddp_eval.config import DEFAULT_SEED, Config
+from ddp_eval.config import DEFAULT_SEED, PROMPT_ARGS, Config
 from ddp_eval.errors import UserError, one_line
 
 _USAGE = "torchrun --nproc_per_node=N -m ddp_eval [run] [flags]"
@@ -76,15 +76,9 @@ _SWITCHED_MODEL_ARGS = ("load_in_8bit", "load_in_4bit")
 _OPTIONAL_MODEL_ARGS = ("enable_thinking", "think_end_token", "chat_template_args", "peft", "quantization_config")
 _KNOWN_MODEL_ARGS = (
     *_TEXT_MODEL_ARGS,
+    *PROMPT_ARGS,
     "dtype",
-    "max_length",
     "attn_implementation",
-    "add_bos_token",
-    "prefix_token_id",
-    "use_fast_tokenizer",
-    "chat_template_args",
-    "enable_thinking",
-    "think_end_token",
     "backend",
     "quantization_config",
     *_SWITCHED_MODEL_ARGS,

@@ -24,6 +24,12 @@ DEFAULT_SEED = (0, 1234, 1234, 1234)
 TRACKER_FLAGS = ("wandb_args", "wandb_config_args", "trackio_args", "hf_hub_log_args")
 CACHE_REQUESTS = ("true", "refresh", "delete")
 
+# model_args about prompts and their tokens: what loads weights knows none of them.
+PROMPT_ARGS = (
+    "max_length", "add_bos_token", "prefix_token_id", "use_fast_tokenizer", "chat_template_args", "enable_thinking",
+    "think_end_token",
+)  # fmt: skip
+
 # Of no use to a caller of the API, who has a loaded model and a process of his own.
 _OF_COMMANDS = (
     "model", "device", "fresh", "show_config", "trust_remote_code", "layout", "load", "preflight", "timeout", *TRACKER_FLAGS,

@@ -33,7 +33,7 @@ import time
 import unittest.mock
 from typing import Any
 
-from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep  # beside this file
+from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep, read_task  # beside this file
 
 CALLS = ("loglikelihood", "loglikelihood_rolling")
 EIGHT_TASKS = [
@@ -96,9 +96,7 @@ def load_model(args: argparse.Namespace, device: Any) -> Any:
 
 def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
     """Medians of alternating runs, and how far apart the two sides' answers are. Ends the script where memory does not do."""
-    task, _, limit_text = task.partition(":")
-    limit = float(limit_text) if limit_text else None
-    quarter = max(1, limit // 4) if limit else 0.25
+    task, limit, quarter = read_task(task)
     ours: list[dict[str, Any]] = []
     theirs: Any = None
     tried: dict[str, float] = {}

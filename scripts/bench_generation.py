@@ -31,7 +31,7 @@ import sys
 import unittest.mock
 from typing import Any
 
-from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep  # beside this file
+from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep, read_task  # beside this file
 
 CALLS = ("generate_until",)
 TIE = 1e-4  # logits that are no further apart in float32 are equal but for rounding
@@ -88,11 +88,9 @@ def load_model(args: argparse.Namespace, device: Any) -> Any:
 
 def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
     """Medians of alternating runs, and how many texts are those of lm_eval at batch size 1."""
-    task, _, limit_text = task.partition(":")
-    limit = float(limit_text) if limit_text else None
+    task, limit, quarter = read_task(task)
     for side in (theirs, ours):
         side.ask("run", task, 1, 1)  # warms up
-    quarter = max(1, limit // 4) if limit else 0.25
     tried = {size: theirs.ask("run", task, quarter, size)["elapsed_s"] for size in sizes}
     times: dict[int, list[float]] = {size: [] for size in tried if tried[size] <= 1.15 * min(tried.values())}
     alone: dict[str, Any] | None = None  # lm_eval's answers at batch size 1

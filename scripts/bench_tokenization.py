@@ -18,11 +18,11 @@ import statistics
 import sys
 import time
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sides import read_task  # beside this file, and lets it find the package
 
 WINDOW = 10**6  # tokens
 
@@ -54,7 +54,10 @@ def measure_task(args: argparse.Namespace, task: str) -> dict[str, Any]:
 
     from ddp_eval.tokenization import Encoder
 
-    requests = collect_requests(args, task)
+    name, limit, _ = read_task(task)
+    requests = collect_requests([name], args.include_path, limit)
+    if requests["generate_until"]:
+        raise SystemExit(f"{task} generates text: give tasks that are scored by log-likelihoods")
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     config = transformers.AutoConfig.from_pretrained(args.model)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -109,13 +112,15 @@ def split_ids(found: list[Any]) -> list[tuple[list[int], list[int]]]:
     return split
 
 
-def collect_requests(args: argparse.Namespace, task: str) -> dict[str, list[Any]]:
-    """lm_eval's requests of a task, by their type."""
+def collect_requests(
+    tasks: Sequence[str], include_path: str | None, limit: float | None = None, num_fewshot: int | None = None
+) -> dict[str, list[Any]]:
+    """lm_eval's requests of some tasks, by their type."""
     import lm_eval
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    found: dict[str, list[Any]] = {"loglikelihood": [], "loglikelihood_rolling": []}
+    found: dict[str, list[Any]] = {"loglikelihood": [], "loglikelihood_rolling": [], "generate_until": []}
 
     class Collector(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -127,12 +132,12 @@ def collect_requests(args: argparse.Namespace, task: str) -> dict[str, list[Any]
             return [0.0] * len(requests)
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            raise SystemExit(f"{task} generates text: give tasks that are scored by log-likelihoods")
+            found["generate_until"] += requests
+            return [""] * len(requests)
 
-    name, _, limit = task.partition(":")
-    manager = TaskManager(include_path=args.include_path, include_defaults=not args.include_path)
+    manager = TaskManager(include_path=include_path, include_defaults=not include_path)
     lm_eval.simple_evaluate(
-        model=Collector(), tasks=[name], limit=float(limit) if limit else None, task_manager=manager, bootstrap_iters=0
+        model=Collector(), tasks=list(tasks), limit=limit, num_fewshot=num_fewshot, task_manager=manager, bootstrap_iters=0
     )
     return found
 

@@ -17,18 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_tokenization import collect_requests  # beside this file
+from make_demo_model import train_bpe
+
+LLAMA23M = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama23m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
+    "llama23m": LLAMA23M,
     "llama100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
     # The first with the vocabulary of Qwen 2 and 3, most of whose tokens no text comes to: the head pays for all of them.
-    "llama150k": {
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "vocab_size": 151_936,
-        "tie_word_embeddings": True,
-    },
+    "llama150k": {**LLAMA23M, "vocab_size": 151_936, "tie_word_embeddings": True},
     # Llama 3.2 1 B and Llama 3.1 8 B.
     "llama1b": {
         "hidden_size": 2048,
@@ -75,46 +72,18 @@ def main() -> None:
 
 
 def read_texts(tasks: Sequence[str], include_path: str | None) -> list[str]:
-    """Every distinct string of the tasks' requests without examples, in lm_eval's order."""
-    import lm_eval
-    from lm_eval.api.model import LM
-    from lm_eval.tasks import TaskManager
-
-    texts: dict[str, None] = {}
-
-    class Reader(LM):
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            texts.update(dict.fromkeys(text for request in requests for text in request.args))
-            return [(0.0, False)] * len(requests)
-
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            texts.update(dict.fromkeys(request.args[0] for request in requests))
-            return [0.0] * len(requests)
-
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            texts.update(dict.fromkeys(request.args[0] for request in requests))
-            return [""] * len(requests)
-
-    manager = TaskManager(include_path=include_path, include_defaults=not include_path)
-    lm_eval.simple_evaluate(model=Reader(), tasks=list(tasks), num_fewshot=0, task_manager=manager, bootstrap_iters=0)
-    return list(texts)
+    """Every distinct string of the tasks' requests without examples: what is scored, then whole texts, in lm_eval's order."""
+    found = collect_requests(tasks, include_path, num_fewshot=0)
+    scored = (text for request in found["loglikelihood"] for text in request.args)
+    whole = (request.args[0] for request in (*found["loglikelihood_rolling"], *found["generate_until"]))
+    return list(dict.fromkeys((*scored, *whole)))
 
 
 def train_tokenizer(texts: Sequence[str]) -> Any:
     """A byte-level BPE as GPT-2's, Llama 3's and Qwen's are."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TOKENIZER_SIZE,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
+    bpe = train_bpe(texts, TOKENIZER_SIZE, ["<s>", "</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 

@@ -83,20 +83,25 @@ def read_english():
     return documents
 
 
-def make_tokenizer(texts):
-    """A byte-level BPE of 2,048 tokens; the words of the expressions come out as one token each."""
+def train_bpe(texts, size, special_tokens):
+    """A byte-level BPE as GPT-2's, of at most `size` tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"],
+        vocab_size=size,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def make_tokenizer(texts):
+    """2,048 tokens; the words of the expressions come out as one token each."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=train_bpe(texts, 2048, ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",

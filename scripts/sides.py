@@ -121,6 +121,17 @@ def serve(name: str, args: argparse.Namespace, job: Job, connection: Any) -> Non
         connection.send(answer)
 
 
+def read_task(text: str) -> tuple[str, float | None, float]:
+    """TASK or TASK:DOCUMENTS -> the task, `limit`, and the limit that takes a quarter of its documents.
+
+    >>> read_task("local_piqa:40"), read_task("local_piqa")
+    (('local_piqa', 40.0, 10.0), ('local_piqa', None, 0.25))
+    """
+    task, _, documents = text.partition(":")
+    limit = float(documents) if documents else None
+    return task, limit, max(1, limit // 4) if limit else 0.25
+
+
 def evaluate_by_lm_eval(
     model: Any, tokenizer: Any, task: str, limit: float | None, args: argparse.Namespace, calls: Sequence[str], **options: Any
 ) -> tuple[float, dict[str, Any]]:

@@ -14,24 +14,12 @@ from typing import Any
 import torch
 
 from ddp_eval import attention, hub
+from ddp_eval.config import PROMPT_ARGS
 from ddp_eval.engines import adapters, quantised
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
 
 # model_args that are read here or elsewhere in this package; the rest goes to `from_pretrained`.
-_OWN_ARGS = (
-    "pretrained",
-    "tokenizer",
-    "max_length",
-    "add_bos_token",
-    "prefix_token_id",
-    "use_fast_tokenizer",
-    "chat_template_args",
-    "enable_thinking",
-    "think_end_token",
-    "device",
-    "peft",
-    "backend",
-)
+_OWN_ARGS = (*PROMPT_ARGS, "pretrained", "tokenizer", "device", "peft", "backend")
 _LOADER_ARGS = ("dtype", "attn_implementation")  # for from_pretrained, not fields of the config
 _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
 

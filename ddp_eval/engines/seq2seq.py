@@ -129,10 +129,8 @@ class Seq2SeqEngine:
         """logits: (A, V), in the order of the pack's answers."""
         rows = torch.arange(len(logits), device=self.device)
         targets = torch.from_numpy(pack.answer_targets).to(self.device)
-        logprobs, hits = (
-            readout.log_softmax_at(logits, rows, targets),
-            readout.find_hits(logits, rows, targets, pack.answer_items),
-        )
+        logprobs = readout.log_softmax_at(logits, rows, targets)
+        hits = readout.find_hits(logits, rows, targets, pack.answer_items)
         return readout.send_back(pack, logprobs, hits)
 
     def collect(self, launched: readout.Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddp_eval.config import PROMPT_ARGS
 from ddp_eval.distributed import World
 from ddp_eval.engines import checkpoint, hf
 from ddp_eval.errors import UserError
@@ -35,19 +36,7 @@ from ddp_eval.packing import CostModel, Pack
 from ddp_eval.stopping import StopRule
 
 # model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
-_OWN_ARGS = (
-    "pretrained",
-    "max_length",
-    "max_gen_toks",
-    "add_bos_token",
-    "prefix_token_id",
-    "use_fast_tokenizer",
-    "chat_template_args",
-    "enable_thinking",
-    "think_end_token",
-    "device",
-    "backend",
-)
+_OWN_ARGS = (*PROMPT_ARGS, "pretrained", "max_gen_toks", "device", "backend")
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12
 ROUND_TOKENS = 32  # of an answer, between two looks for its stop strings

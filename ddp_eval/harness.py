@@ -1,7 +1,7 @@
 """lm_eval's side of the run: tasks in, scores out. Only the leader imports this module.
 
-Of lm_eval's tasks and evaluator it is the sole importer. asking.py takes lm_eval's rules for texts, trackers.py its loggers, and
-lm.py is the other way round: ddp_eval as a model of lm_eval.
+Of lm_eval's tasks and evaluator it is the sole importer, but for lm_eval_patches.py, which lists what is replaced in them.
+asking.py takes lm_eval's rules for texts, trackers.py its loggers; lm.py is the other way round: ddp_eval as a model of lm_eval.
 
 lm_eval builds every prompt once, for one rank (`world_size=1`), asks our LM object for log-likelihoods, and computes metrics
 from the answers. The first question it asks is answered for all requests of all tasks at once, so that one plan holds them all.
@@ -18,36 +18,34 @@ import glob
 import json
 import logging
 import os
-import unittest.mock
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import lm_eval
+import lm_eval.utils
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, make_table, sanitize_model_name
 
 from ddp_eval import demo, environment, hub, watch
 from ddp_eval.asking import Asked
-from ddp_eval.bootstrap import bootstrap_stderr
-from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.compare.reading import document_metrics, shared_context
 from ddp_eval.config import Config
 from ddp_eval.digests import digest_strings
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import NO_TOKEN, Prompts
-from ddp_eval.machine import git_commit
+from ddp_eval.lm_eval_patches import keep_examples, patched_lm_eval
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, Texts
 from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
+from ddp_eval.templates import TemplateCache
 from ddp_eval.thinking import template_arguments
 from ddp_eval.tokenization import Encoded, Encoder
 
@@ -108,17 +106,8 @@ def evaluate_tasks(
     if config.write_out:
         logging.getLogger("lm_eval.evaluator_utils").setLevel(logging.INFO)  # where lm_eval shows prompts
     tracker = EvaluationTracker()
-    # lm_eval asks git for the working directory's commit, which prints an error of its own where there is none.
-    commit = git_commit(os.getcwd())
-    quiet_git = unittest.mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"])
-    bootstrap = unittest.mock.patch("lm_eval.api.metrics.bootstrap_stderr", _timed(phases, "bootstrap", bootstrap_stderr))
-    describe = _timed(phases, "write", lambda: environment.start_collecting().result())
-    surroundings = unittest.mock.patch("torch.utils.collect_env.get_pretty_env_info", describe)
-    go_on = _unharmed(go_on)
-    bar = unittest.mock.patch("lm_eval.api.task.tqdm", lambda documents, total: prompt_bar(_between(go_on, documents), total))
-    step_by_step = unittest.mock.patch.object(TaskFactory, "_build_task", _behind(go_on, TaskFactory._build_task))
     try:
-        with quiet_git, bootstrap, surroundings, bar, step_by_step, less_chatter():
+        with patched_lm_eval(phases, lm.templates, _unharmed(go_on)):
             results: Any = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=config.model_args,
@@ -293,20 +282,6 @@ def _behind(deed: Callable[[], None], function: Callable[..., Any]) -> Callable[
     return do
 
 
-def _timed(phases: Phases, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def do(*args: Any, **options: Any) -> Any:
-        with phases(phase):
-            return function(*args, **options)
-
-    return do
-
-
-def _between(deed: Callable[[], None], documents: Iterable[Any]) -> Iterator[Any]:
-    for document in documents:
-        deed()
-        yield document
-
-
 class _LeaderLM(TemplateLM):
     """The LM object that lm_eval sees: tokenises, hands all requests over at once, gives the answers back one kind at a time."""
 
@@ -334,6 +309,7 @@ class _LeaderLM(TemplateLM):
         self._keep = keep
         self._inspect = inspect
         self._phases = phases
+        self.templates = TemplateCache(lm_eval.utils.env)
         self.chosen = {task: sorted(set(indices)) for task, indices in (config.samples or {}).items()}
         self._chat_template_args = template_arguments(config.model_args)
         if isinstance(config.apply_chat_template, str):  # lm_eval records the named template and applies the default one
@@ -408,6 +384,7 @@ class _LeaderLM(TemplateLM):
             except BaseException as error:
                 raise _Scoring(error) from error
             self.phase = COMPUTING_METRICS
+            self.templates.forget_documents()  # which a task's metrics might change
             self._phases.switch("score")
         return self._answers
 
@@ -590,6 +567,7 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
             _check_task(name, task)
             task.process_results = _behind(watch.renew, task.process_results)  # every document's metrics
             _check_thinking(name, task.OUTPUT_TYPE, config)
+            keep_examples(lm.templates, task)
         for name in lm.chosen:
             if name not in loaded["tasks"]:
                 hint = _find_close(name, loaded["tasks"]) or "add it there"

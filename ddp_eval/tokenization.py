@@ -1,20 +1,30 @@
 """(context, continuation) text -> token ids, by the rules of lm_eval's HF backend, to the last id.
 
 The rules are those of `TemplateLM.loglikelihood`, `_encode_pair`, `HFLM.tok_encode` and `loglikelihood_rolling` (lm_eval 0.4.13).
-lm_eval encodes one string at a time; here the distinct strings of a batch go through the tokenizer together.
+lm_eval encodes one string at a time, each context once more for every continuation. Here the distinct parts of all texts go
+through the tokenizer together, once (token_pool.py); some of a run's texts are encoded whole as well, and compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ddp_eval.packing import Requests
+from ddp_eval.text_cuts import Cuts
+from ddp_eval.token_pool import BATCH, Ids, Pair, PairMaker, TokenPool
+from ddp_eval.tokenizer_calls import encode_batch, encode_each, is_plain
 
-BATCH = 2048  # strings per call of the tokenizer: enough for its threads, little enough that Python lists stay small
+log = logging.getLogger("ddp_eval")
+
+FEW = 200  # texts that are encoded whole: looking for places to cut takes as long
+CHECKED = 64  # texts of a run that are encoded whole as well
+Encode = Callable[[Any, list[str], bool | None], list[list[int]]]  # tokenizer, texts, special -> ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,125 +72,133 @@ class Encoder:
         if not known:
             raise ValueError("the tokenizer has neither a BOS nor an EOS token: give prefix_token_id=ID in --model_args")
         self.prefix_token_id: int = known[0]
+        self._prefix = np.array(known[:1], dtype=np.int32)
         self._prefix_text = tokenizer.decode(self.prefix_token_id)
+        self._may_cut = True
 
     def encode(self, texts: Iterable[str], add_special_tokens: bool | None = None) -> list[list[int]]:
         """Token ids of each text. add_special_tokens=None: by the tokenizer's rule, unless the text brings its own BOS."""
-        return _tokenize_distinct(self.tokenizer, [(text, self._special(text, add_special_tokens)) for text in texts])
+        texts = list(texts)
+        wanted = [self._special(text) if add_special_tokens is None else add_special_tokens for text in texts]
+        return [ids.tolist() for ids in self._encode_all(texts, wanted, encode_each, cuts=None)]
 
-    def _special(self, text: str, asked: bool | None) -> bool | None:
-        if asked is not None:
-            return asked
-        return False if text.startswith(self._prefix_text) else self.add_bos_token
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_prompts(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of prompts to go on from, by the rule of `HFLM.tok_batch_encode`; an empty one becomes the prefix token."""
         bos = getattr(self.tokenizer, "bos_token", None)
-        wanted = [(text, False if bos is not None and text.startswith(bos) else self.add_bos_token) for text in texts]
+        special = [False if bos is not None and text.startswith(bos) else self.add_bos_token for text in texts]
         if self.separate:
-            wanted = [(text, None) for text in texts]
-        return [row or [self.prefix_token_id] for row in _tokenize_distinct(self.tokenizer, wanted)]
+            special = [None for _ in texts]
+        cuts = self._cuts_for(len(texts))
+        found = self._encode_all(texts, special, encode_batch, cuts)
+        chosen = _choose_to_check([not text.isascii() for text in texts]) if cuts else []
+        whole = self._encode_all([texts[index] for index in chosen], [special[index] for index in chosen], encode_batch, None)
+        if not all(np.array_equal(found[index], ids) for index, ids in zip(chosen, whole, strict=True)):
+            self._stop_cutting()
+            found = self._encode_all(texts, special, encode_batch, None)
+        return [ids if len(ids) else self._prefix for ids in found]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
         """Tokenise (context, continuation) pairs."""
-        collector = _Collector(self.max_length, self.separate)
-        for start in range(0, len(pairs), BATCH):
-            for owner, (context, continuation) in enumerate(self._split_batch(pairs[start : start + BATCH]), start):
-                collector.add(owner, context or [self.prefix_token_id], continuation)
-        return collector.finish()
+        cuts = self._cuts_for(len(pairs))
+        if cuts is None:
+            return self._encode_pairs(pairs, None)
+        chosen = _choose_to_check([not (context.isascii() and continuation.isascii()) for context, continuation in pairs])
+        whole = self._encode_pairs([pairs[index] for index in chosen], None)
+        found = self._encode_pairs(pairs, cuts)
+        if not _agree(found, chosen, whole):
+            self._stop_cutting()
+            return self._encode_pairs(pairs, None)
+        return found
 
     def encode_rolling(self, texts: Sequence[str]) -> Encoded:
         """Tokenise whole texts into disjoint windows of at most `max_length` predictions, each token predicted once."""
         collector = _Collector(self.max_length, self.separate)
         for start in range(0, len(texts), BATCH):
-            for owner, tokens in enumerate(self.encode(texts[start : start + BATCH]), start):
-                windows = list(rolling_windows(tokens, self.prefix_token_id, self.max_length))
-                for context, continuation in windows or [([self.prefix_token_id], [])]:
-                    collector.add(owner, context, continuation)
+            batch = texts[start : start + BATCH]
+            for owner, ids in enumerate(self._encode_all(batch, list(map(self._special, batch)), encode_each, None), start):
+                windows = list(rolling_windows(ids, self.prefix_token_id, self.max_length))
+                for context, continuation in windows or [(self._prefix, ids[:0])]:
+                    collector.add(owner, [context], continuation)
         return collector.finish()
 
-    def _split_batch(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        if self.separate:
-            return self._split_separately(pairs)
-        moved = [_move_trailing_spaces(context, continuation) for context, continuation in pairs]
-        empty = [not context for context, _ in pairs]
-        in_context = iter(
-            self.encode(
-                text
-                for (context, continuation), alone in zip(moved, empty, strict=True)
-                if not alone
-                for text in (context + continuation, context)
-            )
-        )
-        continuations = [continuation for (_, continuation), alone in zip(moved, empty, strict=True) if alone]
-        on_their_own = iter(self.encode(continuations, add_special_tokens=False))
-        split = []
-        for alone in empty:
-            if alone:
-                split.append(self._behind_prefix(next(on_their_own)))
-            else:
-                whole, head = next(in_context), next(in_context)
-                split.append((head, whole[len(head) :]))
-        return split
+    def _special(self, text: str) -> bool | None:
+        return False if text.startswith(self._prefix_text) else self.add_bos_token
 
-    def _split_separately(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        moved = [
-            _move_trailing_spaces(context, continuation) if context else ("", continuation) for context, continuation in pairs
-        ]
-        contexts = self.encode(context for context, _ in moved)
-        continuations = self.encode((continuation for _, continuation in moved), add_special_tokens=False)
-        return [
-            (context, continuation) if text else self._behind_prefix(continuation)
-            for (text, _), context, continuation in zip(pairs, contexts, continuations, strict=True)
-        ]
+    def _cuts_for(self, count: int) -> Cuts | None:
+        """Where texts may be cut; None where nothing is known for certain, or for so few that looking into it does not pay."""
+        return self._cuts if count >= FEW and self._may_cut else None
 
-    def _behind_prefix(self, continuation: list[int]) -> tuple[list[int], list[int]]:
-        """An empty context becomes the prefix token, unless the continuation brings it."""
-        if continuation[:1] == [self.prefix_token_id]:
-            return continuation[:1], continuation[1:]
-        return [self.prefix_token_id], continuation
+    @functools.cached_property
+    def _cuts(self) -> Cuts | None:
+        cuts = Cuts(self.tokenizer) if is_plain(self.tokenizer) else None
+        return cuts or None
 
+    def _stop_cutting(self) -> None:
+        log.warning("this tokenizer gives the parts of a text other ids than the whole: texts are encoded whole, which is slower")
+        self._may_cut = False
 
-def _tokenize_distinct(tokenizer: Any, wanted: Sequence[tuple[str, bool | None]]) -> list[list[int]]:
-    """Token ids of each (text, `special` of `_tokenize`), the same list for those that are equal."""
-    known: dict[tuple[str, bool | None], list[int]] = {}
-    for special in (True, False, None):
-        texts = list(dict.fromkeys(text for text, rule in wanted if rule is special))
-        for start in range(0, len(texts), BATCH):
-            part = texts[start : start + BATCH]
-            known.update(((text, special), row) for text, row in zip(part, _tokenize(tokenizer, part, special), strict=True))
-    return [known[key] for key in wanted]
+    def _pool(self, encode: Encode, cuts: Cuts | None) -> TokenPool:
+        return TokenPool(lambda texts, special: encode(self.tokenizer, texts, special), cuts)
 
+    def _encode_all(self, texts: Sequence[str], special: Sequence[bool | None], encode: Encode, cuts: Cuts | None) -> list[Ids]:
+        pool = self._pool(encode, cuts)
+        numbers = [pool.add(text, rule) for text, rule in zip(texts, special, strict=True)]
+        pool.fill()
+        return [np.concatenate(pool.ids_of(parts)) for parts in numbers]
 
-def _tokenize(tokenizer: Any, texts: list[str], special: bool | None) -> list[list[int]]:
-    """Token ids of each text. special: as `add_special_tokens`; None: the tokenizer's default."""
-    options = {} if special is None else {"add_special_tokens": special}
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]], cuts: Cuts | None) -> Encoded:
+        collector = _Collector(self.max_length, self.separate)
+        pool = self._pool(encode_each, cuts)
+        add = self._add_separately if self.separate else self._add_pair
+        for start in range(0, len(pairs), BATCH):
+            batch = pairs[start : start + BATCH]
+            if cuts is None:
+                pool = self._pool(encode_each, None)  # whole texts take memory, and hardly come again
+            makers: dict[str, PairMaker] = {}
+            added = [add(pool, makers, *pair) for pair in batch]
+            pool.fill()
+            for owner, (pair, one) in enumerate(zip(batch, added, strict=True), start):
+                context, continuation = one.ids(pool)
+                if not pair[0]:  # the prefix token, unless the continuation brings it
+                    own = 1 if continuation[:1].tolist() == [self.prefix_token_id] else 0
+                    context, continuation = [continuation[:own]], continuation[own:]
+                collector.add(owner, context if any(map(len, context)) else [self._prefix], continuation)
+        return collector.finish()
 
-    def ask(part: list[str]) -> list[list[int]]:
-        return [list(row) for row in tokenizer(part, return_attention_mask=False, verbose=False, **options)["input_ids"]]
+    def _add_pair(self, pool: TokenPool, makers: dict[str, PairMaker], context: str, continuation: str) -> Pair:
+        if not context:
+            return pool.add_whole_pair(None, (continuation, False))
+        context, continuation = _move_trailing_spaces(context, continuation)
+        maker = makers.get(context)
+        if maker is None:
+            maker = makers[context] = pool.add_context(context, self._special(context))
+        if len(context) < len(self._prefix_text):  # the continuation may complete the text of the prefix token
+            whole = context + continuation
+            return pool.add_whole_pair((context, self._special(context)), (whole, self._special(whole)))
+        return maker.add(continuation)
 
-    if len(texts) == 1 or not _is_plain_backend(tokenizer):
-        return ask(texts)
-    # What the library beneath has besides ids (offsets, words, masks) takes longer than the ids. Asking for the first text the
-    # long way sets it up as the tokenizer's own settings have it.
-    first = ask(texts[:1])
-    found = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=True if special is None else special)
-    ids = [encoding.ids for encoding in found]
-    return ids if ids[:1] == first else ask(texts)
+    def _add_separately(self, pool: TokenPool, makers: dict[str, PairMaker], context: str, continuation: str) -> Pair:
+        if context:
+            context, continuation = _move_trailing_spaces(context, continuation)
+        return pool.add_two((context, self._special(context)) if context else None, (continuation, False))
 
 
-def _is_plain_backend(tokenizer: Any) -> bool:
-    """Whether all that a tokenizer does with texts is to hand them to the `tokenizers` library."""
-    from transformers import PreTrainedTokenizerFast
+def _choose_to_check(is_odd: Sequence[bool]) -> list[int]:
+    """Some of the texts, from all over; half of them, where there are any, odd ones: those beyond ASCII."""
+    odd = [index for index, flag in enumerate(is_odd) if flag]
+    places = [range(len(is_odd))[:: max(1, 2 * len(is_odd) // CHECKED)], odd[:: max(1, 2 * len(odd) // CHECKED)]]
+    return sorted({index for some in places for index in some})
 
-    kind, own = type(tokenizer), vars(tokenizer)
-    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
-        getattr(kind, name, None) is getattr(PreTrainedTokenizerFast, name, None) and name not in own
-        for name in ("__call__", "_encode_plus", "_convert_encoding")
+
+def _agree(found: Encoded, chosen: list[int], whole: Encoded) -> bool:
+    """Whether the text requests `chosen` have the same tokens in both."""
+    same = found.requests.select(np.flatnonzero(np.isin(found.owner, chosen)))
+    return all(
+        np.array_equal(getattr(same, name), getattr(whole.requests, name)) for name in ("tokens", "starts", "num_targets")
     )
 
 
-def rolling_windows(tokens: list[int], prefix_token: int, max_length: int) -> Iterable[tuple[list[int], list[int]]]:
+def rolling_windows(tokens: Any, prefix_token: int, max_length: int) -> Iterable[tuple[Any, Any]]:
     """lm_eval's `get_rolling_token_windows` with one token of context, made disjoint.
 
     >>> list(rolling_windows([1, 2, 3, 4, 5], prefix_token=0, max_length=2))
@@ -210,36 +228,41 @@ class _Collector:
     def __init__(self, max_length: int, separate: bool = False) -> None:
         self._max_length = max_length
         self._separate = separate
-        self._blocks: list[np.ndarray] = []
+        self._blocks: list[Ids] = []
+        self._lengths: list[int] = []
         self._num_targets: list[int] = []
         self._owner: list[int] = []
         self._truncated: list[int] = []
         self._cut: list[int] = []
         self._empty: list[int] = []
 
-    def add(self, owner: int, context: list[int], continuation: list[int]) -> None:
-        if not continuation:
+    def add(self, owner: int, context: Sequence[Ids], continuation: Ids) -> None:
+        """context: its tokens, in parts."""
+        if not len(continuation):
             self._empty.append(owner)
             return
+        length = sum(map(len, context))
         room = self._max_length if self._separate else self._max_length + 1 - len(continuation)
         if len(continuation) > self._max_length:
             self._cut.append(owner)
-        elif len(context) > room:
+        elif length > room:
             self._truncated.append(owner)
+        parts = [*context, continuation]
         if self._separate:
-            continuation = continuation[-self._max_length :]
-            sequence = context[-self._max_length :] + continuation
-        else:
-            sequence = (context + continuation)[-(self._max_length + 1) :]
-        self._blocks.append(np.array(sequence, dtype=np.int32))
-        self._num_targets.append(min(len(continuation), len(sequence) - 1))
+            parts[-1] = continuation = continuation[-self._max_length :]
+            if length > room:
+                parts[:-1] = [np.concatenate(context)[-self._max_length :]]
+        elif length > room:
+            parts = [np.concatenate(parts)[-(self._max_length + 1) :]]
+        self._blocks += parts
+        self._lengths.append(sum(map(len, parts)))
+        self._num_targets.append(min(len(continuation), self._lengths[-1] - 1))
         self._owner.append(owner)
 
     def finish(self) -> Encoded:
-        lengths = np.array([len(block) for block in self._blocks], dtype=np.int64)
         requests = Requests(
             tokens=np.concatenate([np.zeros(0, dtype=np.int32), *self._blocks]),
-            starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+            starts=np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]),
             num_targets=np.array(self._num_targets, dtype=np.int32),
         )
         return Encoded(requests, np.array(self._owner, dtype=np.int64), self._truncated, self._cut, self._empty)

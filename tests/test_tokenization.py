@@ -216,6 +216,9 @@ class OneIdPerLetter:
     def decode(self, token: int) -> str:
         return chr(token)
 
+    def encode(self, text: str, **options: Any) -> list[int]:
+        return letters(text)
+
     def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [letters(text) for text in texts]}
 

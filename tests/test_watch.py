@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from ddp_eval import bootstrap, harness, watch
+from ddp_eval import bootstrap, harness, lm_eval_patches, watch
 from ddp_eval.watch import Watch, _Beats
 
 
@@ -132,13 +132,13 @@ def test_bootstraps_chunks_are_progress(patience_s, renewed, monkeypatch):
 def test_between_keeps_the_documents():
     """Catches documents lost or built twice by the one who counts them, and an error that lm_eval takes for a task's."""
     calls = []
-    assert list(harness._between(lambda: calls.append(None), range(3))) == [0, 1, 2] and len(calls) == 3
+    assert list(lm_eval_patches._between(lambda: calls.append(None), range(3))) == [0, 1, 2] and len(calls) == 3
 
     def fail():
         raise RuntimeError("the loader has failed")
 
     with pytest.raises(harness._Scoring, match="the loader has failed"):
-        list(harness._between(harness._unharmed(fail), range(3)))
+        list(lm_eval_patches._between(harness._unharmed(fail), range(3)))
 
 
 def test_dead_sibling_is_named(monkeypatch):

@@ -1,0 +1,76 @@
+"""What of lm_eval 0.4.13 is replaced while it evaluates, each with its reason. Everything is put back when the block ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import unittest.mock
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._factory import TaskFactory
+
+from ddp_eval import environment
+from ddp_eval.bootstrap import bootstrap_stderr
+from ddp_eval.chatter import less_chatter, prompt_bar
+from ddp_eval.machine import git_commit
+from ddp_eval.meter import Phases
+from ddp_eval.templates import TemplateCache
+
+
+@contextlib.contextmanager
+def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[], None]) -> Iterator[None]:
+    """Replace what is slow, forks or prints.
+
+    go_on: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
+    """
+    patch = unittest.mock.patch
+    commit = git_commit(os.getcwd())
+    describe = _timed(phases, "write", lambda: environment.start_collecting().result())
+    build = TaskFactory._build_task
+
+    def build_and_go_on(*args: Any, **options: Any) -> Any:
+        go_on()
+        return build(*args, **options)
+
+    with (
+        # It compiles a template anew for every document and every example.
+        patch("lm_eval.utils.apply_template", templates.render),
+        # It asks git for the working directory's commit, which prints an error of its own where there is none.
+        patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"]),
+        # It forks a process per core, which can hang.
+        patch("lm_eval.api.metrics.bootstrap_stderr", _timed(phases, "bootstrap", bootstrap_stderr)),
+        # It runs a dozen programs when all is done.
+        patch("torch.utils.collect_env.get_pretty_env_info", describe),
+        # Its bars stay on the screen; and a long step must be seen to go on.
+        patch("lm_eval.api.task.tqdm", lambda documents, total: prompt_bar(_between(go_on, documents), total)),
+        patch.object(TaskFactory, "_build_task", build_and_go_on),
+        less_chatter(),
+    ):
+        yield
+
+
+def keep_examples(templates: TemplateCache, task: Any) -> None:
+    """Have the few-shot examples of a task rendered once, unless code of its own sees them, which might change them."""
+    examples = getattr(getattr(task, "sampler", None), "df", None)
+    if type(task) is not ConfigurableTask or not isinstance(examples, list):
+        return
+    names = ("doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix", "description")
+    sources = [getattr(config, name, None) for config in (task.config, task.fewshot_cfg) for name in names]
+    if task.prompt is None and not any(map(callable, sources)):
+        templates.keep(examples)
+
+
+def _between(action: Callable[[], None], documents: Iterable[Any]) -> Iterator[Any]:
+    for document in documents:
+        action()
+        yield document
+
+
+def _timed(phases: Phases, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def do(*args: Any, **options: Any) -> Any:
+        with phases(phase):
+            return function(*args, **options)
+
+    return do

@@ -44,9 +44,14 @@ def digest_strings(strings: Iterable[str]) -> str:
     """One SHA-256, in hex, of strings in order; each is prefixed by its length, so ["ab", "c"] differs from ["a", "bc"]."""
     digest = hashlib.sha256()
     for string in strings:
-        data = string.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
+        digest.update(as_record(string))
     return digest.hexdigest()
+
+
+def as_record(string: str) -> bytes:
+    """A string as `digest_strings` takes it: its length, then its UTF-8."""
+    data = string.encode("utf-8", "surrogatepass")
+    return len(data).to_bytes(8, "little") + data
 
 
 def _digest_file(path: Path) -> str:

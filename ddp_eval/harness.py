@@ -1,7 +1,8 @@
 """lm_eval's side of the run: tasks in, scores out. Only the leader imports this module.
 
-Of lm_eval's tasks and evaluator it is the sole importer, but for lm_eval_patches.py, which lists what is replaced in them.
-asking.py takes lm_eval's rules for texts, trackers.py its loggers; lm.py is the other way round: ddp_eval as a model of lm_eval.
+Of lm_eval's tasks and evaluator it is the sole importer, but for lm_eval_patches.py, which lists what is replaced in them, and
+index_cache.py, which keeps its index of task files. asking.py takes lm_eval's rules for texts, trackers.py its loggers; lm.py is
+the other way round: ddp_eval as a model of lm_eval.
 
 lm_eval builds every prompt once, for one rank (`world_size=1`), asks our LM object for log-likelihoods, and computes metrics
 from the answers. The first question it asks is answered for all requests of all tasks at once, so that one plan holds them all.
@@ -15,6 +16,7 @@ import datetime
 import decimal
 import difflib
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -37,9 +39,10 @@ from ddp_eval import demo, environment, hub, watch
 from ddp_eval.asking import Asked
 from ddp_eval.compare.reading import document_metrics, shared_context
 from ddp_eval.config import Config
-from ddp_eval.digests import digest_strings
+from ddp_eval.digests import as_record, digest_strings
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import NO_TOKEN, Prompts
+from ddp_eval.index_cache import reuse_index
 from ddp_eval.lm_eval_patches import keep_examples, patched_lm_eval
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
@@ -185,14 +188,17 @@ def describe_prompts(instances: Sequence[Instance], tasks: dict[str, Any]) -> di
 
     The right answers are among the documents, or made of them by `doc_to_target`, whose template counts with them.
     """
-    by_task: dict[str, list[str]] = {}
+    everything = hashlib.sha256()
+    by_task: dict[str, Any] = {}
     documents: dict[str, dict[int, Any]] = {}
     for one in instances:
-        by_task.setdefault(one.task_name, []).extend(str(part) for part in one.args)
+        parts = b"".join(as_record(str(part)) for part in one.args)
+        everything.update(as_record(str(one.task_name)) + parts)
+        by_task.setdefault(one.task_name, hashlib.sha256()).update(parts)
         documents.setdefault(one.task_name, {})[one.doc_id] = one.doc
     return {
-        "prompts_sha256": digest_strings(str(part) for one in instances for part in (one.task_name, *one.args)),
-        "prompts_by_task": {task: digest_strings(texts) for task, texts in sorted(by_task.items())},
+        "prompts_sha256": everything.hexdigest(),
+        "prompts_by_task": {task: digest.hexdigest() for task, digest in sorted(by_task.items())},
         "documents_by_task": {
             name: digest_strings([_template_of_targets(tasks.get(name)), *map(_plain_text, found.values())])
             for name, found in sorted(documents.items())
@@ -239,9 +245,10 @@ def format_results(results: dict[str, Any]) -> str:
 
 def list_tasks(what: str, include_path: str | None) -> str:
     """lm_eval's table of its tasks, groups, subtasks or tags, the demo's and those of `include_path` among them."""
-    manager = TaskManager(include_path=_include_paths([demo.TASKS_PATH], include_path))
     leave_out = {"tasks": (), "groups": ("subtasks", "tags"), "subtasks": ("groups", "tags"), "tags": ("groups", "subtasks")}
-    return str(manager.list_all_tasks(**{f"list_{kind}": False for kind in leave_out[what]}))
+    with reuse_index():
+        manager = TaskManager(include_path=_include_paths([demo.TASKS_PATH], include_path))
+        return str(manager.list_all_tasks(**{f"list_{kind}": False for kind in leave_out[what]}))
 
 
 def validate_tasks(tasks: Sequence[str], include_path: str | None) -> int:
@@ -482,9 +489,10 @@ def _task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
         if is_complete(config.tasks, manager.task_index):
             return manager
         unknown = [name for name in config.tasks if isinstance(name, str) and name not in manager.task_index]
-        if unknown:
-            log.warning("looking %s up in lm_eval's index of tasks", _name_some(unknown))
-        return TaskManager(include_path=paths, metadata=metadata)
+        with reuse_index() as takes_seconds:
+            if unknown and takes_seconds:
+                log.warning("looking %s up in lm_eval's index of tasks", _name_some(unknown))
+            return TaskManager(include_path=paths, metadata=metadata)
     except Exception as error:
         raise UserError(f"lm_eval could not read the task files: {_describe(error)}") from error
 

@@ -18,6 +18,7 @@ Letters: N requests, M items (distinct requests), P packs, T tokens of all packs
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -56,7 +57,9 @@ class Requests:
 
 
 def concatenate(first: Requests, second: Requests) -> Requests:
-    """Both sets of requests, one behind the other."""
+    """Both sets of requests, one behind the other. Copies nothing where one of them is empty."""
+    if not len(second) or not len(first):
+        return second if len(second) else first
     return Requests(
         tokens=np.concatenate([first.tokens, second.tokens]),
         starts=np.concatenate([first.starts, second.starts[1:] + first.starts[-1]]),
@@ -369,19 +372,27 @@ def _common_prefixes(requests: Requests, order: IntArray, lengths: IntArray) -> 
         return common
     limit = np.minimum(lengths[1:], lengths[:-1])
     here, before = requests.starts[:-1][order[1:]], requests.starts[:-1][order[:-1]]
+    block = min(_BLOCK, len(requests.tokens))
+    windows = np.lib.stride_tricks.sliding_window_view(requests.tokens, block)
     open_pairs = np.arange(len(limit))
-    block, last = 32, len(requests.tokens) - 1
     while len(open_pairs):
-        offset = common[1:][open_pairs, None] + np.arange(block)
-        inside = offset < limit[open_pairs, None]
-        left = requests.tokens[np.minimum(here[open_pairs, None] + offset, last)]
-        right = requests.tokens[np.minimum(before[open_pairs, None] + offset, last)]
-        differs = ~(inside & (left == right))
+        done = common[1:][open_pairs]
+        left, right = here[open_pairs] + done, before[open_pairs] + done
+        at_end = np.maximum(left, right) >= len(windows)  # no whole block is left: the last tokens of all
+        for pair, one, other in zip(open_pairs[at_end], left[at_end], right[at_end], strict=True):
+            rest = int(limit[pair] - common[1:][pair])
+            differs = requests.tokens[one : one + rest] != requests.tokens[other : other + rest]
+            common[1:][pair] += differs.argmax() if differs.any() else rest
+        open_pairs, done, left, right = (array[~at_end] for array in (open_pairs, done, left, right))
+        differs = windows[left] != windows[right]
+        differs |= np.arange(block) >= (limit[open_pairs] - done)[:, None]
         steps = np.where(differs.any(axis=1), differs.argmax(axis=1), block)
         common[1:][open_pairs] += steps
         open_pairs = open_pairs[steps == block]
     return common
 
+
+_BLOCK = 64  # tokens that are compared at a time
 
 # Ranks that a plan should keep evenly busy. Any number may run it: the plan is made for this one so that it is always the same.
 TYPICAL_RANKS = 8
@@ -405,6 +416,34 @@ class _Costs:
         self.token_head = lengths - self.tokens_to[1:]
         self.pair_head = triangle - self.pairs_to[1:]
         self.read_head = num_targets - self.reads_to[1:]
+        self._items = lengths, shared, num_targets
+
+    def at(self, places: IntArray) -> _Costs:
+        """The same costs with places for items: pack [first, stop) runs from one place to another."""
+        coarse = copy.copy(self)
+        for name in ("token_head", "pair_head", "read_head"):
+            setattr(coarse, name, getattr(self, name)[places[:-1]])
+        for name in ("tokens_to", "pairs_to", "reads_to"):
+            setattr(coarse, name, getattr(self, name)[places])
+        return coarse
+
+    def places_to_cut(self, max_tokens: int, max_reads: int | None) -> IntArray:
+        """Where the cheapest split may be cut: before the first item, behind the last, and wherever a cut can pay.
+
+        Items with one input that read nothing new are free in a pack that holds the first of them. So a cut among them never
+        pays, unless the item behind them goes on from their whole input (it may come to the same), or a pack holds but one.
+        """
+        lengths, shared, num_targets = self._items
+        free = (lengths[1:] == lengths[:-1]) & (shared[1:] == lengths[1:]) & (num_targets[1:] <= num_targets[:-1])
+        starts = np.concatenate([[0], np.flatnonzero(~free) + 1])  # of the groups of such items
+        ends = np.append(starts[1:], len(lengths))
+        cut_within = lengths[starts] > max_tokens
+        if max_reads is not None:
+            cut_within |= num_targets[starts] > max_reads
+        cut_within[:-1] |= shared[starts[1:]] == lengths[ends[:-1] - 1]
+        places = np.repeat(cut_within, ends - starts)
+        places[starts] = True
+        return np.append(np.flatnonzero(places), len(lengths))
 
     def __len__(self) -> int:
         return len(self.token_head)
@@ -457,19 +496,21 @@ def _times(pack_costs: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 def _cut_cheapest(costs: _Costs, max_tokens: int, max_reads: int | None) -> IntArray:
     """The split whose packs' costs add up to the least, within the limits (dynamic programming over the split points)."""
-    best = np.zeros(len(costs) + 1)
-    choice = np.zeros(len(costs) + 1, dtype=np.int64)
+    places = costs.places_to_cut(max_tokens, max_reads)
+    costs = costs.at(places)
+    best = np.zeros(len(places))
+    choice = np.zeros(len(places), dtype=np.int64)
     oldest = 0
-    for stop in range(1, len(costs) + 1):
+    for stop in range(1, len(places)):
         while oldest < stop - 1 and not costs.fits(oldest, stop, max_tokens, max_reads):
             oldest += 1
         total = best[oldest:stop] + costs.of(slice(oldest, stop), stop)
         choice[stop] = oldest + int(total.argmin())
         best[stop] = total[choice[stop] - oldest]
-    bounds = [len(costs)]
+    bounds = [len(places) - 1]
     while bounds[-1]:
         bounds.append(int(choice[bounds[-1]]))
-    return np.array(bounds[::-1], dtype=np.int64)
+    return places[np.array(bounds[::-1], dtype=np.int64)]
 
 
 def _even_out(costs: _Costs, bounds: IntArray, max_tokens: int, max_reads: int | None) -> IntArray:

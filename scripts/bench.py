@@ -18,6 +18,8 @@ measured beside it in the same process, dtype and threads:
 with every token of the requests' prefix tree counted once, nothing repeated or padded, and what ddp_eval leaves out of the last
 layer at tokens that are not read (feed-forward part, attention) not counted. Prints a table and, with --out, writes
 NAME.md and NAME.json.
+
+With --commands the whole commands of both sides are timed instead, from start to exit: see commands.py.
 """
 
 from __future__ import annotations
@@ -33,7 +35,17 @@ import time
 import unittest.mock
 from typing import Any
 
-from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep, read_task  # beside this file
+from sides import (  # beside this file
+    Job,
+    Side,
+    compare_metrics,
+    cut,
+    evaluate_by_lm_eval,
+    evaluate_by_us,
+    format_conditions,
+    keep,
+    read_task,
+)
 
 CALLS = ("loglikelihood", "loglikelihood_rolling")
 EIGHT_TASKS = [
@@ -44,6 +56,10 @@ EIGHT_TASKS = [
 
 def main() -> None:
     args = read_arguments()
+    if args.commands:
+        import commands  # beside this file
+
+        return commands.main(args)
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
     sizes = [int(size) for size in args.batch_sizes.split(",")]
     job = Job(load_model, run_ours, run_lm_eval, no_memory=(math.inf, None))
@@ -78,7 +94,16 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of both sides (default 1)")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     parser.add_argument("--out", help="write PATH.md and PATH.json")
-    return parser.parse_args()
+    parser.add_argument(
+        "--commands", action="store_true", help="time whole commands, from start to exit; --tasks takes A+B+C[:DOCUMENTS] too"
+    )
+    parser.add_argument("--gen_kwargs", help="with --commands: both sides' --gen_kwargs, such as max_gen_toks=16")
+    args = parser.parse_args()
+    if args.commands and (args.peer == "none" or args.random_weights):
+        parser.error("--commands compares with lm_eval and reads the model's weights: leave out --peer none and --random_weights")
+    if args.gen_kwargs and not args.commands:
+        parser.error("--gen_kwargs is for --commands; scripts/bench_generation.py times tasks that generate text")
+    return args
 
 
 def load_model(args: argparse.Namespace, device: Any) -> Any:
@@ -234,13 +259,7 @@ def compare(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
                 a, b = (a, b) if isinstance(a, (tuple, list)) else ((a, None), (b, None))
                 largest = max(largest, abs(a[0] - b[0]))
                 flags += a[1] != b[1]
-    metrics = [
-        (value, ours["metrics"][task][name])
-        for task, values in theirs["metrics"].items()
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and "stderr" not in name
-    ]
-    worst = max(abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0 for a, b in metrics)
+    worst = max(compare_metrics(theirs["metrics"], ours["metrics"]).values())
     return {"max_difference_nats": largest, "greedy_flags_differing": flags, "max_relative_difference_of_metrics": worst}
 
 

@@ -22,6 +22,8 @@ from make_demo_model import train_bpe
 
 LLAMA23M = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 SHAPES: dict[str, dict[str, Any]] = {
+    # Next to no computing: what is left is what scripts/bench_prepare.py measures.
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     "llama23m": LLAMA23M,
     "llama100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
     # The first with the vocabulary of Qwen 2 and 3, most of whose tokens no text comes to: the head pays for all of them.

@@ -1,7 +1,7 @@
 """Two sides, ddp_eval and lm_eval's own HF backend, each in a process of its own with the loaded model, asked in turn.
 
 What bench.py and bench_generation.py share: the processes, the clocks around a model's answers, and the words on conditions and
-ratios.
+ratios; bench_prepare.py and commands.py take those words too.
 """
 
 from __future__ import annotations
@@ -132,6 +132,21 @@ def read_task(text: str) -> tuple[str, float | None, float]:
     return task, limit, max(1, limit // 4) if limit else 0.25
 
 
+def read_suite(text: str) -> tuple[list[str], float | None, float]:
+    """A+B+C or A+B+C:DOCUMENTS, the tasks of one command -> the tasks, `limit` of each, and the limit that takes a quarter.
+
+    >>> read_suite("local_piqa+local_boolq:40"), read_suite("local_piqa")
+    ((['local_piqa', 'local_boolq'], 40.0, 10.0), (['local_piqa'], None, 0.25))
+
+    Raises ValueError for limits of single tasks: lm_eval's command has one --limit.
+    """
+    names, _, documents = text.partition(":")
+    if "" in names.split("+") or not (":" not in text or (documents.isdigit() and int(documents))):
+        raise ValueError(f"--tasks takes TASK, A+B+C or A+B+C:DOCUMENTS, with one limit for all tasks of a command, got {text}")
+    _, limit, quarter = read_task(text)
+    return names.split("+"), limit, quarter
+
+
 def evaluate_by_lm_eval(
     model: Any, tokenizer: Any, task: str, limit: float | None, args: argparse.Namespace, calls: Sequence[str], **options: Any
 ) -> tuple[float, dict[str, Any]]:
@@ -176,8 +191,19 @@ def evaluate_by_us(
     return sum(spent), results
 
 
+def compare_metrics(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, float]:
+    """{"task metric": relative difference} between two "results" of lm_eval; standard errors are left out."""
+    pairs = {
+        f"{task} {name}": (value, ours[task][name])
+        for task, values in theirs.items()
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and "stderr" not in name
+    }
+    return {name: abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0 for name, (a, b) in pairs.items()}
+
+
 def note_seconds(lm: Any, calls: Sequence[str], spent: list[float]) -> None:
-    """Have `lm` add to `spent` the seconds that each call of these methods takes."""
+    """Have `lm`, a model or its class, add to `spent` the seconds that each call of these methods takes."""
     for name in calls:
         call = getattr(lm, name)
 
@@ -212,6 +238,17 @@ def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> di
     }
 
 
+def describe_commands(args: argparse.Namespace) -> dict[str, Any]:
+    """`describe_conditions` of whole commands: the processes that they start hold the weights, here the config is enough."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(args.threads)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(args.model))
+    return describe_conditions(args, model, torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu"))
+
+
 def keep(report: dict[str, Any], format_report: Callable[[dict[str, Any]], str], out: str | None) -> None:
     """Write OUT.md and OUT.json. After every task: what ends the whole early leaves the rows that are done."""
     if out:
@@ -226,6 +263,11 @@ def cut(value: float, digits: int = 3) -> str:
     '1.199'
     """
     return f"{math.floor(value * 10**digits) / 10**digits:.{digits}f}"
+
+
+def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def format_conditions(conditions: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before transformers and datasets are imported: they read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,19 @@ torch.set_num_threads(1)
 # A test must fail for the change that it is run on: not because the machine is busy, nor for an example drawn by chance.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make a cache home for ddp_eval that the session's processes share. The user's other caches are linked there: the hub's."""
+    if hasattr(config, "workerinput"):
+        return  # a worker of pytest-xdist inherits that of the main process
+    home = tempfile.TemporaryDirectory(prefix="cache_home_")
+    config.add_cleanup(home.cleanup)
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for cache in users.iterdir() if users.is_dir() else ():
+        if cache.name != "ddp_eval":
+            Path(home.name, cache.name).symlink_to(cache.absolute())
+    os.environ["XDG_CACHE_HOME"] = home.name
 
 
 @pytest.fixture(scope="session")

@@ -575,7 +575,6 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
             _check_task(name, task)
             task.process_results = _behind(watch.renew, task.process_results)  # every document's metrics
             _check_thinking(name, task.OUTPUT_TYPE, config)
-            keep_examples(lm.templates, task)
         for name in lm.chosen:
             if name not in loaded["tasks"]:
                 hint = _find_close(name, loaded["tasks"]) or "add it there"
@@ -588,6 +587,7 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
                     f"--samples asks for document {lm.chosen[name][-1]} of the task {name}, whose documents are 0 to {count - 1}"
                 )
         _say_what_is_ignored(loaded["tasks"], config)
+        keep_examples(lm.templates, loaded["tasks"].values())
         lm.tasks = loaded["tasks"]
         lm.phase = "build the requests"
         return loaded

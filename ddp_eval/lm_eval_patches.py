@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
+import types
 import unittest.mock
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from lm_eval.api.samplers import ContextSampler, FirstNSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._factory import TaskFactory
 
@@ -16,7 +19,7 @@ from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.machine import git_commit
 from ddp_eval.meter import Phases
-from ddp_eval.templates import TemplateCache
+from ddp_eval.templates import TemplateCache, parse_literal
 
 
 @contextlib.contextmanager
@@ -37,6 +40,8 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
     with (
         # It compiles a template anew for every document and every example.
         patch("lm_eval.utils.apply_template", templates.render),
+        # It parses the same choices of an example again for every document.
+        patch("lm_eval.api.task.ast", types.SimpleNamespace(**vars(ast) | {"literal_eval": parse_literal})),
         # It asks git for the working directory's commit, which prints an error of its own where there is none.
         patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"]),
         # It forks a process per core, which can hang.
@@ -51,15 +56,27 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
         yield
 
 
-def keep_examples(templates: TemplateCache, task: Any) -> None:
-    """Have the few-shot examples of a task rendered once, unless code of its own sees them, which might change them."""
+def keep_examples(templates: TemplateCache, tasks: Collection[Any]) -> None:
+    """Have few-shot examples rendered once, except for those that a task's own code sees: it might change them."""
+    seen_by_code = {id(example) for task in tasks if not _is_declared(task) for example in _examples_of(task)}
+    examples = (example for task in tasks for example in _examples_of(task))
+    templates.keep(example for example in examples if id(example) not in seen_by_code)
+
+
+def _examples_of(task: Any) -> Sequence[Any]:
     examples = getattr(getattr(task, "sampler", None), "df", None)
-    if type(task) is not ConfigurableTask or not isinstance(examples, list):
-        return
+    return examples if isinstance(examples, list) else ()
+
+
+def _is_declared(task: Any) -> bool:
+    """Whether templates and lm_eval's own code are all that builds the task's prompts."""
+    if type(task) is not ConfigurableTask or task.prompt is not None:
+        return False
+    if type(getattr(task, "sampler", None)) not in (ContextSampler, FirstNSampler):
+        return False
     names = ("doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix", "description")
     sources = [getattr(config, name, None) for config in (task.config, task.fewshot_cfg) for name in names]
-    if task.prompt is None and not any(map(callable, sources)):
-        templates.keep(examples)
+    return all(isinstance(source, (str, int, list, dict, type(None))) for source in sources)
 
 
 def _between(action: Callable[[], None], documents: Iterable[Any]) -> Iterator[Any]:

@@ -8,12 +8,14 @@ random or change a document.
 
 from __future__ import annotations
 
+import ast
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jinja2
-from jinja2 import meta, nodes
-from jinja2.defaults import DEFAULT_FILTERS
+from jinja2 import nodes
+from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_TESTS
 
 # Methods of strings, lists and mappings that change nothing.
 _READING = frozenset({
@@ -22,7 +24,8 @@ _READING = frozenset({
     "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip", "split",
     "splitlines", "startswith", "strip", "swapcase", "title", "upper", "values", "zfill",
 })  # fmt: skip
-_PURE_FILTERS = frozenset(DEFAULT_FILTERS) - {"random"} | {"regex_replace"}  # the second is lm_eval's own
+_KNOWN_FILTERS = frozenset(DEFAULT_FILTERS) | {"regex_replace"}  # the second is lm_eval's own
+_KNOWN_TESTS = frozenset(DEFAULT_TESTS)
 _PURE_FUNCTIONS = frozenset({"dict", "namespace", "range"})
 
 
@@ -37,7 +40,10 @@ class TemplateCache:
         self._kept: dict[int, tuple[Any, dict[str, str]]] = {}
 
     def keep(self, documents: Iterable[Any]) -> None:
-        """Render each template once for each of these, which come again and again and which no code changes meanwhile."""
+        """Render each template once for each of these, which come again and again and which no code changes meanwhile.
+
+        A template may change one: from the first that can, the document is rendered anew each time.
+        """
         for document in documents:
             self._kept.setdefault(id(document), (document, {}))
 
@@ -55,27 +61,65 @@ class TemplateCache:
         compiled = self._compiled.get(template)
         if compiled is None:
             compiled = self._compile(template)
+        if kept is not None and not self._is_pure[template]:
+            del self._kept[id(doc)]
+            kept = None
         text = compiled.render(**doc)
-        if kept is not None and self._is_pure[template]:
+        if kept is not None:
             kept[1][template] = text
         return text
 
     def _compile(self, template: str) -> jinja2.Template:
         compiled = self._environment.from_string(template)
+        if template in self._is_pure:
+            return compiled
         tree = self._environment.parse(template)
         self._is_pure[template] = _is_pure(tree)
-        if self._is_pure[template] and not meta.find_undeclared_variables(tree):
+        # A document's field goes before a global of the same name, such as `range`: a constant template names nothing at all.
+        if self._is_pure[template] and not list(tree.find_all((nodes.Name, nodes.NSRef))):
             self._constants[template] = compiled.render()
-        self._compiled[template] = compiled
+        if _is_known(tree):
+            self._compiled[template] = compiled
         return compiled
+
+
+def _is_known(tree: nodes.Template) -> bool:
+    """Whether jinja and lm_eval have all of a template's filters and tests.
+
+    jinja applies them to constants while it compiles, and those that a task's code has registered might draw at random.
+    """
+    filters, tests = ({node.name for node in tree.find_all(kind)} for kind in (nodes.Filter, nodes.Test))
+    return filters <= _KNOWN_FILTERS and tests <= _KNOWN_TESTS
+
+
+def parse_literal(text: Any) -> Any:
+    """As `ast.literal_eval`, which lm_eval has parse a document's choices again at every use."""
+    if not isinstance(text, str):
+        return ast.literal_eval(text)
+    value = _parse_literal(text)
+    if isinstance(value, list) and all(isinstance(one, _UNCHANGING) for one in value):
+        return value.copy()
+    return value if isinstance(value, _UNCHANGING) else ast.literal_eval(text)
+
+
+_parse_literal = functools.lru_cache(maxsize=2**15)(ast.literal_eval)
+_UNCHANGING = (str, int, float, bytes, complex, type(None))
 
 
 def _is_pure(tree: nodes.Template) -> bool:
     """Whether a template comes to the same for the same document, and leaves it as it was."""
-    if any(node.name not in _PURE_FILTERS for node in tree.find_all(nodes.Filter)):
+    assert tree.environment is not None
+    unsafe = {"random", *(tree.environment.filters.keys() - _KNOWN_FILTERS), *(tree.environment.tests.keys() - _KNOWN_TESTS)}
+    filters = list(tree.find_all(nodes.Filter))
+    if not _is_known(tree) or any(node.name == "random" for node in filters):
         return False
-    if any(constant.value == "random" for constant in tree.find_all(nodes.Const)):  # map("random")
+    if any(constant.value in unsafe for constant in tree.find_all(nodes.Const)):  # map("random")
         return False
+    for node in filters:
+        if node.name == "map" and (node.dyn_args or not all(isinstance(argument, nodes.Const) for argument in node.args)):
+            return False  # which filter it applies is not known before it is rendered
+    if any(name.name in _PURE_FUNCTIONS and name.ctx != "load" for name in tree.find_all(nodes.Name)):
+        return False  # {% set range = choices.append %}
     return all(
         (isinstance(call.node, nodes.Getattr) and call.node.attr in _READING)
         or (isinstance(call.node, nodes.Name) and call.node.name in _PURE_FUNCTIONS)

@@ -118,7 +118,7 @@ class Encoder:
             for owner, ids in enumerate(self._encode_all(batch, list(map(self._special, batch)), encode_each, None), start):
                 windows = list(rolling_windows(ids, self.prefix_token_id, self.max_length))
                 for context, continuation in windows or [(self._prefix, ids[:0])]:
-                    collector.add(owner, [context], continuation)
+                    collector.add(owner, [np.asarray(context, dtype=np.int32)], continuation)
         return collector.finish()
 
     def _special(self, text: str) -> bool | None:
@@ -261,7 +261,7 @@ class _Collector:
 
     def finish(self) -> Encoded:
         requests = Requests(
-            tokens=np.concatenate([np.zeros(0, dtype=np.int32), *self._blocks]),
+            tokens=np.concatenate([np.zeros(0, dtype=np.int32), *self._blocks], dtype=np.int32),
             starts=np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]),
             num_targets=np.array(self._num_targets, dtype=np.int32),
         )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 import transformers
@@ -178,6 +179,8 @@ def test_rolling(kind: str, add_bos_token: bool | None, max_length: int, tiny_mo
         mine = [(tokens, count) for whose, tokens, count in rows if whose == owner]
         assert mine == [(context + scored, len(scored)) for context, scored in windows]
         assert (owner in encoded.empty) == (not windows)
+    # Plans are named by their arrays' types, too: other types, other names, and no old journal would be found.
+    assert (encoded.requests.tokens.dtype, encoded.requests.num_targets.dtype) == (np.int32, np.int32)
 
 
 @given(st.lists(st.integers(1, 99), max_size=40), st.integers(1, 12))

@@ -21,6 +21,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jinja2
@@ -405,11 +406,9 @@ class _LeaderLM(TemplateLM):
             raise UserError(
                 f"the task {others[0].task_name} makes {others[0].request_type} requests, which are not supported yet"
             )
-        self.prompts = describe_prompts(instances, self.tasks)
-        if self._inspect is not None:
-            self._inspect(self.prompts)
         watch.renew()
-        with self._phases("tokenize"):
+        with self._phases("tokenize"), ThreadPoolExecutor(1) as aside:  # SHA-256 leaves the interpreter to others
+            described = aside.submit(describe_prompts, instances, self.tasks)
             encoded_pairs = self.encoder.encode_pairs([instance.args for instance in pairs])
             encoded_texts = self.encoder.encode_rolling([instance.args[0] for instance in texts])
             repeated = [instance for instance in asking for _ in range(instance.repeats or 1)]
@@ -421,6 +420,9 @@ class _LeaderLM(TemplateLM):
                 self._think_end_token,
                 self._max_gen_toks,
             )
+            self.prompts = described.result()
+        if self._inspect is not None:
+            self._inspect(self.prompts)
         _warn_of_cuts(pairs, encoded_pairs)
         if asked.truncated:
             tasks = sorted({repeated[index].task_name for index in asked.truncated})

@@ -42,7 +42,7 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
         patch("lm_eval.utils.apply_template", templates.render),
         # It parses the same choices of an example again for every document.
         patch("lm_eval.api.task.ast", types.SimpleNamespace(**vars(ast) | {"literal_eval": parse_literal})),
-        # It draws a model's name, which is not used, from the generator that prompts may be drawn from.
+        # It draws an unused model name from `random`, and so changes what templates draw from there.
         patch("lm_eval.loggers.evaluation_tracker.random_name_id", lambda: "model"),
         # It asks git for the working directory's commit, which prints an error of its own where there is none.
         patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"]),

@@ -42,7 +42,7 @@ class TemplateCache:
     def keep(self, documents: Iterable[Any]) -> None:
         """Render each template once for each of these, which come again and again and which no code changes meanwhile.
 
-        A template may change one: from the first that can, the document is rendered anew each time.
+        After a template that may change a document, this document is rendered each time.
         """
         for document in documents:
             self._kept.setdefault(id(document), (document, {}))
@@ -75,7 +75,7 @@ class TemplateCache:
             return compiled
         tree = self._environment.parse(template)
         self._is_pure[template] = _is_pure(tree)
-        # A document's field goes before a global of the same name, such as `range`: a constant template names nothing at all.
+        # A template that names anything is no constant: a document's field hides a global of the same name, such as `range`.
         if self._is_pure[template] and not list(tree.find_all((nodes.Name, nodes.NSRef))):
             self._constants[template] = compiled.render()
         if _is_known(tree):
@@ -84,9 +84,9 @@ class TemplateCache:
 
 
 def _is_known(tree: nodes.Template) -> bool:
-    """Whether jinja and lm_eval have all of a template's filters and tests.
+    """Whether all of a template's filters and tests are jinja's or lm_eval's.
 
-    jinja applies them to constants while it compiles, and those that a task's code has registered might draw at random.
+    Others are registered by a task's code and might draw at random; jinja applies them to constants while it compiles.
     """
     filters, tests = ({node.name for node in tree.find_all(kind)} for kind in (nodes.Filter, nodes.Test))
     return filters <= _KNOWN_FILTERS and tests <= _KNOWN_TESTS
@@ -117,7 +117,7 @@ def _is_pure(tree: nodes.Template) -> bool:
         return False
     for node in filters:
         if node.name == "map" and (node.dyn_args or not all(isinstance(argument, nodes.Const) for argument in node.args)):
-            return False  # which filter it applies is not known before it is rendered
+            return False  # the filter's name is known only at run time
     if any(name.name in _PURE_FUNCTIONS and name.ctx != "load" for name in tree.find_all(nodes.Name)):
         return False  # {% set range = choices.append %}
     return all(

@@ -1,7 +1,7 @@
 """Requests built by ddp_eval against those that lm_eval builds alone: every argument to the byte, every number, in order.
 
-Each kind of task is a change of `TASK`, built twice: by `lm_eval.simple_evaluate` with an LM of lm_eval's own, and by ddp_eval's
-harness, where templates come from a cache. Nothing is scored.
+Each kind of task is a change of `TASK`. Its requests are built twice: by `lm_eval.simple_evaluate` with lm_eval's own HFLM, and
+by ddp_eval's harness, which renders templates from a cache. Nothing is scored.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ DATASET = datasets.DatasetDict(
 
 
 def make_dataset(**unused: Any) -> datasets.DatasetDict:
-    return DATASET  # whose rows are made anew each time they are taken
+    return DATASET  # each access returns new rows
 
 
-EXAMPLES = [{**row("listed", number), "more": number} for number in range(4)]  # as a config lists them
+EXAMPLES = [{**row("listed", number), "more": number} for number in range(4)]  # for fewshot_config: samples
 TASK: dict[str, Any] = {
     "task": "animals",
     "custom_dataset": make_dataset,
@@ -75,13 +75,13 @@ TASK: dict[str, Any] = {
     "fewshot_config": {"sampler": "first_n"},
     "num_fewshot": 3,
     "output_type": "multiple_choice",
-    "doc_to_text": "{{ question.strip() }}\n{% for c in choices %}{{ 'ABCD'[loop.index0] }}. {{ c }}\n{% endfor %}Answer:",
+    "doc_to_text": "{{ question.strip() }}\n{{ choices | join(', ') }}\nAnswer:",
     "doc_to_choice": ["A", "B", "C", "D"],
     "doc_to_target": "answer",
     "description": "The following are questions about {{ subject }}.\n\n",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
-ASKING: dict[str, Any] = {
+GENERATING: dict[str, Any] = {
     "output_type": "generate_until",
     "doc_to_choice": None,
     "doc_to_target": "{{ choices[answer] }}",
@@ -95,7 +95,7 @@ class Collected(Exception):
 
 
 def describe(tasks: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """All that a request is; as text, which tells 1 from True and does not change when a document does."""
+    """Everything about the requests; as text, in which 1 and True differ, and which later changes of a document leave alone."""
     return [
         (one.task_name, one.doc_id, one.idx, one.repeats, one.request_type, repr(one.args), repr(one.doc))
         for task in tasks.values()
@@ -132,7 +132,7 @@ def built_by_ddp_eval(model: Any, tokenizer: Any, tasks: list[Any], include_path
     paths = [] if include_path is None else [str(include_path)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Collected) as collected:
         patch.setattr(harness._LeaderLM, "_score_instances", collect)
-        patch.setattr(harness, "is_complete", lambda tasks, index: True)  # else lm_eval's own 14,000 task files are looked up
+        patch.setattr(harness, "is_complete", lambda tasks, index: True)  # else lm_eval's own 14,000 task files are read
         encoder = Encoder(tokenizer, 2048)
         harness.evaluate_tasks(config, encoder, model.config, lambda *asked: None, lambda *kept: None, Phases(), paths)  # type: ignore
     found: list[Any] = collected.value.args[0]
@@ -147,7 +147,7 @@ def check(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., 
         tasks = [TASK | {"task": f"animals_{number}"} | change for number, change in enumerate(changes)]
         names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         arguments = tiny_model("llama"), tokenizer or tiny_tokenizer
-        # each on documents of its own
+        # each side has its own documents
         theirs = built_by_lm_eval(
             *arguments, copy.deepcopy(tasks), **options, **(dict(zip(names, seed, strict=True)) if seed else {})
         )
@@ -170,7 +170,7 @@ def upper_questions(documents: Any) -> Any:
 
 
 class NumberingSampler(ContextSampler):
-    """Numbers the examples where they stand, anew for each document."""
+    """Numbers the examples in place, again for each document."""
 
     def sample(self, n: int, eval_doc: Any = None, df: Any = None, **kwargs: Any) -> Any:
         examples = self.rnd.sample(list(self.df), n)
@@ -206,13 +206,13 @@ EXAMPLE_SOURCES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", EXAMPLE_SOURCES)
 def test_sources_of_examples(kind: str, check: Callable[..., str]) -> None:
-    """Catches another draw of examples, other examples, and text of an example that the task's own code has changed since."""
+    """Catches other examples, another order, and outdated text of an example that the task's own code has changed."""
     change, shows = EXAMPLE_SOURCES[kind]
     assert shows in check(change)
 
 
 def test_document_is_not_among_its_examples(check: Callable[..., str]) -> None:
-    """Catches a document that is given away by its own answer, where examples come from the documents themselves."""
+    """Catches a document that appears among its own examples, with its answer, where both come from the same split."""
     for sampler in ("default", "first_n"):
         change = {
             "fewshot_split": "test",
@@ -268,7 +268,7 @@ OWN_TEMPLATES = {
     "fewshot_delimiter": "\n---\n",
     "gen_prefix": "so",
 }
-ASIDES: dict[str, Any] = {
+LOGLIKELIHOOD: dict[str, Any] = {
     "output_type": "loglikelihood",
     "doc_to_choice": None,
     "doc_to_target": "{{ letter }} and {{ right[0] }}",
@@ -283,13 +283,17 @@ TEXTS: dict[str, tuple[dict[str, Any], str]] = {
     "target by name": ({"doc_to_target": "letter"}, "Answer: C"),
     "target by a function": ({"doc_to_target": answer_letter}, "Answer: letter C"),
     "target that is a number": ({"doc_to_target": 2}, "Answer: C"),
-    "target of digits": ({**ASIDES, "doc_to_target": "{{ number }}"}, "Answer: 12"),
+    "target of digits": ({**LOGLIKELIHOOD, "doc_to_target": "{{ number }}"}, "Answer: 12"),
     "text in a field": ({"doc_to_text": "question"}, "is it a owl?\n C"),
+    "text by a loop": (
+        {"doc_to_text": "{{ question }}{% for c in choices %}{{ 'ABCD'[loop.index0] }}. {{ c }}\n{% endfor %}Answer:"},
+        "C. eel\nD. bee\nAnswer: B\n",
+    ),
     "text by a function": ({"doc_to_text": ask}, "Answer (birds & fish)"),
     "text by a function that draws": ({"doc_to_text": ask_at_random}, ", 0."),
     "text by a function that changes": ({"doc_to_text": ask_and_count, "doc_to_choice": "choices"}, "for the 4. time: "),
-    "text by a function, target by a template": ({**ASIDES, "doc_to_text": ask_and_count}, "for the 4. time: "),
-    "text by lm_eval's own prompts": ({**ASIDES, "use_prompt": "qa-basic:q-newline-a"}, "Q: dev question 2"),
+    "text by a function, target by a template": ({**LOGLIKELIHOOD, "doc_to_text": ask_and_count}, "for the 4. time: "),
+    "text by lm_eval's own prompts": ({**LOGLIKELIHOOD, "use_prompt": "qa-basic:q-newline-a"}, "Q: dev question 2"),
     "a field named like a function": ({"doc_to_text": "{{ range }}", "doc_to_target": "{{ answer }}"}, "1 to 6 B"),
     "a constant": ({"doc_to_text": "Choose:", "description": "Choose well.\n"}, "Choose well.\nChoose: A"),
     "examples with templates of their own": (
@@ -320,18 +324,18 @@ TEXTS: dict[str, tuple[dict[str, Any], str]] = {
         {"doc_to_text": "answer", "doc_to_choice": "choices", "doc_to_target": "{{ 'is here' }}", "num_fewshot": 1},
         "cat is here\n\neel is here",
     ),
-    "several right answers": ({**ASKING, "doc_to_target": "right"}, "Answer: cat\n\n"),
-    "several right answers by a template": ({**ASKING, "doc_to_target": "{{ right | list }}"}, "Answer: cat\n\n"),
+    "several right answers": ({**GENERATING, "doc_to_target": "right"}, "Answer: cat\n\n"),
+    "several right answers by a template": ({**GENERATING, "doc_to_target": "{{ right | list }}"}, "Answer: cat\n\n"),
     "several right choices": ({"doc_to_target": "{{ [0, answer] }}", "num_fewshot": 0}, "test question"),
     "processed documents": ({"process_docs": upper_questions}, "TEST QUESTION 4"),
     "description of a field": ({"description": "subject"}, "birds & fish"),
     "description that draws": ({"description": "{{ choices | random }}: "}, "ant: dev question 0"),
-    "begun answer": ({**ASKING, "gen_prefix": "It is"}, "Answer: It is cat"),
-    "begun answer that ends in a blank": ({**ASKING, "gen_prefix": "It is "}, "Answer: It is cat"),
-    "begun answer from a field": ({**ASKING, "gen_prefix": "prefix"}, "Answer: It is a very "),
-    "begun answer by a template": ({"gen_prefix": "{{ subject }}:"}, "Answer: birds & fish: B"),
-    "begun answer for examples alone": ({"fewshot_config": {"sampler": "first_n", "gen_prefix": "{{ letter }}"}}, "Answer: C C"),
-    "no blank before answers": ({"target_delimiter": ""}, "Answer:C\n\n"),
+    "gen_prefix": ({**GENERATING, "gen_prefix": "It is"}, "Answer: It is cat"),
+    "gen_prefix that ends in a space": ({**GENERATING, "gen_prefix": "It is "}, "Answer: It is cat"),
+    "gen_prefix from a field": ({**GENERATING, "gen_prefix": "prefix"}, "Answer: It is a very "),
+    "gen_prefix by a template": ({"gen_prefix": "{{ subject }}:"}, "Answer: birds & fish: B"),
+    "gen_prefix for examples alone": ({"fewshot_config": {"sampler": "first_n", "gen_prefix": "{{ letter }}"}}, "Answer: C C"),
+    "no space before answers": ({"target_delimiter": ""}, "Answer:C\n\n"),
     "a line before answers": ({"target_delimiter": "\n"}, "Answer:\nC\n\n"),
     "one line between examples": ({"fewshot_delimiter": "\n"}, "Answer: C\ntest question"),
     "nothing between examples": ({"fewshot_delimiter": ""}, "Answer: Ctest question"),
@@ -341,7 +345,7 @@ TEXTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_texts_of_documents(kind: str, check: Callable[..., str]) -> None:
-    """Catches a byte of difference in any part of a prompt: text, choices, target, description, begun answer or delimiters."""
+    """Catches a byte of difference in any part of a prompt: text, choices, target, description, gen_prefix or delimiters."""
     change, shows = TEXTS[kind]
     assert shows in check(change)
 
@@ -351,13 +355,16 @@ UNSTEADY: dict[str, tuple[dict[str, Any], str]] = {
     "text draws by map": ({"doc_to_text": "{{ [choices, right] | map('random') | join('/') }}"}, "/"),
     "text of words at random": ({"doc_to_text": "{{ lipsum(1, False, 3, 5) }}"}, "."),
     "text draws from a constant": ({"doc_to_text": "{{ ['Well', 'So'] | random }}:"}, "So:"),
-    "target draws": ({**ASIDES, "doc_to_target": "{{ choices | random }}"}, "Answer: "),
+    "target draws": ({**LOGLIKELIHOOD, "doc_to_target": "{{ choices | random }}"}, "Answer: "),
     "choices draw": ({"doc_to_choice": "{{ [choices | random, 'b', 'c', 'd'] }}"}, "Answer: "),
-    "begun answer draws": ({**ASKING, "gen_prefix": "{{ choices | random }}:"}, ": "),
+    "gen_prefix draws": ({**GENERATING, "gen_prefix": "{{ choices | random }}:"}, ": "),
     "text changes": ({"doc_to_text": "{{ choices.append('more') }}{{ choices }}"}, "'more', 'more"),
-    "text changes what the target reads": ({**ASIDES, "doc_to_text": "{{ right.insert(0, letter) }}{{ right }}"}, " and C"),
+    "text changes what the target reads": (
+        {**LOGLIKELIHOOD, "doc_to_text": "{{ right.insert(0, letter ~ right | length) }}{{ right }}"},
+        "C and C4",
+    ),
     "target changes what the text reads": (
-        {**ASIDES, "doc_to_text": "{{ choices }}", "doc_to_target": "{{ choices.sort() }}{{ choices[0] }}"},
+        {**LOGLIKELIHOOD, "doc_to_text": "{{ choices }}", "doc_to_target": "{{ choices.sort() }}{{ choices[0] }}"},
         "['bee",
     ),
     "choices change what the text reads": (
@@ -377,26 +384,26 @@ UNSTEADY: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("sampler", ["first_n", "default"])
 @pytest.mark.parametrize("kind", UNSTEADY)
 def test_templates_that_draw_or_change(kind: str, sampler: str, check: Callable[..., str]) -> None:
-    """Catches text of an example that is kept though it was drawn at random, or is of before a template changed the example."""
+    """Catches text of an example that is reused although it was drawn at random, or a template has changed the example since."""
     change, shows = UNSTEADY[kind]
     text = check({**change, "fewshot_config": {"sampler": sampler}})
     assert shows in text or sampler == "default"
 
 
 def test_templates_that_draw_in_several_tasks(check: Callable[..., str]) -> None:
-    """Catches a draw too many or too few in one task, which changes the prompts of the next."""
+    """Catches one random draw too many or too few in a task, which changes the prompts of the next."""
     changes = [UNSTEADY[kind][0] for kind in ("text draws", "target draws", "text of words at random", "text draws by map")]
     assert check(*changes, {"doc_to_text": ask_at_random}) != check(*changes, {"doc_to_text": ask_at_random}, seed=(5, 1, 1, 1))
 
 
 def test_examples_that_tasks_share(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
-    """Catches examples kept for one task while another's code, or template, changes the very same ones."""
+    """Catches outdated text of examples that two tasks share, where the code or a template of one changes them."""
 
     def share(*changes: dict[str, Any]) -> list[dict[str, Any]]:
         shared = {"fewshot_split": None, "fewshot_config": {"sampler": "first_n", "samples": copy.deepcopy(EXAMPLES)}}
         return [TASK | shared | {"task": f"animals_{number}"} | change for number, change in enumerate(changes)]
 
-    reading = {**ASIDES, "doc_to_text": "{{ question }}", "doc_to_target": "{{ choices }}"}
+    reading = {**LOGLIKELIHOOD, "doc_to_text": "{{ question }}", "doc_to_target": "{{ choices | join(' ') }}"}
     for changing in (
         {**reading, "doc_to_text": ask_and_count},
         {**reading, "doc_to_text": "{{ choices.append('x') }}"},
@@ -412,14 +419,14 @@ def test_examples_that_tasks_share(tiny_model: Callable[..., Any], tiny_tokenize
 KINDS: dict[str, dict[str, Any]] = {
     "multiple_choice": {},
     "mutual information": {"metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}]},
-    "loglikelihood": ASIDES,
+    "loglikelihood": LOGLIKELIHOOD,
     "loglikelihood_rolling": {
         "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_choice": None, "doc_to_target": "{{ question }}",
         "num_fewshot": 0, "metric_list": [{"metric": "word_perplexity"}],
     },
-    "generate_until": ASKING,
-    "generate_until, several times": {**ASKING, "repeats": 3},
-    "generate_until, no settings": {**ASKING, "generation_kwargs": None},
+    "generate_until": GENERATING,
+    "generate_until, several times": {**GENERATING, "repeats": 3},
+    "generate_until, no settings": {**GENERATING, "generation_kwargs": None},
     "several inputs, mutual information": {
         "doc_to_text": "{{ answer % 2 }}", "doc_to_choice": "{{ [question, choices[0] ~ question] }}",
         "doc_to_target": "subject",
@@ -431,7 +438,7 @@ REQUESTS = {"mutual information": 40, "several inputs, mutual information": 20, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_requests(kind: str, check: Callable[..., str]) -> None:
-    """Catches requests left out or doubled, in another order, or of another type; settings of an answer that differ."""
+    """Catches requests that are missing, doubled, in another order or of another type, and generation settings that differ."""
     found = check(KINDS[kind])
     assert found.count("test question") >= 5
     if kind in REQUESTS:
@@ -439,7 +446,7 @@ def test_kinds_of_requests(kind: str, check: Callable[..., str]) -> None:
 
 
 def test_all_kinds_at_once(check: Callable[..., str]) -> None:
-    """Catches one task's templates or examples taken for another's, and draws made in another order."""
+    """Catches templates or examples of one task used for another, and random draws made in another order."""
     changes = [*KINDS.values(), *(change for change, _ in [*EXAMPLE_SOURCES.values(), *TEXTS.values(), *UNSTEADY.values()])]
     random.Random(0).shuffle(changes)
     check(*changes)
@@ -454,18 +461,18 @@ RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "samples": {"samples": {"animals_0": [1, 4], "animals_1": [0]}},
     "system": {"system_instruction": "Be brief."},
     "other seeds": {"seed": (7, 8, 9, 10)},
-    "settings of answers": {"gen_kwargs": {"max_gen_toks": 9, "temperature": 0.5}},
+    "generation settings": {"gen_kwargs": {"max_gen_toks": 9, "temperature": 0.5}},
     "no metrics": {"predict_only": True},
 }
 
 
 @pytest.mark.parametrize("kind", RUN_OPTIONS)
 def test_settings_of_the_run(kind: str, check: Callable[..., str]) -> None:
-    """Catches a flag that reaches the prompts in another way than lm_eval's of the same name."""
+    """Catches a flag that changes the prompts in another way than lm_eval's flag of the same name."""
     drawing = {"fewshot_split": "train", "fewshot_config": None, "doc_to_text": "{{ choices | random }}: {{ question }}"}
     changes = [
         drawing,
-        {**drawing, **ASKING, "doc_to_text": ask_at_random},
+        {**drawing, **GENERATING, "doc_to_text": ask_at_random},
         {"fewshot_split": "test"},
         UNSTEADY["text changes"][0],
     ]
@@ -476,9 +483,9 @@ def test_settings_of_the_run(kind: str, check: Callable[..., str]) -> None:
 @pytest.mark.parametrize("system", [None, "You are terse."], ids=["plain", "system"])
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA], ids=["chatml", "llama3", "gemma"])
 def test_chat(template: str, system: Any, multiturn: bool, check: Callable[..., str]) -> None:
-    """Catches a turn, a delimiter or a begun answer that differs under a chat template, for any kind of task."""
+    """Catches a turn, a delimiter or a gen_prefix that differs under a chat template, for any kind of task."""
     tokenizer = tiny_models.make_tokenizer(chat_template=template)
-    names = ("several inputs", "begun answer from a field", "examples with templates of their own", "no blank before answers")
+    names = ("several inputs", "gen_prefix from a field", "examples with templates of their own", "no space before answers")
     changes = [*KINDS.values(), *(TEXTS[name][0] for name in names), UNSTEADY["text changes"][0], UNSTEADY["text draws"][0]]
     options: dict[str, Any] = {"apply_chat_template": True, "fewshot_as_multiturn": multiturn, "system_instruction": system}
     found = check(*changes, tokenizer=tokenizer, limit=2, **options)
@@ -489,7 +496,7 @@ def test_chat(template: str, system: Any, multiturn: bool, check: Callable[..., 
 
 
 def test_tasks_in_files(tmp_path: Path, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
-    """Catches what only task files have: rows in JSON files, functions beside them, a group, a tag, inherited settings."""
+    """Catches a difference in what only task files have: rows in JSON files, functions in utils.py, groups, tags, includes."""
     for split, size in (("test", 4), ("dev", 3)):
         rows = [json.dumps(row(split, number)) for number in range(size)]
         (tmp_path / f"{split}.json").write_text("\n".join(rows), encoding="utf-8")
@@ -536,8 +543,8 @@ class OwnTask(ConfigurableTask):
 
 
 def test_task_that_is_a_class(check: Callable[..., str]) -> None:
-    """Catches examples kept although a class of the task's own changes them: the target is a template over the change."""
-    assert "\n5 5 times" in check({"class": OwnTask, **ASIDES, "doc_to_target": "{{ seen }} times"})
+    """Catches outdated text of an example that the task's own class changes: the target is a template over the changed field."""
+    assert "\n5 5 times" in check({"class": OwnTask, **LOGLIKELIHOOD, "doc_to_target": "{{ seen }} times"})
 
 
 @pytest.mark.parametrize(
@@ -553,7 +560,7 @@ def test_task_that_is_a_class(check: Callable[..., str]) -> None:
     ],
 )  # fmt: skip
 def test_which_examples_are_kept(change: dict[str, Any], is_kept: bool) -> None:
-    """Catches examples that are rendered anew for every document without need, and kept ones that code may change."""
+    """Catches examples rendered again for every document without need, and text kept of examples that code may change."""
     task = ConfigurableTask(config=copy.deepcopy(TASK | change))
     with unittest.mock.patch.object(TemplateCache, "keep") as keep:
         keep_examples(TemplateCache(lm_eval.utils.env), [task])
@@ -570,7 +577,7 @@ def score_with_an_example(document: dict[str, Any], results: Any) -> dict[str, f
 
 
 def test_metrics_see_documents_as_they_are(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
-    """Catches examples that are still kept when the tasks' own code computes metrics, and may change them."""
+    """Catches text of examples that is still kept when metrics are computed, by code that may change the examples."""
     examples = {"sampler": "first_n", "samples": lambda: LISTED, "doc_to_text": "more: {{ more }}"}
     change = {"fewshot_split": None, "fewshot_config": examples, "process_results": score_with_an_example}
 
@@ -632,7 +639,7 @@ def build(config: dict[str, Any], templates: TemplateCache | None) -> Any:
 @settings(max_examples=100)
 @given(ANY_TASK)
 def test_any_task(change: dict[str, Any]) -> None:
-    """Catches what the kinds above leave out: templates of any parts that read what another one changes, or draw."""
-    kind = {} if change["doc_to_choice"] else ASIDES
+    """Catches combinations that the kinds above leave out: templates that read what another one changes, or draw at random."""
+    kind = {} if change["doc_to_choice"] else LOGLIKELIHOOD
     config = TASK | kind | change
     assert build(config, TemplateCache(lm_eval.utils.env)) == build(config, None)

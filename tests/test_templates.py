@@ -1,7 +1,8 @@
-"""Templates rendered from the cache: lm_eval's own text to the byte, its own errors, and documents left as it leaves them."""
+"""Templates rendered from the cache: the same text as lm_eval's to the byte, the same errors, the same changes of documents."""
 
 from __future__ import annotations
 
+import ast
 import copy
 import random
 import re
@@ -14,9 +15,10 @@ import lm_eval.utils
 import pytest
 from hypothesis import example, given, settings
 
-from ddp_eval.templates import TemplateCache, _is_pure
+from ddp_eval.templates import TemplateCache, _is_pure, parse_literal
 
 SEED = 0
+ADDRESS = "0x[0-9a-f]+"
 
 
 @pytest.fixture
@@ -38,22 +40,22 @@ class Counted:
 def render_or_error(render: Callable[[str, Any], str], template: str, document: Any) -> Any:
     """The text, or the error's type and message; without addresses, which differ between two copies of a document."""
     try:
-        return re.sub(r"0x[0-9a-f]+", "0x", render(template, document))
+        return re.sub(ADDRESS, "", render(template, document))
     except Exception as error:
-        return type(error), str(error)
+        return type(error), re.sub(ADDRESS, "", str(error))
 
 
 Step = tuple[str, int]  # a template, and which document it is rendered for
 
 
 def render_all(render: Callable[[str, Any], str], steps: Sequence[Step], documents: Sequence[Any]) -> list[Any]:
-    """What each step comes to, and last the generator's state: a draw too many shows in whatever is drawn next."""
+    """The outcome of each step, then the random state: one draw too many changes whatever is drawn next."""
     random.seed(SEED)
     return [*(render_or_error(render, template, documents[index]) for template, index in steps), random.getstate()]
 
 
 def check_against_lm_eval(steps: Sequence[Step], documents: Sequence[Any], kept: Sequence[int] = ()) -> list[Any]:
-    """Render by lm_eval and from a cache, each on documents of its own, and compare; returns what the steps came to."""
+    """Render by lm_eval and from a cache, each on its own copy of the documents, and compare. Returns each step's outcome."""
     theirs, ours = copy.deepcopy(documents), copy.deepcopy(documents)
     cache = TemplateCache(lm_eval.utils.env)
     cache.keep(ours[index] for index in kept)
@@ -63,11 +65,11 @@ def check_against_lm_eval(steps: Sequence[Step], documents: Sequence[Any], kept:
     return expected[:-1]
 
 
-# What is rendered once
+# Rendered once
 
 
 def test_kept_document_is_rendered_once_for_each_template(cache: TemplateCache) -> None:
-    """Catches a cache that renders every time, or takes one template's text for another's."""
+    """Catches a cache that renders every time, or returns the text of another template."""
     document = {"field": Counted()}
     cache.keep([document])
     assert [cache.render("a {{ field }}", document) for _ in range(3)] == ["a <1>"] * 3
@@ -96,7 +98,7 @@ def test_documents_that_are_equal_but_not_the_same(cache: TemplateCache) -> None
 
 
 def test_document_kept_twice(cache: TemplateCache) -> None:
-    """Catches a second `keep`, for another task of the same examples, that loses texts or keeps two."""
+    """Catches a second `keep`, for another task with the same examples, that loses texts or stores them twice."""
     document = {"field": Counted()}
     cache.keep([document, document])
     assert cache.render("{{ field }}", document) == "<1>"
@@ -107,7 +109,7 @@ def test_document_kept_twice(cache: TemplateCache) -> None:
 
 
 def test_forgotten_documents_may_change(cache: TemplateCache) -> None:
-    """Catches a metric that is given the text of a document as it was before the task's code changed it."""
+    """Catches text that is still reused when the documents may change: while metrics are computed."""
     document = {"field": "first"}
     cache.keep([document])
     assert cache.render("{{ field }}", document) == "first"
@@ -120,7 +122,7 @@ def test_forgotten_documents_may_change(cache: TemplateCache) -> None:
 
 
 def test_id_of_a_kept_document_is_not_used_again(cache: TemplateCache) -> None:
-    """Catches the text of a document that is gone, given for a new one at its address."""
+    """Catches the text of a deleted document, returned for a new one at the same address."""
     cache.keep({"field": f"kept {index}"} for index in range(50))
     for index in range(200):
         document = {"field": f"new {index}"}
@@ -143,13 +145,13 @@ def test_id_of_a_kept_document_is_not_used_again(cache: TemplateCache) -> None:
     ],
 )
 def test_constants(template: str, text: str, cache: TemplateCache) -> None:
-    """Catches a constant that is wrong, that keeps no trailing newline, or that holds only for the first document."""
+    """Catches a constant that is wrong, loses its trailing newline, or is right for the first document alone."""
     for document in ({"field": "x"}, {}, {"letter": "Z"}):
         assert cache.render(template, document) == lm_eval.utils.apply_template(template, document) == text
 
 
 def test_compiled_once_and_constants_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a cache that holds nothing: right, and as slow as lm_eval."""
+    """Catches a cache that stores nothing: correct, and as slow as lm_eval."""
     counts = dict.fromkeys(("from_string", "render"), 0)
 
     def count(owner: Any, name: str) -> None:
@@ -184,7 +186,7 @@ def test_field_named_like_a_global(name: str) -> None:
 
 
 def test_constant_in_a_branch_of_a_field(cache: TemplateCache) -> None:
-    """Catches a name that only some documents bind, or a block's or a macro's, overlooked when constants are found."""
+    """Catches a template taken for a constant although a branch, a block or a macro of it reads a field."""
     templates = [
         "{% if field %}{% set x = 1 %}{% endif %}{{ x is defined }}",
         "{% for i in [1] %}{% set x = i %}{% endfor %}{{ x is defined }}",
@@ -224,7 +226,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("template", "kind"), ERRORS)
 def test_same_error_at_each_call(template: str, kind: type[Exception]) -> None:
-    """Catches an error that is raised once and then swallowed: at the second call, or for a kept document."""
+    """Catches an error that is raised at the first call alone, or not for a kept document."""
     documents = [{"field": "x"}, {"field": "x"}]
     for kept in ([], [0], [0, 1]):
         errors = check_against_lm_eval([(template, index) for index in (0, 0, 1, 0)], documents, kept)
@@ -232,7 +234,7 @@ def test_same_error_at_each_call(template: str, kind: type[Exception]) -> None:
 
 
 def test_error_of_one_document_is_not_another_ones(cache: TemplateCache) -> None:
-    """Catches a template given up after a document that lacks a field, and a failure kept for the others."""
+    """Catches a failure for one document that is repeated for the others, or text of the others returned for it."""
     documents = [{"field": "a"}, {}, {"field": "b"}]
     for kept in ([], [0, 1, 2]):
         results = check_against_lm_eval([("{{ field }}", index) for index in (1, 0, 1, 2, 0)], documents, kept)
@@ -240,13 +242,13 @@ def test_error_of_one_document_is_not_another_ones(cache: TemplateCache) -> None
 
 
 def test_error_after_a_change() -> None:
-    """Catches a template that changes a kept document, then fails: the next template must see the change."""
+    """Catches outdated text after a template that changes a kept document and then fails."""
     steps = [("{{ choices | join }}", 0), ("{{ choices.pop() }}{{ missing }}", 0), ("{{ choices | join }}", 0)]
     assert check_against_lm_eval(steps, [{"choices": ["a", "b"]}], kept=[0])[2] == "a"
 
 
 def test_names_that_a_later_registration_gives(cache: TemplateCache) -> None:
-    """Catches a failure to compile that outlives its cause: a task's code registers filters as it is loaded."""
+    """Catches a compile error that is remembered: a task's code may register the missing filter later."""
     environment = copy.copy(lm_eval.utils.env)
     environment.filters = dict(environment.filters)
     cache = TemplateCache(environment)
@@ -256,7 +258,7 @@ def test_names_that_a_later_registration_gives(cache: TemplateCache) -> None:
     assert cache.render("{{ field | doubled }}", {"field": "a"}) == "aa"
 
 
-# What may not be kept
+# Not kept
 
 
 CHANGING = [
@@ -326,25 +328,25 @@ READING = [
 
 @pytest.mark.parametrize("template", CHANGING)
 def test_templates_that_change_a_document(template: str) -> None:
-    """Catches a change that is made once instead of each time, and text of before the change: this template's or another's."""
+    """Catches a change made once instead of each time, and outdated text after it: this template's or another's."""
     assert not _is_pure(lm_eval.utils.env.parse(template))
     between = "{{ choices }}{{ inner }}"
     steps = [(step, 0) for step in (between, template, between, template, between, between)]
     texts = check_against_lm_eval(steps, [DOCUMENT], kept=[0])
-    assert texts[0] != texts[2], "this template changes nothing: the test shows nothing"
+    assert texts[0] != texts[2], "the template must change the document for this test to mean anything"
 
 
 @pytest.mark.parametrize("template", DRAWING)
 def test_templates_that_draw_at_random(template: str) -> None:
-    """Catches a draw that is kept, and one that is made while compiling: all prompts behind it would come out different."""
+    """Catches a draw that is reused, and an extra draw while compiling, which would change all prompts that follow."""
     assert not _is_pure(lm_eval.utils.env.parse(template))
     texts = check_against_lm_eval([(template, index) for index in (0, 1) * 8], [DOCUMENT, DOCUMENT], kept=[0])
-    assert len(set(texts)) > 1, "this template draws nothing: the test shows nothing"
+    assert len(set(texts)) > 1, "the template must draw for this test to mean anything"
 
 
 @pytest.mark.parametrize("template", READING)
 def test_templates_that_only_read_are_kept(template: str, cache: TemplateCache) -> None:
-    """Catches a harmless template that is rendered anew for every document: right, and as slow as before."""
+    """Catches a template that only reads and is rendered again all the same: correct, and slow."""
     assert _is_pure(lm_eval.utils.env.parse(template))
     assert len(set(check_against_lm_eval([(template, 0)] * 2, [DOCUMENT], kept=[0]))) == 1
     document = {**DOCUMENT, "counted": Counted()}
@@ -354,7 +356,7 @@ def test_templates_that_only_read_are_kept(template: str, cache: TemplateCache) 
 
 
 def test_change_of_one_document_leaves_the_others_kept(cache: TemplateCache) -> None:
-    """Catches one task's template that changes its examples and makes every other task slow."""
+    """Catches a task whose template changes its examples and thereby makes every other task slow."""
     changing, other = {"choices": ["a", "b"], "field": Counted()}, {"choices": ["a"], "field": Counted()}
     cache.keep([changing, other])
     for _ in range(3):
@@ -379,7 +381,7 @@ def test_change_of_one_document_leaves_the_others_kept(cache: TemplateCache) -> 
     ],
 )
 def test_state_within_one_rendering(template: str) -> None:
-    """Catches state of a compiled template that outlives a rendering: a counter that goes on, a list that grows."""
+    """Catches state of a compiled template that carries over to the next rendering: a counter, a list that grows."""
     documents = [DOCUMENT, {**DOCUMENT, "field": "other", "answer": 0}]
     for kept in ([], [0, 1]):
         texts = check_against_lm_eval([(template, index) for index in (0, 1, 0, 1, 0)], documents, kept)
@@ -407,11 +409,29 @@ def drawing_names() -> Iterator[None]:
     ],
 )
 def test_filters_and_tests_of_a_tasks_own(template: str, drawing_names: None) -> None:
-    """Catches trust in a filter or test that is not jinja's or lm_eval's, and may draw at random."""
+    """Catches text reused although a filter or test that a task's code has registered draws at random."""
     assert len(set(check_against_lm_eval([(template, 0)] * 16, [DOCUMENT], kept=[0]))) > 1
 
 
-# The same for anything
+@pytest.mark.parametrize(
+    "text",
+    [
+        "['a', 'b']", "[]", "[1, 2.5, None, True, -1]", "[1, True, 1.0]", "[['a'], ['b']]", "[{'a': 1}]", "{'a': [1]}", "{1, 2}",
+        "('a', ['b'])", "'a'", "12", " 12", "None", "b'a'", "...", "[", "a", "['a' 'b']", "", "[a]", "1 +",
+    ],
+)  # fmt: skip
+def test_literals(text: str) -> None:
+    """Catches a literal parsed to another value or type, an error raised once, and a value that its receiver can change."""
+    parsers = (ast.literal_eval, parse_literal, parse_literal)
+    results = [render_or_error(lambda text, _, parse=parse: repr(parse(text)), text, None) for parse in parsers]  # type: ignore
+    assert results[0] == results[1] == results[2]
+    if isinstance(results[0], str) and isinstance(value := parse_literal(text), list):
+        for inner in [value, *(one for one in value if isinstance(one, list))]:
+            inner.append("changed")
+        assert repr(parse_literal(text)) == results[0]
+
+
+# Random templates and documents
 
 
 TEXTS = st.text("ab {}%'\n1", max_size=4)
@@ -423,19 +443,19 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "filter_name": st.sampled_from(["random", "upper"]),
     "range": st.sampled_from(["1 to 5", 3]),
 }
-QUIET = [
+SAFE = [
     "", " ", "\n", "Answer:", "1", "{% raw %}{{ field }}{% endraw %}", "{{ ['A', 'B'] }}",
     "{{ field }}", "{{ choices }}", "{{ inner }}", "{{ answer }}", "{{ choices[answer] }}", "{{ inner | length }}", "{{ range }}",
     "{{ missing is defined }}", "{{ field | default('none') }}", "{{ dict(inner) }}", "{{ inner.items() | list }}",
     "{% set ns = namespace(n=0) %}{% for c in choices %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     *(template for template in READING if len(template) < 60),
 ]  # fmt: skip
-LOUD = [
+UNSAFE = [
     "{{ missing }}", "{{ field / 2 }}", "{% for i in range(3) %}{{ i }}{{ choices[i] }}{% endfor %}",
     "{{ choices | map(filter_name) | list }}", "{{ field | regex_replace('a', 'b') }}", "{{ cycler(1, 2).next() }}",
     *(template for template in CHANGING + DRAWING if len(template) < 60),
 ]  # fmt: skip
-QUIET_WRAPPERS = [
+SAFE_WRAPPERS = [
     "{{% if answer %}}{0}{{% else %}}{1}{{% endif %}}",
     "{{% for choice in choices[:2] %}}{0}{{% endfor %}}{1}",
     "{{% set field = 'set' %}}{0}{1}",
@@ -443,7 +463,7 @@ QUIET_WRAPPERS = [
     "{{% with field = choices %}}{0}{{% endwith %}}{1}",
     "{{% block b %}}{0}{{% endblock %}}{1}",
 ]
-LOUD_WRAPPERS = [
+UNSAFE_WRAPPERS = [
     "{{% set range = choices.append %}}{0}{{{{ range('y') }}}}{1}",
     "{{% macro m(choices) %}}{0}{{% endmacro %}}{{{{ m(choices) }}}}{1}",
     "{{% filter random %}}{0}z{{% endfilter %}}{1}",
@@ -464,23 +484,23 @@ def templates(draw: st.DrawFn, leaves: list[str], wrappers: list[str], depth: in
 def renderings(draw: st.DrawFn) -> tuple[list[Step], list[dict[str, Any]], list[int]]:
     """Steps over few templates and documents, so that they come again, and which of the documents are kept.
 
-    Among the templates are some that only read, whose texts are kept, and some that do anything else, which may make them wrong.
+    Some templates only read, so that their text is kept; others change documents, draw or fail, which may make that text wrong.
     """
-    quiet = draw(st.lists(templates(QUIET, QUIET_WRAPPERS), min_size=1, max_size=2))
-    loud = draw(st.lists(templates(QUIET + LOUD, QUIET_WRAPPERS + LOUD_WRAPPERS), max_size=2))
+    safe = draw(st.lists(templates(SAFE, SAFE_WRAPPERS), min_size=1, max_size=2))
+    unsafe = draw(st.lists(templates(SAFE + UNSAFE, SAFE_WRAPPERS + UNSAFE_WRAPPERS), max_size=2))
     documents = draw(st.lists(st.fixed_dictionaries(FIELDS), min_size=1, max_size=2))
     for document in documents:
         for name in draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=1)):
             del document[name]
     indices = st.integers(0, len(documents) - 1)
-    steps = draw(st.lists(st.tuples(st.sampled_from(quiet + loud), indices), min_size=4, max_size=12))
+    steps = draw(st.lists(st.tuples(st.sampled_from(safe + unsafe), indices), min_size=4, max_size=12))
     return steps, documents, draw(st.lists(indices, max_size=3))
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(renderings())
 @example(([("{{ choices | join }}", 0), ("{{ choices.pop() }}", 0), ("{{ choices | join }}", 0)], [{"choices": ["a", "b"]}], [0]))
 @example(([("{{ range }}", 0), ("{{ range }}", 1)], [{"range": "1 to 5"}, {"range": 3}], []))
 def test_any_sequence_of_renderings(rendering: tuple[list[Step], list[dict[str, Any]], list[int]]) -> None:
-    """Catches what the cases above leave out: any mix of templates that read, change, draw and fail, over kept documents."""
+    """Catches combinations that the cases above leave out: templates that read, change, draw and fail, over kept documents."""
     check_against_lm_eval(*rendering)

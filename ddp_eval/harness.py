@@ -387,12 +387,12 @@ class _LeaderLM(TemplateLM):
         """Score every request of every task at the first call; look the answers up at the others."""
         if self._answers is None:
             instances = [instance for task in self.tasks.values() for instance in task.instances] or requests
+            self.templates.forget_documents()  # their memory goes; and a task's metrics might change them
             try:
                 self._answers = self._score_instances(instances)
             except BaseException as error:
                 raise _Scoring(error) from error
             self.phase = COMPUTING_METRICS
-            self.templates.forget_documents()  # which a task's metrics might change
             self._phases.switch("score")
         return self._answers
 

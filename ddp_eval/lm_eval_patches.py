@@ -19,7 +19,7 @@ from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.machine import git_commit
 from ddp_eval.meter import Phases
-from ddp_eval.templates import TemplateCache, parse_literal
+from ddp_eval.templates import TemplateCache, forget_literals, parse_literal
 
 
 @contextlib.contextmanager
@@ -55,7 +55,11 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
         patch.object(TaskFactory, "_build_task", build_and_go_on),
         less_chatter(),
     ):
-        yield
+        try:
+            yield
+        finally:
+            templates.forget_documents()
+            forget_literals()
 
 
 def keep_examples(templates: TemplateCache, tasks: Collection[Any]) -> None:

@@ -421,6 +421,7 @@ class _Costs:
     def at(self, places: IntArray) -> _Costs:
         """The same costs with places for items: pack [first, stop) runs from one place to another."""
         coarse = copy.copy(self)
+        del coarse._items
         for name in ("token_head", "pair_head", "read_head"):
             setattr(coarse, name, getattr(self, name)[places[:-1]])
         for name in ("tokens_to", "pairs_to", "reads_to"):

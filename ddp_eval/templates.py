@@ -89,7 +89,12 @@ def _is_known(tree: nodes.Template) -> bool:
     Others are registered by a task's code and might draw at random; jinja applies them to constants while it compiles.
     """
     filters, tests = ({node.name for node in tree.find_all(kind)} for kind in (nodes.Filter, nodes.Test))
-    return filters <= _KNOWN_FILTERS and tests <= _KNOWN_TESTS
+    environment = tree.environment
+    assert environment is not None
+    own = environment.filters | environment.tests
+    usual = DEFAULT_FILTERS | DEFAULT_TESTS
+    replaced = any(own.get(name) is not usual[name] for name in filters | tests if name in usual)
+    return filters <= _KNOWN_FILTERS and tests <= _KNOWN_TESTS and not replaced
 
 
 def parse_literal(text: Any) -> Any:
@@ -100,6 +105,11 @@ def parse_literal(text: Any) -> Any:
     if isinstance(value, list) and all(isinstance(one, _UNCHANGING) for one in value):
         return value.copy()
     return value if isinstance(value, _UNCHANGING) else ast.literal_eval(text)
+
+
+def forget_literals() -> None:
+    """Give back the memory of what `parse_literal` has kept."""
+    _parse_literal.cache_clear()
 
 
 _parse_literal = functools.lru_cache(maxsize=2**15)(ast.literal_eval)

@@ -1,12 +1,13 @@
 """Token ids of many texts that repeat each other: what they share is encoded once.
 
-A text becomes the numbers of its parts (text_cuts.py); `fill` encodes the distinct parts together; `ids_of` puts a text's ids
-together again. A text that cannot be cut is one part, encoded whole.
+A text becomes the numbers of its parts (text_cuts.py); `fill` encodes the distinct parts together; `ids_of` gives the ids of
+parts. A text that cannot be cut is one part, encoded whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,22 @@ from ddp_eval.text_cuts import Cuts
 
 Ids = npt.NDArray[np.int32]
 Text = tuple[str, bool | None]  # and its `special`, see TokenPool
+
 BATCH = 2048  # texts per call of the tokenizer: enough for its threads, little enough that Python lists stay small
 _NONE = np.zeros(0, dtype=np.int32)
-_PROBE = "A probe, 12 words."  # encoded with and without special tokens, to see which they are
+_PROBES = ("A probe, 12 words.", "Other words: 345")  # encoded with and without special tokens, to see which they are
+
+
+class PartsDiffer(Exception):
+    """A tokenizer gives the parts of a text other ids than the whole: its texts must not be cut."""
+
+
+class _Part(NamedTuple):
+    """anchor: of a part of a text, see text_cuts.py; "" at the text's start. None: a whole text, encoded as `special` says."""
+
+    text: str
+    anchor: str | None
+    special: bool | None
 
 
 class TokenPool:
@@ -30,65 +44,71 @@ class TokenPool:
     def __init__(self, encode: Callable[[list[str], bool | None], list[list[int]]], cuts: Cuts | None) -> None:
         self._encode = encode
         self._cuts = cuts
-        self._numbers: dict[tuple[str, str | bool | None], int] = {}
+        self._numbers: dict[_Part, int] = {}
         self._ids: list[Ids] = []
-        self._missing: list[tuple[str, str | bool | None]] = []
+        self._missing: list[_Part] = []
         self._around: dict[bool | None, tuple[list[int], list[int]] | None] = {}
+        self.num_characters = 0  # of all parts: what the pool's memory goes by
 
     def add(self, text: str, special: bool | None) -> list[int]:
         """The numbers of a text's parts."""
         around = self._special_tokens(special)
         if around is None or self._cuts is None:
-            return [self._number(text, special)]
-        return [*around[0], *(self._number(part, anchor) for anchor, part in self._cuts.split(text)), *around[1]]
+            return [self.add_part(text, None, special)]
+        return [*around[0], *(self.add_part(part, anchor) for anchor, part in self._cuts.split(text)), *around[1]]
+
+    def add_part(self, text: str, anchor: str | None, special: bool | None = None) -> int:
+        """The number of one part, see `_Part`."""
+        part = _Part(text, anchor, special)
+        number = self._numbers.setdefault(part, len(self._ids))
+        if number == len(self._ids):
+            self._ids.append(_NONE)
+            self._missing.append(part)
+            self.num_characters += len(text)
+        return number
 
     def add_context(self, context: str, special: bool | None) -> PairMaker:
         """A context that continuations are added to."""
         around = self._special_tokens(special)
         # Tokens behind a text would stand between the context and what follows it.
         if around is None or around[1] or self._cuts is None:
-            return PairMaker(self, None, [], special, context)
+            return PairMaker(self, None, [], _Part(context, None, special))
         *parts, (anchor, last) = self._cuts.split(context)
-        numbers = [*around[0], *(self._number(part, anchor) for anchor, part in parts)]
-        return PairMaker(self, self._cuts, numbers, anchor, last)
+        before = [*around[0], *(self.add_part(part, anchor) for anchor, part in parts)]
+        return PairMaker(self, self._cuts, before, _Part(last, anchor, None))
 
     def add_whole_pair(self, context: Text | None, whole: Text) -> Pair:
         """A context, and itself with its continuation behind, each encoded whole. None: there is no context."""
-        return Pair([], context and self._number(*context), self._number(*whole))
+        head = None if context is None else self.add_part(context[0], None, context[1])
+        return Pair([], head, self.add_part(whole[0], None, whole[1]))
 
     def add_two(self, context: Text | None, continuation: Text) -> Pair:
         """A context and a continuation that are encoded apart."""
-        return Pair(self.add(*context) if context else [], None, self._number(*continuation))
+        return Pair(self.add(*context) if context else [], None, self.add_part(continuation[0], None, continuation[1]))
 
     def fill(self) -> None:
-        """Encode the parts that were added and are not known yet."""
+        """Encode the parts that were added and are not known yet. Raises PartsDiffer."""
         missing, self._missing = self._missing, []
-        for how in dict.fromkeys(how for _, how in missing):
-            group = [part for part, one in missing if one == how]
-            for start in range(0, len(group), BATCH):
-                batch = group[start : start + BATCH]
-                for part, ids in zip(batch, self._encode_alike(batch, how), strict=True):
-                    self._ids[self._numbers[part, how]] = np.array(ids, dtype=np.int32)
+        alike: dict[tuple[str | None, bool | None], list[_Part]] = {}
+        for part in missing:
+            alike.setdefault((part.anchor, part.special), []).append(part)
+        for (anchor, special), parts in alike.items():
+            for start in range(0, len(parts), BATCH):
+                batch = parts[start : start + BATCH]
+                texts = [part.text for part in batch]
+                found = self._encode(texts, special) if anchor is None else self._encode_behind(anchor, texts)
+                for part, ids in zip(batch, found, strict=True):
+                    self._ids[self._numbers[part]] = np.array(ids, dtype=np.int32)
 
     def ids_of(self, numbers: Sequence[int]) -> list[Ids]:
         """The ids of parts, in order. Call `fill` before."""
         return [self._ids[number] for number in numbers]
 
-    def _number(self, part: str, how: str | bool | None) -> int:
-        """how: the part's anchor, or, for a whole text, its `special`."""
-        number = self._numbers.setdefault((part, how), len(self._ids))
-        if number == len(self._ids):
-            self._ids.append(_NONE)
-            self._missing.append((part, how))
-        return number
-
-    def _encode_alike(self, parts: list[str], how: str | bool | None) -> list[list[int]]:
-        if not isinstance(how, str):
-            return self._encode(parts, how)
-        stem = self._encode([how], False)[0] if how else []
-        found = self._encode([how + part for part in parts], False)
+    def _encode_behind(self, anchor: str, texts: list[str]) -> list[list[int]]:
+        stem = self._encode([anchor], False)[0] if anchor else []
+        found = self._encode([anchor + text for text in texts], False)
         if any(ids[: len(stem)] != stem for ids in found):
-            raise AssertionError(f"a text of this tokenizer depends on what follows it, {how!r}, and must not be cut")
+            raise PartsDiffer
         return [ids[len(stem) :] for ids in found]
 
     def _special_tokens(self, special: bool | None) -> tuple[list[int], list[int]] | None:
@@ -98,11 +118,17 @@ class TokenPool:
         return self._around[special]
 
     def _find_special_tokens(self, special: bool | None) -> tuple[list[int], list[int]] | None:
-        bare, whole = self._encode([_PROBE], False)[0], self._encode([_PROBE], special)[0]
-        for start in range(len(whole) - len(bare) + 1):
-            if bare and whole[start : start + len(bare)] == bare:
-                return self._keep(whole[:start]), self._keep(whole[start + len(bare) :])
-        return None
+        found = []
+        for probe in _PROBES:
+            bare, whole = self._encode([probe], False)[0], self._encode([probe], special)[0]
+            starts = [start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare]
+            if not bare or not starts:
+                return None
+            found.append((whole[: starts[0]], whole[starts[0] + len(bare) :]))
+        if found[0] != found[1]:
+            return None
+        before, behind = found[0]
+        return self._keep(before), self._keep(behind)
 
     def _keep(self, ids: list[int]) -> list[int]:
         """A part of known ids; no part where there are none."""
@@ -115,29 +141,29 @@ class TokenPool:
 class PairMaker:
     """A context, to which continuations are added: what both share is one part."""
 
-    def __init__(self, pool: TokenPool, cuts: Cuts | None, before: list[int], how: str | bool | None, last: str) -> None:
-        """before: the parts of the context but for the last, `last`, which is encoded as `how` says."""
+    def __init__(self, pool: TokenPool, cuts: Cuts | None, before: list[int], last: _Part) -> None:
+        """before: the parts of the context but for the last."""
         self._pool = pool
         self._cuts = cuts
         self._before = before
-        self._how = how
         self._last = last
-        self._narrow: tuple[list[int], str | bool | None, str] | None = None
+        self._narrow: tuple[list[int], _Part] | None = None
 
     def add(self, continuation: str) -> Pair:
-        anchor = self._cuts.anchor_between(self._last, continuation) if self._cuts else None
+        anchor = self._cuts.anchor_between(self._last.text, continuation) if self._cuts else None
         if anchor is not None:
-            head = self._pool._number(self._last, self._how)
-            return Pair([*self._before, head], None, self._pool._number(continuation, anchor))
+            return Pair([*self._before, self._pool.add_part(*self._last)], None, self._pool.add_part(continuation, anchor))
         # A word may go on across the end of the context: its last words are encoded by themselves and with the continuation.
-        if self._narrow is None:
-            self._narrow = self._before, self._how, self._last
-            found = self._cuts.split_last_word(self._last) if self._cuts else None
-            if found:
-                first, anchor, words = found
-                self._narrow = [*self._before, self._pool._number(first, self._how)], anchor, words
-        before, how, words = self._narrow
-        return Pair(before, self._pool._number(words, how), self._pool._number(words + continuation, how))
+        before, last = self._narrow = self._narrow or self._split_off_last_words()
+        whole = last._replace(text=last.text + continuation)
+        return Pair(before, self._pool.add_part(*last), self._pool.add_part(*whole))
+
+    def _split_off_last_words(self) -> tuple[list[int], _Part]:
+        found = self._cuts.split_last_words(self._last.text) if self._cuts else None
+        if found is None:
+            return self._before, self._last
+        first, anchor, words = found
+        return [*self._before, self._pool.add_part(*self._last._replace(text=first))], _Part(words, anchor, None)
 
 
 class Pair:
@@ -155,4 +181,4 @@ class Pair:
         if self._head is None:
             return context, last
         head = pool.ids_of([self._head])[0]
-        return [*context, head], last[len(head) :]
+        return [*context, head], last[len(head) :].copy()  # a view would keep all of `last`

@@ -17,12 +17,12 @@ import numpy as np
 
 from ddp_eval.packing import Requests
 from ddp_eval.text_cuts import Cuts
-from ddp_eval.token_pool import BATCH, Ids, Pair, PairMaker, TokenPool
+from ddp_eval.token_pool import BATCH, Ids, Pair, PairMaker, PartsDiffer, TokenPool
 from ddp_eval.tokenizer_calls import encode_batch, encode_each, is_plain
 
 log = logging.getLogger("ddp_eval")
 
-FEW = 200  # texts that are encoded whole: looking for places to cut takes as long
+MANY_CHARACTERS = 1_000_000  # looking for places to cut takes 0.1 s, in which half as many characters are encoded
 CHECKED = 64  # texts of a run that are encoded whole as well
 Encode = Callable[[Any, list[str], bool | None], list[list[int]]]  # tokenizer, texts, special -> ids
 
@@ -87,28 +87,29 @@ class Encoder:
         bos = getattr(self.tokenizer, "bos_token", None)
         special = [False if bos is not None and text.startswith(bos) else self.add_bos_token for text in texts]
         if self.separate:
-            special = [None for _ in texts]
-        cuts = self._cuts_for(len(texts))
-        found = self._encode_all(texts, special, encode_batch, cuts)
-        chosen = _choose_to_check([not text.isascii() for text in texts]) if cuts else []
-        whole = self._encode_all([texts[index] for index in chosen], [special[index] for index in chosen], encode_batch, None)
-        if not all(np.array_equal(found[index], ids) for index, ids in zip(chosen, whole, strict=True)):
-            self._stop_cutting()
+            special = [None] * len(texts)
+        cuts = self._cuts_for(sum(map(len, texts)))
+        found = self._in_parts(lambda: self._encode_all(texts, special, encode_batch, cuts)) if cuts else None
+        if found is not None:
+            chosen = _choose_to_check([not text.isascii() for text in texts])
+            whole = self._encode_all([texts[index] for index in chosen], [special[index] for index in chosen], encode_batch, None)
+            if not all(np.array_equal(found[index], ids) for index, ids in zip(chosen, whole, strict=True)):
+                self._stop_cutting()
+                found = None
+        if found is None:
             found = self._encode_all(texts, special, encode_batch, None)
         return [ids if len(ids) else self._prefix for ids in found]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
         """Tokenise (context, continuation) pairs."""
-        cuts = self._cuts_for(len(pairs))
-        if cuts is None:
-            return self._encode_pairs(pairs, None)
-        chosen = _choose_to_check([not (context.isascii() and continuation.isascii()) for context, continuation in pairs])
-        whole = self._encode_pairs([pairs[index] for index in chosen], None)
-        found = self._encode_pairs(pairs, cuts)
-        if not _agree(found, chosen, whole):
-            self._stop_cutting()
-            return self._encode_pairs(pairs, None)
-        return found
+        cuts = self._cuts_for(sum(len(context) + len(continuation) for context, continuation in pairs))
+        found = self._in_parts(lambda: self._encode_pairs(pairs, cuts)) if cuts else None
+        if found is not None:
+            chosen = _choose_to_check([not (context.isascii() and continuation.isascii()) for context, continuation in pairs])
+            if not _agree(found, chosen, self._encode_pairs([pairs[index] for index in chosen], None)):
+                self._stop_cutting()
+                found = None
+        return self._encode_pairs(pairs, None) if found is None else found
 
     def encode_rolling(self, texts: Sequence[str]) -> Encoded:
         """Tokenise whole texts into disjoint windows of at most `max_length` predictions, each token predicted once."""
@@ -124,14 +125,22 @@ class Encoder:
     def _special(self, text: str) -> bool | None:
         return False if text.startswith(self._prefix_text) else self.add_bos_token
 
-    def _cuts_for(self, count: int) -> Cuts | None:
-        """Where texts may be cut; None where nothing is known for certain, or for so few that looking into it does not pay."""
-        return self._cuts if count >= FEW and self._may_cut else None
+    def _cuts_for(self, num_characters: int) -> Cuts | None:
+        """Where texts may be cut; None where nothing is certain, or for so little text that looking into it does not pay."""
+        return self._cuts if num_characters >= MANY_CHARACTERS and self._may_cut else None
 
     @functools.cached_property
     def _cuts(self) -> Cuts | None:
         cuts = Cuts(self.tokenizer) if is_plain(self.tokenizer) else None
         return cuts or None
+
+    def _in_parts(self, encode: Callable[[], Any]) -> Any:
+        """What `encode` gives; None where the tokenizer turns out to need whole texts."""
+        try:
+            return encode()
+        except PartsDiffer:
+            self._stop_cutting()
+            return None
 
     def _stop_cutting(self) -> None:
         log.warning("this tokenizer gives the parts of a text other ids than the whole: texts are encoded whole, which is slower")
@@ -152,8 +161,8 @@ class Encoder:
         add = self._add_separately if self.separate else self._add_pair
         for start in range(0, len(pairs), BATCH):
             batch = pairs[start : start + BATCH]
-            if cuts is None:
-                pool = self._pool(encode_each, None)  # whole texts take memory, and hardly come again
+            if cuts is None or pool.num_characters > MANY_CHARACTERS * 8:
+                pool = self._pool(encode_each, cuts)  # texts take memory, and those of long ago hardly come again
             makers: dict[str, PairMaker] = {}
             added = [add(pool, makers, *pair) for pair in batch]
             pool.fill()
@@ -169,18 +178,19 @@ class Encoder:
         if not context:
             return pool.add_whole_pair(None, (continuation, False))
         context, continuation = _move_trailing_spaces(context, continuation)
-        maker = makers.get(context)
-        if maker is None:
-            maker = makers[context] = pool.add_context(context, self._special(context))
         if len(context) < len(self._prefix_text):  # the continuation may complete the text of the prefix token
             whole = context + continuation
             return pool.add_whole_pair((context, self._special(context)), (whole, self._special(whole)))
+        maker = makers.get(context)
+        if maker is None:
+            maker = makers[context] = pool.add_context(context, self._special(context))
         return maker.add(continuation)
 
     def _add_separately(self, pool: TokenPool, makers: dict[str, PairMaker], context: str, continuation: str) -> Pair:
-        if context:
-            context, continuation = _move_trailing_spaces(context, continuation)
-        return pool.add_two((context, self._special(context)) if context else None, (continuation, False))
+        if not context:
+            return pool.add_two(None, (continuation, False))
+        context, continuation = _move_trailing_spaces(context, continuation)
+        return pool.add_two((context, self._special(context)), (continuation, False))
 
 
 def _choose_to_check(is_odd: Sequence[bool]) -> list[int]:

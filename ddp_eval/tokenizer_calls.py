@@ -17,7 +17,7 @@ _ON_THE_WAY = (
 
 def encode_each(tokenizer: Any, texts: list[str], special: bool | None) -> list[list[int]]:
     """Ids of each text by `tokenizer.encode(text)`. special: as `add_special_tokens`; None: the tokenizer's default."""
-    if _has_own(tokenizer, "encode"):
+    if _has_own(tokenizer, "encode") or _has_own(tokenizer, "__call__"):
         return [list(tokenizer.encode(text, **_options(special))) for text in texts]
     return encode_batch(tokenizer, texts, special)
 

@@ -134,18 +134,18 @@ def rows_of(encoded: Encoded) -> list[tuple[int, list[int], int]]:
 
 @pytest.mark.parametrize("prefix_token_id", [None, 0, 5])
 @pytest.mark.parametrize("add_bos_token", [None, True, False])
-@pytest.mark.parametrize("few", [0, tokenization.FEW], ids=["in parts", "whole"])
+@pytest.mark.parametrize("many", [0, tokenization.MANY_CHARACTERS], ids=["in parts", "whole"])
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_pairs(
     kind: str,
-    few: int,
+    many: int,
     add_bos_token: bool | None,
     prefix_token_id: int | None,
     tiny_model: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches any rule of lm_eval's that we read wrongly: spaces, BOS, special tokens, prefix, where the continuation starts."""
-    monkeypatch.setattr(tokenization, "FEW", few)
+    monkeypatch.setattr(tokenization, "MANY_CHARACTERS", many)
     tokenizer = make_tokenizer(kind)
     options = {"add_bos_token": add_bos_token, "prefix_token_id": prefix_token_id}
     encoder = Encoder(tokenizer, 10**6, **options)

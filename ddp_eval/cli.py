@@ -94,6 +94,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     raw = _read_command_line(_drop_command(argv))
     if "config" in raw:
         raw = _read_config_file(_to_text("--config", raw.pop("config"))) | raw
+    batch_size = raw.get("batch_size")
     notes = [f"--{name} is ignored: {why}" for name, (_, why) in _IGNORED_FLAGS.items() if raw.pop(name, None) is not None]
     values = {name: _FLAGS[name].convert(f"--{name}", value) for name, value in raw.items()}
     _settle_layout(values)
@@ -105,6 +106,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
         flag = "--predict_only" if values.get("predict_only") else "--log_samples"
         raise UserError(f"{flag} needs --output_path DIR, where the samples are to be written")
     values["packing"] = not values.pop("no_packing", False)
+    values["batch_size"] = 1 if batch_size is None else batch_size
     return Config(**values), notes
 
 

@@ -87,6 +87,7 @@ class Config:
     wandb_config_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     trackio_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     hf_hub_log_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch_size: int | str | None = 1  # for lm_eval's results alone, which repeat what they were given
 
     @property
     def loader_args(self) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class Config:
     def recorded(self) -> dict[str, Any]:
         """The settings as a run directory keeps them: without those of trackers, which may hold what is private."""
         settings = dataclasses.asdict(self)
-        return {name: value for name, value in settings.items() if name not in TRACKER_FLAGS}
+        return {name: value for name, value in settings.items() if name not in (*TRACKER_FLAGS, "batch_size")}
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, int):

@@ -38,6 +38,7 @@ from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
 from ddp_eval.generation import NO_TOKEN, Prompts
 from ddp_eval.layout import Layout
+from ddp_eval.lm_eval_names import SECTION, choose_names
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, is_same_model
 from ddp_eval.measuring import Seated, load_together, measure_layouts
 from ddp_eval.packing import Plan, Requests
@@ -317,8 +318,11 @@ def _lead(
     outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look, go_on)
     samples = outcome.results.pop("samples")
     outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
+    outcome.results["config"]["device"] = config.device or str(world.device)
     facts["prompts_sha256"] = outcome.prompts["prompts_sha256"]
     outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
+    if config.output_path:
+        outcome.results["ddp_eval"][SECTION] = choose_names(outcome.results)
 
     def measure() -> dict[str, Any]:
         peak = telemetry.peak_flops(world.device, get_seated().engine.dtype)

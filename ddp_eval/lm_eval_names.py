@@ -25,7 +25,11 @@ log = logging.getLogger("ddp_eval")
 SECTION = "lm_eval_files"
 _RESULTS = "results.json"
 _MOST_BYTES = 200  # of a folder's name; file systems take 255
-_RESERVED = re.compile(r"\.|\.\.|journal|logs|\.ddp_eval.*|.*\.(json|jsonl|parquet|html|tmp)", re.IGNORECASE)
+_RESERVED = re.compile(
+    r"\.\.?|journal|logs|(manifest|results|telemetry|status)\.json|(scores|texts|documents)\.parquet|report\.html|"
+    r"samples_.*\.jsonl|\..*ddp_eval.*",
+    re.IGNORECASE,
+)
 _DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?")
 _BLOCK_BYTES = 8 * 2**20
 

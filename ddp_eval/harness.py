@@ -340,8 +340,9 @@ class _LeaderLM(TemplateLM):
         self._answers: dict[int, Any] | None = None
 
     @property
-    def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+    def eot_token_id(self) -> int | None:
+        """None where the tokenizer has no EOS token."""
+        return None if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
@@ -355,8 +356,11 @@ class _LeaderLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.encoder.encode([string], add_special_tokens)[0]
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        ids = self.encoder.encode([string], add_special_tokens)[0]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         options = {

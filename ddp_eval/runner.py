@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import contagion, demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
+from ddp_eval import cli, contagion, demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
 from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
@@ -96,7 +96,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
     """
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    config = config_from_options(names, **options)
+    settings, notes = cli.read_options(options)
+    config = config_from_options(names, **settings)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
@@ -105,6 +106,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
             if not world.is_leader:
                 follow(world, lambda world, layout: engine)
                 return None
+            for note in notes:
+                log.warning("%s", note)
             with Followers(world) as followers:
                 _prepare_output(config)
                 followers.load(layouts.WHOLE_COPIES)

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import handle_arg_string
 
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import Prompts, Settings, as_bytes
 from ddp_eval.thinking import finish_answer, read_think_end
 from ddp_eval.tokenization import Encoder
@@ -76,10 +77,14 @@ class Asked:
         if not isinstance(gen_kwargs, dict):
             raise UserError(f"the task {task} gives generation settings that are no mapping: {gen_kwargs!r}")
         try:
-            options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self._max_gen_toks))
+            options: dict[str, Any] = dict(normalize_gen_kwargs(_read_texts(gen_kwargs), self._max_gen_toks))
             until = handle_stop_sequences(options.pop("until", None), eos=self._eos)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the task {task} gives generation settings that cannot be meant: {error}") from None
+        if not all(isinstance(text, str) for text in until):
+            raise UserError(f"until of the task {task} must be a text or a list of texts, got {one_line(until, 80)}")
+        if not isinstance(options.get("do_sample"), bool):
+            raise UserError(f"do_sample of the task {task} must be true or false, got {one_line(options['do_sample'], 80)}")
         limit = int(options.pop("max_gen_toks"))
         if limit < 1:
             raise UserError(f"max_gen_toks of the task {task} must be 1 or more, got {limit}")
@@ -90,7 +95,7 @@ class Asked:
                 f"{max_length}: give --gen_kwargs max_gen_toks=N with a smaller N, or a larger max_length in --model_args"
             )
         options["temperature"] = options.get("temperature", 0.0)
-        return Settings(tuple(map(str, until)), options), limit, most
+        return Settings(tuple(until), options), limit, most
 
     def read(self, kind: int, answer: list[int]) -> str:
         """What lm_eval makes of an answer's tokens: its text up to the first stop string, behind the thinking."""
@@ -98,6 +103,17 @@ class Asked:
         return finish_answer(
             answer, lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)), until, self._think_end
         )
+
+
+def _read_texts(gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Numbers, switches and None that came as text, by lm_eval's rule for the command line: "false" is no True."""
+    read = {
+        name: handle_arg_string(value) if isinstance(value, str) and name != "until" else value
+        for name, value in gen_kwargs.items()
+    }
+    if isinstance(read.get("do_sample"), (int, np.bool_)):
+        read["do_sample"] = bool(read["do_sample"])  # 1 means True
+    return {name: value for name, value in read.items() if name != "until" or value is not None}
 
 
 def _eos_text(tokenizer: Any) -> str | None:

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ddp_eval import layout
-from ddp_eval.config import DEFAULT_SEED, PROMPT_ARGS, Config
+from ddp_eval.config import DEFAULT_SEED, PROMPT_ARGS, Config, check_not_loaded
 from ddp_eval.errors import UserError, one_line
 
 _USAGE = "torchrun --nproc_per_node=N -m ddp_eval [run] [flags]"
@@ -94,6 +95,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     raw = _read_command_line(_drop_command(argv))
     if "config" in raw:
         raw = _read_config_file(_to_text("--config", raw.pop("config"))) | raw
+    batch_size = raw.get("batch_size")
     notes = [f"--{name} is ignored: {why}" for name, (_, why) in _IGNORED_FLAGS.items() if raw.pop(name, None) is not None]
     values = {name: _FLAGS[name].convert(f"--{name}", value) for name, value in raw.items()}
     _settle_layout(values)
@@ -105,6 +107,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
         flag = "--predict_only" if values.get("predict_only") else "--log_samples"
         raise UserError(f"{flag} needs --output_path DIR, where the samples are to be written")
     values["packing"] = not values.pop("no_packing", False)
+    values["batch_size"] = 1 if batch_size is None else batch_size
     return Config(**values), notes
 
 
@@ -121,6 +124,22 @@ def config_of_model(model_args: Mapping[str, Any], **options: Any) -> tuple[Conf
     if not values["model_args"].get("pretrained"):
         raise UserError("model_args pretrained must be a path or a name, got nothing")
     return Config(**values), notes
+
+
+def read_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Options that a program gave by the names of flags: texts and YAML's values, such as gen_kwargs="top_k=5", become what the
+    command makes of them; None is an option that is not given, but for the seed.
+
+    Returns and raises as `parse`.
+    """
+    read: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None and name != "seed":
+            continue
+        by_flag = name in _FLAGS and (value is None or isinstance(value, (str, bool, Mapping, list, tuple)))
+        read[name] = _FLAGS[name].convert(f"--{name}", value) if by_flag else value
+    notes = [f"{name} is ignored: {why}" for name, (_, why) in _IGNORED_FLAGS.items() if read.get(name) is not None]
+    return {name: value for name, value in read.items() if name == "batch_size" or name not in _IGNORED_FLAGS}, notes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -260,6 +279,10 @@ def _did_you_mean(name: str, prefix: str) -> str:
 def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
     """Take out of model_args what is not for the model's loader: what we ignore, refuse, or have a flag for."""
     model_args = values.setdefault("model_args", {})
+    check_not_loaded(model_args)
+    for key in _TEXT_MODEL_ARGS:
+        if isinstance(model_args.get(key), os.PathLike):
+            model_args[key] = os.fspath(model_args[key])
     for key, why in _REFUSED_MODEL_ARGS.items():
         value = model_args.pop(key, None)
         if value:
@@ -280,7 +303,7 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
     for key in _TEXT_MODEL_ARGS:
         if not isinstance(model_args.get(key), (str, type(None))):
             example = f"{key}='\"123\"' keeps a number as text"
-            raise UserError(f"model_args {key} must be text, got {model_args[key]!r} ({example})")
+            raise UserError(f"model_args {key} must be text, got {one_line(repr(model_args[key]), 80)} ({example})")
     if "trust_remote_code" in model_args:
         trusted = _to_switch("model_args trust_remote_code", model_args.pop("trust_remote_code") or False)
         values["trust_remote_code"] = trusted or values.get("trust_remote_code", False)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddp_eval import layout
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.thinking import read_think_end
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
@@ -87,6 +88,7 @@ class Config:
     wandb_config_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     trackio_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     hf_hub_log_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch_size: int | str | None = dataclasses.field(default=1, compare=False)  # of no effect: lm_eval's results repeat it
 
     @property
     def loader_args(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class Config:
     def recorded(self) -> dict[str, Any]:
         """The settings as a run directory keeps them: without those of trackers, which may hold what is private."""
         settings = dataclasses.asdict(self)
-        return {name: value for name, value in settings.items() if name not in TRACKER_FLAGS}
+        return {name: value for name, value in settings.items() if name not in (*TRACKER_FLAGS, "batch_size")}
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, int):
@@ -110,6 +112,8 @@ class Config:
             raise UserError(f"--model must be hf or vllm, got {self.model}")
         if self.model == "vllm" and self.numerics == "alone":
             raise UserError("--numerics alone is not for --model vllm, which batches requests as they come: give --model hf")
+        _check_mappings(self)
+        check_not_loaded(self.model_args)
         for flag in ("model_args", "metadata", "gen_kwargs"):
             for name in _secrets_in(getattr(self, flag)):
                 raise UserError(
@@ -157,6 +161,24 @@ def _secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
         plain = str(name).lower().replace("-", "_")
         if value is not None and not isinstance(value, bool) and _SECRET.search(plain) and not _NO_SECRET.fullmatch(plain):
             yield str(name)
+
+
+def check_not_loaded(model_args: Mapping[str, Any]) -> None:
+    """Raise UserError where a model or tokenizer object stands for its name. lm_eval's HFLM takes them; here ranks load."""
+    for name in ("pretrained", "tokenizer"):
+        value = model_args.get(name)
+        if not isinstance(value, (str, int, float, os.PathLike, type(None))):
+            raise UserError(
+                f"model_args {name} must be a path or a name, got a {type(value).__name__} object: "
+                "ddp_eval.evaluate(model, tokenizer, tasks=[...]) evaluates what is loaded already"
+            )
+
+
+def _check_mappings(config: Config) -> None:
+    for flag in ("model_args", "metadata", "gen_kwargs"):
+        value = getattr(config, flag)
+        if not isinstance(value, Mapping):
+            raise UserError(f"--{flag} must be a mapping, or key=value pairs, got {one_line(repr(value), 80)}")
 
 
 def _check_numerics(level: str, dtype: Any, max_pack_tokens: int | None) -> None:

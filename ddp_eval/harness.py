@@ -34,7 +34,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import handle_non_serializable, make_table, sanitize_model_name
+from lm_eval.utils import handle_non_serializable, hash_string, make_table, sanitize_model_name
 
 from ddp_eval import demo, environment, hub, watch
 from ddp_eval.asking import Asked
@@ -157,12 +157,25 @@ def evaluate_tasks(
         encoder.tokenizer.pad_token = pad_token
     results["config"]["model"] = config.model
     tracker.general_config_tracker.log_end_time()
+    results["task_hashes"] = _hash_samples(results["samples"]) if config.log_samples or config.predict_only else {}
     results.update(dataclasses.asdict(tracker.general_config_tracker))
+    results["fewshot_as_multiturn"] = config.fewshot_as_multiturn
+    results["config"].update(batch_size=config.batch_size, gen_kwargs=config.gen_kwargs)
+    if config.trust_remote_code:
+        results["config"]["model_args"] = {**config.model_args, "trust_remote_code": True}
     results["model_source"] = config.model
     results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
     results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
     phases.switch("other")
     return Outcome(results, lm.prompts)
+
+
+def _hash_samples(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """By lm_eval's rule (`EvaluationTracker.save_results_aggregated`), one hash a task over documents, prompts and targets."""
+    return {
+        task: hash_string("".join(one["doc_hash"] + one["prompt_hash"] + one["target_hash"] for one in rows))
+        for task, rows in samples.items()
+    }
 
 
 def describe_documents(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -177,6 +190,7 @@ def describe_documents(samples: dict[str, list[dict[str, Any]]]) -> list[dict[st
             "weight": weight,
             "prompt_hash": sample["prompt_hash"],
             "context_hash": shared_context(sample["doc"]),
+            "doc_hash": sample["doc_hash"],
         }
         for task, samples_of_task in samples.items()
         for sample in samples_of_task
@@ -326,8 +340,9 @@ class _LeaderLM(TemplateLM):
         self._answers: dict[int, Any] | None = None
 
     @property
-    def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+    def eot_token_id(self) -> int | None:
+        """None where the tokenizer has no EOS token."""
+        return None if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
@@ -341,8 +356,11 @@ class _LeaderLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.encoder.encode([string], add_special_tokens)[0]
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        ids = self.encoder.encode([string], add_special_tokens)[0]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         options = {

@@ -17,35 +17,43 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token
 
-from ddp_eval import cli, contagion, distributed
+from ddp_eval import cli, contagion, distributed, results
+from ddp_eval import layout as layouts
 from ddp_eval.chatter import less_chatter, one_rank_speaks
 from ddp_eval.choice import choose_layout
 from ddp_eval.engines import checkpoint
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, fill_texts, run_plan
-from ddp_eval.generation import Prompts
-from ddp_eval.harness import Answers, _LeaderLM, max_length_of
+from ddp_eval.generation import NO_PROMPTS, Prompts
+from ddp_eval.harness import Answers, _LeaderLM, _sum_by_owner, max_length_of
+from ddp_eval.hflm_members import HFLMMembers
 from ddp_eval.measuring import Seated
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests
 from ddp_eval.planning import make_plan
 from ddp_eval.protocol import Followers
-from ddp_eval.runner import follow, run_aside, trial_of
+from ddp_eval.resume import warn_of_not_finite
+from ddp_eval.runner import _model_info, follow, run_aside, trial_of
 from ddp_eval.text_planning import plan_texts
 from ddp_eval.tokenization import Encoder
 
 log = logging.getLogger("ddp_eval")
 
 _OPTIONS = ("layout", "load", "numerics", "packing", "max_pack_tokens", "seed", "timeout")  # of Config
+
+
+_NO_TASK = "without a name"  # of requests that belong to no task, in messages
 
 
 class Served(SystemExit):
@@ -66,14 +74,19 @@ def launch(**arguments: Any) -> DDPEvalLM | None:
 
 
 @register_model("ddp_eval")
-class DDPEvalLM(_LeaderLM):
+class DDPEvalLM(HFLMMembers, _LeaderLM):
     """A model whose requests all ranks of torchrun answer. To be closed, by `close`, a with block, or the end of the program.
 
-    Arguments as of `launch`. On ranks other than 0 the constructor serves until the model is closed, and raises Served.
+    It has the members of lm_eval's HFLM (hflm_members.py), and answers requests that lm_eval or anybody else has made, in any
+    order of calls. Arguments as of `launch`. On ranks other than 0 the constructor serves until the model is closed, and raises
+    Served.
     """
 
     def __init__(self, device: str | None = None, **arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
+        if options.get("layout") == layouts.MEASURE:
+            raise UserError("--layout measure is for the command, which knows all of the work: name a layout")
+        self._given = dict(arguments)
         config, notes = cli.config_of_model(arguments, device=device, **options)
         borrowed = dist.is_available() and dist.is_initialized()
         if borrowed:
@@ -118,7 +131,10 @@ class DDPEvalLM(_LeaderLM):
         self._followers.load(layout)
         laid_out = lay_out(world, layout)
         self._seated = Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
-        super().__init__(encoder, model_config, self._run, lambda scores, texts: None, None, config, Phases())
+        if why and world.world_size > 1:
+            log.warning("layout %s: %s (%s)", layout, layout.sentence(world.world_size), why)
+        super().__init__(encoder, model_config, self._run, _warn_of_nan, None, config, Phases())
+        self._keep_members(config, model_config, laid_out.device, self._given)
 
     def close(self) -> None:
         """Let the other ranks go. The model answers no more."""
@@ -145,26 +161,69 @@ class DDPEvalLM(_LeaderLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval adds to results["config"]."""
-        engine = self._seated.engine.describe()
-        return {
-            "model_num_parameters": engine["parameters"],
-            "model_dtype": engine["dtype"],
-            "model_revision": self._settings.model_args.get("revision", "main"),
-            "model_sha": getattr(self.config, "_commit_hash", None) or "",
-        }
+        return _model_info(self._settings, self.config, self._seated.engine.describe())
 
-    def _answer_all(self, requests: list[Instance]) -> dict[int, Any]:
-        """lm_eval gives all requests of a kind at once, those to be repeated as often as they are."""
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        if self._settings.model_args.get("enable_thinking"):
+            raise UserError("enable_thinking=True is for tasks that generate text, and these are of the type loglikelihood")
+        return self._answer_each("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        return [total for total, _ in self._answer_each("loglikelihood_rolling", requests)]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        return [text for (text,) in self._answer_each("generate_until", requests)]
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """As HFLM's: of (anything, ids of the context, ids of the continuation), the latter's log-probability."""
+        self._check_open()
+        encoded = self.encoder.collect((context, continuation) for _, context, continuation in requests)
+        if not len(encoded.requests):
+            return [(0.0, True) for _ in requests]
+        scored, flags, _, _ = self._run(encoded.requests, NO_PROMPTS)
+        sums, _ = _sum_by_owner(encoded, scored, len(requests))
+        greedy = np.ones(len(requests), dtype=bool)
+        greedy[encoded.owner] = flags
+        return [(float(total), bool(flag)) for total, flag in zip(sums, greedy, strict=True)]
+
+    def _answer_each(self, kind: str, requests: Sequence[Any]) -> list[Any]:
+        """An answer for every place in the list: a request that stands there twice is asked twice.
+
+        Of a request only `args` must be there. lm_eval gives all of a kind at once, repeats as often as they are to be answered.
+        """
+        self._check_open()
+        asked = [
+            Instance(
+                request_type=kind,
+                doc={},
+                arguments=one.args,
+                idx=getattr(one, "idx", None) or 0,
+                metadata=(
+                    getattr(one, "task_name", None) or _NO_TASK,
+                    place if getattr(one, "doc_id", None) is None else one.doc_id,
+                    1,
+                ),
+            )
+            for place, one in enumerate(requests)
+        ]
+        if not asked:
+            return []
+        answers = self._score_instances(asked)
+        return [answers[id(one)] for one in asked]
+
+    def _check_open(self) -> None:
         if self._followers is None:
             raise UserError("the model is closed")
-        kinds = {request.request_type for request in requests} - {"generate_until"}
-        if self._settings.model_args.get("enable_thinking") and kinds:
-            raise UserError(f"enable_thinking=True is for tasks that generate text, and these are of the type {min(kinds)}")
-        return self._score_instances(list({id(request): request for request in requests}.values()))
 
     def _run(self, requests: Requests, prompts: Prompts) -> Answers:
         """As `runner` does it, without a run directory."""
         config, followers, seated = self._settings, self._followers, self._seated
+        if len(prompts) and seated.layout.kind == layouts.LAYERS:
+            raise UserError(f"texts are not generated under --layout {seated.layout}: give layout replicas, or tensor:K")
+        if config.numerics == "fp32" and seated.engine.dtype != torch.float32:
+            raise UserError(f"--numerics fp32 needs a model in float32, this one is in {seated.engine.dtype}")
         alone = config.numerics == "alone"
         trial = trial_of(followers, seated)
         decision = make_plan(seated.engine, requests, config.packing, config.max_pack_tokens, alone, trial)
@@ -172,6 +231,8 @@ class DDPEvalLM(_LeaderLM):
         generation = plan_texts(seated.engine, prompts, self.tokenizer.pad_token_id, why)
         if decision.why_rows and config.packing and not alone:
             log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
+        if generation.why_alone and not why:
+            log.warning("this model generates one answer at a time: %s", generation.why_alone)
         decoder = self.tokenizer if len(prompts) else None
         trees = seated.engine.tree_attention
         with followers.working_on(decision.plan, texts=generation.plan, tokenizer=decoder, attention=trees) as work:
@@ -181,7 +242,13 @@ class DDPEvalLM(_LeaderLM):
             (sums, greedy), requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
         )
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
+        if len(gathered.halved):
+            log.warning("%d packs did not fit the memory and ran in pieces: scores may round otherwise", len(gathered.halved))
         if differing or texts_differing:
             log.warning("work that ran on two ranks differs: are the ranks' GPUs or threads not alike?")
         answers = [texts[item] for item in np.asarray(generation.item_of_prompt).tolist()]
         return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
+
+
+def _warn_of_nan(scores: results.Scores, texts: results.Texts) -> None:
+    warn_of_not_finite(results.find_not_finite(scores, texts))

@@ -12,12 +12,13 @@ from typing import Any
 
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.tasks._factory import TaskFactory
 
 from ddp_eval import environment
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
-from ddp_eval.machine import git_commit
+from ddp_eval.machine import describe_commit
 from ddp_eval.meter import Phases
 from ddp_eval.templates import TemplateCache, forget_literals, parse_literal
 
@@ -29,7 +30,7 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
     go_on: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
     """
     patch = unittest.mock.patch
-    commit = git_commit(os.getcwd())
+    commit = describe_commit(os.getcwd()) or get_commit_from_path(os.getcwd())
     describe = _timed(phases, "write", lambda: environment.start_collecting().result())
     build = TaskFactory._build_task
 
@@ -45,7 +46,7 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
         # It draws an unused model name from `random`, and so changes what templates draw from there.
         patch("lm_eval.loggers.evaluation_tracker.random_name_id", lambda: "model"),
         # It asks git for the working directory's commit, which prints an error of its own where there is none.
-        patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"]),
+        patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit),
         # It forks a process per core, which can hang.
         patch("lm_eval.api.metrics.bootstrap_stderr", _timed(phases, "bootstrap", bootstrap_stderr)),
         # It runs a dozen programs when all is done.

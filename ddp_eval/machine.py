@@ -120,6 +120,11 @@ def git_commit(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
+def describe_commit(path: str | os.PathLike[str]) -> str | None:
+    """`git describe --always` in directory `path`, or None."""
+    return _git(path, "describe", "--always") or None
+
+
 def _git(path: str | os.PathLike[str], *arguments: str) -> str | None:
     """Output of a git command in `path`, or None if it fails, hangs, or there is no git."""
     # GIT_DIR and its kin, set inside a hook, would point to another repository.

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from ddp_eval import plots, telemetry
-from ddp_eval.compare.command import jsonable
+from ddp_eval.compare.command import jsonable, list_notes
 from ddp_eval.compare.difference import NEAR_TIE_NATS, answers_of, asks_twice, compare_runs
+from ddp_eval.compare.matching import align
 from ddp_eval.compare.paired import TRANSFORMS
-from ddp_eval.compare.reading import Run, read_run, read_samples
+from ddp_eval.compare.reading import Numbering, Run, read_run, read_samples
 from ddp_eval.errors import UserError
 from ddp_eval.files import replace_file
 from ddp_eval.subcommand import SubcommandParser
@@ -52,11 +53,11 @@ def render(runs: Sequence[Run], most_samples: int) -> str:
 
     first = runs[0]
     measured = _read_telemetry(first)
-    comparisons = [compare_runs(first, run) for run in runs[1:]]
+    comparisons = [{**one, "notes": list_notes(one)} for one in (compare_runs(first, run) for run in runs[1:])]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = _number
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    samples, documents = _samples(first, runs[1:], most_samples)
+    samples, documents = _samples(first, [align(first, run)[0] for run in runs[1:]], most_samples)
     right, wrong = _margins(first)
     return template.render(
         title=first.results.get("model_name") or first.path.name,
@@ -180,9 +181,10 @@ def _samples(run: Run, others: Iterable[Run], most: int) -> tuple[list[dict[str,
     for task, file in run.samples.items():
         marks, twice = _marks(run, others, task), asks_twice(run, task)
         seen: set[int] = set()
+        numbering = Numbering()
         kept: dict[int, dict[str, Any]] = {}
         for sample in read_samples(file):
-            doc_id = int(sample["doc_id"])
+            doc_id = numbering.number(sample)
             if doc_id not in seen and (len(seen) < most or marks.get(doc_id)):
                 kept[doc_id] = {"task": task, "doc": doc_id, "marks": marks.get(doc_id, []), **_show_sample(sample, twice)}
             seen.add(doc_id)

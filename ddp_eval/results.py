@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddp_eval import lm_eval_names
 from ddp_eval.errors import UserError
 from ddp_eval.files import TEMPORARY_SUFFIX, replace_file
 
@@ -110,6 +111,8 @@ def prepare_directory(path: str | os.PathLike[str], overwrite: bool) -> Path:
                 f"--output_path {path} already holds a run of {date_of(earlier)}; "
                 "give another --output_path, or --overwrite to replace it"
             )
+        if earlier:
+            lm_eval_names.remove_links(directory)
         for file in [*earlier, *directory.glob(f".*{TEMPORARY_SUFFIX}")]:
             file.unlink(missing_ok=True)
     except OSError as error:
@@ -158,9 +161,15 @@ def write_run(
     directory = Path(directory)
     results_json = _to_json({key: value for key, value in results.items() if key != "samples"}, indent=2)
     manifest_json = _to_json(manifest, indent=2)
-    for name, task in _sample_files(samples or {}).items():
+    try:
+        lm_eval_names.remove_links(directory)  # of a start that was killed here; the next results.json knows only its own
+    except OSError as error:
+        raise unwritable(directory, error) from error
+    sample_files = _sample_files(samples or {})
+    for name, task in sample_files.items():
         _replace_file(directory / name, _sample_lines((samples or {})[task]))
     _replace_file(directory / RESULTS, [results_json, b"\n"])
+    lm_eval_names.link_files(directory, results, sample_files)
     measured = measure() if measure is not None else None
     if measured is not None:
         _replace_file(directory / TELEMETRY, [_to_json(measured), b"\n"])
@@ -208,8 +217,13 @@ def write_documents(directory: str | os.PathLike[str], documents: Sequence[Mappi
     import pyarrow
 
     schema = _documents_schema()
-    columns = [pyarrow.array([row[field.name] for row in documents], type=field.type, from_pandas=False) for field in schema]
-    names = ["task", "filter", "metric", "prompt_hash", "context_hash"]
+    columns = [
+        pyarrow.array(
+            [row.get(field.name) if field.nullable else row[field.name] for row in documents], type=field.type, from_pandas=False
+        )
+        for field in schema
+    ]
+    names = ["task", "filter", "metric", "prompt_hash", "context_hash", "doc_hash"]
     _replace_file(Path(directory) / DOCUMENTS, [_encode_table(pyarrow.Table.from_arrays(columns, schema=schema), names)])
 
 
@@ -233,6 +247,7 @@ def run_files(directory: Path) -> list[Path]:
     """The files in `directory` that belong to a run; the manifest, which marks it complete, first."""
     files = [directory / name for name in (MANIFEST, RESULTS, SCORES, TEXTS, DOCUMENTS, TELEMETRY, REPORT)]
     files += sorted(directory.glob("samples_*.jsonl"))
+    files += lm_eval_names.linked_files(directory)
     return [file for file in files if file.is_file() or file.is_symlink()]
 
 
@@ -271,7 +286,8 @@ def _texts_schema() -> pyarrow.Schema:
 
 
 def _documents_schema() -> pyarrow.Schema:
-    """prompt_hash: of the first request's context, as in lm_eval's samples; context_hash: of the passage asked about, if any.
+    """prompt_hash: of the first request's context, as in lm_eval's samples; context_hash: of the passage asked about, if any;
+    doc_hash: of all that the document holds, lm_eval's own.
 
     A metric of the documents is Σ value / Σ weight, or a function of that.
     """
@@ -287,6 +303,7 @@ def _documents_schema() -> pyarrow.Schema:
             pyarrow.field("weight", pyarrow.float64(), nullable=False),
             pyarrow.field("prompt_hash", pyarrow.string(), nullable=False),
             pyarrow.field("context_hash", pyarrow.string()),
+            pyarrow.field("doc_hash", pyarrow.string()),
         ]
     )
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddp_eval import journal, restart, results, status
+from ddp_eval import journal, lm_eval_names, restart, results, status
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.files import read_object, replace_json
@@ -33,6 +33,7 @@ _NO_MATTER = {  # to any run
     "confirm_run_unsafe_code",
 }  # fmt: skip
 _FOR_METRICS = {"log_samples", "predict_only", "write_out", "bootstrap_iters"}  # to the scores of an unfinished one
+_MODEL = ("pretrained", "peft", "revision", "subfolder")  # of model_args: which model it is
 _MORE = {"log_samples", "write_out"}  # add to what a run gives: one that has given more serves who asks for less
 
 
@@ -75,6 +76,8 @@ class RunDirectory:
         layout: the one that was chosen, which a resume keeps.
         """
         try:
+            if self.replaced:
+                lm_eval_names.remove_links(self.path)  # before results.json, which says which they are
             for file in reversed(self.replaced):  # the manifest last: without it the others would pass for this run's
                 file.unlink(missing_ok=True)
             self.replaced = []
@@ -136,7 +139,7 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
     if not difference and not found:
         difference = f"its {results.RESULTS} cannot be read"
     if difference:
-        raise _refuse(directory, difference)
+        raise _refuse(directory, difference, _where_else(directory, flags, config))
     if status.read_status(directory).get("state") != status.DONE or (directory / JOURNALS).exists():
         # One was killed in its last steps or before it replaced this run, or is at work to do either.
         with contextlib.suppress(OSError):
@@ -210,10 +213,12 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
     elif files and not begun:
         difference = "it has no journal to resume from"
     if difference and not replace:
-        raise _refuse(directory.path, difference)
+        earlier = read_object(directory.path / results.MANIFEST).get("config") if complete else flags
+        raise _refuse(directory.path, difference, _where_else(directory.path, earlier, config))
     if complete:
         directory.replaced = files
     elif difference or fresh:
+        lm_eval_names.remove_links(directory.path)
         for file in files:
             file.unlink(missing_ok=True)
     if difference or fresh:
@@ -225,13 +230,21 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
     replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch, "layout": directory.layout})
 
 
-def _refuse(directory: Path, why: str) -> UserError:
+def _refuse(directory: Path, why: str, where_else: str = "give another --output_path") -> UserError:
     date = results.date_of(results.run_files(directory) or [directory / JOURNALS / _RUN])
     kind = "a run" if (directory / results.MANIFEST).is_file() else "an unfinished run"
     return UserError(
-        f"--output_path {directory} already holds {kind} of {date} ({why}); "
-        "give another --output_path, or --overwrite to replace it"
+        f"--output_path {directory} already holds {kind} of {date} ({why}); {where_else}, or --overwrite to replace it"
     )
+
+
+def _where_else(directory: Path, earlier: Any, config: Config) -> str:
+    """What to do instead. lm_eval keeps several models in one directory; a run directory holds one run."""
+    before = earlier.get("model_args") if isinstance(earlier, dict) else None
+    if not isinstance(before, dict) or all(before.get(key) == config.model_args.get(key) for key in _MODEL):
+        return "give another --output_path"
+    name = os.path.basename(str(config.model_args.get("peft") or config.model_args.get("pretrained")).rstrip("/")) or "other"
+    return f"give each model an --output_path of its own, such as {directory}-{name}"
 
 
 def _difference(earlier: dict[str, Any], config: Config, ignored: set[str]) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_eval import contagion, demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
+from ddp_eval import cli, contagion, demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
 from ddp_eval import layout as layouts
 from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
@@ -38,6 +38,7 @@ from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
 from ddp_eval.generation import NO_TOKEN, Prompts
 from ddp_eval.layout import Layout
+from ddp_eval.lm_eval_names import SECTION, choose_names
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, is_same_model
 from ddp_eval.measuring import Seated, load_together, measure_layouts
 from ddp_eval.packing import Plan, Requests
@@ -95,7 +96,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
     """
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    config = config_from_options(names, **options)
+    settings, notes = cli.read_options(options)
+    config = config_from_options(names, **settings)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
@@ -104,6 +106,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
             if not world.is_leader:
                 follow(world, lambda world, layout: engine)
                 return None
+            for note in notes:
+                log.warning("%s", note)
             with Followers(world) as followers:
                 _prepare_output(config)
                 followers.load(layouts.WHOLE_COPIES)
@@ -317,8 +321,11 @@ def _lead(
     outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look, go_on)
     samples = outcome.results.pop("samples")
     outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
+    outcome.results["config"]["device"] = config.device or str(world.device)
     facts["prompts_sha256"] = outcome.prompts["prompts_sha256"]
     outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
+    if config.output_path:
+        outcome.results["ddp_eval"][SECTION] = choose_names(outcome.results)
 
     def measure() -> dict[str, Any]:
         peak = telemetry.peak_flops(world.device, get_seated().engine.dtype)

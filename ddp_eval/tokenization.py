@@ -122,6 +122,14 @@ class Encoder:
                     collector.add(owner, [np.asarray(context, dtype=np.int32)], continuation)
         return collector.finish()
 
+    def collect(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Encoded:
+        """The same for (context, continuation) that are token ids already."""
+        collector = _Collector(self.max_length, self.separate)
+        for owner, (context, continuation) in enumerate(pairs):
+            known = np.asarray(context, dtype=np.int32)
+            collector.add(owner, [known if len(known) else self._prefix], np.asarray(continuation, dtype=np.int32))
+        return collector.finish()
+
     def _special(self, text: str) -> bool | None:
         return False if text.startswith(self._prefix_text) else self.add_bos_token
 

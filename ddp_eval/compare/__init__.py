@@ -3,6 +3,7 @@
 Imports nothing of ours but the errors and the subcommands' parser, and never torch.
 
 reading.py      a run directory of ours, or lm_eval's samples_*.jsonl -> Run
+matching.py     which document of one run is which of the other
 paired.py       statistics of paired documents
 difference.py   two Runs -> one plain dict of all that differs
 command.py      flags, tables, exit codes

@@ -139,6 +139,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     for side, tasks in comparison["tasks_only_in"].items():
         if tasks:
             lines.append(f"only in {side.upper()}: {', '.join(tasks)}")
+    lines += list_notes(comparison)
     for task, part in comparison["tasks"].items():
         if any(part["requests_only_in"].values()):
             counts = part["requests_only_in"]
@@ -151,6 +152,28 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         lines.append(f"metrics that differ, in all or in some document: {', '.join(metrics)}")
     lines += _format_differences(comparison["differences"])
     return "\n".join(lines)
+
+
+def list_notes(comparison: dict[str, Any]) -> list[str]:
+    """What a reader must know of the files that were compared, and of how their documents were paired."""
+    lines = [f"{side.upper()}: {note}" for side, notes in comparison["notes"].items() for note in notes]
+    for side, tasks in comparison["no_samples_in"].items():
+        if tasks:
+            lines.append(f"{side.upper()} holds no samples, only metrics, of {', '.join(tasks)}")
+    return lines + [f"{task}: {line}" for task, part in comparison["tasks"].items() for line in _describe(part["pairing"])]
+
+
+def _describe(pairing: dict[str, Any]) -> list[str]:
+    lines = []
+    if pairing["renumbered"]:
+        lines.append(f"{pairing['renumbered']} documents have other numbers in B than in A: they are paired by what they hold")
+    if pairing["other_content"]:
+        lines.append(f"{pairing['other_content']} documents have the same number and prompt in A and B, but hold something else")
+    if pairing["not_paired"]:
+        lines.append(f"{pairing['not_paired']} numbers stand for other documents in B than in A: these are not compared")
+    if pairing["by_number"]:
+        lines.append("no document holds the same in A and B: they are paired by number alone")
+    return lines
 
 
 def jsonable(value: Any) -> Any:

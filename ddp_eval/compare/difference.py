@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddp_eval.compare import paired
+from ddp_eval.compare.matching import Pairing, align, numbered_tasks
 from ddp_eval.compare.reading import Documents, Requests, Run
 
 NEAR_TIE_NATS = 0.01
@@ -34,8 +35,12 @@ _SAYS_NOTHING = ("config.output_path", "config.overwrite", "working_directory", 
 
 def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[str, Any]:
     """Everything that differs between two runs, task by task and over all tasks that both have."""
+    b, pairings = align(a, b)
     shared = [task for task in _tasks(a) if task in _tasks(b)]
-    tasks = {task: _compare_task(a, b, task, near_tie_nats) for task in shared}
+    tasks = {
+        task: {**_compare_task(a, b, task, near_tie_nats), "pairing": pairings.get(task, Pairing({})).describe()}
+        for task in shared
+    }
     only = {"a": [task for task in _tasks(a) if task not in shared], "b": [task for task in _tasks(b) if task not in shared]}
     overall = _compare_overall(a, b, shared, list(tasks.values()))
     same_requests = not any(only.values()) and not any(any(task["requests_only_in"].values()) for task in tasks.values())
@@ -44,7 +49,11 @@ def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[s
         "a": {"path": str(a.path), "kind": a.kind},
         "b": {"path": str(b.path), "kind": b.kind},
         "near_tie_nats": near_tie_nats,
+        "notes": {"a": a.notes, "b": b.notes},
         "tasks_only_in": only,
+        "no_samples_in": {
+            side: [task for task in shared if task not in numbered_tasks(run)] for side, run in (("a", a), ("b", b))
+        },
         "same_requests": same_requests,
         "identical": same_requests
         and bool(shared)
@@ -93,7 +102,9 @@ def answers_of(
 
 
 def _tasks(run: Run) -> list[str]:
-    return list(dict.fromkeys((*run.requests, *run.texts, *run.metrics)))
+    """Those with answers first, then those of which a run reports metrics alone: lm_eval's output may lack their samples."""
+    evaluated = run.results.get("n-samples") or {}
+    return list(dict.fromkeys((*numbered_tasks(run), *(task for task in run.reported if task in evaluated))))
 
 
 def _compare_task(a: Run, b: Run, task: str, near_tie_nats: float) -> dict[str, Any]:

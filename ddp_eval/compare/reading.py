@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ddp_eval import lm_eval_names
 from ddp_eval.compare.paired import TRANSFORMS
 from ddp_eval.errors import UserError
 
@@ -70,8 +71,9 @@ class Documents:
 class Run:
     """One run. metrics: {task: {"metric,filter": Documents}}; reported: {task: {"metric,filter": number}} as results.json has it.
 
-    prompts, contexts: {task: {doc_id: hash}}; a document that stands alone has no context.
-    texts: {task: {(doc_id, idx, repeat): generated answer}}.
+    prompts, contexts, documents: {task: {doc_id: hash}}, of the first prompt, of the passage (a document that stands alone has
+    none), of all that the document holds; the last of them only where the run tells.
+    texts: {task: {(doc_id, idx, repeat): generated answer}}. notes: what a reader should know of the files that were read.
     """
 
     path: Path
@@ -85,6 +87,8 @@ class Run:
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
     samples: dict[str, Path] = dataclasses.field(default_factory=dict)
     texts: dict[str, dict[tuple[int, int, int], str]] = dataclasses.field(default_factory=dict)
+    documents: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_run(path: str | Path) -> Run:
@@ -95,6 +99,7 @@ def read_run(path: str | Path) -> Run:
     place = Path(path)
     if not place.exists():
         raise UserError(f"there is no run at {path}")
+    place = lm_eval_names.run_of(place) or place if place.is_dir() else place
     try:
         if place.is_dir() and (place / "manifest.json").is_file():
             return _read_ours(place)
@@ -129,6 +134,34 @@ def shared_context(doc: Any) -> str | None:
     return None
 
 
+def content_of(sample: Mapping[str, Any]) -> str | None:
+    """A hash of all that a sample's document holds, lm_eval's own where it has one."""
+    if isinstance(sample.get("doc_hash"), str):
+        return str(sample["doc_hash"])
+    if "doc" not in sample:
+        return None
+    text = json.dumps(sample["doc"], indent=2, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Numbering:
+    """A number for each document of a samples file: its doc_id, unless another document has that already.
+
+    lm_eval gives one number to different documents where `--samples` repeats some.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, str | None], int] = {}
+        self._taken: set[int] = set()
+
+    def number(self, sample: Mapping[str, Any]) -> int:
+        name = int(sample["doc_id"]), content_of(sample)
+        if name not in self._numbers:
+            self._numbers[name] = -1 - len(self._numbers) if name[0] in self._taken else name[0]
+            self._taken.add(self._numbers[name])
+        return self._numbers[name]
+
+
 def read_samples(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a samples_*.jsonl; lines end at a newline alone."""
     with open(path, encoding="utf-8", newline="\n") as file:
@@ -149,18 +182,23 @@ def _read_ours(place: Path) -> Run:
     columns = [scores[name].to_numpy() for name in ("doc_id", "idx", "loglikelihood")]
     for task in dict.fromkeys(tasks.tolist()):
         chosen = np.flatnonzero(tasks == task)
-        run.requests[task] = _sort_requests(columns[0][chosen], columns[1][chosen], columns[2][chosen], greedy[chosen])
+        run.requests[task] = sort_requests(columns[0][chosen], columns[1][chosen], columns[2][chosen], greedy[chosen])
     if (place / "texts.parquet").is_file():
         for row in pyarrow.parquet.read_table(place / "texts.parquet").to_pylist():
             run.texts.setdefault(row["task"], {})[row["doc_id"], row["idx"], row["repeat"]] = row["text"]
     rows: DocumentRows = {}
     if (place / "documents.parquet").is_file():
         for row in pyarrow.parquet.read_table(place / "documents.parquet").to_pylist():
-            _note_document(run, row["task"], row["doc_id"], row["prompt_hash"], row["context_hash"])
+            _note_document(run, row["task"], row["doc_id"], row["prompt_hash"], row["context_hash"], row.get("doc_hash"))
             key = f"{row['metric']},{row['filter']}"
             rows.setdefault(row["task"], {}).setdefault(key, []).append((row["doc_id"], row["value"], row["weight"]))
     _settle_documents(run, rows)
-    run.samples = {match["task"]: file for file, match in _sample_files(place)}
+    run.samples = {match["task"]: file for file, match in _sample_files(place) if not match["date"]}
+    for task, file in run.samples.items():
+        if task not in run.documents:  # of a run that kept no metrics, or of an older version
+            for sample in read_samples(file):
+                prompt, context = sample.get("prompt_hash"), shared_context(sample.get("doc"))
+                _note_document(run, task, int(sample["doc_id"]), prompt, context, content_of(sample))
     return run
 
 
@@ -175,22 +213,41 @@ def _read_lm_eval(place: Path) -> Run:
     if not found:
         raise UserError(f"{place} holds neither a run of ddp_eval (manifest.json) nor lm_eval's samples_*.jsonl")
     run = Run(place, "lm_eval")
+    dates: dict[str, str] = {}
     for file, match in found:  # by date: the newest stands
-        run.samples[match["task"]] = file
+        run.samples[match["task"]], dates[match["task"]] = file, match["date"] or ""
     rows: DocumentRows = {}
     for task, file in run.samples.items():
         _add_samples(run, task, read_samples(file), rows.setdefault(task, {}))
     _settle_documents(run, rows)
-    summaries = sorted(found[0][0].parent.glob("results_*.json")) or sorted(found[0][0].parent.glob("results.json"))
-    if summaries:
-        run.results = json.loads(summaries[-1].read_text(encoding="utf-8"))
-        run.reported = _reported(run.results)
-        run.manifest = _manifest_of(run.results)
+    _add_summaries(run, found[0][0].parent, dates)
+    if place.is_file():  # one task is asked about
+        run.reported = {task: values for task, values in run.reported.items() if task in run.samples}
+    if len({match["date"] for _, match in found}) > 1:
+        taken = ", ".join(f"{task} of {date.strip('_') or 'no date'}" for task, date in sorted(dates.items()))
+        run.notes.append(f"{found[0][0].parent} holds samples of several dates, of which the newest are taken: {taken}")
     return run
+
+
+def _add_summaries(run: Run, folder: Path, dates: Mapping[str, str]) -> None:
+    """What each task's results file reports, which has the date of its samples; other facts are of the newest."""
+    for date in sorted(set(dates.values())):
+        file = folder / f"results{date}.json"
+        if not file.is_file():
+            continue
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        of_date = {task for task, its_date in dates.items() if its_date == date}
+        if run.results and _manifest_of(summary)["config"] != run.manifest["config"]:
+            run.notes.append(f"{folder} holds samples of runs with other model_args: {', '.join(sorted(of_date))} and others")
+        run.results, run.manifest = summary, _manifest_of(summary)
+        others = run.samples.keys() - of_date
+        run.reported |= {task: values for task, values in _reported(summary).items() if task not in others}
 
 
 def _sample_files(place: Path) -> list[tuple[Path, re.Match[str]]]:
     files = [place] if place.is_file() else [file for file in place.iterdir() if file.is_file()]
+    if place.is_dir() and (linked := set(lm_eval_names.linked_files(place.parent))):
+        files = [file for file in files if file not in linked] or files  # lm_eval's own beside the other names of a run of ours
     matches = [(file, match) for file in files if (match := _LM_EVAL_SAMPLES.fullmatch(file.name))]
     return sorted(matches, key=lambda pair: (pair[1]["date"] or "", pair[0].name))
 
@@ -198,15 +255,15 @@ def _sample_files(place: Path) -> list[tuple[Path, re.Match[str]]]:
 def _add_samples(
     run: Run, task: str, samples: Iterable[dict[str, Any]], metrics: dict[str, list[tuple[int, float, float]]]
 ) -> None:
-    rows, first_filter = [], None
+    rows, first_filter, numbering = [], None, Numbering()
     for sample in samples:
-        doc_id, kept = int(sample["doc_id"]), sample.get("filter", "none")
+        doc_id, kept = numbering.number(sample), sample.get("filter", "none")
         for metric, value, weight in document_metrics(sample):
             metrics.setdefault(f"{metric},{kept}", []).append((doc_id, value, weight))
         first_filter = first_filter or kept
         if kept != first_filter:
             continue
-        _note_document(run, task, doc_id, sample.get("prompt_hash"), shared_context(sample.get("doc")))
+        _note_document(run, task, doc_id, sample.get("prompt_hash"), shared_context(sample.get("doc")), content_of(sample))
         arguments = list(sample["arguments"].values()) if isinstance(sample["arguments"], dict) else sample["arguments"]
         for idx, (resps, argument) in enumerate(zip(sample["resps"], arguments, strict=True)):
             if isinstance(resps[0], list):
@@ -217,14 +274,16 @@ def _add_samples(
                 run.texts.setdefault(task, {}).update({(doc_id, idx, repeat): str(text) for repeat, text in enumerate(resps)})
     if rows:
         doc_ids, ids, sums, greedy = (np.array(column) for column in zip(*rows, strict=True))
-        run.requests[task] = _sort_requests(doc_ids, ids, sums.astype(np.float64), greedy.astype(np.int8))
+        run.requests[task] = sort_requests(doc_ids, ids, sums.astype(np.float64), greedy.astype(np.int8))
 
 
-def _note_document(run: Run, task: str, doc_id: int, prompt: str | None, context: str | None) -> None:
+def _note_document(run: Run, task: str, doc_id: int, prompt: str | None, context: str | None, content: str | None = None) -> None:
     if prompt is not None:
         run.prompts.setdefault(task, {})[doc_id] = prompt
     if context is not None:
         run.contexts.setdefault(task, {})[doc_id] = context
+    if content is not None:
+        run.documents.setdefault(task, {})[doc_id] = content
 
 
 def _settle_documents(run: Run, collected: DocumentRows) -> None:
@@ -235,7 +294,7 @@ def _settle_documents(run: Run, collected: DocumentRows) -> None:
             run.metrics[task][key] = Documents(table[:, 0].astype(np.int64), table[:, 1], table[:, 2])
 
 
-def _sort_requests(doc_id: Any, idx: Any, loglikelihood: Any, greedy: Any) -> Requests:
+def sort_requests(doc_id: Any, idx: Any, loglikelihood: Any, greedy: Any) -> Requests:
     order = np.lexsort((idx, doc_id))
     doc_id, idx = doc_id[order].astype(np.int64), idx[order].astype(np.int64)
     twice = np.flatnonzero((np.diff(doc_id) == 0) & (np.diff(idx) == 0))

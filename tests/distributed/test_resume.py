@@ -210,12 +210,17 @@ def test_two_runs_in_one_directory(stuck, tmp_path):
 
 def test_finished_run_again(undisturbed):
     """Catches a finished run that is computed again, changed, or refused."""
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in undisturbed.iterdir()}
+
+    def files():
+        found = [path for path in undisturbed.rglob("*") if path.is_file()]
+        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+    before = files()
     again = launch(2, *RUN, "--output_path", undisturbed, program=QUICK)
     assert again.returncode == 0, str(again)
     assert "holds this very run, complete: nothing is left to do" in again.sentences()[0], str(again)
     assert "demo_lambada" in again.stdout, str(again)
-    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in undisturbed.iterdir()} == before
+    assert files() == before
 
 
 @pytest.mark.parametrize("trials", [2, pytest.param(20, marks=pytest.mark.slow)])

@@ -122,8 +122,6 @@ def evaluate_tasks(
                 samples=samples,
                 bootstrap_iters=config.bootstrap_iters,
                 write_out=config.write_out,
-                cache_requests=config.cache_requests in ("true", "refresh"),
-                rewrite_requests_cache=config.cache_requests == "refresh",
                 delete_requests_cache=config.cache_requests == "delete",
                 log_samples=True,
                 evaluation_tracker=tracker,
@@ -611,7 +609,9 @@ def _check_thinking(name: str, kind: str, config: Config) -> None:
 
 
 def _say_what_is_ignored(tasks: Mapping[str, Any], config: Config) -> None:
-    """lm_eval drops these in silence."""
+    """lm_eval drops these in silence. Of its cache of prompts, which knows a task by its name alone, none is ever read."""
+    if config.cache_requests in ("true", "refresh"):
+        log.warning("--cache_requests is ignored: prompts are built in every run, so that none is of an earlier task file")
     fixed = [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]
     if config.num_fewshot and fixed:
         log.warning("--num_fewshot is ignored for tasks that are fixed at 0 examples: %s", _name_some(fixed))

@@ -1,8 +1,8 @@
 """lm_eval's side of the run: tasks in, scores out. Only the leader imports this module.
 
-Of lm_eval's tasks and evaluator it is the sole importer, but for lm_eval_patches.py, which lists what is replaced in them, and
-index_cache.py, which keeps its index of task files. asking.py takes lm_eval's rules for texts, trackers.py its loggers; lm.py is
-the other way round: ddp_eval as a model of lm_eval.
+Of lm_eval's tasks and evaluator it is the sole importer, but for lm_eval_patches.py and task_sources.py, which list what is
+replaced in them, and index_cache.py, which keeps its index of task files. asking.py takes lm_eval's rules for texts, trackers.py
+its loggers; lm.py is the other way round: ddp_eval as a model of lm_eval.
 
 lm_eval builds every prompt once, for one rank (`world_size=1`), asks our LM object for log-likelihoods, and computes metrics
 from the answers. The first question it asks is answered for all requests of all tasks at once, so that one plan holds them all.
@@ -49,6 +49,7 @@ from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, Texts
 from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
+from ddp_eval.task_sources import reading_anew
 from ddp_eval.templates import TemplateCache
 from ddp_eval.thinking import template_arguments
 from ddp_eval.tokenization import Encoded, Encoder
@@ -63,10 +64,14 @@ _SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generat
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """results: lm_eval's result dict, with "samples"; prompts: SHA-256 of the texts, see `describe_prompts`."""
+    """results: lm_eval's result dict, with "samples"; prompts: SHA-256 of the texts, see `describe_prompts`.
+
+    task_files: SHA-256 of the files that the tasks were made of.
+    """
 
     results: dict[str, Any]
     prompts: dict[str, Any]
+    task_files: dict[str, str]
 
 
 def max_length_of(model_args: dict[str, Any], model_config: Any, tokenizer: Any) -> int:
@@ -111,7 +116,7 @@ def evaluate_tasks(
         logging.getLogger("lm_eval.evaluator_utils").setLevel(logging.INFO)  # where lm_eval shows prompts
     tracker = EvaluationTracker()
     try:
-        with patched_lm_eval(phases, lm.templates, _unharmed(go_on)):
+        with reading_anew() as sources, patched_lm_eval(phases, lm.templates, _unharmed(go_on)):
             results: Any = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=config.model_args,
@@ -160,7 +165,7 @@ def evaluate_tasks(
     results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
     results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
     phases.switch("other")
-    return Outcome(results, lm.prompts)
+    return Outcome(results, lm.prompts, dict(sorted(sources.files.items())))
 
 
 def describe_documents(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddp_eval import journal, restart, results, status
+from ddp_eval import digests, journal, machine, restart, results, status
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.files import read_object, replace_json
 from ddp_eval.lock import Held, Lock
+
+log = logging.getLogger("ddp_eval")
 
 JOURNALS = "journal"
 LOCK = ".ddp_eval.lock"
@@ -130,7 +133,7 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
     if not isinstance(flags, dict):
         raise _refuse(directory, f"its {results.MANIFEST} cannot be read")
     has = {name for name in _MORE if flags.get(name)}
-    difference = _difference(flags, config, _NO_MATTER | has)
+    difference = _difference(flags, config, _NO_MATTER | has) or _changed_task_file(manifest)
     if not difference and not is_same_model(manifest):  # it may read all files: only where nothing else tells
         difference = "the files of the model have changed since"
     if not difference and not found:
@@ -147,7 +150,27 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
                 RunDirectory(directory).finish()
             finally:
                 lock.release()
+    _say_other_versions(directory, manifest)
     return found
+
+
+def _changed_task_file(manifest: dict[str, Any]) -> str:
+    """A phrase for the first of the tasks' files whose content has changed since a run, "" if none has. Lost ones are ignored."""
+    files = manifest.get("task_files")
+    for path, digest in files.items() if isinstance(files, dict) else ():
+        now = digests.digest_directory(os.path.dirname(path), [os.path.basename(path)])["files"]
+        if list(now.values()) not in ([], [digest]):
+            return f"the task file {path} has changed since"
+    return ""
+
+
+def _say_other_versions(directory: Path, manifest: dict[str, Any]) -> None:
+    """A complete run is what it is; with which software it was made, one line says where that is another now."""
+    before, now = manifest.get("packages"), machine.describe_packages()
+    others = [name for name in now if isinstance(before, dict) and before.get(name, now[name]) != now[name]]
+    if isinstance(before, dict) and others:
+        versions = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in others)
+        log.warning("the run in %s was made with %s", directory, versions)
 
 
 def open_directory(config: Config, on_lost: Any) -> RunDirectory:

@@ -334,7 +334,7 @@ def _lead(
             if not config.predict_only:
                 results.write_documents(config.output_path, harness.describe_documents(samples))
             more = {name: outcome.prompts[name] for name in ("prompts_by_task", "documents_by_task")}
-            more["resumed_packs"] = resumed[0]
+            more |= {"task_files": outcome.task_files, "resumed_packs": resumed[0]}
             manifest = describe_run(config, world, outcome.results, {**facts, **more}, get_digests())
             measured = results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"), measure)
             if directory is not None:

@@ -26,8 +26,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token
 
 from ddp_eval import cli, contagion, distributed
+from ddp_eval import layout as layouts
 from ddp_eval.chatter import less_chatter, one_rank_speaks
-from ddp_eval.choice import choose_layout
+from ddp_eval.choice import check_texts, choose_layout
 from ddp_eval.engines import checkpoint
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
@@ -75,6 +76,8 @@ class DDPEvalLM(_LeaderLM):
     def __init__(self, device: str | None = None, **arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
         config, notes = cli.config_of_model(arguments, device=device, **options)
+        if config.layout == layouts.MEASURE:
+            raise UserError("--layout measure is for runs of the command, which have one plan for all requests: name a layout")
         borrowed = dist.is_available() and dist.is_initialized()
         if borrowed:
             world = distributed.adopt_group(distributed.choose_device(device, distributed.launch_local_rank()))
@@ -165,6 +168,8 @@ class DDPEvalLM(_LeaderLM):
     def _run(self, requests: Requests, prompts: Prompts) -> Answers:
         """As `runner` does it, without a run directory."""
         config, followers, seated = self._settings, self._followers, self._seated
+        if len(prompts):
+            check_texts(config, seated.layout, prompts.tasks[0] or "given")
         alone = config.numerics == "alone"
         trial = trial_of(followers, seated)
         decision = make_plan(seated.engine, requests, config.packing, config.max_pack_tokens, alone, trial)

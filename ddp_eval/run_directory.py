@@ -105,11 +105,17 @@ class RunDirectory:
                 self.journals.rmdir()
 
     def close(self) -> None:
-        """Let go of the directory; a complete run that was to be replaced and was not is as it was."""
-        if self.replaced and self.stood:
-            with contextlib.suppress(OSError):
+        """Let go of the directory; a complete run that was to be replaced and was not is as it was.
+
+        A start that has finished no work leaves nothing that would bind the next one. A journal stays, even an empty one: another
+        rank may be writing to it.
+        """
+        with contextlib.suppress(OSError):
+            if self.replaced and self.stood:
                 self.forget_journals()
                 replace_json(self.path / status.STATUS, self.stood)
+            elif not (results.run_files(self.path) or any(self.journals.glob(f"*{journal.SUFFIX}"))):
+                self.forget_journals()
         self.replaced = []
         if self._lock is not None:
             self._lock.release()
@@ -223,14 +229,16 @@ def is_obeyed(directory: Path) -> bool:
 def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, replace: bool) -> None:
     files = results.run_files(directory.path)
     flags = read_object(directory.journals / _RUN).get("flags")  # lost or unreadable, the key of each journal decides
-    begun = isinstance(flags, dict) or any(directory.journals.glob(f"*{journal.SUFFIX}"))
+    packs = journal.holds_work(directory.journals)
     complete = (directory.path / results.MANIFEST).is_file()
     difference = ""
     if complete:
         difference = "complete"
+    elif not (files or packs):
+        pass  # whatever was started here has finished nothing
     elif isinstance(flags, dict):
         difference = _difference(flags, config, _NO_MATTER | _FOR_METRICS)
-    elif files and not begun:
+    elif not packs:
         difference = "it has no journal to resume from"
     if difference and not replace:
         raise _refuse(directory.path, difference)
@@ -239,13 +247,14 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
     elif difference or fresh:
         for file in files:
             file.unlink(missing_ok=True)
-    if difference or fresh:
+    launch, layout = (None if replace else read_object(directory.journals / _RUN).get("launch")), directory.layout
+    if difference or fresh or not packs:
         directory.forget_journals()
+        layout = directory.layout
     for file in directory.path.glob(f".*{results.TEMPORARY_SUFFIX}"):
         file.unlink(missing_ok=True)
     directory.journals.mkdir(exist_ok=True)
-    launch = None if replace else read_object(directory.journals / _RUN).get("launch")
-    replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch, "layout": directory.layout})
+    replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch, "layout": layout})
 
 
 def _refuse(directory: Path, why: str) -> UserError:

@@ -14,12 +14,15 @@ that tasks were made of are noted: a complete run is not taken for this one if a
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import sys
 import tempfile
+import threading
 import unittest.mock
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,6 +31,8 @@ from typing import Any
 import datasets
 import datasets.data_files
 import datasets.io.generator
+from huggingface_hub.constants import HF_HOME
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import _factory, _yaml_loader
 
 from ddp_eval.digests import digest_directory
@@ -42,10 +47,11 @@ class TaskSources:
         self.files: dict[str, str] = {}
 
     def note(self, path: str | Path) -> str:
-        """Read the file, and return its SHA-256."""
+        """Read the file, and return its SHA-256; "" if it is gone."""
         folder, name = os.path.split(os.path.abspath(path))
-        self.files[os.path.join(folder, name)] = digest = str(digest_directory(folder, [name])["files"][name])
-        return digest
+        found = digest_directory(folder, [name])["files"]
+        self.files.update({os.path.join(folder, name): digest for name, digest in found.items()})
+        return str(found.get(name, ""))
 
     def note_imported(self, modules: Iterable[str], folder: str) -> None:
         """Note those of the modules, by name, that lie in `folder` or beneath lm_eval's tasks: helpers of a task's code."""
@@ -64,6 +70,7 @@ def reading_anew() -> Iterator[TaskSources]:
         patch = unittest.mock.patch
         stack.enter_context(patch.object(_yaml_loader, "_load_module_with_cache", _loader_of_modules(sources)))
         stack.enter_context(patch.object(_factory, "load_yaml", _loader_of_yaml(sources)))
+        stack.enter_context(patch.object(ConfigurableTask, "download", _download_and_note(sources)))
         known_by = _identity_of_data(sources)
         stack.enter_context(patch.object(datasets.data_files, "_get_single_origin_metadata", known_by))
         stack.enter_context(patch.object(datasets.Dataset, "_get_cache_file_path", _place_of_transformed(new_folder)))
@@ -76,16 +83,46 @@ def reading_anew() -> Iterator[TaskSources]:
         yield sources
 
 
+_FOLDER = "ddp_eval_documents_"
+
+
 def _folders_of_its_own(stack: contextlib.ExitStack) -> Callable[[], str]:
     """Returns what makes a new folder at each call; all are removed at the end."""
     made: list[str] = []
 
     def make() -> str:
         if not made:
-            made.append(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddp_eval_", ignore_cleanup_errors=True)))
+            made.append(stack.enter_context(tempfile.TemporaryDirectory(prefix=_FOLDER, ignore_cleanup_errors=True)))
         return tempfile.mkdtemp(dir=made[0])
 
     return make
+
+
+def _download_and_note(sources: TaskSources) -> Callable[..., None]:
+    """Stands in for lm_eval's method, and notes what a `custom_dataset` opens, other than in caches and packages."""
+    download = ConfigurableTask.download
+    places = (HF_HOME, str(datasets.config.HF_CACHE_HOME), str(datasets.config.HF_DATASETS_CACHE), sys.prefix, "/proc", "/sys")
+    elsewhere = tuple(os.path.join(os.path.realpath(place), "") for place in places)
+
+    def download_and_note(task: ConfigurableTask, *args: Any, **options: Any) -> None:
+        if not callable(task.config.custom_dataset):
+            download(task, *args, **options)
+            return
+        this_thread = threading.get_ident()  # the model is being loaded in another
+
+        def open_and_note(file: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+            found = io_open(file, mode, *more, **options)
+            if threading.get_ident() == this_thread and "r" in mode and isinstance(file, (str, os.PathLike)):
+                path = os.path.realpath(os.fspath(file))
+                if os.path.isfile(path) and not path.startswith(elsewhere) and _FOLDER not in path:
+                    sources.note(path)
+            return found
+
+        io_open = io.open
+        with unittest.mock.patch.object(builtins, "open", open_and_note), unittest.mock.patch.object(io, "open", open_and_note):
+            download(task, *args, **options)
+
+    return download_and_note
 
 
 def _place_of_transformed(new_folder: Callable[[], str]) -> Callable[[Any, str], str]:

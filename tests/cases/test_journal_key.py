@@ -19,6 +19,7 @@ STARTS = (*PACKAGE.glob("engines/**/*.py"), PACKAGE / "execution.py")
 # Modules that engines and execution use and that decide no number, each with what makes sure of it.
 NO_NUMBERS = {
     "cli.py": "reads flags",
+    "compile_cache.py": "where torch keeps compiled kernels",
     "config.py": "flags of an unfinished run are compared one by one",
     "demo/__init__.py": "the files of the demo model have digests, as those of any model",
     "digests.py": "digests are in the key themselves",

@@ -6,7 +6,9 @@ Sources: public reports about lm_eval's request cache, about datasets' cache of 
 
 from __future__ import annotations
 
+import builtins
 import gzip
+import io
 import json
 import logging
 import os
@@ -17,9 +19,10 @@ from typing import Any
 
 import datasets
 import pytest
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import _factory, _yaml_loader
 
-from ddp_eval import harness, run_directory
+from ddp_eval import compile_cache, harness, run_directory
 from ddp_eval.config import config_from_options
 from ddp_eval.errors import UserError
 from ddp_eval.meter import Phases
@@ -197,6 +200,7 @@ def test_everything_is_put_back(folder: Path, tmp_path: Path, monkeypatch: pytes
         (datasets.data_files, "_get_single_origin_metadata"),
         (datasets.Dataset, "_get_cache_file_path"),
         (datasets.io.generator, "GeneratorDatasetInputStream"),
+        (ConfigurableTask, "download"),
     ]
     before = [getattr(*place) for place in places]
     write(folder / "rows.jsonl", '{"text": "sea"}')
@@ -207,6 +211,31 @@ def test_everything_is_put_back(folder: Path, tmp_path: Path, monkeypatch: pytes
         raise ZeroDivisionError
     assert [getattr(*place) for place in places] == before
     assert not list((tmp_path / "temporary").iterdir()) and mapped["text"][:] == ["SEA"]
+
+
+OPENING = """\
+import datasets, json, pathlib
+def load(**unused):
+    rows = [json.loads(pathlib.Path("rows.json").read_text()), json.load(open("more.json"))]
+    open("made.txt", "w").close()
+    open({cached!r}).close()
+    return datasets.DatasetDict({{"test": datasets.Dataset.from_list(rows)}})
+"""
+
+
+def test_files_that_a_custom_dataset_opens(folder: Path, tmp_path: Path) -> None:
+    """Catches rows that a task's own code reads and that do not count as the task's files, and caches that do."""
+    cached = tmp_path / "datasets" / "info.json"
+    cached.parent.mkdir()
+    for path in (folder / "rows.json", folder / "more.json", cached):
+        write(path, '{"text": "sea"}')
+    write(folder / "code.py", OPENING.format(cached=str(cached)))
+    write(folder / "edited.yaml", TASK.format(data="custom_dataset: !function code.load"))
+    before = builtins.open, io.open
+    with reading_anew() as sources:
+        harness.TaskManager(include_path=str(folder), include_defaults=False).load(["edited"])
+        assert (builtins.open, io.open) == before
+    assert sorted(map(os.path.basename, sources.files)) == ["code.py", "edited.yaml", "more.json", "rows.json"]
 
 
 def test_a_complete_run_of_an_edited_task(
@@ -245,3 +274,31 @@ def test_a_complete_run_of_an_edited_task(
     with caplog.at_level(logging.WARNING):
         assert find() is not None
     assert f"the run in {output} was made with torch 1.0 (now " in caplog.text
+
+
+@pytest.mark.parametrize("theirs", ["another user's", "writable by all", "a link"])
+def test_compiled_kernels_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str) -> None:
+    """Catches kernels unpickled from the shared temporary directory, where anybody can put them under this user's name first."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("USER", "me")
+    monkeypatch.setenv("LOGNAME", "me")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    compile_cache.keep_private()
+    own = tmp_path / "torchinductor_me"
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ and own.stat().st_mode & 0o777 == 0o700
+    compile_cache.keep_private()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ, "as torch made it"
+    if theirs == "another user's":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    elif theirs == "writable by all":
+        own.chmod(0o777)
+    else:
+        own.rename(tmp_path / "elsewhere")
+        own.symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    compile_cache.keep_private()
+    chosen = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert chosen.parent == tmp_path and chosen != own and chosen.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/named/by/the/user")
+    compile_cache.keep_private()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/named/by/the/user"

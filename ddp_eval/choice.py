@@ -128,6 +128,33 @@ def choose_layout(config: Config, model_config: Any, world: World, earlier: str 
     return layout, why
 
 
+def why_not(config: Config, model_config: Any, layout: Layout, generating: str | None = None) -> str | None:
+    """Why a run of these flags refuses the layout, in a phrase; None if it does not.
+
+    generating: a task that generates text, None where none does.
+    """
+    if layout.kind == REPLICAS:
+        return None
+    if whole_only := _why_whole_only(config, model_config):
+        return f"nothing but whole copies serves {whole_only}"
+    if config.load == "broadcast":
+        return "--load broadcast sends whole copies"
+    if generating is not None and layout.kind == LAYERS:
+        return f"the task {generating} generates text, which this does not serve"
+    return None
+
+
+def check_texts(config: Config, layout: Layout | None, generating: str) -> None:
+    """Raise UserError where the layout does not serve tasks that generate text, of which `generating` is one."""
+    if layout is not None and layout.kind == LAYERS:
+        raise UserError(
+            f"the task {generating} generates text, which --layout {layout} does not serve: give --layout "
+            "replicas, or --layout tensor:K for a model that is too large for one rank"
+        )
+    if config.layout == layouts.MEASURE:
+        raise UserError(f"--layout measure is for tasks that score, and {generating} generates text: name a layout")
+
+
 def _choose(config: Config, model_config: Any, world: World, earlier: str | None) -> tuple[Layout, str]:
     if config.model == "vllm":
         return _choose_for_vllm(config, model_config, world), "tensor_parallel_size"

@@ -1,8 +1,8 @@
 """Flags, or a YAML file of them, to one checked Config.
 
 Every rank reads the flags before torch is loaded, so this module imports neither torch nor lm_eval: lm_eval's small rules for
-flag values are written out again here, and tests/test_cli.py holds them against the originals. A flag of lm_eval keeps its name,
-its short form and its meaning; where lm_eval guesses in silence, UserError is raised instead. Only --help and --version exit.
+flag values are written out again here and in values.py, and tests compare them with the originals. A flag of lm_eval keeps its
+name, short form and meaning; where lm_eval guesses in silence, UserError is raised instead. Only --help and --version exit.
 
 Flags and YAML meet as raw values by name (command line over file), then pass through the same converters:
 
@@ -14,7 +14,6 @@ Flags and YAML meet as raw values by name (command line over file), then pass th
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import importlib.metadata
@@ -29,6 +28,7 @@ import yaml
 from ddp_eval import layout
 from ddp_eval.config import DEFAULT_SEED, PROMPT_ARGS, Config, check_not_loaded
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.values import TEXT_MODEL_ARGS, read_args, read_json_object
 
 _USAGE = "torchrun --nproc_per_node=N -m ddp_eval [run] [flags]"
 _ABOUT = """\
@@ -72,11 +72,10 @@ _REFUSED_MODEL_ARGS = {
     "gguf_file": "convert the model to safetensors and evaluate that",
     "mixed_precision_dtype": "choose one precision for the whole model with dtype",
 }
-_TEXT_MODEL_ARGS = ("pretrained", "tokenizer", "revision", "subfolder", "peft")
 _SWITCHED_MODEL_ARGS = ("load_in_8bit", "load_in_4bit")
 _OPTIONAL_MODEL_ARGS = ("enable_thinking", "think_end_token", "chat_template_args", "peft", "quantization_config")
 _KNOWN_MODEL_ARGS = (
-    *_TEXT_MODEL_ARGS,
+    *TEXT_MODEL_ARGS,
     *PROMPT_ARGS,
     "dtype",
     "attn_implementation",
@@ -116,7 +115,8 @@ def config_of_model(model_args: Mapping[str, Any], **options: Any) -> tuple[Conf
 
     Returns and raises as `parse`.
     """
-    values: dict[str, Any] = {"model_args": dict(model_args), **{name: one for name, one in options.items() if one is not None}}
+    given = {name: one for name, one in options.items() if one is not None}
+    values: dict[str, Any] = {"model_args": dict(model_args), **convert_options(given)}
     notes: list[str] = []
     _settle_layout(values)
     _settle_model_args(values, notes)
@@ -127,19 +127,24 @@ def config_of_model(model_args: Mapping[str, Any], **options: Any) -> tuple[Conf
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Options that a program gave by the names of flags: texts and YAML's values, such as gen_kwargs="top_k=5", become what the
-    command makes of them; None is an option that is not given, but for the seed.
+    """Options of a Python call without those that are flags which no longer matter, and a sentence on each of these."""
+    notes = [f"{name} is ignored: {why}" for name, (_, why) in _IGNORED_FLAGS.items() if options.get(name) is not None]
+    return {name: value for name, value in options.items() if name == "batch_size" or name not in _IGNORED_FLAGS}, notes
 
-    Returns and raises as `parse`.
+
+def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a Python call, by the names of `Config`'s fields: each that is a flag is read as the flag's value is.
+
+    None is an option not given, except for the seed, where it means no seed. Raises UserError, naming the flag.
     """
-    read: dict[str, Any] = {}
+    converted = {}
     for name, value in options.items():
         if value is None and name != "seed":
             continue
-        by_flag = name in _FLAGS and (value is None or isinstance(value, (str, bool, Mapping, list, tuple)))
-        read[name] = _FLAGS[name].convert(f"--{name}", value) if by_flag else value
-    notes = [f"{name} is ignored: {why}" for name, (_, why) in _IGNORED_FLAGS.items() if read.get(name) is not None]
-    return {name: value for name, value in read.items() if name == "batch_size" or name not in _IGNORED_FLAGS}, notes
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        as_it_is = name not in _FLAGS or (name == "limit" and type(value) is int)
+        converted[name] = value if as_it_is else _FLAGS[name].convert(f"--{name}", plain)
+    return converted
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -280,7 +285,7 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
     """Take out of model_args what is not for the model's loader: what we ignore, refuse, or have a flag for."""
     model_args = values.setdefault("model_args", {})
     check_not_loaded(model_args)
-    for key in _TEXT_MODEL_ARGS:
+    for key in TEXT_MODEL_ARGS:
         if isinstance(model_args.get(key), os.PathLike):
             model_args[key] = os.fspath(model_args[key])
     for key, why in _REFUSED_MODEL_ARGS.items():
@@ -300,7 +305,9 @@ def _settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
         raise UserError(f"model_args backend must be default, causal or seq2seq, got {backend}")
     if backend != "default":
         model_args["backend"] = backend
-    for key in _TEXT_MODEL_ARGS:
+    for key in TEXT_MODEL_ARGS:
+        if isinstance(model_args.get(key), int) and not isinstance(model_args[key], bool):  # of YAML, JSON or Python
+            model_args[key] = str(model_args[key])
         if not isinstance(model_args.get(key), (str, type(None))):
             example = f"{key}='\"123\"' keeps a number as text"
             raise UserError(f"model_args {key} must be text, got {one_line(repr(model_args[key]), 80)} ({example})")
@@ -350,78 +357,6 @@ def _refuse_misspelt(model_args: Iterable[str]) -> None:
         close = difflib.get_close_matches(key, _KNOWN_MODEL_ARGS, n=1, cutoff=0.8)
         if close and close[0] != key:
             raise UserError(f"model_args {key} is unknown: did you mean {close[0]}?")
-
-
-def split_top_level(text: str) -> list[str]:
-    """Split at the commas that stand outside of brackets, braces and quotes, by lm_eval's rule; empty parts are dropped."""
-    parts, part, depth, quote = [], "", 0, ""
-    for char in text:
-        if char == "," and not depth and not quote:
-            parts.append(part)
-            part = ""
-            continue
-        part += char
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "\"'":
-            quote = char
-        elif char in "[({":
-            depth += 1
-        elif char in "])}":
-            depth = max(depth - 1, 0)
-    return [part for part in [*parts, part] if part]
-
-
-def convert_value(text: str) -> Any:
-    """The value of key=value by lm_eval's rule: true/false, digits, float, Python literal, else the text itself.
-
-    A sign makes a float ("-1" -> -1.0), and so does an exponent ("1e3" -> 1000.0): lm_eval's rule, not ours.
-    """
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
-
-
-def _to_args(flag: str, value: Any) -> dict[str, Any]:
-    """A YAML mapping, or words that each are key=value pairs or a JSON object; later ones win.
-
-    lm_eval drops the words after a JSON object and fails on key={…} in the first word; here both mean what they say.
-    """
-    if isinstance(value, dict):
-        return {str(key): item for key, item in value.items()}
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"{flag} must be key=value pairs, got {value!r}")
-    merged: dict[str, Any] = {}
-    for word in words:
-        merged.update(_read_json_object(flag, word) if word.lstrip().startswith("{") else _read_pairs(flag, word))
-    return merged
-
-
-def _read_json_object(flag: str, text: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{flag} must be a JSON object, with double quotes, got {text}: {one_line(error)}") from None
-    assert isinstance(parsed, dict), "JSON text that starts with { is an object"
-    return parsed
-
-
-def _read_pairs(flag: str, text: str) -> dict[str, Any]:
-    pairs = {}
-    for part in split_top_level(text):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"{flag} must be key=value pairs, got {part!r}")
-        pairs[key.strip()] = convert_value(value)
-    return pairs
 
 
 def _to_text(flag: str, value: Any) -> str:
@@ -483,9 +418,16 @@ def _to_template(flag: str, value: Any) -> bool | str:
 
 
 def _to_cache(flag: str, value: Any) -> str | None:
-    """lm_eval's three words; YAML's true and false too. Config checks the word."""
-    if isinstance(value, dict):  # as lm_eval's own YAML files have it
-        value = "delete" if value.get("delete_requests_cache") else "refresh" if value.get("rewrite_requests_cache") else True
+    """lm_eval's three words, YAML's true and false, and the mapping that lm_eval makes of a word: off unless one says true.
+
+    Config checks the word.
+    """
+    if isinstance(value, dict):
+        words = {"delete_requests_cache": "delete", "rewrite_requests_cache": "refresh", "cache_requests": "true"}
+        if unknown := [name for name in value if name not in words]:
+            raise UserError(f"{flag} has the unknown key {unknown[0]}: there are {', '.join(words)}")
+        given = (word for name, word in words.items() if _to_switch(f"{flag} {name}", value.get(name) or False))
+        return next(given, None)
     return None if value is False else "true" if value is True else _to_text(flag, value)
 
 
@@ -504,7 +446,7 @@ def _to_samples(flag: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("{"):
-        return _read_json_object(flag, value)
+        return read_json_object(flag, value)
     try:
         return json.loads(Path(_to_text(flag, value)).read_text(encoding="utf-8"))
     except OSError as error:
@@ -573,7 +515,7 @@ _FLAGS = {
     "model": _Flag("model", _to_model, "what runs the model (default: hf, which is transformers)", "NAME", "-M"),
     "model_args": _Flag(
         "model",
-        _to_args,
+        read_args,
         "pretrained=PATH_OR_NAME, and revision, dtype, tokenizer, max_length, attn_implementation, add_bos_token, "
         "prefix_token_id, ... as key=value pairs or a JSON object (default: pretrained=demo)",
         "KEY=VALUE",
@@ -587,14 +529,13 @@ _FLAGS = {
     "limit": _Flag("tasks", _to_number, "documents per task, or a fraction of them below 1 (default: all)", "N", "-L"),
     "samples": _Flag("tasks", _to_samples, 'documents to take: {"TASK": [0, 5]} or a file (default: all)', "JSON", "-E"),
     "metadata": _Flag(
-        "tasks", _to_args, "settings that some tasks ask for, such as max_seq_lengths=[4096]", "KEY=VALUE", "", "+"
+        "tasks", read_args, "settings that some tasks ask for, such as max_seq_lengths=[4096]", "KEY=VALUE", "", "+"
     ),
     "confirm_run_unsafe_code": _Flag("tasks", _to_switch, "allow tasks that run the code a model writes (default: off)"),
     "cache_requests": _Flag(
         "prompts",
         _to_cache,
-        "keep built prompts in lm_eval's cache for later runs: true, refresh, or delete it first; it does not see changed "
-        "task files or seeds (default: off)",
+        "true and refresh change nothing, prompts are built in every run; delete empties lm_eval's cache of them (default: off)",
         "true|refresh|delete",
         "",
         "?",
@@ -607,7 +548,7 @@ _FLAGS = {
     "fewshot_as_multiturn": _Flag(
         "prompts", _to_switch, "examples as turns of the chat (default: true with a chat template)", "BOOL", "", "?"
     ),
-    "gen_kwargs": _Flag("prompts", _to_args, "generation settings over the task's own, such as top_p=0.9", "KEY=VALUE", "", "+"),
+    "gen_kwargs": _Flag("prompts", read_args, "generation settings over the task's own, such as top_p=0.9", "KEY=VALUE", "", "+"),
     "output_path": _Flag("output", _to_directory, "run directory for results and scores (default: only the table)", "DIR", "-o"),
     "overwrite": _Flag("output", _to_switch, "replace the run that --output_path already holds (default: refuse)"),
     "fresh": _Flag("output", _to_switch, "start over, whatever --output_path holds of this package (default: resume)"),
@@ -616,7 +557,7 @@ _FLAGS = {
     "write_out": _Flag("output", _to_switch, "print the prompts of the first documents (default: off)", "", "-w"),
     "show_config": _Flag("output", _to_switch, "print all results with the settings of every task (default: off)"),
     **{
-        name: _Flag("output", _to_args, help, "KEY=VALUE", "", "+")
+        name: _Flag("output", read_args, help, "KEY=VALUE", "", "+")
         for name, help in {
             "wandb_args": "log to Weights & Biases, with these arguments of wandb.init (default: no)",
             "wandb_config_args": "more of what wandb records as the run's config",

@@ -17,6 +17,7 @@ from typing import Any
 from ddp_eval import layout
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.thinking import read_think_end
+from ddp_eval.values import read_args
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
 DEFAULT_SEED = (0, 1234, 1234, 1234)
@@ -104,6 +105,9 @@ class Config:
         return {name: value for name, value in settings.items() if name not in (*TRACKER_FLAGS, "batch_size")}
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), str) and field.default_factory is dict:  # as lm_eval takes them
+                object.__setattr__(self, field.name, read_args(f"--{field.name}", value))
         if isinstance(self.seed, int):
             object.__setattr__(self, "seed", (self.seed,) * len(DEFAULT_SEED))
         if self.fewshot_as_multiturn is None and self.apply_chat_template:
@@ -200,7 +204,9 @@ def config_from_options(tasks: list[Any], **options: Any) -> Config:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
             raise UserError(f"evaluate takes no option {name}: {hint}")
-    return Config(tasks=tasks, **options)
+    from ddp_eval import cli  # which knows Config
+
+    return Config(tasks=tasks, **cli.convert_options(options))
 
 
 def _check_at_least(flag: str, value: int | None, least: int) -> None:

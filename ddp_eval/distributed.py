@@ -541,17 +541,17 @@ def _naming_lost_ranks(doing: str) -> Iterator[None]:
 def choose_device(asked: str | None, local_rank: int) -> torch.device:
     """The device of a local rank; `asked` as for `join_group`. Raises UserError when there is none."""
     kind, _, number = (asked or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
-    if kind not in ("cuda", "cpu"):
+    if kind not in ("cuda", "cpu") or (":" in (asked or "") and not number.isdecimal()):
         raise UserError(f"--device must be cuda or cpu, got {asked}")
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but torch sees no CUDA device here")
+        raise UserError(f"--device {asked} was asked for, but torch sees no CUDA device here: leave it out, or give --device cpu")
     if number and _environment_int("WORLD_SIZE", 1) > 1:
         raise UserError(
             f"--device {asked} cannot be shared by several ranks: give --device cuda, one GPU goes to each local rank"
         )
-    index = int(number) if number.isdigit() else local_rank
+    index = int(number) if number else local_rank
     if index >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: this machine shows {torch.cuda.device_count()}; "

@@ -1,8 +1,8 @@
 """lm_eval's side of the run: tasks in, scores out. Only the leader imports this module.
 
-Of lm_eval's tasks and evaluator it is the sole importer, but for lm_eval_patches.py, which lists what is replaced in them, and
-index_cache.py, which keeps its index of task files. asking.py takes lm_eval's rules for texts, trackers.py its loggers; lm.py is
-the other way round: ddp_eval as a model of lm_eval.
+Of lm_eval's tasks and evaluator it is the sole importer, but for lm_eval_patches.py and task_sources.py, which list what is
+replaced in them, and index_cache.py, which keeps its index of task files. asking.py takes lm_eval's rules for texts, trackers.py
+its loggers; lm.py is the other way round: ddp_eval as a model of lm_eval.
 
 lm_eval builds every prompt once, for one rank (`world_size=1`), asks our LM object for log-likelihoods, and computes metrics
 from the answers. The first question it asks is answered for all requests of all tasks at once, so that one plan holds them all.
@@ -10,7 +10,6 @@ from the answers. The first question it asks is answered for all requests of all
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import decimal
@@ -30,6 +29,7 @@ import lm_eval.utils
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
 from lm_eval.tasks import TaskManager
@@ -48,7 +48,9 @@ from ddp_eval.lm_eval_patches import keep_examples, patched_lm_eval
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, Texts
-from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
+from ddp_eval.task_checks import check_output_type, check_spec, is_unsafe, refuse_multimodal, refuse_unsafe
+from ddp_eval.task_index import Leaf, check_once, drop_members, is_complete
+from ddp_eval.task_sources import reading_anew
 from ddp_eval.templates import TemplateCache
 from ddp_eval.thinking import template_arguments
 from ddp_eval.tokenization import Encoded, Encoder
@@ -58,15 +60,17 @@ log = logging.getLogger("ddp_eval")
 # Of the requests: nats, whether greedy; of the prompts: the tokens of each answer, the most that it might have.
 Answers = tuple[np.ndarray, np.ndarray, list[list[int]], Sequence[int]]
 COMPUTING_METRICS = "compute the metrics"
-_SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
-
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """results: lm_eval's result dict, with "samples"; prompts: SHA-256 of the texts, see `describe_prompts`."""
+    """results: lm_eval's result dict, with "samples"; prompts: SHA-256 of the texts, see `describe_prompts`.
+
+    task_files: SHA-256 of the files that the tasks were made of.
+    """
 
     results: dict[str, Any]
     prompts: dict[str, Any]
+    task_files: dict[str, str]
 
 
 def max_length_of(model_args: dict[str, Any], model_config: Any, tokenizer: Any) -> int:
@@ -101,7 +105,7 @@ def evaluate_tasks(
     lm = _LeaderLM(encoder, model_config, score, keep, inspect, config, phases)
     manager = _task_manager(config, include_paths)
     specs = _resolve_tasks(manager, config.tasks)
-    _check_before_loading(specs, manager.task_index)
+    _check_before_loading(specs, manager.task_index, config.confirm_run_unsafe_code)
     _watch_loading(manager, lm, config)
     # lm_eval takes the documents in their own order, whatever the order of the list, but numbers them by the list's.
     samples = lm.chosen or None
@@ -111,7 +115,7 @@ def evaluate_tasks(
         logging.getLogger("lm_eval.evaluator_utils").setLevel(logging.INFO)  # where lm_eval shows prompts
     tracker = EvaluationTracker()
     try:
-        with patched_lm_eval(phases, lm.templates, _unharmed(go_on)):
+        with reading_anew() as sources, patched_lm_eval(phases, lm.templates, _unharmed(go_on)):
             results: Any = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=config.model_args,
@@ -122,8 +126,6 @@ def evaluate_tasks(
                 samples=samples,
                 bootstrap_iters=config.bootstrap_iters,
                 write_out=config.write_out,
-                cache_requests=config.cache_requests in ("true", "refresh"),
-                rewrite_requests_cache=config.cache_requests == "refresh",
                 delete_requests_cache=config.cache_requests == "delete",
                 log_samples=True,
                 evaluation_tracker=tracker,
@@ -144,7 +146,7 @@ def evaluate_tasks(
     except UserError:
         raise
     except SystemExit as error:  # some tasks do, where a program of theirs is missing
-        raise UserError(f"the code of {_name_some(config.tasks)} ends the program: what it has printed says why") from error
+        raise _ends_the_program(config.tasks) from error
     except Exception as error:
         if lm.phase == COMPUTING_METRICS:
             raise  # the scores are kept; what a task's own code did wrong shows in its traceback
@@ -152,7 +154,7 @@ def evaluate_tasks(
             raise UserError(f"the task {_name_some(config.tasks)} has no documents to evaluate") from error
         if isinstance(error, jinja2.exceptions.TemplateError):
             raise UserError(f"a template in the task {_name_some(config.tasks)} does not work: {one_line(error)}") from error
-        raise UserError(f"lm_eval could not {lm.phase} of {_name_some(config.tasks)}: {_describe(error)}") from error
+        raise _failed(lm.phase, config.tasks, error) from error
     finally:
         encoder.tokenizer.pad_token = pad_token
     results["config"]["model"] = config.model
@@ -167,7 +169,7 @@ def evaluate_tasks(
     results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
     results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
     phases.switch("other")
-    return Outcome(results, lm.prompts)
+    return Outcome(results, lm.prompts, dict(sorted(sources.files.items())))
 
 
 def _hash_samples(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
@@ -266,14 +268,38 @@ def list_tasks(what: str, include_path: str | None) -> str:
         return str(manager.list_all_tasks(**{f"list_{kind}": False for kind in leave_out[what]}))
 
 
-def validate_tasks(tasks: Sequence[str], include_path: str | None) -> int:
-    """How many tasks these names lead to, as far as the index tells. Raises UserError for unknown ones and kinds not served."""
+def validate_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[int, list[str]]:
+    """How many tasks these names lead to, and those among them that a run has to allow by --confirm_run_unsafe_code.
+
+    Their Python files are run, as a run does; no documents are fetched. Raises UserError, with a run's own sentence, for unknown
+    tasks and those that could not run.
+    """
     config = Config(tasks=list(tasks), include_path=include_path)
     manager = _task_manager(config, [demo.TASKS_PATH])
     specs = _resolve_tasks(manager, tasks)
-    _check_before_loading(specs, manager.task_index)
-    names = [spec for spec in specs if isinstance(spec, str) and spec in manager.task_index]
-    return len({leaf.trail[-1] for name in names for leaf in find_leaves(name, manager.task_index)}) + len(specs) - len(names)
+    leaves = {leaf.trail[-1]: leaf for leaf in _check_before_loading(specs, manager.task_index, allows_unsafe=True)}
+    names = {name for leaf in leaves.values() for name in leaf.trail}
+    files = {spec for spec in specs if isinstance(spec, str) and spec not in manager.task_index}
+    files |= {str(manager.task_index[name].yaml_path) for name in names if name in manager.task_index}
+    try:
+        with reading_anew():
+            contents = [load_yaml(file, resolve_func=True) for file in sorted(files - {"None"})]
+    except SystemExit as error:
+        raise _ends_the_program(tasks) from error
+    except Exception as error:
+        raise _failed("load the documents", tasks, error) from error
+    for content in contents:
+        if "class" in content:
+            _check_class(str(content.get("task")), content["class"])
+    return len(leaves), sorted(name for name, leaf in leaves.items() if is_unsafe(leaf))
+
+
+def _failed(phase: str, tasks: Sequence[Any], error: Exception) -> UserError:
+    return UserError(f"lm_eval could not {phase} of {_name_some(tasks)}: {_describe(error)}")
+
+
+def _ends_the_program(tasks: Sequence[Any]) -> UserError:
+    return UserError(f"the code of {_name_some(tasks)} ends the program: what it has printed says why")
 
 
 class _Scoring(Exception):
@@ -546,20 +572,20 @@ def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _check_before_loading(specs: Sequence[Any], index: Any) -> None:
-    """Refuse kinds of tasks that are not served before their documents are fetched, which may take hours."""
-    for spec in specs:
-        content = spec
-        if isinstance(spec, str) and spec not in index:  # a file: what is wrong with it, lm_eval will say
-            with contextlib.suppress(Exception):
-                content = load_yaml(spec, resolve_func=False)
-        for leaf in find_leaves(content, index) if isinstance(content, (str, dict)) else ():
-            _check_output_type(leaf.trail[-1], leaf.output_type)
+def _check_before_loading(specs: Sequence[Any], index: Any, allows_unsafe: bool) -> list[Leaf]:
+    """Refuse what could not run before documents are fetched, which may take hours. Returns the tasks, as far as files tell."""
+    contents = [_read_task_file(spec) if isinstance(spec, str) and spec not in index else spec for spec in specs]
+    # A program may also give tasks that it has made.
+    named = (one for one in contents if isinstance(one, (str, Mapping)))
+    leaves = [leaf for content in named for leaf in check_spec(content, index, allows_unsafe)]
+    return leaves
 
 
-def _check_output_type(name: str, kind: str | None) -> None:
-    if kind is not None and kind not in _SERVED:
-        raise UserError(f"the task {name} is of the type {kind}, which is not supported yet: served are {', '.join(_SERVED)}")
+def _read_task_file(path: str) -> dict[str, Any]:
+    try:
+        return load_yaml(path, resolve_func=False)
+    except Exception as error:
+        raise UserError(f"lm_eval could not read the task file {path}: {_describe(error)}") from error
 
 
 def _check_chat_template(wanted: bool | str, tokenizer: Any) -> None:
@@ -592,7 +618,7 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
     def load_and_check(specs: Any) -> Any:
         loaded = load(specs)
         for name, task in loaded["tasks"].items():
-            _check_task(name, task)
+            _check_task(name, task, config.confirm_run_unsafe_code)
             task.process_results = _behind(watch.renew, task.process_results)  # every document's metrics
             _check_thinking(name, task.OUTPUT_TYPE, config)
         for name in lm.chosen:
@@ -615,12 +641,22 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
     manager.load = load_and_check
 
 
-def _check_task(name: str, task: Any) -> None:
+def _check_task(name: str, task: Any, allows_unsafe: bool) -> None:
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"the task {name} shows images or sound to the model, which is not supported")
-    _check_output_type(name, getattr(task, "OUTPUT_TYPE", None))
+        refuse_multimodal(name)
+    check_output_type(name, getattr(task, "OUTPUT_TYPE", None))
+    if getattr(task, "UNSAFE_CODE", False) and not allows_unsafe:
+        refuse_unsafe(name)
     if not len(task.eval_docs):
         raise UserError(f"the task {name} has no documents to evaluate")
+
+
+def _check_class(name: str, kind: type) -> None:
+    """The same of a task that is written in Python and not made, as far as its class tells: a config decides in the others."""
+    if getattr(kind, "MULTIMODAL", False):
+        refuse_multimodal(name)
+    if not issubclass(kind, ConfigurableTask):
+        check_output_type(name, getattr(kind, "OUTPUT_TYPE", None))
 
 
 def _check_thinking(name: str, kind: str, config: Config) -> None:
@@ -629,7 +665,9 @@ def _check_thinking(name: str, kind: str, config: Config) -> None:
 
 
 def _say_what_is_ignored(tasks: Mapping[str, Any], config: Config) -> None:
-    """lm_eval drops these in silence."""
+    """lm_eval drops these in silence. Of its cache of prompts, which knows a task by its name alone, none is ever read."""
+    if config.cache_requests in ("true", "refresh"):
+        log.warning("--cache_requests is ignored: prompts are built in every run, so that none is of an earlier task file")
     fixed = [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]
     if config.num_fewshot and fixed:
         log.warning("--num_fewshot is ignored for tasks that are fixed at 0 examples: %s", _name_some(fixed))

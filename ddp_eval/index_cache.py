@@ -1,17 +1,18 @@
 """A persistent cache of lm_eval's own task files, as its index reads them.
 
 `TaskManager(...)` parses the 14,000 YAML files in lm_eval's tasks folder each time, which takes seconds. Within `reuse_index`,
-the content of a file is taken from the cache if its size and modification time, and those of all files that it includes, are the
-same as when it was parsed; lm_eval parses the rest. lm_eval still finds the files, makes the entries, logs the warnings, and
-builds the tasks, for which it reads their YAML files again and never the cache.
+the content of a file is taken from the cache if that file and all that it includes are as they were when it was parsed: by size
+and times, of which the time of the last change to the file's data or times cannot be set, or else by a digest of their bytes.
+lm_eval parses the rest. It still finds the files, makes the entries, logs the warnings, and builds the tasks, for which it reads
+their YAML files again and never the cache.
 
 The cache lies in $XDG_CACHE_HOME/ddp_eval or ~/.cache/ddp_eval, one file for each installation of lm_eval, and may be deleted at
-any time. A cache file that is missing or damaged, or that cannot be written, is ignored. What comes out must equal what lm_eval
-reads. Parsed in every run are therefore: content that JSON cannot hold exactly, files that include others outside the folder, and
-all files of a folder with symbolic links in it.
+any time. A cache file that is missing, damaged or another user's, or that cannot be written, is ignored. What comes out must
+equal what lm_eval reads. Parsed in every run are therefore: content that JSON cannot hold exactly, files that include others
+outside the folder, and all files of a folder with symbolic links in it.
 
-The file is JSON Lines under gzip: `_header`, which must be equal; {name: [size, mtime_ns]} of all files read; for each content,
-the names of the files that it was read from, the main one first; then each content on a line of its own.
+The file is JSON Lines under gzip: `_header`, which must be equal; {name: [size, mtime_ns, ctime_ns, digest]} of all files read;
+for each content, the names of the files that it was read from, the main one first; then each content on a line of its own.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from typing import Any, NamedTuple
 
 from ddp_eval.files import replace_file
 
-_FORMAT = 1
+_FORMAT = 2
 _MAX_FILE_BYTES = 32 << 20  # lm_eval 0.4.13 makes 1.8 MB,
 _MAX_TEXT_BYTES = 256 << 20  # and 17 MB of text
 _MANY_FILES = 1000  # lm_eval parses as many in a third of a second
-# A file changed twice within one tick of the file system's clock may have one mtime for both contents. Ticks last up to 2 s.
+# A file changed twice within one tick of the file system's clock may have one time for both contents. Ticks last up to 2 s.
 _TICK_NS = 2_000_000_000
 _IGNORED_DIRECTORIES = ("__pycache__", ".ipynb_checkpoints")  # lm_eval's index ignores them too
 _LOADER_FILE = "_yaml_loader.py"
@@ -86,8 +87,8 @@ class IndexCache:
         self._stamps = _list_files(self._real_folder)  # before any of them is opened
         # The folder, since lm_eval makes absolute paths of !function; the loader, which may be edited where lm_eval is developed.
         self._header = [_FORMAT, versions, self._real_folder, self._stamps.get(_LOADER_FILE)]
-        self._contents = self._read_valid()
         self._changed = False
+        self._contents = self._read_valid()
 
     def count_missing(self) -> int:
         """The task files that have to be parsed."""
@@ -109,8 +110,8 @@ class IndexCache:
         """Write what was parsed and what was valid before. A cache that cannot be written is left as it is."""
         if not self._changed:
             return
-        contents = list(self._contents.values())
-        stamps = {name: self._stamps[name] for content in contents for name in content.names}
+        stamps = self._stamps_to_keep()
+        contents = [content for content in self._contents.values() if stamps.keys() >= set(content.names)]
         head = [self._header, stamps, [content.names for content in contents]]
         text = "\n".join([*map(json.dumps, head), *(content.text for content in contents)])
         with contextlib.suppress(OSError):
@@ -121,16 +122,35 @@ class IndexCache:
         seen: set[Path] = set()  # lm_eval adds each file that it opens, resolved, to find circular includes
         content = self._load_yaml(path, resolve_func=False, recursive=True, _seen=seen)
         names = [_name_in(self._real_folder, file) for file in seen]
-        if name in names and all(self._is_settled(each) for each in names):
+        if name in names and all(each in self._stamps for each in names):
             text = _to_exact_json(content)
             if text is not None:
                 self._contents[name] = Content(sorted(names, key=lambda each: (each != name, each)), text)
                 self._changed = True
         return content
 
-    def _is_settled(self, name: str) -> bool:
-        """Whether the file lies in the folder, and any change since it was listed shows in its stamp."""
-        return name in self._stamps and abs(self._listed_at - self._stamps[name][1]) > _TICK_NS
+    def _stamps_to_keep(self) -> dict[str, list[Any]]:
+        """[size, mtime_ns, ctime_ns, digest] of the files that are as they were when they were listed.
+
+        Times of a moment ago are left out: a change that comes now would not show in them, so the digest is to decide.
+        """
+        stamps: dict[str, list[Any]] = {}
+        for name in dict.fromkeys(name for content in self._contents.values() for name in content.names):
+            size, *times = self._stamps[name]
+            settled = all(abs(self._listed_at - moment) > _TICK_NS for moment in times)
+            with contextlib.suppress(OSError):
+                digest = _digest_file(self._real_folder + name)
+                if _stamp_of(os.stat(self._real_folder + name)) == self._stamps[name]:
+                    stamps[name] = [size, *(times if settled else (None, None)), digest]
+        return stamps
+
+    def _is_same(self, name: str, stamp: list[Any]) -> bool:
+        """Whether the file's content is that of the stamp."""
+        now = self._stamps.get(name)
+        if now is None or now == stamp[:3]:
+            return now is not None
+        self._changed = True  # its times, at least
+        return now[0] == stamp[0] and _digest_file(self._real_folder + name) == stamp[3]
 
     def _read_valid(self) -> dict[str, Content]:
         """What is in the cache file and still valid."""
@@ -139,7 +159,7 @@ class IndexCache:
             if json.loads(header) != self._header:
                 return {}
             contents = [Content(*pair) for pair in zip(json.loads(names), texts, strict=True)]
-            valid = {name for name, stamp in json.loads(stamps).items() if self._stamps.get(name) == stamp}
+            valid = {name for name, stamp in json.loads(stamps).items() if self._is_same(name, stamp)}
             return {content.names[0]: content for content in contents if content.names and valid.issuperset(content.names)}
         except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
             return {}
@@ -187,7 +207,7 @@ def _name_in(folder: str, path: str | Path) -> str:
 
 
 def _list_files(folder: str) -> dict[str, list[int]]:
-    """[size, mtime_ns] of the regular files beneath `folder`, by their path in it. Raises OSError.
+    """[size, mtime_ns, ctime_ns] of the regular files beneath `folder`, by their path in it. Raises OSError.
 
     Refuses symbolic links: through one, an include can lead to another file with no file in the folder changed.
     """
@@ -203,9 +223,17 @@ def _list_files(folder: str) -> dict[str, list[int]]:
                 if entry.is_dir():
                     directories += [] if entry.name in _IGNORED_DIRECTORIES else [name + os.sep]
                 elif entry.is_file():
-                    status = entry.stat()
-                    stamps[name] = [status.st_size, status.st_mtime_ns]
+                    stamps[name] = _stamp_of(entry.stat())
     return stamps
+
+
+def _stamp_of(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _digest_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
 def _to_exact_json(content: Any) -> str | None:
@@ -227,9 +255,12 @@ def _cache_home() -> Path:
 
 
 def _read_limited(path: Path) -> str:
-    """The text of a gzip file. Raises OSError or ValueError if it is no regular file, too large, damaged or truncated."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
+    """The text of a gzip file of this user's. Raises OSError or ValueError if it is none, too large, damaged or truncated."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for a writer
         raise OSError(f"{path} is not a regular file")
+    if status.st_uid != os.geteuid():
+        raise OSError(f"{path} belongs to another user")
     with open(path, "rb") as file:
         compressed = file.read(_MAX_FILE_BYTES + 1)
     stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)

@@ -11,8 +11,8 @@ the end of a file that nobody goes on with:
     kind TEXTS: count int32 numbers; the lengths of a batch's answers, then their tokens. Batches are numbered behind the packs.
 
 The key names the work to the bit: plan, weights and software (`work_key`). Every checksum is keyed by it and covers all that
-comes before it in its header or record. A whole header of another key is refused; anything torn or corrupt, and all that follows
-it in the file, is dropped and reported, never trusted.
+comes before it in its header or record. Packs under another key are refused; anything torn or corrupt, and all that follows it in
+the file, is dropped and reported, never trusted.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def read_journals(
 
     item_starts:  (P+1,) where each pack's items start, of the plan that `key` names.
     text_starts:  (G+1,) where the items of each batch of generation start; None if there are none.
-    Raises OtherWork if a file has a whole header of another key; UserError if a file cannot be read.
+    Raises OtherWork if a file holds finished packs under another key; UserError if a file cannot be read.
     """
     packs: set[int] = set()
     blocks, notes = [np.zeros((0, 3), dtype=np.int64)], []
@@ -209,7 +209,9 @@ def read_journals(
             continue
         its_key, origin, start = header
         if its_key != key:
-            raise OtherWork(path.name)
+            if _holds_record(data):
+                raise OtherWork(path.name)
+            continue
         stop, whole = start, 0
         for pack, pieces, numbers, greedy, after in decode_records(data, start, key):
             if greedy is not None and pack < num_packs and len(numbers) == item_starts[pack + 1] - item_starts[pack]:
@@ -239,6 +241,22 @@ def read_journals(
         np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), in_pieces, np.concatenate(lengths),
         np.concatenate(answers), sorted(origins), notes,
     )  # fmt: skip
+
+
+def holds_work(directory: Path) -> bool:
+    """Whether any journal in `directory` holds a finished pack, of whatever work, or cannot be read and so may hold one."""
+    for path in directory.glob(f"*{SUFFIX}"):
+        try:
+            if _holds_record(path.read_bytes()):
+                return True
+        except OSError:
+            return True
+    return False
+
+
+def _holds_record(data: bytes) -> bool:
+    header = decode_header(data)
+    return header is not None and any(True for _ in decode_records(data, header[2], header[0]))
 
 
 def encode_header(key: bytes, origin: str) -> bytes:

@@ -30,7 +30,7 @@ from lm_eval.models.utils import configure_pad_token
 from ddp_eval import cli, contagion, distributed, results
 from ddp_eval import layout as layouts
 from ddp_eval.chatter import less_chatter, one_rank_speaks
-from ddp_eval.choice import choose_layout
+from ddp_eval.choice import check_texts, choose_layout
 from ddp_eval.engines import checkpoint
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
@@ -220,8 +220,8 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
     def _run(self, requests: Requests, prompts: Prompts) -> Answers:
         """As `runner` does it, without a run directory."""
         config, followers, seated = self._settings, self._followers, self._seated
-        if len(prompts) and seated.layout.kind == layouts.LAYERS:
-            raise UserError(f"texts are not generated under --layout {seated.layout}: give layout replicas, or tensor:K")
+        if len(prompts):
+            check_texts(config, seated.layout, prompts.tasks[0] or "given")
         if config.numerics == "fp32" and seated.engine.dtype != torch.float32:
             raise UserError(f"--numerics fp32 needs a model in float32, this one is in {seated.engine.dtype}")
         alone = config.numerics == "alone"

@@ -18,6 +18,7 @@ from lm_eval.tasks._factory import TaskFactory
 from ddp_eval import environment
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
+from ddp_eval.errors import UserError
 from ddp_eval.machine import describe_commit
 from ddp_eval.meter import Phases
 from ddp_eval.templates import TemplateCache, forget_literals, parse_literal
@@ -34,9 +35,14 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
     describe = _timed(phases, "write", lambda: environment.start_collecting().result())
     build = TaskFactory._build_task
 
-    def build_and_go_on(*args: Any, **options: Any) -> Any:
+    def build_and_go_on(factory: Any, entry: Any, *args: Any, **options: Any) -> Any:
         go_on()
-        return build(*args, **options)
+        try:
+            return build(factory, entry, *args, **options)
+        except IndexError as error:
+            if "size 0" in str(error):  # it looks at the first
+                raise UserError(f"the task {entry.name} has no documents to evaluate") from error
+            raise
 
     with (
         # It compiles a template anew for every document and every example.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ddp_eval import cli
-from ddp_eval.choice import TYPICAL, Candidate, Ranks, consider, recommend
+from ddp_eval.choice import TYPICAL, Candidate, Ranks, consider, recommend, why_not
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.prediction import CUDA_SPEEDS, Amount, count_packs
@@ -68,14 +68,19 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     from ddp_eval.engines import checkpoint
 
     model_config = checkpoint.load_config(config.loader_args)
+    if config.model != "hf":
+        raise UserError(f"plan reckons with --model hf: {config.model} lays a model out itself, by tensor_parallel_size")
     if checkpoint.is_seq2seq(config.model_args, model_config):
         raise UserError(f"plan reckons with decoder-only models, and {config.model_args['pretrained']} is an encoder-decoder")
     whole = checkpoint.whole_model(config.loader_args, model_config)
     sizes = measure_model(whole, GPU)
     max_tokens = config.max_pack_tokens or sizes.largest_pack
-    amount = _count_work(config, model_config, whole) if count_work else TYPICAL
+    amount, generating = _count_work(config, model_config, whole) if count_work else (TYPICAL, None)
     ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS, GPU)
-    candidates = consider(whole, ranks, amount)
+    candidates = [
+        Candidate(one.layout, impossible=why) if (why := why_not(config, model_config, one.layout, generating)) else one
+        for one in consider(whole, ranks, amount)
+    ]
     best = recommend(candidates)
     dtype = str(next(whole.parameters()).dtype).removeprefix("torch.")
     work = "counted" if count_work else "assumed: give --tasks to count yours"
@@ -98,10 +103,10 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     return "\n".join(lines), best.fits
 
 
-def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
+def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, str | None]:
     """Build and cut the requests of config.tasks, as a run would; no weight is needed.
 
-    Answers count as long as they may be.
+    Answers count as long as they may be. Returns the work, and the first task that generates text, None if none does.
     """
     from ddp_eval import demo, harness
     from ddp_eval.engines import checkpoint, hf
@@ -134,7 +139,9 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> Amount:
     plan, _ = cut(engine, requests, max_tokens)
     texts, _ = plan_batches(prompts, engine.generation_sizes(), [False] * len(prompts.settings))
     answers = int(texts.limits.sum())
-    return Amount(len(plan.tokens) + len(texts.tokens) + answers, len(plan.targets) + answers, plan.num_packs + texts.num_batches)
+    units = plan.num_packs + texts.num_batches
+    work = Amount(len(plan.tokens) + len(texts.tokens) + answers, len(plan.targets) + answers, units)
+    return work, (prompts.tasks[0] if len(prompts) else None)
 
 
 def _table(candidates: list[Candidate], world_size: int) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import logging
 from typing import Any
 
@@ -19,8 +21,17 @@ from ddp_eval.packing import Plan
 log = logging.getLogger("ddp_eval")
 
 
-# What of this package decides numbers, given a plan: a mended report need not undo hours of packs.
-_CODE = ("attention.py", "blocks.py", "engines", "execution.py", "generation.py", "packing.py", "stopping.py")
+# What of this package decides numbers, given a plan: all that engines and execution use, but for what a test names with its
+# reason. A change in a report need not undo hours of packs.
+_CODE = (
+    "attention.py", "blocks.py", "distributed.py", "engines", "errors.py", "execution.py", "generation.py", "layout.py",
+    "packing.py", "pairing.py", "planning.py", "protocol.py", "stopping.py",
+)  # fmt: skip
+# What else computes, where it is installed: adapters, quantised layers, kernels, and the text in which stop strings are sought.
+_PACKAGES = (
+    "accelerate", "bitsandbytes", "causal-conv1d", "compressed-tensors", "flash-attn", "gptqmodel", "kernels", "mamba-ssm",
+    "numpy", "optimum", "peft", "tokenizers", "triton",
+)  # fmt: skip
 
 
 def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World, model: dict[str, Any]) -> bytes:
@@ -29,6 +40,9 @@ def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World,
     engine: what the engine says of itself. model: with whole digests of its files, which a copy elsewhere shares.
     """
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "ddp_eval": digest_code(_CODE)}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     files = {kind: (model.get(kind) or {}).get("sha256") for kind in ("model_files", "tokenizer_files", "adapter_files")}
     plans = {"plan": plan.digest(), "texts": texts.digest()}
     return work_key({**plans, "engine": engine, "device": world.device.type, "model": files, "versions": versions})

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddp_eval import journal, lm_eval_names, restart, results, status
+from ddp_eval import digests, journal, lm_eval_names, machine, restart, results, status
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.files import read_object, replace_json
 from ddp_eval.lock import Held, Lock
+
+log = logging.getLogger("ddp_eval")
 
 JOURNALS = "journal"
 LOCK = ".ddp_eval.lock"
@@ -105,11 +108,17 @@ class RunDirectory:
                 self.journals.rmdir()
 
     def close(self) -> None:
-        """Let go of the directory; a complete run that was to be replaced and was not is as it was."""
-        if self.replaced and self.stood:
-            with contextlib.suppress(OSError):
+        """Let go of the directory; a complete run that was to be replaced and was not is as it was.
+
+        A start that has finished no work leaves nothing that would bind the next one. A journal stays, even an empty one: another
+        rank may be writing to it.
+        """
+        with contextlib.suppress(OSError):
+            if self.replaced and self.stood:
                 self.forget_journals()
                 replace_json(self.path / status.STATUS, self.stood)
+            elif not (results.run_files(self.path) or any(self.journals.glob(f"*{journal.SUFFIX}"))):
+                self.forget_journals()
         self.replaced = []
         if self._lock is not None:
             self._lock.release()
@@ -133,7 +142,7 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
     if not isinstance(flags, dict):
         raise _refuse(directory, f"its {results.MANIFEST} cannot be read")
     has = {name for name in _MORE if flags.get(name)}
-    difference = _difference(flags, config, _NO_MATTER | has)
+    difference = _difference(flags, config, _NO_MATTER | has) or _changed_task_file(manifest)
     if not difference and not is_same_model(manifest):  # it may read all files: only where nothing else tells
         difference = "the files of the model have changed since"
     if not difference and not found:
@@ -150,7 +159,27 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
                 RunDirectory(directory).finish()
             finally:
                 lock.release()
+    _say_other_versions(directory, manifest)
     return found
+
+
+def _changed_task_file(manifest: dict[str, Any]) -> str:
+    """A phrase for the first of the tasks' files whose content has changed since a run, "" if none has. Lost ones are ignored."""
+    files = manifest.get("task_files")
+    for path, digest in files.items() if isinstance(files, dict) else ():
+        now = digests.digest_directory(os.path.dirname(path), [os.path.basename(path)])["files"]
+        if list(now.values()) not in ([], [digest]):
+            return f"the task file {path} has changed since"
+    return ""
+
+
+def _say_other_versions(directory: Path, manifest: dict[str, Any]) -> None:
+    """A complete run is what it is; with which software it was made, one line says where that is another now."""
+    before, now = manifest.get("packages"), machine.describe_packages()
+    others = [name for name in now if isinstance(before, dict) and before.get(name, now[name]) != now[name]]
+    if isinstance(before, dict) and others:
+        versions = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in others)
+        log.warning("the run in %s was made with %s", directory, versions)
 
 
 def open_directory(config: Config, on_lost: Any) -> RunDirectory:
@@ -203,14 +232,16 @@ def is_obeyed(directory: Path) -> bool:
 def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, replace: bool) -> None:
     files = results.run_files(directory.path)
     flags = read_object(directory.journals / _RUN).get("flags")  # lost or unreadable, the key of each journal decides
-    begun = isinstance(flags, dict) or any(directory.journals.glob(f"*{journal.SUFFIX}"))
+    packs = journal.holds_work(directory.journals)
     complete = (directory.path / results.MANIFEST).is_file()
     difference = ""
     if complete:
         difference = "complete"
+    elif not (files or packs):
+        pass  # whatever was started here has finished nothing
     elif isinstance(flags, dict):
         difference = _difference(flags, config, _NO_MATTER | _FOR_METRICS)
-    elif files and not begun:
+    elif not packs:
         difference = "it has no journal to resume from"
     if difference and not replace:
         earlier = read_object(directory.path / results.MANIFEST).get("config") if complete else flags
@@ -221,13 +252,14 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
         lm_eval_names.remove_links(directory.path)
         for file in files:
             file.unlink(missing_ok=True)
-    if difference or fresh:
+    launch, layout = (None if replace else read_object(directory.journals / _RUN).get("launch")), directory.layout
+    if difference or fresh or not packs:
         directory.forget_journals()
+        layout = directory.layout
     for file in directory.path.glob(f".*{results.TEMPORARY_SUFFIX}"):
         file.unlink(missing_ok=True)
     directory.journals.mkdir(exist_ok=True)
-    launch = None if replace else read_object(directory.journals / _RUN).get("launch")
-    replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch, "layout": directory.layout})
+    replace_json(directory.journals / _RUN, {"flags": _flags(config), "launch": launch, "layout": layout})
 
 
 def _refuse(directory: Path, why: str, where_else: str = "give another --output_path") -> UserError:

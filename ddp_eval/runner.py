@@ -29,7 +29,7 @@ import torch
 
 from ddp_eval import cli, contagion, demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
 from ddp_eval import layout as layouts
-from ddp_eval.choice import choose_layout, consider, ranks_of
+from ddp_eval.choice import check_texts, choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine, adapters, checkpoint, hf, vllm
@@ -227,13 +227,8 @@ def _lead(
             inspect({"model": get_digests(), "packages": machine.describe_packages(), **prompts})
 
     def score(requests: Requests, prompts: Prompts) -> harness.Answers:
-        if len(prompts) and followers.layout is not None and followers.layout.kind == layouts.LAYERS:
-            raise UserError(
-                f"the task {prompts.tasks[0]} generates text, which --layout {followers.layout} does not serve: give --layout "
-                "replicas, or --layout tensor:K for a model that is too large for one rank"
-            )
-        if len(prompts) and config.layout == layouts.MEASURE:
-            raise UserError(f"--layout measure is for tasks that score, and {prompts.tasks[0]} generates text: name a layout")
+        if len(prompts):
+            check_texts(config, followers.layout, prompts.tasks[0])
         watch.step("loading the model")
         with phases("load"):
             seated = get_seated()
@@ -341,7 +336,7 @@ def _lead(
             if not config.predict_only:
                 results.write_documents(config.output_path, harness.describe_documents(samples))
             more = {name: outcome.prompts[name] for name in ("prompts_by_task", "documents_by_task")}
-            more["resumed_packs"] = resumed[0]
+            more |= {"task_files": outcome.task_files, "resumed_packs": resumed[0]}
             manifest = describe_run(config, world, outcome.results, {**facts, **more}, get_digests())
             measured = results.write_run(config.output_path, outcome.results, manifest, outcome.results.get("samples"), measure)
             if directory is not None:

@@ -25,7 +25,10 @@ class Leaf(NamedTuple):
 
 
 def find_leaves(spec: str | Mapping[str, Any], index: Mapping[str, Any]) -> Iterator[Leaf]:
-    """The tasks that a name or a task file's content leads to. A name that the index lacks leads nowhere."""
+    """The tasks that a name or a task file's content leads to: none for a name that the index lacks, unless a group lists it.
+
+    Raises UserError for a group that holds itself.
+    """
     yield from _walk(spec, index, {}, ())
 
 
@@ -33,11 +36,16 @@ def _walk(
     spec: str | Mapping[str, Any], index: Mapping[str, Any], above: dict[str, Any], trail: tuple[str, ...]
 ) -> Iterator[Leaf]:
     """above: what the groups on the way have set."""
-    own = {} if isinstance(spec, str) else dict(spec)
-    name = spec if isinstance(spec, str) else own.pop("group") if "group" in own else own.pop("task")
-    entry = index.get(name)
-    if entry is None and isinstance(spec, str):
+    own = dict(spec) if isinstance(spec, Mapping) else {}
+    is_group = "group" in own
+    name = own.pop("group" if is_group else "task", None) if isinstance(spec, Mapping) else spec
+    if not isinstance(name, str):  # lm_eval says what is wrong with it
         return
+    entry = index.get(name)
+    if entry is None and isinstance(spec, str) and not trail:
+        return
+    if entry is not None and name in trail:
+        raise UserError(f"the group {name} holds itself: {' > '.join((*trail[trail.index(name) :], name))}")
     if entry is None and trail:
         name = f"{trail[-1]}::{name}"  # lm_eval's name for what a group's file itself describes
     trail = (*trail, name)
@@ -51,7 +59,7 @@ def _walk(
         shared = {key: value for key, value in settings.items() if key not in ("group", "task")}
         for member in members:
             yield from _walk(member, index, {**shared, **above}, trail)
-    else:
+    elif not (is_group or (entry is not None and entry.kind.name == "GROUP")):  # a group that lists nothing
         yield Leaf(trail, {**settings, **above})
 
 

@@ -6,8 +6,8 @@ from ddp_eval.errors import UserError
 from ddp_eval.subcommand import SubcommandParser
 
 _ABOUT = """\
-Looks the names up as a run does, in lm_eval's index, and refuses with one sentence what is unknown or of a kind that
-is not served. Documents are not fetched."""
+Looks the names up as a run does, reads the task files with the Python code that they name, and refuses with the
+sentence of a run what is unknown or could not run. Documents are not fetched."""
 
 
 def main(argv: list[str]) -> int:
@@ -22,6 +22,8 @@ def main(argv: list[str]) -> int:
     from ddp_eval.harness import validate_tasks
 
     print(f"Validating tasks: {tasks}")
-    count = validate_tasks(tasks, options.include_path)
+    count, unsafe = validate_tasks(tasks, options.include_path)
+    for name in unsafe:
+        print(f"The task {name} runs code that a model writes: a run of it needs --confirm_run_unsafe_code")
     print(f"All tasks found and valid ({count} {'task' if count == 1 else 'tasks'})")
     return 0

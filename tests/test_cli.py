@@ -17,11 +17,13 @@ from lm_eval._cli.utils import handle_cli_value_string, key_val_to_dict
 from lm_eval._cli.utils import split_top_level as split_top_level_of_lm_eval
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import handle_arg_string
 
 from ddp_eval import cli
-from ddp_eval.cli import build_parser, convert_value, parse, split_top_level
+from ddp_eval.cli import build_parser, parse
 from ddp_eval.config import DEFAULT_SEED, Config
 from ddp_eval.errors import UserError
+from ddp_eval.values import convert_value, split_top_level
 
 MODEL = ["--model_args", "pretrained=m"]
 BASE = [*MODEL, "--tasks", "t"]
@@ -109,11 +111,16 @@ VALUES = "true False TRUE none None 0 12 007 -1 +1 1.5 -0.5 1e3 1_000 inf nan 0x
 
 @pytest.mark.parametrize("text", [*VALUES.split(" "), "", " 2", "a b", "None,", "['a, b', \"c\"]", "$HOME", "3 apples", "٣"])
 def test_a_value_is_converted_by_lm_evals_rule(text: str) -> None:
-    """Catches a dtype, token id or switch that reaches the model with another type than lm_eval would give it."""
-    try:
-        expected = handle_cli_value_string(text)
-    except TypeError:  # lm_eval breaks down on an unhashable key; we keep the text
-        expected = text
+    """Catches a dtype, token id or switch that reaches the model with another type than lm_eval would give it.
+
+    lm_eval has two rules: of text in files and Python calls, which here decides on numbers and words, and of flags.
+    """
+    expected = handle_arg_string(text)
+    if isinstance(expected, str):
+        try:
+            expected = handle_cli_value_string(text)
+        except TypeError:  # lm_eval breaks down on an unhashable key; we keep the text
+            expected = text
     assert _with_types(convert_value(text)) == _with_types(expected)
 
 
@@ -300,7 +307,7 @@ REFUSED = {
     "-a pretrain=gpt2": "model_args pretrain is unknown: did you mean pretrained?",
     "-a dtpye=float32": "model_args dtpye is unknown: did you mean dtype?",
     "-a pretrained=": "model_args pretrained must be a path or a name, got nothing",
-    "-a pretrained=7": "model_args pretrained must be text, got 7 (pretrained='\"123\"' keeps a number as text)",
+    '-a {"revision":1.5}': "model_args revision must be text, got 1.5: put it in quotes",
     "-a trust_remote_code=maybe": "model_args trust_remote_code must be true or false, got maybe",
     "-a device=cuda:1": "model_args device is not supported: use --device cuda:1",
     "-a backend=onnx": "model_args backend must be default, causal or seq2seq, got onnx",

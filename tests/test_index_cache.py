@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -458,3 +459,35 @@ def test_nothing_stays_patched(folder: Path, cache_home: Path) -> None:
                 raise error
         assert _index.load_yaml is manager.load_yaml is _yaml_loader.load_yaml and gc.get_threshold() == before
     assert not cache_home.exists(), "nothing was parsed, so nothing is written"
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "a/deeper/_root"])
+def test_a_file_with_the_size_and_time_of_another(folder: Path, cache_home: Path, name: str) -> None:
+    """Catches another content that came with the old size and time, as of a container image whose files all have one time."""
+    for digit in "123":
+        path, stamp = folder / name, (folder / name).stat().st_mtime_ns
+        path.write_text(re.sub(r"(nested|version: )\d?", rf"\g<1>{digit}", path.read_text()))
+        os.utime(path, ns=(stamp, stamp))
+        check_equal(read_index(), TaskManager().task_index)
+    assert the_cache_file(cache_home).exists()
+
+
+def test_times_that_change_without_content(folder: Path, parsed: list[str]) -> None:
+    """Catches 14,000 files parsed again because a container was unpacked anew, or an environment was installed again."""
+    plain = dict(TaskManager().task_index)
+    read_index()
+    for name in FILES:
+        os.utime(folder / name, (10**9, 10**9))
+    parsed.clear()
+    check_equal(read_index(), plain)
+    assert set(parsed) == UNREADABLE
+
+
+def test_the_cache_of_another_user(folder: Path, parsed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a cache file believed that somebody else has put into a cache home which both can write to."""
+    plain = dict(TaskManager().task_index)
+    read_index()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    parsed.clear()
+    check_equal(read_index(), plain)
+    assert "c.yaml" in parsed

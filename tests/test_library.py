@@ -1,4 +1,4 @@
-"""ls, validate, --show_config and --cache_requests: lm_eval's own, by way of the leader."""
+"""ls, validate and --show_config: lm_eval's own, by way of the leader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_evaluate import answers_of
 
 from ddp_eval import harness, ls, validate
 from ddp_eval.errors import UserError
@@ -84,34 +83,3 @@ def test_the_settings_that_are_shown(tiny_model: Callable[..., Any], tiny_tokeni
     shown = json.loads(harness.format_results(results))
     assert shown["configs"]["demo_lambada"]["output_type"] == "loglikelihood"
     assert shown == json.loads((tmp_path / "run" / "results.json").read_text())
-
-
-def test_prompts_from_the_cache(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a cache that is not written or not read, answers of other requests, and `delete` that leaves it there."""
-    from lm_eval.caching import cache
-
-    monkeypatch.setattr(cache, "PATH", str(tmp_path))
-    built = []
-    build = harness.lm_eval.api.task.ConfigurableTask.construct_requests
-
-    def count(self: Any, doc: Any, ctx: Any, **kwargs: Any) -> Any:
-        built.append(doc)
-        return build(self, doc, ctx, **kwargs)
-
-    monkeypatch.setattr(harness.lm_eval.api.task.ConfigurableTask, "construct_requests", count)
-
-    def run(word: str | None) -> tuple[int, Any]:
-        built.clear()
-        options = {"limit": 2, "cache_requests": word, "log_samples": True, "bootstrap_iters": 0}
-        results: Any = evaluate(tiny_model("llama"), tiny_tokenizer, ["demo_lambada"], **options)
-        return len(built), answers_of(results["samples"]["demo_lambada"])
-
-    plain = run(None)[1]
-    assert not list(tmp_path.iterdir())
-    first, answers = run("true")
-    assert first and answers == plain and list(tmp_path.iterdir())
-    assert run("true") == (0, plain)
-    assert run("refresh")[0] == first
-    assert run("delete") == (2, plain) and not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval import attention, blocks
+from ddp_eval import attention, blocks, compile_cache
 from ddp_eval.distributed import World
 from ddp_eval.engines import checkpoint, lone, products, readout, rotary
 from ddp_eval.engines.last_layer import LastLayer
@@ -66,6 +66,8 @@ class HFEngine:
             if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
         ]
         self._faster = contextlib.ExitStack()
+        if device.type == "cuda":
+            compile_cache.keep_private()
         if device.type == "cpu" and model.dtype == torch.float32:
             self._faster.callback(products.install(model))
             self._faster.callback(rotary.install(model))

@@ -28,7 +28,7 @@ from lm_eval.models.utils import configure_pad_token
 from ddp_eval import cli, contagion, distributed
 from ddp_eval.chatter import less_chatter, one_rank_speaks
 from ddp_eval.choice import choose_layout
-from ddp_eval.engines import checkpoint
+from ddp_eval.engines import checkpoint, limits
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, fill_texts, run_plan
@@ -39,6 +39,8 @@ from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests
 from ddp_eval.planning import make_plan
 from ddp_eval.protocol import Followers
+from ddp_eval.results import Scores, Texts, find_not_finite
+from ddp_eval.resume import warn_of_not_finite
 from ddp_eval.runner import follow, run_aside, trial_of
 from ddp_eval.text_planning import plan_texts
 from ddp_eval.tokenization import Encoder
@@ -63,6 +65,10 @@ def launch(**arguments: Any) -> DDPEvalLM | None:
         return DDPEvalLM(**arguments)
     except Served:
         return None
+
+
+def _warn_of_broken(scores: Scores, texts: Texts) -> None:
+    warn_of_not_finite(find_not_finite(scores, texts))
 
 
 @register_model("ddp_eval")
@@ -102,6 +108,7 @@ class DDPEvalLM(_LeaderLM):
     def _load(self, model_args: dict[str, Any]) -> None:
         config, world = self._settings, self._world
         model_config = checkpoint.load_config(model_args)
+        limits.check_window(model_args, model_config)
         layout, why = choose_layout(config, model_config, world)
         tokenizer = checkpoint.load_tokenizer(model_args)
         configure_pad_token(tokenizer, model_config=model_config)
@@ -118,7 +125,7 @@ class DDPEvalLM(_LeaderLM):
         self._followers.load(layout)
         laid_out = lay_out(world, layout)
         self._seated = Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
-        super().__init__(encoder, model_config, self._run, lambda scores, texts: None, None, config, Phases())
+        super().__init__(encoder, model_config, self._run, _warn_of_broken, None, config, Phases())
 
     def close(self) -> None:
         """Let the other ranks go. The model answers no more."""
@@ -165,6 +172,7 @@ class DDPEvalLM(_LeaderLM):
     def _run(self, requests: Requests, prompts: Prompts) -> Answers:
         """As `runner` does it, without a run directory."""
         config, followers, seated = self._settings, self._followers, self._seated
+        limits.check_requests(requests, prompts, seated.engine, config.model_args)
         alone = config.numerics == "alone"
         trial = trial_of(followers, seated)
         decision = make_plan(seated.engine, requests, config.packing, config.max_pack_tokens, alone, trial)

@@ -688,7 +688,7 @@ def _say_what_is_ignored(tasks: Mapping[str, Any], config: Config) -> None:
 
 def _sum_by_owner(encoded: Encoded, sums: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(count,) log-probabilities and (count,) scored tokens of each text request, its windows added up."""
-    totals = np.bincount(encoded.owner, weights=sums, minlength=count)
+    totals = np.bincount(encoded.owner, weights=sums, minlength=count).astype(np.float64)  # of nothing it makes whole numbers
     tokens = np.bincount(encoded.owner, weights=encoded.requests.num_targets, minlength=count)
     return totals, tokens.astype(np.int64)
 

@@ -1,6 +1,7 @@
 """What a run's own rules had to decide: requests that nothing can score, or not as they are, and documents without a number.
 
-lm_eval (0.4.13) stops on most of these with an assertion. The rule here: nothing that cannot be scored may win over what can.
+lm_eval (0.4.13) stops on most of these with an assertion; a continuation without tokens beside one of a single token it gives 0
+nats, the best there is. The rule here: nothing that cannot be scored may win over what can.
 
 - A continuation without a token of its own, because the tokenizer joins its start to the end of the context, is encoded by itself
   and scored behind the context's tokens.
@@ -40,7 +41,7 @@ REQUESTS = {
 # kind -> which documents those are
 DOCUMENTS = {
     "identical_choices": "with identical choices, of which the first is taken, as in lm_eval",
-    "nan_metrics": "with a metric that is NaN: do not trust its mean",
+    "nan_metrics": "with a metric that is NaN, which makes its mean over all documents NaN",
 }
 FIRST = 5  # places that are kept of each task
 _NAMED = 3  # tasks, and places of each, that are named on stderr

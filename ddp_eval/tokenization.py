@@ -76,8 +76,8 @@ class Encoder:
         if not known:
             raise ValueError("the tokenizer has neither a BOS nor an EOS token: give prefix_token_id=ID in --model_args")
         self.prefix_token_id: int = known[0]
-        self._prefix = np.array(known[:1], dtype=np.int32)
         try:
+            self._prefix = np.array(known[:1], dtype=np.int32)
             self._prefix_text = tokenizer.decode(self.prefix_token_id)
         except OverflowError:
             raise ValueError(f"prefix_token_id={self.prefix_token_id} in --model_args is no token id") from None

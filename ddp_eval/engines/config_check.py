@@ -71,8 +71,8 @@ def check_size(count_weights: Callable[[], int], config: Any, directory: str, na
     described = count_weights()
     if described > most:
         raise UserError(
-            f"the config of {name} describes {described:,} weights, and the checkpoint's files have {stored:,} bytes: "
-            "is its config.json that of another model?"
+            f"cannot load the model {name}: its config.json describes {described:,} weights, and its files of weights have "
+            f"{stored:,} bytes: are they whole, and of this model?"
         )
 
 

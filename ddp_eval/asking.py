@@ -27,7 +27,7 @@ class Asked:
 
     tasks: of each request, for messages. seed: --seed's third value, torch's; None draws one.
     think_end_token, max_gen_toks: as in lm_eval's model_args; the second is for tasks that set no limit, 256 if not given.
-    truncated: requests that lost the left end of their prompt.
+    truncated: requests that lost the left end of their prompt. bare: those whose prompt has no token: the prefix token is it.
     Raises UserError for settings that leave no room or cannot be meant.
     """
 
@@ -46,12 +46,16 @@ class Asked:
         self._max_gen_toks = max_gen_toks or MAX_GEN_TOKS
         self._eos = _eos_text(self._tokenizer)
         self.truncated: list[int] = []
+        self.bare: list[int] = []
         settings: dict[str, int] = {}
         kinds_of: list[Settings] = []
         kinds, limits, tokens = [], [], []
         encoded = encoder.encode_prompts([context for context, _ in pairs])
         for index, (ids, (_, gen_kwargs), task) in enumerate(zip(encoded, pairs, tasks, strict=True)):
             chosen, limit, most = self._settle(gen_kwargs, task, encoder.max_length)
+            if not len(ids):
+                self.bare.append(index)
+                ids = np.array([encoder.prefix_token_id], dtype=np.int32)
             if len(ids) > most:
                 self.truncated.append(index)
                 ids = ids[-most:]

@@ -36,11 +36,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, hash_string, make_table, sanitize_model_name
 
-from ddp_eval import demo, environment, hub, watch
+from ddp_eval import demo, environment, hub, irregular, watch
 from ddp_eval.asking import Asked
 from ddp_eval.compare.reading import document_metrics, shared_context
 from ddp_eval.config import Config
 from ddp_eval.digests import as_record, digest_strings
+from ddp_eval.engines.limits import OutOfRange
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import NO_TOKEN, Prompts
 from ddp_eval.index_cache import reuse_index
@@ -66,17 +67,27 @@ class Outcome:
     """results: lm_eval's result dict, with "samples"; prompts: SHA-256 of the texts, see `describe_prompts`.
 
     task_files: SHA-256 of the files that the tasks were made of.
+    irregular: what was counted and named of requests and documents, see irregular.py.
     """
 
     results: dict[str, Any]
     prompts: dict[str, Any]
     task_files: dict[str, str]
+    irregular: irregular.Irregular
 
 
 def max_length_of(model_args: dict[str, Any], model_config: Any, tokenizer: Any) -> int:
-    """Tokens that the model attends to at once, by lm_eval's rule."""
+    """Tokens that the model attends to at once, by lm_eval's rule. Raises UserError where that is none."""
     given = model_args.get("max_length")
-    return int(given) if given else int(resolve_max_length(model_config, tokenizer))
+    if given:
+        return int(given)
+    try:
+        found = int(resolve_max_length(model_config, tokenizer))
+    except (TypeError, ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise UserError("neither the model's config nor its tokenizer has a window of 1 token or more: give max_length=N")
+    return found
 
 
 def evaluate_tasks(
@@ -169,7 +180,9 @@ def evaluate_tasks(
     results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
     results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
     phases.switch("other")
-    return Outcome(results, lm.prompts, dict(sorted(sources.files.items())))
+    without_number = irregular.find_nan(results.get("samples", {}))
+    irregular.log_irregular(without_number)
+    return Outcome(results, lm.prompts, dict(sorted(sources.files.items())), {**lm.irregular, **without_number})
 
 
 def _hash_samples(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
@@ -348,6 +361,7 @@ class _LeaderLM(TemplateLM):
         self.tokenizer = encoder.tokenizer
         self.config = model_config  # simple_evaluate reads the model's name from here
         self.prompts: dict[str, Any] = {}
+        self.irregular: irregular.Irregular = {}
         self.phase = "load the documents"
         self.tasks: dict[str, Any] = {}
         self._seed = config.seed[2]
@@ -467,27 +481,26 @@ class _LeaderLM(TemplateLM):
             self.prompts = described.result()
         if self._inspect is not None:
             self._inspect(self.prompts)
-        _warn_of_cuts(pairs, encoded_pairs)
-        if asked.truncated:
-            tasks = sorted({repeated[index].task_name for index in asked.truncated})
-            log.warning(
-                "%d of %d prompts lost their left end to leave room for the answer (%s)",
-                len(asked.truncated),
-                len(repeated),
-                ", ".join(tasks),
-            )
+        unconditional = irregular.find_unconditional(pairs, encoded_pairs.empty, self._mutual)
+        unscorable = sorted({*encoded_pairs.empty}.difference(unconditional))
+        self._note_irregular(pairs, encoded_pairs, unscorable, texts, encoded_texts, repeated, asked)
 
         num_pairs, num_windows = len(encoded_pairs.requests), len(encoded_texts.requests)
         if num_windows != len(texts):
             total = num_pairs + num_windows + len(repeated)
             log.warning("%s requests, of them %s windows of %s documents", f"{total:,}", f"{num_windows:,}", f"{len(texts):,}")
         requests = concatenate(encoded_pairs.requests, encoded_texts.requests)
-        sums, greedy, generated, limits = self._score(requests, asked.prompts)
+        try:
+            sums, greedy, generated, limits = self._score(requests, asked.prompts)
+        except OutOfRange as found:
+            owners = [pairs[index] for index in encoded_pairs.owner] + [texts[index] for index in encoded_texts.owner]
+            raise self._name(found, repeated if found.is_prompt else owners) from None
         pair_sums, pair_tokens = _sum_by_owner(encoded_pairs, sums[:num_pairs], len(pairs))
         text_sums, text_tokens = _sum_by_owner(encoded_texts, sums[num_pairs:], len(texts))
-        # Nothing to predict is predicted rightly, with probability one.
         all_greedy = np.ones(len(pairs), dtype=bool)
-        all_greedy[encoded_pairs.owner] = greedy[:num_pairs]
+        all_greedy[encoded_pairs.owner[~greedy[:num_pairs]]] = False
+        all_greedy[encoded_pairs.empty] = False
+        pair_sums[unscorable] = -np.inf
 
         answers: dict[int, Any] = {id(one): (float(s), bool(g)) for one, s, g in zip(pairs, pair_sums, all_greedy, strict=True)}
         answers.update({id(one): (float(s), None) for one, s in zip(texts, text_sums, strict=True)})
@@ -520,6 +533,58 @@ class _LeaderLM(TemplateLM):
         )
         self._keep(scores, texts_kept)
         return answers
+
+    def _name(self, found: OutOfRange, instances: list[Instance]) -> UserError:
+        """The sentence for what a model has no row for. instances: of each request or prompt."""
+        one = instances[found.index]
+        where = f"the task {one.task_name} holds it in document {self._document(one)}, choice {one.idx}"
+        if found.token is None:
+            return UserError(f"{found.sentence} ({where})")
+        name = one_line(repr(self.tokenizer.convert_ids_to_tokens(found.token)), 60)
+        return UserError(
+            f"{found.sentence} for {name}: {where}; give the model's own tokenizer, or one that fits it as tokenizer=NAME in "
+            "--model_args"
+        )
+
+    @property
+    def _mutual(self) -> set[str]:
+        """Tasks that ask for each choice without its context as well."""
+        return {name for name, task in self.tasks.items() if "acc_mutual_info" in getattr(task, "_metric_fn_list", ())}
+
+    def _note_irregular(
+        self,
+        pairs: list[Instance],
+        encoded_pairs: Encoded,
+        unscorable: list[int],
+        texts: list[Instance],
+        encoded_texts: Encoded,
+        prompts: list[Instance],
+        asked: Asked,
+    ) -> None:
+        """Count and name what could not be scored, or not as it came. prompts: those of `asked`."""
+
+        def places(instances: list[Instance], indices: Iterable[int]) -> list[tuple[Any, Any, Any]]:
+            chosen = {id(instances[index]): instances[index] for index in indices}  # a repeated prompt is one request
+            return [(one.task_name, self._document(one), one.idx) for one in chosen.values()]
+
+        found = irregular.count_requests(
+            {
+                "context_cut": places(pairs, encoded_pairs.truncated),
+                "continuation_in_windows": places(pairs, encoded_pairs.cut),
+                "continuation_encoded_alone": places(pairs, encoded_pairs.alone),
+                "nothing_to_score": places(pairs, unscorable),
+                "text_without_tokens": places(texts, encoded_texts.empty),
+                "context_without_tokens": places(pairs, encoded_pairs.bare) + places(prompts, asked.bare),
+                "prompt_cut": places(prompts, asked.truncated),
+            }
+        )
+        identical = irregular.find_identical(pairs, self._mutual)
+        self.irregular = {**found, **irregular.count_documents({"identical_choices": map(self._number, identical)})}
+        irregular.log_irregular(self.irregular)
+
+    def _number(self, place: tuple[Any, Any]) -> tuple[Any, Any]:
+        task, document = place
+        return task, self.chosen[task][document] if task in self.chosen else document
 
     def _document(self, one: Instance) -> int:
         """The document's number in its split, whatever was chosen of it."""
@@ -677,21 +742,9 @@ def _say_what_is_ignored(tasks: Mapping[str, Any], config: Config) -> None:
 
 def _sum_by_owner(encoded: Encoded, sums: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(count,) log-probabilities and (count,) scored tokens of each text request, its windows added up."""
-    totals = np.bincount(encoded.owner, weights=sums, minlength=count)
+    totals = np.bincount(encoded.owner, weights=sums, minlength=count).astype(np.float64)  # of nothing it makes whole numbers
     tokens = np.bincount(encoded.owner, weights=encoded.requests.num_targets, minlength=count)
     return totals, tokens.astype(np.int64)
-
-
-def _warn_of_cuts(instances: list[Instance], encoded: Encoded) -> None:
-    cases = (
-        (encoded.truncated, "lost the left end of their context to fit the model's window"),
-        (encoded.cut, "have a continuation longer than the model's window: only its last tokens are scored"),
-        (encoded.empty, "have an empty continuation: they score 0 nats"),
-    )
-    for owners, what in cases:
-        if owners:
-            tasks = sorted({instances[owner].task_name for owner in owners})
-            log.warning("%d of %d requests %s (%s)", len(owners), len(instances), what, ", ".join(tasks))
 
 
 def _name_some(tasks: Sequence[Any]) -> str:

@@ -31,7 +31,7 @@ from ddp_eval import cli, contagion, distributed, results
 from ddp_eval import layout as layouts
 from ddp_eval.chatter import less_chatter, one_rank_speaks
 from ddp_eval.choice import check_texts, choose_layout
-from ddp_eval.engines import checkpoint
+from ddp_eval.engines import checkpoint, limits
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, fill_texts, run_plan
@@ -115,6 +115,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
     def _load(self, model_args: dict[str, Any]) -> None:
         config, world = self._settings, self._world
         model_config = checkpoint.load_config(model_args)
+        limits.check_window(model_args, model_config)
         layout, why = choose_layout(config, model_config, world)
         tokenizer = checkpoint.load_tokenizer(model_args)
         configure_pad_token(tokenizer, model_config=model_config)
@@ -224,6 +225,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
             check_texts(config, seated.layout, prompts.tasks[0] or "given")
         if config.numerics == "fp32" and seated.engine.dtype != torch.float32:
             raise UserError(f"--numerics fp32 needs a model in float32, this one is in {seated.engine.dtype}")
+        limits.check_requests(requests, prompts, seated.engine, config.model_args)
         alone = config.numerics == "alone"
         trial = trial_of(followers, seated)
         decision = make_plan(seated.engine, requests, config.packing, config.max_pack_tokens, alone, trial)

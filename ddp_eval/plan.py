@@ -65,11 +65,12 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     words: the flags of the run, for the command to copy. count_work: build the prompts of config.tasks and cut them, else
     reckon with a typical amount.
     """
-    from ddp_eval.engines import checkpoint
+    from ddp_eval.engines import checkpoint, limits
 
     model_config = checkpoint.load_config(config.loader_args)
     if config.model != "hf":
         raise UserError(f"plan reckons with --model hf: {config.model} lays a model out itself, by tensor_parallel_size")
+    limits.check_window(config.loader_args, model_config)
     if checkpoint.is_seq2seq(config.model_args, model_config):
         raise UserError(f"plan reckons with decoder-only models, and {config.model_args['pretrained']} is an encoder-decoder")
     whole = checkpoint.whole_model(config.loader_args, model_config)
@@ -109,7 +110,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
     Answers count as long as they may be. Returns the work, and the first task that generates text, None if none does.
     """
     from ddp_eval import demo, harness
-    from ddp_eval.engines import checkpoint, hf
+    from ddp_eval.engines import checkpoint, hf, limits
     from ddp_eval.generation import plan_batches
     from ddp_eval.meter import Phases
     from ddp_eval.packing import Requests
@@ -119,7 +120,13 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
     class Counted(Exception):
         """Carries the requests out of lm_eval, which would go on to score."""
 
+    class Unloaded(hf.HFEngine):
+        splits_head = True  # not to be asked of a model without weights
+
+    engine = Unloaded(whole, GPU)
+
     def stop(requests: Requests, prompts: Any) -> Any:
+        limits.check_requests(requests, prompts, engine, config.model_args)
         raise Counted(requests, prompts)
 
     tokenizer = checkpoint.load_tokenizer(config.loader_args)
@@ -130,10 +137,6 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
     except Counted as counted:
         requests, prompts = counted.args
 
-    class Unloaded(hf.HFEngine):
-        splits_head = True  # not to be asked of a model without weights
-
-    engine = Unloaded(whole, GPU)
     max_tokens = config.max_pack_tokens or engine.max_tokens()
     cut = cut_rows if engine.why_not_packs or not config.packing else cut_packs
     plan, _ = cut(engine, requests, max_tokens)

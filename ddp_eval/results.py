@@ -180,13 +180,16 @@ def write_run(
 def find_not_finite(scores: Scores, texts: Texts) -> dict[str, dict[str, Any]]:
     """Requests whose log-probability is NaN or infinite, and answers that end at such scores, by task.
 
+    Those without a token, which are -inf by rule (irregular.py), are not among them.
     Returns {task: {"requests": how many, "first": up to 5 [doc_id, idx]}}. A request with several answers is one.
     """
     values = np.asarray(scores.loglikelihood, dtype=np.float64)
-    found: dict[str, dict[tuple[int, int], None]] = {}
-    for kept, rows in ((scores, np.flatnonzero(~np.isfinite(values))), (texts, np.flatnonzero(texts.not_finite))):
+    broken = ~np.isfinite(values) & (np.asarray(scores.num_tokens) > 0)
+    found: dict[str, dict[tuple[int | None, ...], None]] = {}
+    for kept, rows in ((scores, np.flatnonzero(broken)), (texts, np.flatnonzero(texts.not_finite))):
         for row in rows.tolist():
-            found.setdefault(kept.task[row], {})[int(kept.doc_id[row]), int(kept.idx[row])] = None
+            place = kept.doc_id[row], kept.idx[row]  # None for requests that a program made itself
+            found.setdefault(kept.task[row], {})[tuple(part if part is None else int(part) for part in place)] = None
     return {task: {"requests": len(names), "first": [list(name) for name in [*names][:5]]} for task, names in found.items()}
 
 

@@ -32,11 +32,12 @@ from ddp_eval import layout as layouts
 from ddp_eval.choice import check_texts, choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
-from ddp_eval.engines import Engine, adapters, checkpoint, hf, vllm
+from ddp_eval.engines import Engine, adapters, checkpoint, hf, limits, vllm
 from ddp_eval.engines.load import lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
 from ddp_eval.generation import NO_TOKEN, Prompts
+from ddp_eval.irregular import log_irregular
 from ddp_eval.layout import Layout
 from ddp_eval.lm_eval_names import SECTION, choose_names
 from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, is_same_model
@@ -125,6 +126,7 @@ def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspe
     if finished is not None:
         log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
         warn_of_not_finite(finished["ddp_eval"].get("not_finite", {}))
+        log_irregular(finished["ddp_eval"].get("irregular", {}))
         return finished
     if not config.output_path:
         followers.begin(None)
@@ -151,6 +153,7 @@ def _load_and_lead(
     watch.step("building the prompts")
     with world.meter.phases("load"):
         model_config = checkpoint.load_config(config.loader_args)
+        limits.check_window(config.loader_args, model_config)
         layout, why = choose_layout(config, model_config, world, directory.layout if directory else None)
         tokenizer = checkpoint.load_tokenizer(config.loader_args)
     followers.load(layout)
@@ -237,6 +240,7 @@ def _lead(
             raise UserError(f"--numerics fp32 needs a model in float32, this one is in {engine.dtype}")
         if seated.why and world.world_size > 1:
             log.warning("layout %s: %s (%s)", seated.layout, seated.layout.sentence(world.world_size), seated.why)
+        limits.check_requests(requests, prompts, engine, model_args)
         watch.step("planning")
         with phases("plan"):
             alone, trial = config.numerics == "alone", trial_of(followers, seated)
@@ -318,7 +322,7 @@ def _lead(
     outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
     outcome.results["config"]["device"] = config.device or str(world.device)
     facts["prompts_sha256"] = outcome.prompts["prompts_sha256"]
-    outcome.results["ddp_eval"] = {**facts, "phases_s": phases.seconds}
+    outcome.results["ddp_eval"] = {**facts, "irregular": outcome.irregular, "phases_s": phases.seconds}
     if config.output_path:
         outcome.results["ddp_eval"][SECTION] = choose_names(outcome.results)
 

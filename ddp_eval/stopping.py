@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddp_eval.generation import NO_TOKEN
+from ddp_eval.tokenizer_calls import decoder_of
 
 
 class StopRule:
     """The stop strings of one kind of request, for one tokenizer."""
 
     def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
+        self._decode = decoder_of(tokenizer)
         self._by_window: dict[int, list[str]] = {}
         for text in until:
             window = len(tokenizer.encode(text, add_special_tokens=False)) + 2
@@ -26,9 +27,8 @@ class StopRule:
         """Whether each answer, as long as it is now, has just come to a stop string, or to NO_TOKEN."""
         found = [answer[-1:] == [NO_TOKEN] for answer in answers]
         for window, texts in self._by_window.items():
-            decoded = self._tokenizer.batch_decode(
-                [[] if end else answer[-window:] for answer, end in zip(answers, found, strict=True)]
-            )
+            tails = [[] if end else answer[-window:] for answer, end in zip(answers, found, strict=True)]
+            decoded = self._decode(tails)
             for row, tail in enumerate(decoded):
                 found[row] = found[row] or any(text in tail for text in texts)
         return found

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddp_eval.engines import Engine
+from ddp_eval.engines import Engine, limits
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import Prompts, Settings, TextPlan, plan_batches
 from ddp_eval.packing import IntArray
@@ -44,6 +44,7 @@ def plan_texts(engine: Engine, prompts: Prompts, pad: int | None, why_alone: str
             "the model's generation_config limits answers to %d tokens, before what the tasks ask for, as with lm_eval", most
         )
         prompts = dataclasses.replace(prompts, limits=[most] * len(prompts))
+    prompts = limits.shorten_answers(prompts, limits.limits_of(engine.whole, engine.takes_pairs), engine.takes_pairs)
     tasks = {kind: task for kind, task in reversed(list(zip(prompts.kinds, prompts.tasks, strict=True)))}
     served = [_is_served(engine, settings, pad, tasks.get(kind)) for kind, settings in enumerate(prompts.settings)]
     why = why_alone or engine.why_not_batches

@@ -34,8 +34,10 @@ class Encoded:
     requests:   those with something to score.
     owner:      (len(requests),) int64, the text request that each belongs to: rolling texts have one per window.
     truncated:  text requests whose context lost tokens on the left to fit the window.
-    cut:        text requests whose continuation itself did not fit: only its last `max_length` tokens are scored.
-    empty:      text requests with nothing to score.
+    cut:        text requests whose continuation itself did not fit: it is scored in windows, like a rolling text.
+    empty:      text requests with nothing to score: no text, or one that the tokenizer leaves without a token.
+    alone:      text requests whose continuation, joined to the context, would have no token: it was encoded by itself.
+    bare:       text requests with a context that has no token: the prefix token stands in for it.
     """
 
     requests: Requests
@@ -43,6 +45,8 @@ class Encoded:
     truncated: list[int]
     cut: list[int]
     empty: list[int]
+    alone: list[int] = dataclasses.field(default_factory=list)
+    bare: list[int] = dataclasses.field(default_factory=list)
 
 
 class Encoder:
@@ -72,8 +76,11 @@ class Encoder:
         if not known:
             raise ValueError("the tokenizer has neither a BOS nor an EOS token: give prefix_token_id=ID in --model_args")
         self.prefix_token_id: int = known[0]
-        self._prefix = np.array(known[:1], dtype=np.int32)
-        self._prefix_text = tokenizer.decode(self.prefix_token_id)
+        try:
+            self._prefix = np.array(known[:1], dtype=np.int32)
+            self._prefix_text = tokenizer.decode(self.prefix_token_id)
+        except OverflowError:
+            raise ValueError(f"prefix_token_id={self.prefix_token_id} in --model_args is no token id") from None
         self._may_cut = True
 
     def encode(self, texts: Iterable[str], add_special_tokens: bool | None = None) -> list[list[int]]:
@@ -83,7 +90,7 @@ class Encoder:
         return [ids.tolist() for ids in self._encode_all(texts, wanted, encode_each, cuts=None)]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of prompts to go on from, by the rule of `HFLM.tok_batch_encode`; an empty one becomes the prefix token."""
+        """Token ids of prompts to go on from, by the rule of `HFLM.tok_batch_encode`."""
         bos = getattr(self.tokenizer, "bos_token", None)
         special = [False if bos is not None and text.startswith(bos) else self.add_bos_token for text in texts]
         if self.separate:
@@ -98,7 +105,7 @@ class Encoder:
                 found = None
         if found is None:
             found = self._encode_all(texts, special, encode_batch, None)
-        return [ids if len(ids) else self._prefix for ids in found]
+        return found
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Encoded:
         """Tokenise (context, continuation) pairs."""
@@ -113,7 +120,7 @@ class Encoder:
 
     def encode_rolling(self, texts: Sequence[str]) -> Encoded:
         """Tokenise whole texts into disjoint windows of at most `max_length` predictions, each token predicted once."""
-        collector = _Collector(self.max_length, self.separate)
+        collector = _Collector(self.max_length, self._prefix, self.separate)
         for start in range(0, len(texts), BATCH):
             batch = texts[start : start + BATCH]
             for owner, ids in enumerate(self._encode_all(batch, list(map(self._special, batch)), encode_each, None), start):
@@ -124,7 +131,7 @@ class Encoder:
 
     def collect(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Encoded:
         """The same for (context, continuation) that are token ids already."""
-        collector = _Collector(self.max_length, self.separate)
+        collector = _Collector(self.max_length, self._prefix, self.separate)
         for owner, (context, continuation) in enumerate(pairs):
             known = np.asarray(context, dtype=np.int32)
             collector.add(owner, [known if len(known) else self._prefix], np.asarray(continuation, dtype=np.int32))
@@ -164,7 +171,7 @@ class Encoder:
         return [np.concatenate(pool.ids_of(parts)) for parts in numbers]
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]], cuts: Cuts | None) -> Encoded:
-        collector = _Collector(self.max_length, self.separate)
+        collector = _Collector(self.max_length, self._prefix, self.separate)
         pool = self._pool(encode_each, cuts)
         add = self._add_separately if self.separate else self._add_pair
         for start in range(0, len(pairs), BATCH):
@@ -174,13 +181,29 @@ class Encoder:
             makers: dict[str, PairMaker] = {}
             added = [add(pool, makers, *pair) for pair in batch]
             pool.fill()
-            for owner, (pair, one) in enumerate(zip(batch, added, strict=True), start):
-                context, continuation = one.ids(pool)
-                if not pair[0]:  # the prefix token, unless the continuation brings it
-                    own = 1 if continuation[:1].tolist() == [self.prefix_token_id] else 0
-                    context, continuation = [continuation[:own]], continuation[own:]
-                collector.add(owner, context if any(map(len, context)) else [self._prefix], continuation)
+            split = [self._split(pair[0], *one.ids(pool)) for pair, one in zip(batch, added, strict=True)]
+            alone = self._encode_alone(batch, [index for index, (_, continuation) in enumerate(split) if not len(continuation)])
+            for index, (pair, (context, continuation)) in enumerate(zip(batch, split, strict=True)):
+                collector.add(start + index, context, alone.get(index, continuation), index in alone, is_bare=bool(pair[0]))
         return collector.finish()
+
+    def _split(self, text: str, context: list[Ids], continuation: Ids) -> tuple[list[Ids], Ids]:
+        """A pair's ids as lm_eval splits them. text: of the context."""
+        if text:
+            return context, continuation
+        own = 1 if continuation[:1].tolist() == [self.prefix_token_id] else 0  # the continuation brings the prefix token
+        return [continuation[:own]], continuation[own:]
+
+    def _encode_alone(self, pairs: Sequence[tuple[str, str]], lost: list[int]) -> dict[int, Ids]:
+        """Continuations by themselves, where the context's last token took them in; lm_eval stops on those.
+
+        lost: which of `pairs` have no token behind the context. Returns those that do have some, by their place in `pairs`.
+        """
+        if self.separate:
+            return {}  # each is encoded by itself already
+        texts = [pairs[index][1] if not pairs[index][0] else _move_trailing_spaces(*pairs[index])[1] for index in lost]
+        found = self._encode_all(texts, [False] * len(texts), encode_each, None)
+        return {index: ids for index, text, ids in zip(lost, texts, found, strict=True) if text and len(ids)}
 
     def _add_pair(self, pool: TokenPool, makers: dict[str, PairMaker], context: str, continuation: str) -> Pair:
         if not context:
@@ -238,13 +261,15 @@ def _move_trailing_spaces(context: str, continuation: str) -> tuple[str, str]:
 
 
 class _Collector:
-    """Gathers token lists into one `Requests`, cutting what does not fit the window from the left.
+    """Gathers token lists into one `Requests`: a context that does not fit the window is cut from the left, a continuation that
+    does not fit is scored in windows of its own, so that no token of it goes uncounted.
 
-    separate: context and continuation have a window each.
+    prefix: stands in for a context without tokens. separate: context and continuation have a window each.
     """
 
-    def __init__(self, max_length: int, separate: bool = False) -> None:
+    def __init__(self, max_length: int, prefix: Ids, separate: bool = False) -> None:
         self._max_length = max_length
+        self._prefix = prefix
         self._separate = separate
         self._blocks: list[Ids] = []
         self._lengths: list[int] = []
@@ -253,28 +278,48 @@ class _Collector:
         self._truncated: list[int] = []
         self._cut: list[int] = []
         self._empty: list[int] = []
+        self._alone: list[int] = []
+        self._bare: list[int] = []
 
-    def add(self, owner: int, context: Sequence[Ids], continuation: Ids) -> None:
-        """context: its tokens, in parts."""
+    def add(
+        self, owner: int, context: Sequence[Ids], continuation: Ids, is_alone: bool = False, is_bare: bool = False
+    ) -> None:
+        """context: its tokens, in parts. is_alone, is_bare: to be noted as such, the latter if the context has no token."""
         if not len(continuation):
             self._empty.append(owner)
             return
-        length = sum(map(len, context))
-        room = self._max_length if self._separate else self._max_length + 1 - len(continuation)
+        if is_alone:
+            self._alone.append(owner)
+        if not any(map(len, context)):
+            context = [self._prefix]
+            if is_bare:
+                self._bare.append(owner)
         if len(continuation) > self._max_length:
             self._cut.append(owner)
-        elif length > room:
-            self._truncated.append(owner)
+            self._add_windows(owner, np.concatenate(context), continuation)
+            return
+        length = sum(map(len, context))
+        room = self._max_length if self._separate else self._max_length + 1 - len(continuation)
         parts = [*context, continuation]
+        if length > room:
+            self._truncated.append(owner)
+            parts = [np.concatenate(context)[-room:], continuation]
+        self._append(owner, parts, len(continuation))
+
+    def _add_windows(self, owner: int, context: Ids, continuation: Ids) -> None:
+        """As lm_eval's rolling windows, behind the context's last token; a decoder of its own sees each behind the context."""
         if self._separate:
-            parts[-1] = continuation = continuation[-self._max_length :]
-            if length > room:
-                parts[:-1] = [np.concatenate(context)[-self._max_length :]]
-        elif length > room:
-            parts = [np.concatenate(parts)[-(self._max_length + 1) :]]
+            for start in range(0, len(continuation), self._max_length):
+                piece = continuation[start : start + self._max_length]
+                self._append(owner, [context[-self._max_length :], piece], len(piece))
+            return
+        for before, piece in rolling_windows(continuation, context[-1], self._max_length):
+            self._append(owner, [np.asarray(before, dtype=np.int32), piece], len(piece))
+
+    def _append(self, owner: int, parts: list[Ids], num_targets: int) -> None:
         self._blocks += parts
         self._lengths.append(sum(map(len, parts)))
-        self._num_targets.append(min(len(continuation), self._lengths[-1] - 1))
+        self._num_targets.append(num_targets)
         self._owner.append(owner)
 
     def finish(self) -> Encoded:
@@ -283,4 +328,5 @@ class _Collector:
             starts=np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]),
             num_targets=np.array(self._num_targets, dtype=np.int32),
         )
-        return Encoded(requests, np.array(self._owner, dtype=np.int64), self._truncated, self._cut, self._empty)
+        owner = np.array(self._owner, dtype=np.int64)
+        return Encoded(requests, owner, self._truncated, self._cut, self._empty, self._alone, self._bare)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 # What lies between a text and the `tokenizers` library in transformers 5.23. A tokenizer with one of its own is called as it is.
 _ON_THE_WAY = (
     "__call__",
     "encode",
+    "backend_tokenizer",
     "_encode_plus",
     "_convert_encoding",
     "_get_padding_truncation_strategies",
@@ -15,21 +17,56 @@ _ON_THE_WAY = (
 )
 
 
+# What lies between ids and their text.
+_ON_THE_WAY_BACK = ("decode", "batch_decode", "_decode", "backend_tokenizer")
+
+
 def encode_each(tokenizer: Any, texts: list[str], special: bool | None) -> list[list[int]]:
-    """Ids of each text by `tokenizer.encode(text)`. special: as `add_special_tokens`; None: the tokenizer's default."""
-    if _has_own(tokenizer, "encode") or _has_own(tokenizer, "__call__"):
+    """Ids of each text by `tokenizer.encode(text)`, as `HFLM.tok_encode` calls it.
+
+    special: as `add_special_tokens`; None: the tokenizer's default.
+    """
+    if not is_plain(tokenizer):
         return [list(tokenizer.encode(text, **_options(special))) for text in texts]
-    return encode_batch(tokenizer, texts, special)
+    return _encode_plain(tokenizer, texts, special)
 
 
 def encode_batch(tokenizer: Any, texts: list[str], special: bool | None) -> list[list[int]]:
-    """Ids of each text by `tokenizer(texts)`. special: as `add_special_tokens`; None: the tokenizer's default."""
+    """Ids of each text by `tokenizer([text])`, as `HFLM.tok_batch_encode` calls it at batch size 1.
 
+    special: see `encode_each`.
+    """
+    if not is_plain(tokenizer):
+        return [_call(tokenizer, text, special) for text in texts]
+    return _encode_plain(tokenizer, texts, special)
+
+
+def decoder_of(tokenizer: Any) -> Callable[[list[list[int]]], list[str]]:
+    """Gives the text of each row of ids by `tokenizer.batch_decode`, called as `MultiTokenEOSCriteria` does if it is its own."""
+    if not any(_has_own(tokenizer, name) for name in _ON_THE_WAY_BACK):
+        return lambda rows: list(tokenizer.batch_decode(rows))
+    import torch
+
+    return lambda rows: [tokenizer.batch_decode(torch.tensor([row]))[0] if row else "" for row in rows]
+
+
+def _call(tokenizer: Any, text: str, special: bool | None) -> list[int]:
+    """lm_eval's call to the letter: a method that the model's author wrote may look at any of it."""
+    side, tokenizer.padding_side = getattr(tokenizer, "padding_side", None), "left"
+    padding = {} if getattr(tokenizer, "pad_token", None) is None else {"padding": "longest"}  # lm_eval always has one
+    try:
+        row = tokenizer([text], truncation=False, return_tensors="pt", **padding, **_options(special))["input_ids"][0]
+    finally:
+        tokenizer.padding_side = side
+    return [int(token) for token in row]
+
+
+def _encode_plain(tokenizer: Any, texts: list[str], special: bool | None) -> list[list[int]]:
     def ask(part: list[str]) -> list[list[int]]:
         found = tokenizer(part, return_attention_mask=False, verbose=False, **_options(special))
         return [list(row) for row in found["input_ids"]]
 
-    if len(texts) < 2 or not is_plain(tokenizer):
+    if len(texts) < 2:
         return ask(texts) if texts else []
     # What the library beneath has besides ids (offsets, words, masks) takes longer than the ids. Asking for the first text the
     # long way sets it up as the tokenizer's own settings have it.

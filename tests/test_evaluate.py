@@ -347,12 +347,13 @@ def test_empty_continuation(
     with caplog.at_level(logging.WARNING, logger="ddp_eval"):
         ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path)
     answers = answers_of(ours["samples"]["pairs"])
-    assert answers[1, 0] == (0.0, True)
+    assert answers[1, 0] == (-math.inf, False)
     for doc, text in ((0, "first one"), (2, "last one")):
         num_targets = len(tiny_tokenizer(" one").input_ids)
         expected = tiny_models.score_plainly(tiny_model("llama"), tiny_tokenizer(text).input_ids, num_targets)
         assert answers[doc, 0] == (pytest.approx(expected[0], abs=TOLERANCE_NATS), expected[1])
-    assert "1 of 3 requests have an empty continuation: they score 0 nats (pairs)" in caplog.text
+    assert "requests whose continuation has no token: their log-probability is -inf" in caplog.text
+    assert ours["ddp_eval"]["irregular"] == {"nothing_to_score": {"pairs": {"requests": 1, "first": [[1, 0]]}}}
     assert read_scores(tmp_path / "out" / "scores.parquet").num_tokens[1] == 0
 
 
@@ -362,27 +363,35 @@ def test_only_empty_continuations(
     """Catches a plan of no packs that breaks further on."""
     path = write_task(tmp_path / "tasks", [{"context": "nothing", "continuation": ""}])
     ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path)
-    assert answers_of(ours["samples"]["pairs"]) == {(0, 0): (0.0, True)}
+    assert answers_of(ours["samples"]["pairs"]) == {(0, 0): (-math.inf, False)}
     assert ours["ddp_eval"]["packs"] == 0
 
 
 def test_continuation_longer_than_the_window(
     run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a crash, as in lm_eval, or more tokens than the model can see."""
+    """Catches a crash, as in lm_eval, more tokens than the model can see, and tokens of a continuation that are not counted."""
     long = " many words in a row" * 10
     rows = [{"context": "short", "continuation": long}, {"context": long, "continuation": " end"}]
     path = write_task(tmp_path / "tasks", rows)
     with caplog.at_level(logging.WARNING, logger="ddp_eval"):
         ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path, model_args={"max_length": 16})
     answers = answers_of(ours["samples"]["pairs"])
-    for doc, text, num_targets in ((0, "short" + long, 16), (1, long + " end", len(tiny_tokenizer(" end").input_ids))):
-        tokens = tiny_tokenizer(text).input_ids[-17:]
-        expected = tiny_models.score_plainly(tiny_model("llama"), tokens, num_targets)
-        assert answers[doc, 0] == (pytest.approx(expected[0], abs=TOLERANCE_NATS), expected[1])
-    assert "1 of 2 requests have a continuation longer than the model's window" in caplog.text
-    assert "1 of 2 requests lost the left end of their context" in caplog.text
-    assert read_scores(tmp_path / "out" / "scores.parquet").num_tokens[0] == 16
+    whole, end = tiny_tokenizer("short" + long).input_ids, len(tiny_tokenizer(" end").input_ids)
+    first = len(tiny_tokenizer("short").input_ids)
+    windows = [(whole[start - 1 : start + 16], 16) for start in range(first, len(whole) - 15, 16)]
+    if left := (len(whole) - first) % 16:
+        windows.append((whole[-17:], left))
+    parts = [tiny_models.score_plainly(tiny_model("llama"), *window) for window in windows]
+    expected = {0: (sum(part[0] for part in parts), all(part[1] for part in parts))}
+    expected[1] = tiny_models.score_plainly(tiny_model("llama"), tiny_tokenizer(long + " end").input_ids[-17:], end)
+    for doc, (value, greedy) in expected.items():
+        assert answers[doc, 0] == (pytest.approx(value, abs=TOLERANCE_NATS), greedy)
+    irregular = ours["ddp_eval"]["irregular"]
+    assert irregular["continuation_in_windows"] == {"pairs": {"requests": 1, "first": [[0, 0]]}}
+    assert irregular["context_cut"] == {"pairs": {"requests": 1, "first": [[1, 0]]}}
+    assert all(text in caplog.text for text in ("longer than the model's window", "lost its left end"))
+    assert read_scores(tmp_path / "out" / "scores.parquet").num_tokens[0] == len(whole) - first
 
 
 def test_greedy_continuations_are_told(

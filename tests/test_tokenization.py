@@ -156,9 +156,14 @@ def test_pairs(
     encoded = encoder.encode_pairs(pairs)
     # lm_eval stops on a context without tokens; here it is an empty one.
     expected = [(context or [encoder.prefix_token_id], continuation) for context, continuation in expected]
+    lost = [owner for owner, (_, continuation) in enumerate(expected) if not continuation]
+    alone = {owner: list(tokenizer.encode(pairs[owner][1], add_special_tokens=False)) for owner in lost if pairs[owner][1]}
+    # lm_eval stops on a continuation without tokens; here it is encoded by itself.
+    expected = [(context, alone.get(owner, continuation)) for owner, (context, continuation) in enumerate(expected)]
     scored = [(owner, pair) for owner, pair in enumerate(expected) if pair[1]]
     assert rows_of(encoded) == [(owner, context + scored, len(scored)) for owner, (context, scored) in scored]
     assert encoded.empty == [owner for owner, (_, continuation) in enumerate(expected) if not continuation]
+    assert encoded.alone == [owner for owner in lost if alone.get(owner)]
     assert encoded.truncated == encoded.cut == []
     assert encoded.empty
 
@@ -201,7 +206,8 @@ def test_loaded_tokenizer(kind: str, add_bos_token: bool | None, tmp_path: Path,
     encoder = Encoder(checkpoint.load_tokenizer(args), 10**6, add_bos_token)
     expected = encode_with_lm_eval("loglikelihood", PAIRS, str(tmp_path), tiny_model("llama"), add_bos_token=add_bos_token)
     tokens = [(context or [encoder.prefix_token_id]) + continuation for context, continuation in expected if continuation]
-    assert [row[1] for row in rows_of(encoder.encode_pairs(PAIRS))] == tokens
+    encoded = encoder.encode_pairs(PAIRS)
+    assert [row[1] for row in rows_of(encoded) if row[0] not in encoded.alone] == tokens
 
 
 def test_batches_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,12 +242,12 @@ class OneIdPerLetter:
 
 
 def test_what_does_not_fit_is_cut_from_the_left() -> None:
-    """Catches a window of one more or less, and warnings mixed up: by hand, in a window of four tokens."""
+    """Catches a window of one more or less, warnings mixed up, and tokens that nobody counts: by hand, in a window of four."""
     pairs = [
         ("abc", "de"),  # fits: four are fed, the last is only predicted
         ("abcd", "ef"),  # one too many
         ("abcdefg", "hijk"),  # four to predict need four before them, of which one is context
-        ("abcdefg", "hijkl"),  # one more than can be predicted: its first serves as context
+        ("abcdefg", "hijkl"),  # one more than can be predicted: two windows, the last as long as the first
         ("", "abcdef"),
         ("abcdefgh", "i"),
     ]
@@ -250,8 +256,10 @@ def test_what_does_not_fit_is_cut_from_the_left() -> None:
         (0, letters("abcde"), 2),
         (1, letters("bcdef"), 2),
         (2, letters("ghijk"), 4),
-        (3, letters("hijkl"), 4),
-        (4, letters("bcdef"), 4),
+        (3, letters("ghijk"), 4),
+        (3, letters("hijkl"), 1),
+        (4, letters("\x00abcd"), 4),
+        (4, letters("bcdef"), 2),
         (5, letters("efghi"), 1),
     ]
     assert encoded.truncated == [1, 2, 5]
@@ -260,10 +268,13 @@ def test_what_does_not_fit_is_cut_from_the_left() -> None:
 
 
 def test_nothing_to_score() -> None:
-    """Catches a request without a continuation that is dropped, scored, or an error: lm_eval stops on it."""
+    """Catches a request without a continuation that is dropped, scored, or an error: lm_eval stops on it.
+
+    A continuation that is the prefix token and no more leaves no token behind it, and is encoded by itself.
+    """
     encoded = Encoder(OneIdPerLetter(), 4).encode_pairs([("a", ""), ("", ""), ("b", "c"), ("", "\x00")])
-    assert encoded.empty == [0, 1, 3]
-    assert rows_of(encoded) == [(2, letters("bc"), 1)]
+    assert encoded.empty == [0, 1] and encoded.alone == [3]
+    assert rows_of(encoded) == [(2, letters("bc"), 1), (3, letters("\x00\x00"), 1)]
     none = Encoder(OneIdPerLetter(), 4).encode_pairs([])
     assert rows_of(none) == [] and none.requests.starts.tolist() == [0]
 

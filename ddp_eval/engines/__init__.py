@@ -16,6 +16,7 @@ from ddp_eval.packing import CostModel, Pack
 class Engine(Protocol):
     """One replica of a model, or this rank's part of one.
 
+    whole: the whole replica's model, on the meta device where this rank holds a part of it.
     bears_results: False on the ranks of a replica that only help: what they collect does not count.
     launches_ahead: `launch` returns before the work is done, so that the next can be launched before this is collected.
     on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN.
@@ -33,6 +34,7 @@ class Engine(Protocol):
     flops_per_token: floating-point operations of the whole replica's layers, without attention and head.
     """
 
+    whole: Any
     bears_results: bool
     launches_ahead: bool
     takes_pairs: bool

@@ -15,7 +15,7 @@ import torch
 
 from ddp_eval import attention, hub
 from ddp_eval.config import PROMPT_ARGS
-from ddp_eval.engines import adapters, quantised
+from ddp_eval.engines import adapters, config_check, quantised
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
 
 # model_args that are read here or elsewhere in this package; the rest goes to `from_pretrained`.
@@ -41,16 +41,19 @@ def load_config(model_args: dict[str, Any]) -> Any:
     """The model's transformers config. Raises UserError when there is none."""
     import transformers
 
-    name = resolve_pretrained(model_args)
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, model_args.get("subfolder") or "", "config.json")):
+    name, file = resolve_pretrained(model_args), os.path.join(model_args.get("subfolder") or "", "config.json")
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, file)):
         raise UserError(f"the directory {name} holds no model: config.json is missing")
+    own = (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)
+    overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}
+    if os.path.isdir(name):
+        config_check.check_file(os.path.join(name, file), str(model_args["pretrained"]), overrides)
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
-        own = (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)
-        overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}
         if not os.path.isdir(name):
-            file = os.path.join(model_args.get("subfolder") or "", "config.json")
             hub.check_reach(name, file, model_args.get("revision"), model_args.get("cache_dir"))
         config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **overrides, **_shared(model_args))
+    window = model_args.get("max_length") or model_args.get("max_model_len")
+    config_check.check_config(config, str(model_args["pretrained"]), window)
     adapters.check_adapter(model_args)
     return config
 
@@ -83,8 +86,11 @@ def load_tokenizer(model_args: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def whole_model(model_args: dict[str, Any], config: Any) -> Any:
-    """The model with shapes and no weights: on the meta device, in the dtype that it would be loaded in."""
+def whole_model(model_args: dict[str, Any], config: Any, is_pair: bool = False) -> Any:
+    """The model with shapes and no weights: on the meta device, in the dtype that it would be loaded in.
+
+    is_pair: as an encoder-decoder.
+    """
     import transformers
 
     dtype = _dtype(model_args.get("dtype", "auto"))
@@ -94,7 +100,8 @@ def whole_model(model_args: dict[str, Any], config: Any) -> Any:
     if model_args.get("attn_implementation") in attention.IMPLEMENTATIONS:  # others may not be installed here
         options["attn_implementation"] = model_args["attn_implementation"]
     with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        source = transformers.AutoModelForSeq2SeqLM if is_pair else transformers.AutoModelForCausalLM
+        return source.from_config(config, dtype=dtype, **options)
 
 
 def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, **options: Any) -> Any:
@@ -107,6 +114,14 @@ def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, 
     if device.type == "cpu":
         keep_freed_memory()
     name = resolve_pretrained(model_args)
+    if os.path.isdir(name):
+        is_pair = is_seq2seq(model_args, config)
+        config_check.check_size(
+            lambda: int(whole_model(model_args, config, is_pair).num_parameters()),
+            config,
+            os.path.join(name, model_args.get("subfolder") or ""),
+            str(model_args["pretrained"]),
+        )
     # What names a field of the config is in it already.
     own = (*_OWN_ARGS, *_SHARED_ARGS, "dtype")
     extra = {

@@ -47,7 +47,7 @@ class Seq2SeqEngine:
     longest_reach: int | None = None
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        self.model = model
+        self.model = self.whole = model
         self.device = device
         self.config = model.config.get_text_config()
         self.launches_ahead = device.type != "cpu"

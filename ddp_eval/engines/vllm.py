@@ -185,7 +185,7 @@ class VllmEngine:
     def __init__(self, llm: Any, world: World, config: Any, whole: Any) -> None:
         self._llm = llm
         self._config = config.get_text_config()
-        self._whole = whole
+        self.whole = whole
         self._class = type(whole).__name__
         self.dtype: torch.dtype = llm.llm_engine.model_config.dtype
         self._caches = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
@@ -204,7 +204,7 @@ class VllmEngine:
             "name": "vllm",
             "version": vllm.__version__,
             "class": self._class,
-            "parameters": int(self._whole.num_parameters()),
+            "parameters": int(self.whole.num_parameters()),
             "dtype": str(self.dtype),
             "prefix_cache": self._caches,
         }
@@ -220,7 +220,7 @@ class VllmEngine:
         return CostModel(forward=1024.0, token=1.0, pair=0.0, read=0.0, dense=False)
 
     def flops_per_token(self) -> float:
-        return 2.0 * hf.active_parameters(self._whole, self._config)
+        return 2.0 * hf.active_parameters(self.whole, self._config)
 
     def launch(self, pack: Pack) -> Queued:
         return Queued(pack)

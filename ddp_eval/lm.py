@@ -34,6 +34,7 @@ from ddp_eval.errors import UserError
 from ddp_eval.execution import fill_slots, fill_texts, run_plan
 from ddp_eval.generation import Prompts
 from ddp_eval.harness import Answers, _LeaderLM, max_length_of
+from ddp_eval.manifest import model_info
 from ddp_eval.measuring import Seated
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests
@@ -145,13 +146,7 @@ class DDPEvalLM(_LeaderLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval adds to results["config"]."""
-        engine = self._seated.engine.describe()
-        return {
-            "model_num_parameters": engine["parameters"],
-            "model_dtype": engine["dtype"],
-            "model_revision": self._settings.model_args.get("revision", "main"),
-            "model_sha": getattr(self.config, "_commit_hash", None) or "",
-        }
+        return model_info(self._settings, self.config, self._seated.engine.describe())
 
     def _answer_all(self, requests: list[Instance]) -> dict[int, Any]:
         """lm_eval gives all requests of a kind at once, those to be repeated as often as they are."""

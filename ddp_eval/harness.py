@@ -159,7 +159,7 @@ def evaluate_tasks(
     tracker.general_config_tracker.log_end_time()
     results.update(dataclasses.asdict(tracker.general_config_tracker))
     results["model_source"] = config.model
-    results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
+    results["model_name"] = config.model_name or str(getattr(model_config, "_name_or_path", "") or "model")
     results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
     phases.switch("other")
     return Outcome(results, lm.prompts)

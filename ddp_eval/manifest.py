@@ -175,9 +175,11 @@ def _places(name: str, model_args: dict[str, Any]) -> dict[str, Callable[[], Pla
 
     def of_code() -> Places:
         """Modules of other repositories, and of the model's own where its weights lie in a folder of it."""
-        folders = dict.fromkeys(_folder(one, model_args) for one in (name, tokenizer))
+        whole = [one for one in dict.fromkeys((name, tokenizer)) if not os.path.isfile(os.path.expanduser(one))]
+        folders = dict.fromkeys(_folder(one, model_args) for one in whole)
         modules = dict.fromkeys(module for folder in folders for module in model_files.code_of_others(folder))
-        places = [_folder_of_module(*module, model_args) for module in modules]
+        found = [_folder_of_module(*module, model_args) for module in modules]
+        places = list(dict.fromkeys(one for one in found if one is not None))
         if model_args.get("subfolder"):
             up = os.path.relpath(".", str(model_args["subfolder"]))
             places += [("", os.path.join(folder, up)) for folder in folders]
@@ -211,12 +213,15 @@ def _folder(name: str, model_args: dict[str, Any]) -> str:
     raise FileNotFoundError(f"no files of {name} are in the cache")
 
 
-def _folder_of_module(place: str, file: str, model_args: dict[str, Any]) -> tuple[str, str]:
-    """(what goes before its names, directory) of a repository or directory whose code a checkpoint names."""
-    import transformers
+def _folder_of_module(place: str, file: str, model_args: dict[str, Any]) -> tuple[str, str] | None:
+    """(what goes before its names, directory) of a repository or directory whose code a checkpoint names.
+
+    None for a module that nobody has fetched, such as that of a model with another head: it is not run.
+    """
+    import huggingface_hub
 
     if os.path.isdir(place):
         return f"{place}--", place
     options = {"revision": model_args.get("code_revision"), "cache_dir": model_args.get("cache_dir")}
-    found = transformers.utils.cached_file(place, file, local_files_only=True, **options)
-    return f"{place}--", os.path.dirname(str(found))
+    found = huggingface_hub.try_to_load_from_cache(place, file, **options)
+    return (f"{place}--", os.path.dirname(found)) if isinstance(found, str) else None

@@ -33,6 +33,7 @@ from ddp_eval.choice import choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine, adapters, checkpoint, hf, vllm
+from ddp_eval.engines.draws import loading_for
 from ddp_eval.engines.load import brings_code, lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
@@ -106,7 +107,12 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
-        with _as_it_was(bare), contextlib.closing(wrap_model(bare, world.device)) as engine, telemetry.Sampler(world):
+        with (
+            _as_it_was(bare),
+            loading_for(config.seed, world.is_leader),
+            contextlib.closing(wrap_model(bare, world.device)) as engine,
+            telemetry.Sampler(world),
+        ):
             bare.eval()
             if not world.is_leader:
                 follow(world, lambda world, layout: engine)

@@ -245,6 +245,18 @@ def test_files_that_links_lead_to(plain: Path, tmp_path: Path) -> None:
     assert not is_same_model({"model": before}, args)
 
 
+def test_code_of_another_repository_of_the_hub(plain: Path, tmp_path: Path) -> None:
+    """Catches code in the hub's cache that does not count, and nothing looked at since a module that is not needed is missing."""
+    repository = tmp_path / "cache" / "models--who--code"
+    write(repository / "refs" / "main", COMMIT)
+    code = write(repository / "snapshots" / COMMIT / "modeling.py", "x = 1")
+    named = {"AutoModel": "who/code--modeling.Own", "AutoModelForX": "who/code--other.Own", "AutoConfig": "no/such--config.Own"}
+    write(plain / "config.json", json.dumps({"auto_map": named}))
+    args = {"pretrained": str(plain), "trust_remote_code": True, "cache_dir": str(tmp_path / "cache")}
+    assert list(describe(args)["code_files"]["files"]) == ["who/code--modeling.py"]
+    assert_noticed(code, args)
+
+
 @pytest.fixture
 def cached(plain: Path, tmp_path: Path) -> Path:
     """The model in a cache of the hub, a shard in a folder below, as who/model at revision main; returns the cache."""

@@ -99,6 +99,12 @@ class Config:
         return {**self.model_args, **trusted, **precise}
 
     @property
+    def model_name(self) -> str | None:
+        """What results are filed under, by lm_eval's rule: the adapter, else the model. None for one that was passed in."""
+        name = self.model_args.get("peft") or self.model_args.get("pretrained")
+        return str(name) if name else None
+
+    @property
     def recorded(self) -> dict[str, Any]:
         """The settings as a run directory keeps them: without those of trackers, which may hold what is private."""
         settings = dataclasses.asdict(self)

@@ -14,19 +14,19 @@ _DIGESTS_AT_ONCE = 4
 _BLOCK_BYTES = 8 * 2**20
 
 
-def digest_directory(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Any]:
+def digest_directory(path: str | os.PathLike[str], names: Iterable[str] | None = None, read_all: bool = False) -> dict[str, Any]:
     """SHA-256 of the files of a model or tokenizer directory: {"sha256": over all, "files": {name: sha256}}, names sorted.
 
     names: which files, relative to `path`; those that are absent are passed over. None: every visible file at the top level.
     A snapshot in the Hugging Face cache and a plain copy of it give the same digests: the blobs of large files are named
-    by their SHA-256, which is taken at its word instead of reading the file.
+    by their SHA-256, which is taken at its word instead of reading the file, unless it was written to since or `read_all`.
     """
     directory = Path(path)
     if names is None:
         names = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
     found = [name for name in sorted(set(names)) if (directory / name).is_file()]
     with concurrent.futures.ThreadPoolExecutor(_DIGESTS_AT_ONCE) as pool:  # the parts of a large model
-        files = dict(zip(found, pool.map(lambda name: _digest_file(directory / name), found), strict=True))
+        files = dict(zip(found, pool.map(lambda name: _digest_file(directory / name, read_all), found), strict=True))
     return {"sha256": digest_strings(part for item in files.items() for part in item), "files": files}
 
 
@@ -54,9 +54,11 @@ def as_record(string: str) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def _digest_file(path: Path) -> str:
+def _digest_file(path: Path, read_all: bool) -> str:
     blob = Path(os.path.realpath(path))
-    if path.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+    is_named = path.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
+    # The hub's client links a blob once it is whole.
+    if is_named and not read_all and blob.stat().st_mtime_ns <= path.lstat().st_mtime_ns:
         return blob.name
     digest = hashlib.sha256()
     with open(path, "rb") as file:

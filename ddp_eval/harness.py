@@ -177,7 +177,7 @@ def evaluate_tasks(
     if config.trust_remote_code:
         results["config"]["model_args"] = {**config.model_args, "trust_remote_code": True}
     results["model_source"] = config.model
-    results["model_name"] = str(config.model_args.get("pretrained") or getattr(model_config, "_name_or_path", "") or "model")
+    results["model_name"] = config.model_name or str(getattr(model_config, "_name_or_path", "") or "model")
     results["model_name_sanitized"] = sanitize_model_name(results["model_name"])
     phases.switch("other")
     without_number = irregular.find_nan(results.get("samples", {}))

@@ -38,13 +38,14 @@ from ddp_eval.execution import fill_slots, fill_texts, run_plan
 from ddp_eval.generation import NO_PROMPTS, Prompts
 from ddp_eval.harness import Answers, _LeaderLM, _sum_by_owner, max_length_of
 from ddp_eval.hflm_members import HFLMMembers
+from ddp_eval.manifest import model_info
 from ddp_eval.measuring import Seated
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests
 from ddp_eval.planning import make_plan
 from ddp_eval.protocol import Followers
 from ddp_eval.resume import warn_of_not_finite
-from ddp_eval.runner import _model_info, follow, run_aside, trial_of
+from ddp_eval.runner import follow, run_aside, trial_of
 from ddp_eval.text_planning import plan_texts
 from ddp_eval.tokenization import Encoder
 
@@ -162,7 +163,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval adds to results["config"]."""
-        return _model_info(self._settings, self.config, self._seated.engine.describe())
+        return model_info(self._settings, self.config, self._seated.engine.describe())
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if self._settings.model_args.get("enable_thinking"):
@@ -182,11 +183,12 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         self._check_open()
         encoded = self.encoder.collect((context, continuation) for _, context, continuation in requests)
         if not len(encoded.requests):
-            return [(0.0, True) for _ in requests]
+            return [(-np.inf, False) for _ in requests]
         scored, flags, _, _ = self._run(encoded.requests, NO_PROMPTS)
         sums, _ = _sum_by_owner(encoded, scored, len(requests))
         greedy = np.ones(len(requests), dtype=bool)
-        greedy[encoded.owner] = flags
+        np.logical_and.at(greedy, encoded.owner, flags)
+        sums[encoded.empty], greedy[encoded.empty] = -np.inf, False  # nothing to predict never wins
         return [(float(total), bool(flag)) for total, flag in zip(sums, greedy, strict=True)]
 
     def _answer_each(self, kind: str, requests: Sequence[Any]) -> list[Any]:

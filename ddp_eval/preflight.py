@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_eval import digests, distributed, interfaces, machine, results
+from ddp_eval import digests, distributed, interfaces, machine, model_files, results
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
@@ -186,7 +186,8 @@ def _look_at_model(config: Config) -> dict[str, Any]:
             return {}
         return {"revision": getattr(checkpoint.load_config(config.loader_args), "_commit_hash", None)}
     try:
-        return {entry.name: _try_reading(entry) for entry in sorted(Path(name).iterdir()) if not entry.is_dir()}
+        files = {entry.name for entry in Path(name).iterdir() if not entry.is_dir()} | set(model_files.names_of_model(name))
+        return {file: _try_reading(Path(name) / file) for file in sorted(files)}
     except OSError as error:
         raise UserError(f"{error.filename or name} of the model cannot be read ({error.strerror or error})") from None
 

@@ -148,7 +148,8 @@ def _changes(
 
 def _model_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     changes = []
-    for part, name in (("model_files", "model"), ("tokenizer_files", "tokenizer"), ("adapter_files", "adapter")):
+    parts = {"model_files": "model", "tokenizer_files": "tokenizer", "adapter_files": "adapter", "code_files": "model's code"}
+    for part, name in parts.items():
         if part not in before and part not in now:
             continue
         old, new = (before.get(part) or {}).get("files", {}), (now.get(part) or {}).get("files", {})

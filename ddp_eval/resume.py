@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ddp_eval.distributed import World
 from ddp_eval.execution import describe_origin
 from ddp_eval.generation import TextPlan
 from ddp_eval.journal import Found, work_key
+from ddp_eval.manifest import FILES
 from ddp_eval.packing import Plan
 
 log = logging.getLogger("ddp_eval")
@@ -43,7 +45,9 @@ def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World,
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    files = {kind: (model.get(kind) or {}).get("sha256") for kind in ("model_files", "tokenizer_files", "adapter_files")}
+    files = {kind: (model.get(kind) or {}).get("sha256") for kind in FILES}
+    if files["model_files"] is None:  # out of reach: the hub's commit says as much, else nothing may be mixed
+        files["model_files"] = model.get("revision") or os.urandom(16).hex()
     plans = {"plan": plan.digest(), "texts": texts.digest()}
     return work_key({**plans, "engine": engine, "device": world.device.type, "model": files, "versions": versions})
 

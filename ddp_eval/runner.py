@@ -33,14 +33,22 @@ from ddp_eval.choice import check_texts, choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.distributed import World
 from ddp_eval.engines import Engine, adapters, checkpoint, hf, limits, vllm
-from ddp_eval.engines.load import lay_out, load_replica, wrap_model
+from ddp_eval.engines.draws import loading_for
+from ddp_eval.engines.load import brings_code, lay_out, load_replica, wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.execution import Gathered, fill_slots, fill_texts, run_plan
 from ddp_eval.generation import NO_TOKEN, Prompts
 from ddp_eval.irregular import log_irregular
 from ddp_eval.layout import Layout
 from ddp_eval.lm_eval_names import SECTION, choose_names
-from ddp_eval.manifest import describe_loaded_model, describe_model, describe_run, is_same_model
+from ddp_eval.manifest import (
+    describe_loaded_model,
+    describe_run,
+    describe_steady_model,
+    is_same_model,
+    look_at_model,
+    model_info,
+)
 from ddp_eval.measuring import Seated, load_together, measure_layouts
 from ddp_eval.packing import Plan, Requests
 from ddp_eval.planning import Decision, ScorePlan, make_plan
@@ -102,7 +110,12 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     bare = _unwrap(model)
     world = distributed.adopt_group(next(bare.parameters()).device)
     try:
-        with _as_it_was(bare), contextlib.closing(wrap_model(bare, world.device)) as engine, telemetry.Sampler(world):
+        with (
+            _as_it_was(bare),
+            loading_for(config.seed, world.is_leader),
+            contextlib.closing(wrap_model(bare, world.device)) as engine,
+            telemetry.Sampler(world),
+        ):
             bare.eval()
             if not world.is_leader:
                 follow(world, lambda world, layout: engine)
@@ -160,18 +173,24 @@ def _load_and_lead(
     seated: Future[Seated] = Future()
     digests: Future[dict[str, Any]] = Future()
 
+    before = look_at_model(config.loader_args)
+
     def load() -> None:
         laid_out = lay_out(world, layout)
         with world.meter.background("load"):
             _fulfil(seated, lambda: Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why))
-        name = checkpoint.resolve_pretrained(config.model_args)
-        _fulfil(digests, lambda: describe_model(name, config.model_args, getattr(model_config, "_commit_hash", None)))
+        _fulfil(digests, lambda: describe_steady_model(config.loader_args, getattr(model_config, "_commit_hash", None), before))
 
     # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
     with world.meter.phases("start"):
         from ddp_eval import harness  # noqa: F401
 
-    threading.Thread(target=load, daemon=True).start()
+    loader = threading.Thread(target=load, daemon=True)
+    loader.start()
+    if brings_code(config, model_config):  # which may draw from, or seed, what prompts are drawn from
+        watch.step("loading the model")
+        loader.join()
+        watch.step("building the prompts")
 
     def go_on() -> None:
         watch.renew()
@@ -319,7 +338,7 @@ def _lead(
 
     outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look, go_on)
     samples = outcome.results.pop("samples")
-    outcome.results["config"].update(_model_info(config, model_config, facts["engine"]))
+    outcome.results["config"].update(model_info(config, model_config, facts["engine"]))
     outcome.results["config"]["device"] = config.device or str(world.device)
     facts["prompts_sha256"] = outcome.prompts["prompts_sha256"]
     outcome.results["ddp_eval"] = {**facts, "irregular": outcome.irregular, "phases_s": phases.seconds}
@@ -443,16 +462,6 @@ def _describe_answered(generation: TextDecision, prompts: Prompts, lengths: np.n
     return {
         "asked_tokens": int((prompt_lengths * times[generation.item_of_prompt]).sum()),
         "generated_tokens": int(lengths[:, 1].sum()),
-    }
-
-
-def _model_info(config: Config, model_config: Any, engine: dict[str, Any]) -> dict[str, Any]:
-    """What lm_eval's HF backend says of its model in results["config"]."""
-    return {
-        "model_num_parameters": engine["parameters"],
-        "model_dtype": engine["dtype"],
-        "model_revision": config.model_args.get("revision", "main"),
-        "model_sha": getattr(model_config, "_commit_hash", None) or "",
     }
 
 

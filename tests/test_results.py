@@ -283,7 +283,9 @@ def test_a_cached_snapshot_has_the_digest_of_its_copy(tmp_path):
         blob = hashlib.sha256(content).hexdigest() if name == "model.safetensors" else "a" * 40
         (blobs / blob).write_bytes(content)
         (snapshot / name).symlink_to(blobs / blob)
-    (blobs / hashlib.sha256(b"weights").hexdigest()).write_bytes(b"not read")
+    blob = blobs / hashlib.sha256(b"weights").hexdigest()
+    blob.write_bytes(b"not read")
+    os.utime(blob, ns=(0, 0))  # before it was linked: nobody has written to it since
     assert digest_directory(snapshot) == digest_directory(plain)
     assert digest_directory(plain)["files"] == {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 

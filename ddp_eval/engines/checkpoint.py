@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from ddp_eval import attention, hub
+from ddp_eval import attention, hub, model_files
 from ddp_eval.config import PROMPT_ARGS
-from ddp_eval.engines import adapters, config_check, quantised
+from ddp_eval.engines import adapters, config_check, loading_report, quantised
+from ddp_eval.engines.draws import Draws, loading
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
 
 # model_args that are read here or elsewhere in this package; the rest goes to `from_pretrained`.
@@ -48,6 +49,7 @@ def load_config(model_args: dict[str, Any]) -> Any:
     overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}
     if os.path.isdir(name):
         config_check.check_file(os.path.join(name, file), str(model_args["pretrained"]), overrides)
+        model_files.check_shards(os.path.join(name, model_args.get("subfolder") or ""))
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         if not os.path.isdir(name):
             hub.check_reach(name, file, model_args.get("revision"), model_args.get("cache_dir"))
@@ -55,6 +57,7 @@ def load_config(model_args: dict[str, Any]) -> Any:
     window = model_args.get("max_length") or model_args.get("max_model_len")
     config_check.check_config(config, str(model_args["pretrained"]), window)
     adapters.check_adapter(model_args)
+    quantised.check_data_free(model_args, config)
     return config
 
 
@@ -104,10 +107,13 @@ def whole_model(model_args: dict[str, Any], config: Any, is_pair: bool = False) 
         return source.from_config(config, dtype=dtype, **options)
 
 
-def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, **options: Any) -> Any:
-    """A model in evaluation mode on `device`.
+def load_weights(
+    model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, part: bool = False, **options: Any
+) -> Any:
+    """A model in evaluation mode on `device`. What loading draws comes from the seed of `draws.loading_for`.
 
-    source: the class whose `from_pretrained` loads it; AutoModelForCausalLM if not given. options: for `from_pretrained`.
+    source: the class whose `from_pretrained` loads it; AutoModelForCausalLM if not given. part: it takes only some of the
+    checkpoint's weights. options: for `from_pretrained`.
     """
     import transformers
 
@@ -132,7 +138,12 @@ def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, 
     extra.update(quantised.loading_options(model_args))
     if quantised.is_quantised(model_args, config):
         extra["device_map"] = {"": str(device)}
-    with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
+    draws = Draws(loading().seeds[2])
+    with (
+        loading_report.watched(str(model_args["pretrained"]), draws) as found,
+        _as_user_error(f"cannot load the model {model_args['pretrained']}"),
+        draws,
+    ):
         loaded: Any = (source or transformers.AutoModelForCausalLM).from_pretrained(
             name,
             config=config,
@@ -142,12 +153,13 @@ def load_weights(model_args: dict[str, Any], config: Any, device: torch.device, 
             **extra,
             **options,
         )
-    model, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise UserError(
-            f"the checkpoint {name} lacks {len(missing)} of the model's weights, such as {missing[0]}: they would be random"
-        )
+    model, more = loaded
+    found.missing |= more["missing_keys"]  # of an adapter that lies in the same directory
+    loading_report.refuse_random(name, found)
+    with draws:
+        loading_report.compute_unwritten(name, found, model, draws)
+    if not part:
+        loading_report.name_unused(name, found, model)
     if model_args.get("peft"):
         model = adapters.apply_adapter(model, load_tokenizer(model_args), model_args)
     try:

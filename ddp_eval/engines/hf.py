@@ -21,6 +21,7 @@ import torch
 from ddp_eval import attention, blocks, compile_cache
 from ddp_eval.distributed import World
 from ddp_eval.engines import checkpoint, lone, products, readout, rotary
+from ddp_eval.engines.draws import ForwardDraws
 from ddp_eval.engines.last_layer import LastLayer
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.generation import Batch, Settings, Sizes
@@ -65,6 +66,7 @@ class HFEngine:
             for module in model.modules()
             if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
         ]
+        self._own_draws = ForwardDraws(device)
         self._faster = contextlib.ExitStack()
         if device.type == "cuda":
             compile_cache.keep_private()
@@ -151,6 +153,7 @@ class HFEngine:
             "parameters": int(self.whole.num_parameters()),
             "dtype": str(self.model.dtype),
             "attention": self.tree_attention,
+            **({"random_rows": self.model.random_rows} if hasattr(self.model, "random_rows") else {}),
         }
 
     def max_reads(self) -> int | None:
@@ -179,7 +182,8 @@ class HFEngine:
         splits = skips = False
         with self._unless_unable(), self._inference():
             self._attend_with(self.plain_attention)
-            whole = self.model(input_ids=tokens, use_cache=False).logits[0, columns]
+            with self._own_draws.watching():
+                whole = self.model(input_ids=tokens, use_cache=False).logits[0, columns]
             if body is not self.model and self.model.get_output_embeddings() is not None:
                 with self._unless_unable():
                     hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[0, columns]
@@ -239,7 +243,7 @@ class HFEngine:
     def launch(self, pack: Pack) -> readout.Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
         splits_head = self.splits_head
-        with self._inference():
+        with self._inference(), self._own_draws.seeded_by(pack.tokens, pack.depth):
             values = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
             return self._read_off(values, splits_head, pack)
 
@@ -274,7 +278,9 @@ class HFEngine:
         """The tokens of every answer of `batch`. tell: called now and then with (requests done, tokens computed)."""
         from ddp_eval.engines import decode
 
-        return decode.generate(self, batch, tokenizer, tell)
+        _ = self.splits_head  # asks the model
+        with self._own_draws.seeded_by(*batch.prompts):
+            return decode.generate(self, batch, tokenizer, tell)
 
     @contextlib.contextmanager
     def inference(self, implementation: str | None) -> Iterator[None]:

@@ -10,7 +10,7 @@ import torch
 from ddp_eval import layout
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
-from ddp_eval.engines import Engine, checkpoint, hf
+from ddp_eval.engines import Engine, checkpoint, draws, hf
 from ddp_eval.layout import Layout
 
 if TYPE_CHECKING:
@@ -23,7 +23,21 @@ def lay_out(world: World, chosen: Layout) -> World:
 
 
 def load_replica(config: Config, model_config: Any, world: World, chosen: Layout) -> Engine:
-    """This rank's engine. world: as `lay_out` returns it. Collective where several ranks hold a replica."""
+    """This rank's engine. world: as `lay_out` returns it. Collective where several ranks hold a replica.
+
+    What is drawn comes from --seed. No other thread may draw meanwhile where `brings_code` says so.
+    """
+    with draws.loading_for(config.seed, world.is_leader, brings_code(config, model_config)):
+        return _load_replica(config, model_config, world, chosen)
+
+
+def brings_code(config: Config, model_config: Any) -> bool:
+    """Whether loading runs a checkpoint's own code, or an engine that seeds Python's and numpy's generators."""
+    own = config.loader_args.get("trust_remote_code") and getattr(model_config, "auto_map", None)
+    return bool(own) or config.model == "vllm"
+
+
+def _load_replica(config: Config, model_config: Any, world: World, chosen: Layout) -> Engine:
     model_args = config.loader_args
     if config.model == "vllm":
         from ddp_eval.engines.vllm import load_vllm_engine

@@ -26,6 +26,17 @@ def is_quantised(model_args: Mapping[str, Any], config: Any) -> bool:
     )
 
 
+def check_data_free(model_args: Mapping[str, Any], config: Any) -> None:
+    """Raise UserError for a quantisation that looks at examples while it loads: which ones is drawn, and changes the weights."""
+    whole = model_args.get("quantization_config")
+    data = whole.get("dataset") if isinstance(whole, Mapping) else getattr(whole, "dataset", None)
+    if data and not getattr(config, "quantization_config", None):
+        raise UserError(
+            f"model_args quantization_config with dataset={one_line(data, 50)} would quantise by examples drawn while loading: "
+            "quantise the model, save it, and evaluate what you saved"
+        )
+
+
 def loading_options(model_args: Mapping[str, Any]) -> dict[str, Any]:
     """What `from_pretrained` is given to quantise while loading; {} where the checkpoint alone decides. Raises UserError."""
     import transformers

@@ -74,6 +74,7 @@ class Seq2SeqEngine:
             "parameters": int(self.model.num_parameters()),
             "dtype": str(self.model.dtype),
             "attention": getattr(self.config, "_attn_implementation", None),
+            **({"random_rows": self.model.random_rows} if hasattr(self.model, "random_rows") else {}),
         }
 
     def max_tokens(self) -> int:

@@ -30,6 +30,7 @@ import torch
 from ddp_eval.config import PROMPT_ARGS
 from ddp_eval.distributed import World
 from ddp_eval.engines import checkpoint, hf
+from ddp_eval.engines.draws import loading
 from ddp_eval.errors import UserError
 from ddp_eval.generation import NO_TOKEN, Batch, Settings, Sizes
 from ddp_eval.packing import CostModel, Pack
@@ -149,7 +150,11 @@ def load_vllm_engine(model_args: dict[str, Any], config: Any, world: World) -> V
     options = {key: value for key, value in model_args.items() if key not in _OWN_ARGS}
     if model_args.get("max_length"):
         options.setdefault("max_model_len", int(model_args["max_length"]))
-    options.setdefault("seed", 1234)  # the same on all ranks of an engine
+    if options.get("load_format") == "dummy":
+        raise UserError("model_args load_format=dummy is for weights drawn at random, and nothing may be scored with them")
+    if options.get("hf_config_path"):
+        raise UserError("model_args hf_config_path is not supported: put that config.json into the directory of the weights")
+    options.setdefault("seed", loading().seeds[2] % 2**32)  # the same on all ranks of an engine; numpy's bounds
     options.setdefault("max_logprobs", MOST_TARGETS)
     if world.world_size > 1:
         options["distributed_executor_backend"] = "external_launcher"

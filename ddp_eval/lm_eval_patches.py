@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks._factory import TaskFactory
 
-from ddp_eval import environment
+from ddp_eval import environment, watch
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.machine import git_commit
@@ -33,15 +33,29 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
     describe = _timed(phases, "write", lambda: environment.start_collecting().result())
     build = TaskFactory._build_task
 
-    def build_and_go_on(*args: Any, **options: Any) -> Any:
+    def build_and_go_on(factory: Any, entry: Any, *args: Any, **options: Any) -> Any:
+        watch.renew(f"loading task {entry.name}")
         go_on()
-        return build(*args, **options)
+        return build(factory, entry, *args, **options)
+
+    build_requests = Task.build_all_requests
+    current: dict[str, Any] = {"name": ""}
+
+    def build_requests_of(task: Any, **options: Any) -> None:
+        current.update(name=task.config.task, samples=sorted(set(options.get("samples") or ())))
+        build_requests(task, **options)
+        watch.renew("")
+
+    def show_documents(documents: Any, total: int) -> Any:
+        return prompt_bar(_between(go_on, _naming(documents, **current)), total)
 
     with (
         # It compiles a template anew for every document and every example.
         patch("lm_eval.utils.apply_template", templates.render),
         # It parses the same choices of an example again for every document.
         patch("lm_eval.api.task.ast", types.SimpleNamespace(**vars(ast) | {"literal_eval": parse_literal})),
+        # On a rank of a larger launch that evaluates alone, it would take itself for another's helper and return nothing.
+        patch("lm_eval.evaluator.os", types.SimpleNamespace(**vars(os) | {"environ": {**os.environ, "LOCAL_RANK": "0"}})),
         # It asks git for the working directory's commit, which prints an error of its own where there is none.
         patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit and commit["commit"]),
         # It forks a process per core, which can hang.
@@ -49,7 +63,8 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
         # It runs a dozen programs when all is done.
         patch("torch.utils.collect_env.get_pretty_env_info", describe),
         # Its bars stay on the screen; and a long step must be seen to go on.
-        patch("lm_eval.api.task.tqdm", lambda documents, total: prompt_bar(_between(go_on, documents), total)),
+        patch("lm_eval.api.task.tqdm", show_documents),
+        patch.object(Task, "build_all_requests", build_requests_of),
         patch.object(TaskFactory, "_build_task", build_and_go_on),
         less_chatter(),
     ):
@@ -83,6 +98,17 @@ def _between(action: Callable[[], None], documents: Iterable[Any]) -> Iterator[A
     for document in documents:
         action()
         yield document
+
+
+def _naming(documents: Iterable[Any], name: str, samples: Sequence[int] = ()) -> Iterator[Any]:
+    """Let the watch know which document is in hand. documents: (number, document); samples: the numbers of those chosen."""
+    for number, document in documents:
+        watch.renew(describe_document(name, samples[number] if samples else number))
+        yield number, document
+
+
+def describe_document(task: str, number: int) -> str:
+    return f"task {task}, document {number}"
 
 
 def _timed(phases: Phases, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:

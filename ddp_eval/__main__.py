@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ddp_eval import cli, status, trackers, watch
+from ddp_eval import cli, launch_environment, status, trackers, watch
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 
@@ -45,16 +45,22 @@ Inspect = Callable[[dict[str, Any]], None]
 def main() -> None:
     # Imports and requests make millions of objects that stay: looking through them for garbage takes a tenth of a start.
     gc.set_threshold(200_000, 20, 100)
+    launch_environment.drop_empty()
     watching = watch.Watch()
     watching.start()
     _quiet_down()
+    if not _is_speaker():
+        _check_launch()
     command, rest = (sys.argv[1], sys.argv[2:]) if sys.argv[1:] else ("run", [])
     try:
         if command in _TOOLS:
+            watch.step(f"at work on {command}")
             sys.exit(importlib.import_module(_TOOLS[command]).main(rest) if _is_speaker() else 0)
         if command == "reproduce":
             sys.exit(_reproduce(rest, watching))
+        watching.timeout_s = Config.timeout
         config, notes = cli.parse(sys.argv[1:])
+        _check_launch()
         _run(config, notes, watching)
     except UserError as error:
         _report_and_leave(error)
@@ -79,18 +85,30 @@ def _quiet_down() -> None:
 
 
 def _is_speaker() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return launch_environment.is_first()
+
+
+def _check_launch() -> None:
+    """Nonsense in the launcher's variables, before anything else reads them. No rank can tell whether others say so too."""
+    try:
+        launch_environment.read()
+    except UserError as error:
+        print(f"ddp_eval: {error}", file=sys.stderr, flush=True)
+        watch.leave(2, status.FAILED, str(error))
 
 
 def _reproduce(argv: list[str], watching: watch.Watch) -> int:
     from ddp_eval import reproduce
 
     order = reproduce.parse(argv)
+    _check_launch()
     _run(order.config, [], watching, order.inspect)
     return reproduce.conclude(order) if _is_speaker() else 0
 
 
 def _run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None = None) -> None:
+    watching.timeout_s = config.timeout
+    watch.step("importing torch")
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
@@ -176,8 +194,9 @@ def _report_checks(checks: Passed, speed: str, world: World) -> None:
 
 def _report_and_leave(error: UserError) -> NoReturn:
     from ddp_eval.distributed import report_once
+    from ddp_eval.meeting import NotMet
 
-    report_once(str(error))
+    report_once(str(error), shared=isinstance(error, NotMet))
     watch.leave(2, status.FAILED, str(error))
 
 

@@ -15,13 +15,12 @@ import dataclasses
 import datetime
 import io
 import json
+import logging
 import os
 import pickle
-import socket
 import sys
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,16 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # its functions keep for good the group that there is at their import: none of ours
 from torch.utils.data import DistributedSampler
 
-from ddp_eval.errors import UserError
+from ddp_eval import launch_environment, meeting, watch
+from ddp_eval.errors import UserError, one_line
+from ddp_eval.launch_environment import whole_number
+from ddp_eval.meeting import LostContact, exchange_through
 from ddp_eval.meter import Meter, process_age_s
 
+log = logging.getLogger("ddp_eval")
+
 JOIN_TIMEOUT_S = 1800.0
+JOIN_TIMEOUT = datetime.timedelta(seconds=JOIN_TIMEOUT_S)
 # For a leader that builds prompts, and for ranks with dearer packs. A dead one is noticed at once, a stuck one by watch.py.
 LEADER_TIMEOUT = datetime.timedelta(hours=24)
 
@@ -58,7 +63,7 @@ class World:
     borrowed: the process group belongs to the caller, and must be usable after a failure of ours.
     ranks_per_node: how many ranks share this machine.
     ranks_per_replica: how many neighbouring ranks hold one copy of the model (layout.py).
-    pids: the process of each rank on its machine; () in a borrowed group.
+    pids: the process of each rank on its machine; () in a borrowed group. neighbours: the ranks of this machine.
     meter: where this rank's time and bytes go.
     """
 
@@ -71,6 +76,7 @@ class World:
     ranks_per_node: int = 1
     ranks_per_replica: int = 1
     pids: tuple[int, ...] = ()
+    neighbours: tuple[int, ...] = ()
     meter: Meter = dataclasses.field(default_factory=Meter, compare=False, repr=False)
 
     @property
@@ -92,29 +98,25 @@ class World:
         return self.rank % self.ranks_per_replica
 
 
-class LostContact(RuntimeError):
-    """Another rank has failed or is gone. That rank's own error is the one to read."""
-
-
 def launch_rank() -> int:
     """This process's rank as the launcher set it; 0 without a launcher. Needs no process group."""
-    return _environment_int("RANK", 0)
+    return whole_number("RANK", 0)
 
 
 def launch_local_rank() -> int:
     """This process's rank on its node as the launcher set it; 0 without a launcher. Needs no process group."""
-    return _environment_int("LOCAL_RANK", 0)
+    return whole_number("LOCAL_RANK", 0)
 
 
 def spans_nodes() -> bool:
     """Whether torchrun started ranks on several nodes. Needs no process group."""
-    return _environment_int("GROUP_WORLD_SIZE", 1) > 1
+    return whole_number("GROUP_WORLD_SIZE", 1) > 1
 
 
 def can_exchange() -> bool:
     """Whether `exchange` reaches all ranks: one rank, a joined group, or torchrun's store, which it may be told not to share."""
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return shared or dist.is_initialized() or _environment_int("WORLD_SIZE", 1) == 1
+    return shared or dist.is_initialized() or whole_number("WORLD_SIZE", 1) == 1
 
 
 def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
@@ -123,56 +125,20 @@ def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
     None for a rank that has given none in that time, and for all others where there is no common store. Raises LostContact when
     the store is lost with its host.
     """
-    rank, world_size = launch_rank(), _environment_int("WORLD_SIZE", 1)
+    rank, world_size = launch_rank(), whole_number("WORLD_SIZE", 1)
     texts: list[str | None] = [None] * world_size
     texts[rank] = text
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _agent_store()
     if store is None:
         return texts
+    patience, first = watch.Patience(), rank == 1 or launch_local_rank() == 0
+
+    def notify(missing: list[int], waited_s: float) -> None:
+        if missing and first and patience.is_due(waited_s):
+            watch.notice(f"{name}: waiting for rank {', '.join(map(str, missing))} (at most {timeout_s:.0f} s)", waited_s)
+
     with _naming_lost_ranks(f"exchanging {name}"):
-        return exchange_through(store, rank, world_size, name, text, timeout_s)
-
-
-def exchange_through(store: Any, rank: int, world_size: int, name: str, text: str, timeout_s: float) -> list[str | None]:
-    """`exchange` through any store, which may still hold what ranks of an earlier attempt of torchrun's said.
-
-    Attempts are not counted alike on all nodes. So each rank asks rank 0 by a word of its own, never used before, and gets
-    the common word under which this exchange goes; an earlier rank's question is answered too, and its answer read by nobody.
-    """
-    deadline = time.monotonic() + timeout_s
-    texts: list[str | None] = [None] * world_size
-    texts[rank] = text
-
-    def left() -> datetime.timedelta:
-        return datetime.timedelta(seconds=max(0.01, deadline - time.monotonic()))
-
-    mine = uuid.uuid4().hex
-    if rank == 0:
-        store.set(f"{name}/{mine}/0", text)
-        answered: set[str] = set()
-        while time.monotonic() < deadline:
-            silent = [other for other in range(1, world_size) if not store.check([f"{name}/{mine}/{other}"])]
-            for other in silent:
-                if store.check([f"{name}/ask/{other}"]) and (asked := store.get(f"{name}/ask/{other}").decode()) not in answered:
-                    store.set(f"{name}/answer/{asked}", mine)
-                    answered.add(asked)
-            if not silent:
-                break
-            time.sleep(0.02)
-        common = mine
-    else:
-        store.set(f"{name}/ask/{rank}", mine)
-        try:
-            store.wait([f"{name}/answer/{mine}"], left())
-        except dist.DistStoreError:
-            return texts
-        common = store.get(f"{name}/answer/{mine}").decode()
-        store.set(f"{name}/{common}/{rank}", text)
-    for other in range(world_size):
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait([f"{name}/{common}/{other}"], left())
-            texts[other] = store.get(f"{name}/{common}/{other}").decode()
-    return texts
+        return exchange_through(store, rank, world_size, name, text, timeout_s, notify)
 
 
 def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> World:
@@ -181,42 +147,35 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     device: "cpu", "cuda" or None for CUDA where there is any. Each local rank takes the CUDA device of its number.
     timeout_s: how long to wait for the other ranks.
     Raises UserError when the launcher's environment makes no sense or there are more local ranks than GPUs; LostContact when
-    another rank dies on its way here or does not come in time, naming it if torchrun shares its store.
+    another rank dies on its way here or does not come in time, naming it (UserError where it is not torchrun that starts them).
     """
-    rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
-    local_rank = _environment_int("LOCAL_RANK", 0)
-    if "RANK" not in os.environ and _environment_int("SLURM_STEP_NUM_TASKS", 1) > 1:
-        raise UserError("srun started several tasks that know nothing of each other: have each node run one torchrun instead")
-    tasks = _environment_int("SLURM_STEP_NUM_TASKS", world_size)
-    if "TORCHELASTIC_RUN_ID" not in os.environ and tasks != world_size:
-        raise UserError(
-            f"WORLD_SIZE is {world_size} but SLURM_STEP_NUM_TASKS is {tasks}: unset WORLD_SIZE, or start with torchrun"
-        )
-    if not 0 <= rank < world_size:
-        raise UserError(f"RANK must lie between 0 and WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={world_size}")
+    _check_free()
+    launch = launch_environment.read()
+    rank, world_size, local_rank = launch.rank, launch.world_size, launch.local_rank
     chosen = choose_device(device, local_rank)
     meter = Meter("start", process_age_s())
     if world_size == 1:
         meter.phases.switch("other")
         return World(rank, local_rank, world_size, chosen, pids=(os.getpid(),), meter=meter)
     meter.phases.switch("join")
-    needed = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if chosen.type == "cuda" else ("MASTER_ADDR", "MASTER_PORT")
-    for name in needed:
-        if name not in os.environ:
-            raise UserError(
-                f"WORLD_SIZE is {world_size} but {name} is not set: start with torchrun, or unset WORLD_SIZE for one process"
-            )
-    _environment_int("MASTER_PORT", 0)
     if chosen.type == "cuda":
+        if not os.environ.get("LOCAL_RANK"):
+            raise UserError(
+                f"WORLD_SIZE is {world_size} but LOCAL_RANK is not set, which says which GPU is this rank's: start with torchrun"
+            )
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     pids = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-    in_time, joining = _naming_absent_ranks(rank, world_size, timeout_s), _naming_lost_ranks("joining the process group")
-    with in_time, joining, meter.collective("all_gather (processes)", 8, 8 * (world_size - 1)):
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    with _naming_lost_ranks("joining the process group"), meter.collective("all_gather (processes)", 8, 8 * (world_size - 1)):
+        store, met = meeting.meet(launch, timeout_s)
+        watch.step("joining the process group")
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store.set_timeout(timeout)
+        group_store = dist.PrefixStore(f"ddp_eval/{met.id}", store)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
         # A rank that died on the way here is noticed now; setting up the next group would wait for LEADER_TIMEOUT.
         dist.all_gather(pids, torch.tensor([os.getpid()]))
-    ranks_per_node = _environment_int("LOCAL_WORLD_SIZE", world_size)
+    ranks_per_node = whole_number("LOCAL_WORLD_SIZE", world_size)
     world = World(
         rank,
         local_rank,
@@ -225,65 +184,109 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
         _message_group(),
         ranks_per_node=ranks_per_node,
         pids=tuple(map(int, pids)),
+        neighbours=met.local_ranks,
         meter=meter,
     )
     meter.phases.switch("other")
     return world
 
 
-@contextlib.contextmanager
-def _naming_absent_ranks(rank: int, world_size: int, timeout_s: float) -> Iterator[None]:
-    """Make a LostContact that comes after `timeout_s` name the ranks that never came here."""
-    started = time.monotonic()
-    store = _agent_store()
-    if store is not None:
-        with contextlib.suppress(RuntimeError):
-            note_arrival(store, rank)
-    try:
-        yield
-    except LostContact as error:
-        waited_s = time.monotonic() - started
-        absent = ""
-        if store is not None and waited_s > 0.9 * timeout_s:
-            with contextlib.suppress(RuntimeError):
-                absent = name_absent(store, world_size)
-        if not absent:
-            raise
-        raise LostContact(
-            f"{absent} did not come to join the process group within {waited_s:.0f} s: look after that machine, then start it "
-            "again, or give a longer --timeout if starting may take so long"
-        ) from error
+def adopt_group(device: torch.device, caller: str, arguments: dict[str, Any]) -> World:
+    """A World over the process group that the caller already has, if any. Collective; undo with `release_group`.
 
-
-def note_arrival(store: Any, rank: int) -> None:
-    """Tell those who may wait for others here that this rank has come, and which ranks share its machine."""
-    first = rank - launch_local_rank()
-    store.set(
-        f"ddp_eval/arrived/{rank}", json.dumps([socket.gethostname(), first, first + _environment_int("LOCAL_WORLD_SIZE", 1)])
-    )
-
-
-def name_absent(store: Any, world_size: int) -> str:
-    """The ranks that have not come, each with its machine as far as others there have told; "" if all have.
-
-    One that came before a restart of torchrun's passes for present: attempts are not counted alike on all nodes.
+    caller: the function that every rank must have called. arguments: by name, as texts; those that all ranks must give alike.
+    Raises UserError, within the group's own time-out, where a rank has not called, or with other arguments.
     """
-    hosts, absent = {}, []
-    for rank in range(world_size):
-        if not store.check([f"ddp_eval/arrived/{rank}"]):
-            absent.append(rank)
-            continue
-        host, start, stop = json.loads(store.get(f"ddp_eval/arrived/{rank}"))
-        hosts.update(dict.fromkeys(range(start, stop), host))
-    return ", ".join(f"rank {rank} on {hosts.get(rank, 'a machine from which none has come')}" for rank in absent)
-
-
-def adopt_group(device: torch.device) -> World:
-    """A World over the process group that the caller already has, if any. Collective; undo with `release_group`."""
+    _check_free()
     if not (dist.is_available() and dist.is_initialized()):
         return World(0, 0, 1, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    return World(rank, _environment_int("LOCAL_RANK", rank), world_size, device, _message_group(), borrowed=True)
+    check_in(rank, world_size, caller, arguments)
+    return World(rank, whole_number("LOCAL_RANK", rank), world_size, device, _message_group(), borrowed=True)
+
+
+def warn_of_no_group(output_path: str | None) -> None:
+    """A launcher has started several ranks, and this one is in no process group: it does everything by itself, as may others.
+
+    Raises UserError where they would write to the same place.
+    """
+    try:
+        launch = launch_environment.read()
+    except UserError:  # variables of a launch that this process takes no part in
+        return
+    if launch.world_size == 1 or (dist.is_available() and dist.is_initialized()):
+        return
+    alone = f"WORLD_SIZE is {launch.world_size}, but this process is in no process group and evaluates everything by itself"
+    if output_path is not None and launch.rank > 0:
+        raise UserError(
+            f"{alone}: only rank 0 may write to output_path {output_path}, and this is rank {launch.rank}; call "
+            "torch.distributed.init_process_group first"
+        )
+    if launch.rank == 0:
+        log.warning("%s, as will any rank that calls it: torch.distributed.init_process_group first shares the work", alone)
+
+
+def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any]) -> None:
+    """Wait until all ranks have called, for less long than they would wait for this one elsewhere. As for `adopt_group`."""
+    if world_size == 1:
+        return
+    group_s = _group_timeout_s()
+    limit_s = max(0.6 * group_s, group_s - 60)
+    patience = watch.Patience(min(watch.NOTICE_S, limit_s / 2))
+
+    def notify(missing: list[int], waited_s: float) -> None:
+        if missing and rank < 2 and patience.is_due(waited_s):
+            absent = _name_some(missing)
+            watch.notice(f"rank {rank} is waiting for {absent} to call {caller} too (at most {limit_s:.0f} s)", waited_s)
+
+    store = dist.distributed_c10d._get_default_store()
+    with _naming_lost_ranks(f"waiting for all ranks to call {caller}"):
+        texts = exchange_through(store, rank, world_size, f"ddp_eval/call/{caller}", json.dumps(arguments), limit_s, notify)
+    absent = [other for other, text in enumerate(texts) if text is None]
+    if absent:
+        # A rank that has not heard of rank 0 knows nothing of the others.
+        named = _name_some([0] if absent[0] == 0 else absent)
+        raise UserError(
+            f"every rank of the process group must call {caller}, at the same time: {named} did not within {limit_s:.0f} s of "
+            f"rank {rank}'s call (the group's timeout is {group_s:.0f} s)"
+        )
+    calls = [json.loads(text) for text in texts if text is not None]
+    for other, call in enumerate(calls):
+        for name, value in calls[0].items():
+            if call.get(name) != value:
+                raise UserError(
+                    f"every rank must call {caller} with the same arguments: {name} is {one_line(value)} on rank 0 and "
+                    f"{one_line(call.get(name))} on rank {other}"
+                )
+
+
+def _name_some(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:8])) + more
+
+
+def _group_timeout_s() -> float:
+    """After how long the caller's own collectives give up."""
+    group, store = dist.distributed_c10d._get_default_group(), dist.distributed_c10d._get_default_store()
+    found: list[Any] = [getattr(store, "timeout", JOIN_TIMEOUT)]
+    for kind in ("cpu", "cuda"):
+        with contextlib.suppress(Exception):  # it has no backend for these
+            found.append(group._get_backend(torch.device(kind)).options._timeout)
+    return float(min(found).total_seconds())
+
+
+_occupied: str | None = None
+
+
+def occupy(why: str | None) -> None:
+    """From now on the other ranks can take part in nothing else, for a reason that is a sentence; None: they are free."""
+    global _occupied
+    _occupied = why
+
+
+def _check_free() -> None:
+    if _occupied is not None:
+        raise UserError(_occupied)
 
 
 def release_group(world: World) -> None:
@@ -448,10 +451,9 @@ def common_store(world: World) -> Any:
     return dist.distributed_c10d._get_default_store() if world.world_size > 1 else None
 
 
-def local_ranks(world: World) -> range:
+def local_ranks(world: World) -> tuple[int, ...]:
     """The ranks on this node, this one included."""
-    first = world.rank - world.local_rank
-    return range(first, min(first + _environment_int("LOCAL_WORLD_SIZE", 1), world.world_size))
+    return world.neighbours or (world.rank,)
 
 
 class Tally:
@@ -478,12 +480,13 @@ def report_once(message: str, shared: bool = False) -> None:
     The first rank to claim the word prints. The others wait until it has: the launcher ends everybody as soon as one rank is
     gone, and might else end the speaker first. Never raises.
 
-    shared: many ranks have this to say; if the store has died with its host, the first rank of each node does.
+    shared: many ranks have this to say; if the store has died with its host, the first rank of each node does. Where no store was
+    ever reached, rank 1 does too: it may be the only one there.
     """
     store = _error_store()
-    if store is None and not shared and 0 < launch_rank() < _environment_int("WORLD_SIZE", 1):
+    if store is None and not shared and 0 < launch_rank() < whole_number("WORLD_SIZE", 1):
         return  # no common store: what is wrong with the command is wrong on rank 0 too
-    mine = not shared or launch_local_rank() == 0
+    mine = not shared or launch_local_rank() == 0 or (store is None and launch_rank() == 1)
     try:
         mine = store.add("ddp_eval/error/claim", 1) == 1 if store is not None else mine
     except RuntimeError:
@@ -507,14 +510,9 @@ def _error_store() -> Any:
 
 
 def _agent_store() -> Any:
-    """The store of torchrun's own; None with one rank, without torchrun, or when it cannot be reached."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    with contextlib.suppress(Exception):
-        if _environment_int("WORLD_SIZE", 1) > 1:
-            return dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=datetime.timedelta(seconds=5)
-            )
+    """The store at which the launch meets, if this process can reach it before it joins; None with one rank."""
+    with contextlib.suppress(UserError):
+        return meeting.agent_store(launch_environment.read())
     return None
 
 
@@ -547,7 +545,7 @@ def choose_device(asked: str | None, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"--device {asked} was asked for, but torch sees no CUDA device here: leave it out, or give --device cpu")
-    if number and _environment_int("WORLD_SIZE", 1) > 1:
+    if number and whole_number("WORLD_SIZE", 1) > 1:
         raise UserError(
             f"--device {asked} cannot be shared by several ranks: give --device cuda, one GPU goes to each local rank"
         )
@@ -558,13 +556,3 @@ def choose_device(asked: str | None, local_rank: int) -> torch.device:
             f"start at most that many ranks (torchrun --nproc_per_node), or add --device cpu"
         )
     return torch.device("cuda", index)
-
-
-def _environment_int(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"the environment variable {name} must be a whole number, got {text}") from None

@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,7 +45,7 @@ from ddp_eval.engines.limits import OutOfRange
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.generation import NO_TOKEN, Prompts
 from ddp_eval.index_cache import reuse_index
-from ddp_eval.lm_eval_patches import keep_examples, patched_lm_eval
+from ddp_eval.lm_eval_patches import describe_document, keep_examples, patched_lm_eval
 from ddp_eval.meter import Phases
 from ddp_eval.packing import Requests, concatenate
 from ddp_eval.results import Scores, Texts
@@ -464,7 +464,7 @@ class _LeaderLM(TemplateLM):
             raise UserError(
                 f"the task {others[0].task_name} makes {others[0].request_type} requests, which are not supported yet"
             )
-        watch.renew()
+        watch.step("encoding the prompts")
         with self._phases("tokenize"), ThreadPoolExecutor(1) as aside:  # SHA-256 leaves the interpreter to others
             described = aside.submit(describe_prompts, instances, self.tasks)
             encoded_pairs = self.encoder.encode_pairs([instance.args for instance in pairs])
@@ -684,7 +684,7 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
         loaded = load(specs)
         for name, task in loaded["tasks"].items():
             _check_task(name, task, config.confirm_run_unsafe_code)
-            task.process_results = _behind(watch.renew, task.process_results)  # every document's metrics
+            _watch_metrics(name, task, lm.chosen.get(name, ()))
             _check_thinking(name, task.OUTPUT_TYPE, config)
         for name in lm.chosen:
             if name not in loaded["tasks"]:
@@ -704,6 +704,21 @@ def _watch_loading(manager: TaskManager, lm: _LeaderLM, config: Config) -> None:
         return loaded
 
     manager.load = load_and_check
+
+
+def _watch_metrics(name: str, task: Any, chosen: Sequence[int]) -> None:
+    """Every document's metrics are progress, and the watch knows whose they are. chosen: numbers of the documents, if not all."""
+    iterate = task.doc_iterator
+
+    def iterate_and_name(**options: Any) -> Iterator[Any]:
+        for number, document in iterate(**options):
+            watch.renew(describe_document(name, chosen[number] if chosen else number))
+            yield number, document
+        watch.renew("")
+
+    task.doc_iterator = iterate_and_name
+    task.process_results = _behind(watch.renew, task.process_results)
+    task.apply_filters = _behind(lambda: watch.renew(f"the filters of task {name}"), task.apply_filters)
 
 
 def _check_task(name: str, task: Any, allows_unsafe: bool) -> None:

@@ -42,3 +42,10 @@ def advice(error: BaseException) -> str:
     if constants.HF_HUB_OFFLINE:
         return "; HF_HUB_OFFLINE is set and the cache lacks them: unset it, or fetch them first"
     return "; the hub is out of reach and the cache lacks them: fetch them first where there is a network"
+
+
+def describe_source(name: str) -> str:
+    """A model's name, and the hub's address where that is not a directory here. Asks no file system that may hang."""
+    from huggingface_hub import constants
+
+    return name if name.startswith(("/", "./", "../", "~")) else f"{name}, from the cache or {constants.ENDPOINT}"

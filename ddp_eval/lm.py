@@ -27,10 +27,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token
 
-from ddp_eval import cli, contagion, distributed, results
+from ddp_eval import cli, contagion, distributed, results, watch
 from ddp_eval import layout as layouts
 from ddp_eval.chatter import less_chatter, one_rank_speaks
 from ddp_eval.choice import check_texts, choose_layout
+from ddp_eval.config import Config
 from ddp_eval.engines import checkpoint, limits
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
@@ -55,6 +56,17 @@ _OPTIONS = ("layout", "load", "numerics", "packing", "max_pack_tokens", "seed", 
 
 
 _NO_TASK = "without a name"  # of requests that belong to no task, in messages
+# Why the other ranks can do nothing else.
+_OPEN = "a model of ddp_eval.lm.launch is still open, and the other ranks serve it: close it first, as a with block does"
+_OPEN_BY_NAME = (
+    'the other ranks serve the model that lm_eval opened by its name "ddp_eval", until this program ends: open it with '
+    "ddp_eval.lm.launch instead, and close it before anything else that all ranks take part in"
+)
+_ENDED = (
+    'the other ranks have ended, as they do when a model that lm_eval opened by its name "ddp_eval" is closed: open it with '
+    "ddp_eval.lm.launch instead, which lets them go on"
+)
+_open_model: DDPEvalLM | None = None  # on rank 0 of several
 
 
 class Served(SystemExit):
@@ -81,37 +93,95 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
     It has the members of lm_eval's HFLM (hflm_members.py), and answers requests that lm_eval or anybody else has made, in any
     order of calls. Arguments as of `launch`. On ranks other than 0 the constructor serves until the model is closed, and raises
     Served.
+    by_name: it is lm_eval that opens it and nobody closes it: another one, opened later, takes its place on all ranks.
     """
 
-    def __init__(self, device: str | None = None, **arguments: Any) -> None:
+    def __init__(self, device: str | None = None, by_name: bool = False, **arguments: Any) -> None:
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
         if options.get("layout") == layouts.MEASURE:
             raise UserError("--layout measure is for the command, which knows all of the work: name a layout")
         self._given = dict(arguments)
         config, notes = cli.config_of_model(arguments, device=device, **options)
-        borrowed = dist.is_available() and dist.is_initialized()
-        if borrowed:
-            world = distributed.adopt_group(distributed.choose_device(device, distributed.launch_local_rank()))
-        else:
-            world = distributed.join_group(device, config.timeout)
-        self._world, self._borrowed, self._followers = world, borrowed, Followers(world, stays=True)
+        self._by_name, self._load_sent = by_name, False
+        self._anew = config if self._take_over(device) else None
+        if self._anew is None:
+            self._join(device, config)
+        world = self._world
         model_args = config.loader_args
         self._quiet = contextlib.ExitStack()
         try:
             if not world.is_leader:
-                with one_rank_speaks(False):
+                speaking = watch.speaking("rank 0, which has the model open") if world.rank == 1 else contextlib.nullcontext()
+                with one_rank_speaks(False), speaking:
                     follow(world, lambda world, layout: load_replica(config, checkpoint.load_config(model_args), world, layout))
                 raise Served(0)
             for note in notes:
                 log.warning("%s", note)
             self._settings = config
-            with one_rank_speaks(True):
+            with one_rank_speaks(True), watch.speaking():
+                watch.step("loading the model")
                 self._load(model_args)
             self._quiet.enter_context(less_chatter())
         except BaseException as error:
-            self._leave(error)
+            if self._anew is not None and not self._load_sent:  # the other ranks know nothing of it: the next model may be right
+                self._keep_open()
+            else:
+                self._leave(error)
             raise
+        self._keep_open()
+
+    def _keep_open(self) -> None:
+        global _open_model
+        if self._world.world_size > 1:
+            _open_model = self
+            distributed.occupy(_OPEN_BY_NAME if self._by_name else _OPEN)
         atexit.register(self.close)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> DDPEvalLM:
+        """As lm_eval opens a model that is given by name."""
+        return super().create_from_arg_string(arg_string, {**(additional_config or {}), "by_name": True})
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> DDPEvalLM:
+        """The same for arguments in a mapping."""
+        return super().create_from_arg_obj(arg_dict, {**(additional_config or {}), "by_name": True})
+
+    def _join(self, device: str | None, config: Config) -> None:
+        """Meet the other ranks, all of which open the same model."""
+        caller = 'lm_eval.simple_evaluate(model="ddp_eval")' if self._by_name else "ddp_eval.lm.launch"
+        call = {name: repr(getattr(config, name)) for name in ("loader_args", "layout", "load", "device")}
+        borrowed = dist.is_available() and dist.is_initialized()
+        if borrowed:
+            world = distributed.adopt_group(distributed.choose_device(device, distributed.launch_local_rank()), caller, call)
+        else:
+            world = distributed.join_group(device, config.timeout)
+        self._world, self._borrowed, self._followers = world, borrowed, Followers(world, stays=True)
+        try:
+            if not borrowed:
+                distributed.check_in(world.rank, world.world_size, caller, call)
+        except UserError:  # on all ranks
+            distributed.leave_group(world)
+            raise
+
+    def _take_over(self, device: str | None) -> bool:
+        """Take the other ranks over from a model that lm_eval has opened by name before, and left open. Closes that one."""
+        before = _open_model
+        if before is None or not before._by_name:
+            return False
+        chosen = distributed.choose_device(device, before._world.local_rank)
+        if chosen.type != before._world.device.type:
+            raise UserError(
+                f"all models that lm_eval opens by name run on the first one's device, {before._world.device.type}, got {device}"
+            )
+        self._world, self._borrowed, self._followers = before._world, before._borrowed, before._followers
+        self._by_name = True
+        before._followers = None  # type: ignore[assignment]
+        before._quiet.close()
+        with contextlib.suppress(AttributeError):  # one that failed to load
+            del before._seated  # its memory
+        atexit.unregister(before.close)
+        return True
 
     def _load(self, model_args: dict[str, Any]) -> None:
         config, world = self._settings, self._world
@@ -130,7 +200,8 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-        self._followers.load(layout)
+        self._load_sent = True
+        self._followers.load(layout, config=self._anew)
         laid_out = lay_out(world, layout)
         self._seated = Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
         if why and world.world_size > 1:
@@ -144,10 +215,14 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         self._leave(None)
 
     def _leave(self, error: BaseException | None) -> None:
+        global _open_model
         followers, self._followers = self._followers, None  # type: ignore[assignment]
         if followers is None:
             return
         self._quiet.close()
+        if _open_model is not None:
+            _open_model = None
+            distributed.occupy(_ENDED if self._by_name else None)
         if self._world.is_leader:
             followers.__exit__(type(error), error, None)
         if self._borrowed:
@@ -184,7 +259,8 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         encoded = self.encoder.collect((context, continuation) for _, context, continuation in requests)
         if not len(encoded.requests):
             return [(-np.inf, False) for _ in requests]
-        scored, flags, _, _ = self._run(encoded.requests, NO_PROMPTS)
+        with watch.speaking():
+            scored, flags, _, _ = self._run(encoded.requests, NO_PROMPTS)
         sums, _ = _sum_by_owner(encoded, scored, len(requests))
         greedy = np.ones(len(requests), dtype=bool)
         np.logical_and.at(greedy, encoded.owner, flags)
@@ -213,7 +289,8 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         ]
         if not asked:
             return []
-        answers = self._score_instances(asked)
+        with watch.speaking():
+            answers = self._score_instances(asked)
         return [answers[id(one)] for one in asked]
 
     def _check_open(self) -> None:

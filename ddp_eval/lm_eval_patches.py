@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.tasks._factory import TaskFactory
 
-from ddp_eval import environment
+from ddp_eval import environment, watch
 from ddp_eval.bootstrap import bootstrap_stderr
 from ddp_eval.chatter import less_chatter, prompt_bar
 from ddp_eval.errors import UserError
@@ -36,6 +36,7 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
     build = TaskFactory._build_task
 
     def build_and_go_on(factory: Any, entry: Any, *args: Any, **options: Any) -> Any:
+        watch.renew(f"loading task {entry.name}")
         go_on()
         try:
             return build(factory, entry, *args, **options)
@@ -44,6 +45,17 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
                 raise UserError(f"the task {entry.name} has no documents to evaluate") from error
             raise
 
+    build_requests = Task.build_all_requests
+    current: dict[str, Any] = {"name": ""}
+
+    def build_requests_of(task: Any, **options: Any) -> None:
+        current.update(name=task.config.task, samples=sorted(set(options.get("samples") or ())))
+        build_requests(task, **options)
+        watch.renew("")
+
+    def show_documents(documents: Any, total: int) -> Any:
+        return prompt_bar(_between(go_on, _naming(documents, **current)), total)
+
     with (
         # It compiles a template anew for every document and every example.
         patch("lm_eval.utils.apply_template", templates.render),
@@ -51,6 +63,8 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
         patch("lm_eval.api.task.ast", types.SimpleNamespace(**vars(ast) | {"literal_eval": parse_literal})),
         # It draws an unused model name from `random`, and so changes what templates draw from there.
         patch("lm_eval.loggers.evaluation_tracker.random_name_id", lambda: "model"),
+        # On a rank of a larger launch that evaluates alone, it would take itself for another's helper and return nothing.
+        patch("lm_eval.evaluator.os", types.SimpleNamespace(**vars(os) | {"environ": {**os.environ, "LOCAL_RANK": "0"}})),
         # It asks git for the working directory's commit, which prints an error of its own where there is none.
         patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit),
         # It forks a process per core, which can hang.
@@ -58,7 +72,8 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
         # It runs a dozen programs when all is done.
         patch("torch.utils.collect_env.get_pretty_env_info", describe),
         # Its bars stay on the screen; and a long step must be seen to go on.
-        patch("lm_eval.api.task.tqdm", lambda documents, total: prompt_bar(_between(go_on, documents), total)),
+        patch("lm_eval.api.task.tqdm", show_documents),
+        patch.object(Task, "build_all_requests", build_requests_of),
         patch.object(TaskFactory, "_build_task", build_and_go_on),
         less_chatter(),
     ):
@@ -96,6 +111,17 @@ def _between(action: Callable[[], None], documents: Iterable[Any]) -> Iterator[A
     for document in documents:
         action()
         yield document
+
+
+def _naming(documents: Iterable[Any], name: str, samples: Sequence[int] = ()) -> Iterator[Any]:
+    """Let the watch know which document is in hand. documents: (number, document); samples: the numbers of those chosen."""
+    for number, document in documents:
+        watch.renew(describe_document(name, samples[number] if samples else number))
+        yield number, document
+
+
+def describe_document(task: str, number: int) -> str:
+    return f"task {task}, document {number}"
 
 
 def _timed(phases: Phases, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ machine, whether the file is still touched, by watching it, since the clocks of 
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ddp_eval import watch
 from ddp_eval.processes import birth, machine
 from ddp_eval.restart import slurm_job
 
@@ -42,10 +44,14 @@ class Lock:
 
     def acquire(self) -> None:
         """Raises Held when another run is alive, after watching it for up to WATCH_S. OSError when the disk refuses."""
+        started = time.monotonic()
         while not self._create():
             holder, seen = _read(self.path)
             if holder is None:
+                if self.path.is_symlink() and time.monotonic() - started > 1:
+                    raise OSError(errno.ELOOP, f"{self.path.name} is a link to a file that cannot be read")
                 continue
+            watch.renew(f"{self.path} is held by process {holder.get('pid')} on {holder.get('host')}: looking whether that lives")
             if _is_alive_here(holder) is None:
                 stale = self._watch(seen, WATCH_S, lambda: False)
             else:
@@ -55,6 +61,7 @@ class Lock:
                 raise Held(f"process {holder.get('pid')} on {holder.get('host')}{job}")
             if stale and self._take_over(holder):
                 break
+        watch.renew("")
         self._beating.start()
 
     def release(self) -> None:
@@ -104,6 +111,7 @@ class Lock:
                 return False
             if time.monotonic() > deadline:
                 return seen is not None
+            watch.renew()
             time.sleep(0.2)
 
     def _take_over(self, holder: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from ddp_eval import watch
 from ddp_eval.distributed import Tally, World
 
 
@@ -39,10 +41,12 @@ class Progress:
         self._pushed_at = self._started = time.monotonic()
         self._finished = threading.Event()
         shown = world.is_leader and requests and not silent
+        self._aside = contextlib.ExitStack()
         self._shower = threading.Thread(target=self._show, daemon=True) if shown else None
 
     def __enter__(self) -> Progress:
         if self._shower:
+            self._aside.enter_context(watch.shown())
             self._shower.start()
         return self
 
@@ -50,6 +54,7 @@ class Progress:
         self._finished.set()
         if self._shower:
             self._shower.join()
+        self._aside.close()
 
     def add(self, requests: int, tokens: int) -> None:
         """Some more are done on this rank."""

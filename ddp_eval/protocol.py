@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ddp_eval import distributed, watch
+from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
 from ddp_eval.generation import NO_TEXTS, TextPlan
@@ -39,10 +40,12 @@ class Load:
     """The leader's word to load the model in this layout, in place of what is loaded.
 
     on_trial: it may fail; each rank reports how it went (`measuring.load_together`).
+    config: of another model than the last one; None: the same model.
     """
 
     layout: Layout
     on_trial: bool = False
+    config: Config | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +98,16 @@ class Followers:
         self.layout: Layout | None = None  # in which the model was loaded last
         self._listening = True
 
-    def load(self, layout: Layout, on_trial: bool = False) -> None:
-        """Have all ranks begin to load the model; the leader loads its own part."""
+    def load(self, layout: Layout, on_trial: bool = False, config: Config | None = None) -> None:
+        """Have all ranks begin to load the model, another one if a `config` is given; the leader loads its own part."""
         self.layout = layout
-        distributed.send_message(self.world, Load(layout, on_trial))
+        with watch.waiting():
+            distributed.send_message(self.world, Load(layout, on_trial, config))
 
     def begin(self, directory: Path | None) -> None:
         """Have them load the model, and report to the run directory from now on."""
-        distributed.send_message(self.world, Begin(directory))
+        with watch.waiting():
+            distributed.send_message(self.world, Begin(directory))
 
     @contextlib.contextmanager
     def working_on(

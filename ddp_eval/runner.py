@@ -15,19 +15,22 @@ rank 0                                             ranks 1 … N-1
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import logging
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ddp_eval import cli, contagion, demo, distributed, machine, results, run_directory, status, telemetry, trackers, watch
+from ddp_eval import cli, contagion, demo, distributed, hub, machine, results, run_directory, status, telemetry, trackers, watch
 from ddp_eval import layout as layouts
 from ddp_eval.choice import check_texts, choose_layout, consider, ranks_of
 from ddp_eval.config import Config, config_from_options
@@ -78,13 +81,15 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
             if (begin := await_begin(world)) is None:
                 return None
             watch.of_run(begin.directory)
-            watch.step("loading the model")
+            watch.step("loading the model", detail=_source(config))
             with world.meter.phases("load"):
                 model_config = checkpoint.load_config(config.loader_args)
             follow(world, lambda world, layout: load_replica(config, model_config, world, layout))
             return None
+        watch.step("opening what the results are logged to")
         with Followers(world) as followers, trackers.tracking(config) as track:
             outcome = _lead_run(config, world, followers, inspect)
+            watch.step("logging the results")
             track(outcome)
             return outcome
 
@@ -108,13 +113,16 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     settings, notes = cli.read_options(options)
     config = config_from_options(names, **settings)
     bare = _unwrap(model)
-    world = distributed.adopt_group(next(bare.parameters()).device)
+    distributed.warn_of_no_group(config.output_path)
+    world = distributed.adopt_group(next(bare.parameters()).device, "ddp_eval.evaluate", _describe_call(bare, config))
+    speaking = watch.speaking() if world.is_leader else contextlib.nullcontext()
     try:
         with (
             _as_it_was(bare),
             loading_for(config.seed, world.is_leader),
             contextlib.closing(wrap_model(bare, world.device)) as engine,
             telemetry.Sampler(world),
+            speaking,
         ):
             bare.eval()
             if not world.is_leader:
@@ -132,9 +140,27 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
         gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
 
 
+def _describe_call(model: Any, config: Config) -> dict[str, str]:
+    """What all ranks must give alike to `evaluate`, as texts. Where results go is rank 0's own matter."""
+
+    def name_of(task: Any) -> str:
+        if isinstance(task, (str, Path)):
+            return str(task)
+        return str(task.get("task") if isinstance(task, dict) else getattr(task, "task_name", type(task).__name__))
+
+    own = ("tasks", "output_path", "overwrite", "include_path", "log_samples", "write_out", "cache_requests")
+    options = {field.name: repr(getattr(config, field.name)) for field in dataclasses.fields(config) if field.name not in own}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "model": f"{type(model).__name__} with {parameters:,} parameters in {getattr(model, 'dtype', 'no one type')}",
+        "tasks": ", ".join(map(name_of, config.tasks)),
+        **options,
+    }
+
+
 def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspect | None) -> dict[str, Any]:
     """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
-    watch.step("looking into the run directory")
+    watch.step(f"looking into the run directory {config.output_path or ''}".rstrip())
     finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args))
     if finished is not None:
         log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
@@ -163,7 +189,7 @@ def _load_and_lead(
     config: Config, directory: RunDirectory | None, world: World, followers: Followers, inspect: Inspect | None
 ) -> dict[str, Any]:
     """Weights load in a thread of their own while lm_eval builds the prompts."""
-    watch.step("building the prompts")
+    watch.step("reading the model's config and tokenizer", detail=_source(config))
     with world.meter.phases("load"):
         model_config = checkpoint.load_config(config.loader_args)
         limits.check_window(config.loader_args, model_config)
@@ -188,9 +214,9 @@ def _load_and_lead(
     loader = threading.Thread(target=load, daemon=True)
     loader.start()
     if brings_code(config, model_config):  # which may draw from, or seed, what prompts are drawn from
-        watch.step("loading the model")
+        watch.step("loading the model", detail=_source(config))
         loader.join()
-        watch.step("building the prompts")
+    watch.step("building the prompts")
 
     def go_on() -> None:
         watch.renew()
@@ -198,6 +224,12 @@ def _load_and_lead(
             seated.result()
 
     return _lead(config, directory, followers, model_config, tokenizer, seated.result, digests.result, inspect, go_on)
+
+
+def _source(config: Config) -> str:
+    """Where the model comes from, for those who wait for it."""
+    name = str(config.model_args.get("pretrained") or "")
+    return name if not name or name == "demo" or os.path.isabs(name) else hub.describe_source(name)
 
 
 def _prepare_output(config: Config) -> None:
@@ -246,12 +278,13 @@ def _lead(
 
     def look(prompts: dict[str, Any]) -> None:
         if inspect is not None:
+            watch.step("reading the model's files")
             inspect({"model": get_digests(), "packages": machine.describe_packages(), **prompts})
 
     def score(requests: Requests, prompts: Prompts) -> harness.Answers:
         if len(prompts):
             check_texts(config, followers.layout, prompts.tasks[0])
-        watch.step("loading the model")
+        watch.step("loading the model", detail=_source(config))
         with phases("load"):
             seated = get_seated()
         engine = seated.engine
@@ -378,6 +411,8 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
         if isinstance(word, Load):
             watch.step("loading the model")
             engine = None  # its memory goes before the next takes some
+            if word.config is not None:
+                load = functools.partial(_load_anew, word.config)
             laid_out = lay_out(world, word.layout)
             with world.meter.phases("load"):
                 if word.on_trial:
@@ -388,6 +423,10 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
         else:
             assert engine is not None, "the leader says how to load before it says what to run"
             run_plan(laid_out, engine, word)
+
+
+def _load_anew(config: Config, world: World, layout: Layout) -> Engine:
+    return load_replica(config, checkpoint.load_config(config.loader_args), world, layout)
 
 
 def trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:

@@ -35,23 +35,30 @@ _GRACE_S = 3.0  # for the pack in hand
 _DISK_S = 4.0  # for a disk that does not answer
 _TELL_S = 2.0  # for a store that does not
 _TICK_S = 0.5
+_GIVE_WAY_S = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _BEAT_S = 2.0
 _LOOK_S = 2 * _BEAT_S  # more time than that between two looks is none of the others': this process was stopped, as by SIGSTOP
 _SILENCE_S = 25.0  # of a rank in the middle of its packs, whose threads have nothing else to do
+NOTICE_S = 20.0  # who waits, or takes long over a step, says so by then, and again each time it has taken twice as long
 PACKS = "running packs"
 
 
 @dataclasses.dataclass
 class _Place:
-    """Where this process is. step: WAITING while it waits for other ranks."""
+    """Where this process is. step: WAITING while it waits for other ranks.
+
+    since: when it last came further; began: when the step did. detail: which task, document or file is in hand.
+    """
 
     step: str = "starting"
     pack: int | None = None
     since: float = dataclasses.field(default_factory=time.monotonic)
+    detail: str = ""
+    began: float = dataclasses.field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
-        return self.step + ("" if self.pack is None else f", in pack {self.pack}")
+        return self.step + ("" if self.pack is None else f", in pack {self.pack}") + (f" ({self.detail})" if self.detail else "")
 
 
 _place = _Place()
@@ -59,18 +66,25 @@ _directory: Path | None = None
 _journal: Any = None
 _last_deed: Callable[[], None] | None = None
 _leaving = threading.Lock()
+_ending: int | None = None  # the thread that ends this process
 
 
-def step(name: str, pack: int | None = None) -> None:
-    """This rank begins something that must end within --timeout; WAITING: it waits for others."""
+def step(name: str, pack: int | None = None, detail: str = "") -> None:
+    """This rank begins something that must end within --timeout; WAITING: it waits for others. detail: as for `renew`."""
     global _place
-    _place = _Place(name, pack)
+    _place = _Place(name, pack, detail=detail)
+    _give_way(False)
 
 
-def renew() -> None:
-    """The step under way has come further: it may take --timeout from now on. Cheap enough for every document."""
+def renew(detail: str | None = None) -> None:
+    """The step under way has come further: it may take --timeout from now on. Cheap enough for every document.
+
+    detail: what it is about now, such as a task and a document; None: the same as before.
+    """
+    global _place
     if _place.step != WAITING:
-        step(_place.step, _place.pack)
+        _place = dataclasses.replace(_place, since=time.monotonic(), detail=_place.detail if detail is None else detail)
+        _give_way(bool(_place.detail))
 
 
 @contextlib.contextmanager
@@ -80,6 +94,84 @@ def waiting() -> Iterator[None]:
     step(WAITING)
     yield
     step(before.step, before.pack)
+
+
+class Patience:
+    """When to say that something takes long: after NOTICE_S, then each time that it has taken twice as long."""
+
+    def __init__(self, first_s: float | None = None) -> None:
+        self._next_s = NOTICE_S if first_s is None else first_s
+
+    def is_due(self, waited_s: float) -> bool:
+        due = waited_s >= self._next_s
+        while waited_s >= self._next_s:
+            self._next_s *= 2
+        return due
+
+
+_may_give_way = False  # set where the signals of this process are ours
+_gives_way = False
+
+
+def _give_way(wanted: bool) -> None:
+    """Have the main thread interrupted every few seconds that it computes, or no longer.
+
+    A task's code may hold the interpreter for good, as a regular expression does that never ends: in a signal's handler, and
+    only there, the watching thread gets its turn.
+    """
+    global _gives_way
+    if _may_give_way and wanted != _gives_way:
+        _gives_way = wanted
+        signal.setitimer(signal.ITIMER_VIRTUAL, _GIVE_WAY_S if wanted else 0, _GIVE_WAY_S)
+
+
+_bars = 0  # how many bars, or lines now and then, show the step under way already
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Within the block the step under way shows how far it is: nothing else is said of it."""
+    global _bars
+    _bars += 1
+    try:
+        yield
+    finally:
+        _bars -= 1
+
+
+@contextlib.contextmanager
+def speaking(waiting_for: str = "the other ranks") -> Iterator[None]:
+    """Say of steps that take long what they are, for the length of the block: in a caller's process, which nobody watches."""
+    over = threading.Event()
+    thread = threading.Thread(target=_speak, args=(over, lambda: waiting_for), daemon=True, name="ddp_eval notices")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def notice(sentence: str, waited_s: float) -> None:
+    """A line about what takes long. On a terminal it takes the place of a bar, which comes back by itself."""
+    line = f"ddp_eval: {sentence}, {waited_s:.0f} s so far"
+    with contextlib.suppress(OSError, ValueError):
+        print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
+
+def _speak(over: threading.Event, whom: Callable[[], str]) -> None:
+    """whom: for whom this rank waits; "" if that is said elsewhere."""
+    began, patience = 0.0, Patience()
+    while not over.wait(min(_TICK_S, NOTICE_S / 4)):
+        place = _place
+        if place.began != began:
+            began, patience = place.began, Patience()
+        waited_s = time.monotonic() - began
+        if not _bars and patience.is_due(waited_s):
+            if place.step != WAITING:
+                notice(f"still {place}", waited_s)
+            elif others := whom():
+                notice(f"waiting for {others}", waited_s)
 
 
 def of_run(directory: Path | None) -> None:
@@ -102,8 +194,10 @@ def before_leaving(deed: Callable[[], None]) -> None:
 
 def leave(code: int, state: str, reason: str, first_hand: bool = True) -> NoReturn:
     """End this process now, from any thread: no waiting for loader threads, or for peers in a collective that will never come."""
+    global _ending
     if not _leaving.acquire(blocking=False):
         time.sleep(60)  # another thread is at it
+    _ending = threading.get_ident()
     _within(_DISK_S, lambda: _tidy_up(state, reason, first_hand))
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -154,12 +248,15 @@ class Watch:
         self._stopped = threading.Event()
         self._beats: _Beats | None = None
         self._wakeup, self._signalled = os.pipe()
+        self._looked = time.monotonic()
 
     def start(self) -> None:
         """One rank: watch from now on. Several: until they have met, signals and the launcher's death just end this process.
 
         torch connects to its store without letting other threads run, for as long as it takes.
         """
+        if self.rank == 0:
+            threading.Thread(target=_speak, args=(self._stopped, self._whom), daemon=True, name="ddp_eval notices").start()
         if self._launcher is not None:
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
@@ -174,10 +271,27 @@ class Watch:
         os.set_blocking(self._signalled, False)
         signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
         for number in _SIGNALS:
-            signal.signal(number, _do_nothing)
+            signal.signal(number, _let_watch_run)
+        self._stand_by_to_give_way()
         threading.Thread(target=self._watch, daemon=True, name="ddp_eval watch").start()
 
-    def join_ranks(self, rank: int, store: Any, pids: Sequence[int], local_ranks: range, timeout_s: float, report: Any) -> None:
+    def _stand_by_to_give_way(self) -> None:
+        global _may_give_way
+        _may_give_way = True
+        signal.signal(signal.SIGVTALRM, lambda *_: None if time.monotonic() - self._looked < 2 * _TICK_S else _let_watch_run())
+        signal.siginterrupt(signal.SIGVTALRM, False)
+
+    def _whom(self) -> str:
+        """For whom this rank waits, once it has met them: those that are at something, each with what it is at."""
+        if self._beats is None:
+            return ""
+        busy = [f"rank {rank} on {host} ({place})" for rank, host, place in self._beats.places() if place != WAITING]
+        more = f" and {len(busy) - 3} more" if len(busy) > 3 else ""
+        return ", ".join(busy[:3]) + more or "the other ranks"
+
+    def join_ranks(
+        self, rank: int, store: Any, pids: Sequence[int], local_ranks: Sequence[int], timeout_s: float, report: Any
+    ) -> None:
         """Watch the other ranks too.
 
         store: they all reach it. pids: of all ranks. local_ranks: those of this node. report: says a sentence from one rank.
@@ -222,8 +336,9 @@ class Watch:
         looked = time.monotonic()
         while True:
             ready, _, _ = select.select([self._wakeup], [], [], _TICK_S)
-            if ready:
-                self._obey(os.read(self._wakeup, 1)[0])
+            self._looked = time.monotonic()
+            if ready and (number := os.read(self._wakeup, 1)[0]) in _SIGNALS:
+                self._obey(number)
             if self._launcher is not None and os.getppid() != self._launcher:
                 _say("torchrun is gone: this rank leaves too", self.rank)
                 leave(1, status.FAILED, "torchrun was killed; the same command resumes", first_hand=False)
@@ -262,8 +377,14 @@ class _Beats:
         self._others = list(range(1, ranks)) if rank == 0 else [0]
         self._heard: set[int] = set()
         self._seen: dict[int, tuple[str, float]] = {}  # the last word of each, and for how long it has been the last, in seconds
+        self._patience: dict[int, Patience] = {}
         self._looked = time.monotonic()
         self.thread = threading.Thread(target=self._run, daemon=True, name="ddp_eval beats")
+
+    def places(self) -> list[tuple[int, str, str]]:
+        """Where the others were last: (rank, host, step)."""
+        words = [(rank, json.loads(text)) for rank, (text, _) in sorted(self._seen.copy().items())]
+        return [(rank, host, place) for rank, (_, host, place) in words]
 
     def _run(self) -> None:
         host, count = socket.gethostname(), 0
@@ -293,6 +414,10 @@ class _Beats:
             silent_s = silent_s + passed_s if text == before else 0.0
             self._seen[rank] = text, silent_s
             _, host, place = json.loads(text)
+            if silent_s == 0.0:
+                self._patience[rank] = Patience()
+            elif self.rank < 2 and self._patience[rank].is_due(silent_s):  # of those who look after rank 0, one speaks
+                notice(f"rank {rank} on {host} gives no sign of life (last: {place or 'waiting for other ranks'})", silent_s)
             limit_s = min(_SILENCE_S, self._timeout_s) if place.startswith(PACKS) else self._timeout_s
             if silent_s > limit_s and not self._stopped.is_set():
                 _leave_hanging(rank, host, place or "waiting for other ranks", silent_s, self.report)
@@ -300,10 +425,13 @@ class _Beats:
 
 def _leave_hanging(rank: int, host: str, place: str, late_s: float, report: Any) -> NoReturn:
     kept = "the same command resumes from the finished packs" if _directory is not None else "start it again"
+    cause = "the task's templates and code" if ", document " in place else "that machine"
     sentence = (
-        f"rank {rank} on {host} has shown no progress for {late_s:.0f} s while {place}: the run ends; look after that machine, "
+        f"rank {rank} on {host} has shown no progress for {late_s:.0f} s while {place}: the run ends; look after {cause}, "
         f"then {kept}, or give a longer --timeout if a step may take so long"
     )
+    global _ending
+    _ending = threading.get_ident()
     _within(3, lambda: (report or _print)(sentence))
     leave(1, status.FAILED, sentence)
 
@@ -355,5 +483,8 @@ def _print(sentence: str) -> None:
         print(f"ddp_eval: {sentence}", file=sys.stderr, flush=True)
 
 
-def _do_nothing(number: int, frame: Any) -> None:
-    """The watching thread acts."""
+def _let_watch_run(*_: Any) -> None:
+    """The watching thread acts; the main one, which runs this, may be in code that lets no other run."""
+    time.sleep(0.05)
+    while _ending not in (None, threading.get_ident()):
+        time.sleep(0.05)

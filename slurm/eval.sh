@@ -70,7 +70,7 @@ is_for_the_user() {
 # What a rank last said, its progress left out.
 last_words() {
     local words
-    words="$(grep -hs '^ddp_eval: ' "$LOGS".*.log | grep -v ' requests, .* tokens/s' | tail -n 1 | sed 's/^ddp_eval: //')"
+    words="$(grep -hs '^ddp_eval: ' "$LOGS".*.log | grep -v ' s so far' | tail -n 1 | sed 's/^ddp_eval: //')"
     printf '%s' "${words:-no rank said why}"
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import subprocess
 import sys
 import threading
@@ -13,9 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_eval import distributed, execution, planning, protocol, watch
+from ddp_eval import distributed, execution, meeting, planning, protocol, watch
 from ddp_eval.distributed import LostContact, World, exchange_through
 from ddp_eval.errors import UserError
+from ddp_eval.launch_environment import LaunchEnvironment
 from ddp_eval.packing import requests_from_lists
 from ddp_eval.protocol import Followers, Journals, Work
 
@@ -82,15 +84,11 @@ def test_exchange_when_the_store_dies(monkeypatch):
 
 def test_absent_ranks_are_named(monkeypatch):
     """Catches a rank on the wrong machine, where not every machine has as many ranks, and one of which nobody knows it."""
-    store = dist.HashStore()
-    store.set_timeout(datetime.timedelta(seconds=1))
-    for host, rank, local_rank, ranks in (("n1", 0, 0, 1), ("n2", 2, 1, 3), ("n2", 3, 2, 3)):
-        monkeypatch.setattr(distributed.socket, "gethostname", lambda host=host: host)
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        distributed.note_arrival(store, rank)
-    assert distributed.name_absent(store, 5) == "rank 1 on n2, rank 4 on a machine from which none has come"
-    assert distributed.name_absent(store, 1) == ""
+    monkeypatch.setattr(meeting.socket, "gethostname", lambda: "n1")
+    first = LaunchEnvironment(0, 5, 0, 1)
+    known = {0: None, 2: json.dumps({"host": "n2", "local": [1, 4]}), 3: json.dumps({"host": "n2", "local": [1, 4]})}
+    assert meeting.name_ranks([1, 4], known, first) == "rank 1 on n2, rank 4 on a machine from which none has come"
+    assert meeting.name_ranks([1], {}, LaunchEnvironment(0, 5, 0, 2)) == "rank 1 on n1"
 
 
 class DeadStore:

@@ -31,7 +31,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 _MARK = "DDP_EVAL_TEST_LAUNCH"
 _LAUNCHER_VARIABLES = re.compile(r"(LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|PET_|SLURM_|DDP_EVAL_)|(RANK|WORLD_SIZE)$")
-_PROGRESS = re.compile(r" requests, .* tokens/s|^ddp_eval: layout |^ddp_eval: looking | requests, of them ")
+_PROGRESS = re.compile(r" s so far|^ddp_eval: layout |^ddp_eval: looking | requests, of them ")
 _FRAME = re.compile(r'^(?:\[rank\d+\]:)?\s*File "([^"]+)", line \d+', re.MULTILINE)
 # torchrun shows its own ChildFailedError with these frames whenever a worker fails; nothing of ours is in them.
 _TORCHRUN_FRAME = re.compile(r"<frozen runpy>|/torch/distributed/(run\.py|elastic/|launcher/)")

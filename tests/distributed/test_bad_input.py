@@ -231,7 +231,7 @@ ENVIRONMENTS = {
         "WORLD_SIZE is 4 but SLURM_STEP_NUM_TASKS is 1",
     ),
     "tasks that know nothing of each other": ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started several tasks"),
-    "negative world size": ({"RANK": "0", "WORLD_SIZE": "-1"}, "RANK must lie between 0 and WORLD_SIZE - 1"),
+    "negative world size": ({"RANK": "0", "WORLD_SIZE": "-1"}, "the environment variable WORLD_SIZE must be 1 or more, got -1"),
     "world size of no number": ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE must be a whole number, got two"),
 }
 

@@ -1,0 +1,79 @@
+"""`quick_main` that runs out of patience early, with a fault named by its first argument; the rest are the command's own.
+
+none             no fault
+late             rank 1 starts 4 s late
+loads_slowly     rank 1 takes 4 s to load the model
+impatient        --timeout is short while a document is in hand, and long otherwise
+directory        the file system of the run directory does not answer
+directory_later  it answers after 4 s
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+
+from quick_main import main
+
+from ddp_eval import __main__ as command
+from ddp_eval import meeting, status, watch
+
+NOTICE_S = 1.0
+
+
+def hang(*args, **options):
+    time.sleep(600)
+
+
+def slowly(function, seconds):
+    def do(*args, **options):
+        time.sleep(seconds)
+        return function(*args, **options)
+
+    return do
+
+
+def be_impatient():
+    watches, step, renew = [], watch.step, watch.renew
+    start = watch.Watch.start
+
+    def start_and_note(watching):
+        watches.append(watching)
+        start(watching)
+
+    def step_patiently(*args, **options):
+        watches[0].timeout_s = 600
+        step(*args, **options)
+
+    def renew_impatiently(detail=None):
+        if detail is not None:
+            watches[0].timeout_s = 2.5 if ", document " in detail else 600
+        renew(detail)
+
+    watch.Watch.start, watch.step, watch.renew = start_and_note, step_patiently, renew_impatiently
+
+
+def break_it(fault):
+    is_rank_1 = os.environ.get("RANK") == "1"
+    if fault == "late" and is_rank_1:
+        time.sleep(4)
+    elif fault == "loads_slowly" and is_rank_1:
+        from ddp_eval import runner
+
+        runner.load_replica = slowly(runner.load_replica, 4)
+    elif fault == "impatient":
+        be_impatient()
+    elif fault == "directory":
+        status.read_status = hang
+    elif fault == "directory_later":
+        status.read_status = slowly(status.read_status, 4)
+
+
+if __name__ == "__main__":
+    watch.NOTICE_S = NOTICE_S
+    command.LEAST_JOIN_S = 1.0
+    meeting._HANDSHAKE_S = 2.0
+    break_it(sys.argv.pop(1))
+    main()

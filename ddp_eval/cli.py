@@ -18,14 +18,10 @@ import ast
 import dataclasses
 import difflib
 import importlib.metadata
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
-from ddp_eval import layout
+from ddp_eval import layout, read_back
 from ddp_eval.config import DEFAULT_SEED, PROMPT_ARGS, Config
 from ddp_eval.errors import UserError, one_line
 
@@ -225,11 +221,9 @@ def _with_underscores(token: str) -> str:
 def _read_config_file(path: str) -> dict[str, Any]:
     """Raw values by flag name out of a YAML mapping; a null is a flag not given, except for the seed, where it means no seed."""
     try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config must be a YAML file that can be read, got {path}: {_reason(error)}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config must be a YAML file, {path} is not: {one_line(error)}") from None
+        mapping = read_back.read_yaml(path)
+    except UserError as error:
+        raise UserError(f"--config must be a YAML file that can be read: {error}") from None
     if not isinstance(mapping, dict):
         raise UserError(f"--config must hold flag names with their values, {path} holds {one_line(repr(mapping))}")
     raw = {}
@@ -384,9 +378,10 @@ def _to_args(flag: str, value: Any) -> dict[str, Any]:
 
 def _read_json_object(flag: str, text: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{flag} must be a JSON object, with double quotes, got {text}: {one_line(error)}") from None
+        parsed = read_back.parse_json(text)
+    except ValueError as error:
+        why = one_line(error).removeprefix("is not JSON: ")
+        raise UserError(f"{flag} must be a JSON object, with double quotes, got {one_line(text)}: {why}") from None
     assert isinstance(parsed, dict), "JSON text that starts with { is an object"
     return parsed
 
@@ -483,11 +478,9 @@ def _to_samples(flag: str, value: Any) -> Any:
     if value.lstrip().startswith("{"):
         return _read_json_object(flag, value)
     try:
-        return json.loads(Path(_to_text(flag, value)).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{flag} must be a JSON object or the path of a file with one, got {value}: {_reason(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{flag} must be the path of a JSON file, {value} is not: {one_line(error)}") from None
+        return read_back.read_json(_to_text(flag, value))
+    except UserError as error:
+        raise UserError(f"{flag} must be a JSON object or the path of a file with one: {error}") from None
 
 
 def _to_seed(flag: str, value: Any) -> tuple[int | None, ...]:
@@ -512,10 +505,6 @@ def _to_one_seed(flag: str, item: Any) -> int | None:
         return int(item)
     except (TypeError, ValueError):
         raise UserError(f"{flag} must be whole numbers or None, got {item}") from None
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
 @dataclasses.dataclass(frozen=True)

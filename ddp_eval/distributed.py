@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # its functions keep for good the group that there is at their import: none of ours
 from torch.utils.data import DistributedSampler
 
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, printable
 from ddp_eval.meter import Meter, process_age_s
 
 JOIN_TIMEOUT_S = 1800.0
@@ -489,7 +489,7 @@ def report_once(message: str, shared: bool = False) -> None:
     except RuntimeError:
         store = None
     if mine:
-        print(f"ddp_eval: {message}", file=sys.stderr, flush=True)
+        print(f"ddp_eval: {printable(message)}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
         if store is not None and mine:
             store.set("ddp_eval/error/printed", "yes")

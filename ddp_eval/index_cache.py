@@ -23,7 +23,6 @@ import hashlib
 import inspect
 import json
 import os
-import stat
 import time
 import unittest.mock
 import zlib
@@ -31,7 +30,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ddp_eval.errors import UserError
 from ddp_eval.files import replace_file
+from ddp_eval.read_back import open_regular
 
 _FORMAT = 1
 _MAX_FILE_BYTES = 32 << 20  # lm_eval 0.4.13 makes 1.8 MB,
@@ -139,9 +140,9 @@ class IndexCache:
             if json.loads(header) != self._header:
                 return {}
             contents = [Content(*pair) for pair in zip(json.loads(names), texts, strict=True)]
-            valid = {name for name, stamp in json.loads(stamps).items() if self._stamps.get(name) == stamp}
+            valid = {name for name, stamp in json.loads(stamps).items() if stamp and self._stamps.get(name) == stamp}
             return {content.names[0]: content for content in contents if content.names and valid.issuperset(content.names)}
-        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        except (OSError, UserError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
             return {}
 
     def _path(self) -> Path:
@@ -227,10 +228,8 @@ def _cache_home() -> Path:
 
 
 def _read_limited(path: Path) -> str:
-    """The text of a gzip file. Raises OSError or ValueError if it is no regular file, too large, damaged or truncated."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
-        raise OSError(f"{path} is not a regular file")
-    with open(path, "rb") as file:
+    """The text of a gzip file. Raises OSError, UserError or ValueError if it is no regular file, too large or damaged."""
+    with open_regular(path) as file:
         compressed = file.read(_MAX_FILE_BYTES + 1)
     stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ddp_eval import status
-from ddp_eval.errors import one_line
+from ddp_eval.errors import one_line, printable
 from ddp_eval.processes import birth
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
@@ -352,7 +352,7 @@ def _say(sentence: str, rank: int) -> None:
 
 def _print(sentence: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"ddp_eval: {sentence}", file=sys.stderr, flush=True)
+        print(f"ddp_eval: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def _do_nothing(number: int, frame: Any) -> None:

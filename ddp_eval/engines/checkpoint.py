@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddp_eval import attention, hub
+from ddp_eval import attention, hub, read_back
 from ddp_eval.config import PROMPT_ARGS
 from ddp_eval.engines import adapters, quantised
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
@@ -22,6 +22,7 @@ from ddp_eval.errors import UserError, is_out_of_memory, one_line
 _OWN_ARGS = (*PROMPT_ARGS, "pretrained", "tokenizer", "device", "peft", "backend")
 _LOADER_ARGS = ("dtype", "attn_implementation")  # for from_pretrained, not fields of the config
 _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
+_MAX_CONFIG_BYTES = 16 * 2**20
 
 
 def resolve_pretrained(model_args: dict[str, Any]) -> str:
@@ -44,6 +45,9 @@ def load_config(model_args: dict[str, Any]) -> Any:
     name = resolve_pretrained(model_args)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, model_args.get("subfolder") or "", "config.json")):
         raise UserError(f"the directory {name} holds no model: config.json is missing")
+    if os.path.isdir(name):  # transformers' own words for a file that is cut or holds no object do not name it
+        file = os.path.join(name, model_args.get("subfolder") or "", "config.json")
+        read_back.read_json(file, read_back.an_object, max_bytes=_MAX_CONFIG_BYTES, unique_keys=False)
     with _as_user_error(f"cannot load the model {model_args['pretrained']}"):
         own = (*_OWN_ARGS, *_SHARED_ARGS, *_LOADER_ARGS)
         overrides = {key: value for key, value in model_args.items() if key not in own and not quantised.is_own(key)}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ddp_eval import cli, launch_environment, status, trackers, watch
 from ddp_eval.config import Config
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, printable
 
 if TYPE_CHECKING:
     from ddp_eval.distributed import World
@@ -75,13 +75,22 @@ def _quiet_down() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     if not speaker:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the speaker tells of retries
-    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableLines("%(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it logs as an error, it also raises
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line would come twice
     level = logging.getLevelName(os.environ.get("LMEVAL_LOG_LEVEL", "").upper())
     if isinstance(level, int):
         logging.getLogger("lm_eval").setLevel(level)
+
+
+class _PrintableLines(logging.Formatter):
+    """Names and messages out of files do nothing to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 def _is_speaker() -> bool:
@@ -173,13 +182,13 @@ def _show(config: Config, results: dict[str, Any]) -> None:
     from ddp_eval.telemetry import format_summary
 
     if config.show_config:
-        print(format_results(results))
+        print(printable(format_results(results), keep="\n"))
     if not config.predict_only:  # no metrics, no table
-        print(format_tables(results))
+        print(printable(format_tables(results), keep="\n"))
     if "telemetry" in results["ddp_eval"]:  # not where the run was found complete
         print(format_summary(results["ddp_eval"]["telemetry"]))
     if config.output_path:
-        print(f"ddp_eval: the run is in {config.output_path}")
+        print(printable(f"ddp_eval: the run is in {config.output_path}"))
 
 
 def _report_checks(checks: Passed, speed: str, world: World) -> None:

@@ -17,15 +17,11 @@ import argparse
 import dataclasses
 import difflib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
-from ddp_eval import layout
+from ddp_eval import layout, read_back
 from ddp_eval.config import DEFAULT_SEED, PROMPT_ARGS, Config, check_not_loaded
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.values import TEXT_MODEL_ARGS, read_args, read_json_object
@@ -249,11 +245,9 @@ def _with_underscores(token: str) -> str:
 def _read_config_file(path: str) -> dict[str, Any]:
     """Raw values by flag name out of a YAML mapping; a null is a flag not given, except for the seed, where it means no seed."""
     try:
-        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config must be a YAML file that can be read, got {path}: {_reason(error)}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config must be a YAML file, {path} is not: {one_line(error)}") from None
+        mapping = read_back.read_yaml(path)
+    except UserError as error:
+        raise UserError(f"--config must be a YAML file that can be read: {error}") from None
     if not isinstance(mapping, dict):
         raise UserError(f"--config must hold flag names with their values, {path} holds {one_line(repr(mapping))}")
     raw = {}
@@ -448,11 +442,9 @@ def _to_samples(flag: str, value: Any) -> Any:
     if value.lstrip().startswith("{"):
         return read_json_object(flag, value)
     try:
-        return json.loads(Path(_to_text(flag, value)).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{flag} must be a JSON object or the path of a file with one, got {value}: {_reason(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{flag} must be the path of a JSON file, {value} is not: {one_line(error)}") from None
+        return read_back.read_json(_to_text(flag, value))
+    except UserError as error:
+        raise UserError(f"{flag} must be a JSON object or the path of a file with one: {error}") from None
 
 
 def _to_seed(flag: str, value: Any) -> tuple[int | None, ...]:
@@ -477,10 +469,6 @@ def _to_one_seed(flag: str, item: Any) -> int | None:
         return int(item)
     except (TypeError, ValueError):
         raise UserError(f"{flag} must be whole numbers or None, got {item}") from None
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or one_line(error)
 
 
 @dataclasses.dataclass(frozen=True)

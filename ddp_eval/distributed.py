@@ -31,7 +31,7 @@ import torch.distributed.nn.functional  # its functions keep for good the group 
 from torch.utils.data import DistributedSampler
 
 from ddp_eval import launch_environment, meeting, watch
-from ddp_eval.errors import UserError, one_line
+from ddp_eval.errors import UserError, one_line, printable
 from ddp_eval.launch_environment import whole_number
 from ddp_eval.meeting import LostContact, exchange_through
 from ddp_eval.meter import Meter, process_age_s
@@ -492,7 +492,7 @@ def report_once(message: str, shared: bool = False) -> None:
     except RuntimeError:
         store = None
     if mine:
-        print(f"ddp_eval: {message}", file=sys.stderr, flush=True)
+        print(f"ddp_eval: {printable(message)}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):
         if store is not None and mine:
             store.set("ddp_eval/error/printed", "yes")

@@ -29,3 +29,15 @@ def one_line(text: object, most: int = 300) -> str:
     """An error's or a value's text in one line of at most `most` characters, dots where it is cut."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else line[:most] + "..."
+
+
+# Characters that a terminal obeys or that turn text around, and halves of a surrogate pair, which no encoding takes.
+_NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text that may come from anybody's file, for a terminal: what a terminal would obey becomes a backslash escape.
+
+    keep: control characters that are left as they are, such as a table's line ends.
+    """
+    return _NOT_SHOWN.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], str(text))

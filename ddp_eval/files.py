@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ddp_eval.errors import UserError
+from ddp_eval.read_back import read_json
+
 TEMPORARY_SUFFIX = ".ddp_eval.tmp"
 
 
@@ -20,7 +23,9 @@ def replace_file(path: Path, chunks: Iterable[bytes], still: Callable[[], bool] 
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        with open(aside, "wb") as file:
+        with contextlib.suppress(OSError):
+            aside.unlink()  # of a process of this number that died: nothing is ever written into a file that was there before
+        with open(aside, "xb") as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
@@ -38,10 +43,10 @@ def replace_json(path: Path, value: Any, still: Callable[[], bool] = lambda: Tru
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none that can be read."""
+    """A JSON object of a run directory; {} where there is none that can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path, within=path.parent)
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -21,6 +21,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -613,6 +614,9 @@ def _include_paths(paths: Sequence[str], more: str | None) -> list[str]:
     for path in found:
         if not os.path.isdir(path):
             raise UserError(f"--include_path must be a directory of task files, got {path}")
+        for file in Path(path).rglob("*.yaml"):  # lm_eval opens all of them, and would wait for a pipe
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise UserError(f"--include_path must hold regular files, and {file} is none")
     return found
 
 
@@ -627,9 +631,9 @@ def _resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
             continue
         matches = drop_members(manager.match_tasks([task]), manager.task_index)
         if not matches and task.endswith((".yaml", ".yml")):
-            matches = [os.path.abspath(path) for path in sorted(glob.glob(task))]
+            matches = [os.path.abspath(path) for path in sorted(glob.glob(task)) if os.path.isfile(path)]
         elif not matches and os.path.isdir(task):
-            matches = [os.path.abspath(path) for path in sorted(glob.glob(os.path.join(task, "*.yaml")))]
+            matches = [os.path.abspath(path) for path in sorted(glob.glob(os.path.join(task, "*.yaml"))) if os.path.isfile(path)]
         if not matches:
             raise UserError(f"there is no task {task}: {_list_close(task, manager.all_tasks)}")
         found += [match for match in matches if match not in found]

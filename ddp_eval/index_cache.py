@@ -24,7 +24,6 @@ import hashlib
 import inspect
 import json
 import os
-import stat
 import time
 import unittest.mock
 import zlib
@@ -32,7 +31,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ddp_eval.errors import UserError
 from ddp_eval.files import replace_file
+from ddp_eval.read_back import open_regular
 
 _FORMAT = 2
 _MAX_FILE_BYTES = 32 << 20  # lm_eval 0.4.13 makes 1.8 MB,
@@ -161,7 +162,7 @@ class IndexCache:
             contents = [Content(*pair) for pair in zip(json.loads(names), texts, strict=True)]
             valid = {name for name, stamp in json.loads(stamps).items() if self._is_same(name, stamp)}
             return {content.names[0]: content for content in contents if content.names and valid.issuperset(content.names)}
-        except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        except (OSError, UserError, ValueError, TypeError, AttributeError, LookupError, RecursionError):
             return {}
 
     def _path(self) -> Path:
@@ -255,13 +256,13 @@ def _cache_home() -> Path:
 
 
 def _read_limited(path: Path) -> str:
-    """The text of a gzip file of this user's. Raises OSError or ValueError if it is none, too large, damaged or truncated."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for a writer
-        raise OSError(f"{path} is not a regular file")
-    if status.st_uid != os.geteuid():
-        raise OSError(f"{path} belongs to another user")
-    with open(path, "rb") as file:
+    """The text of a gzip file of this user's.
+
+    Raises OSError, UserError or ValueError if it is no regular file, another user's, too large, damaged or truncated.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_uid != os.geteuid():
+            raise OSError(f"{path} belongs to another user")
         compressed = file.read(_MAX_FILE_BYTES + 1)
     stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -27,13 +28,14 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from ddp_eval.errors import UserError
 from ddp_eval.files import sync_directory
+from ddp_eval.read_back import open_regular
 
 SUFFIX = ".journal"
 MAGIC = b"ddp_eval journal 2\n"
@@ -44,6 +46,8 @@ _CHECKSUM_BYTES = 16
 _ORIGIN_LENGTH = struct.Struct("<H")
 _RECORD = struct.Struct("<QIIB")
 SCORES, TEXTS = 0, 1
+_MAX_HEADER_BYTES = 2**17
+_MAX_RECORD_BYTES = 2**29  # of a pack's scores or a batch's tokens
 _COUNT_BYTES = {SCORES: 9, TEXTS: 4}
 
 
@@ -199,43 +203,41 @@ def read_journals(
     origins: set[str] = set()
     halved: dict[int, int] = {}
     for path in sorted(directory.glob(f"*{SUFFIX}")):
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"the journal {path} cannot be read ({error.strerror or error})") from error
-        header = decode_header(data)
-        if header is None:
-            notes.append(f"the journal {path.name} has no whole header and is dropped ({len(data)} bytes)")
-            continue
-        its_key, origin, start = header
-        if its_key != key:
-            if _holds_record(data):
-                raise OtherWork(path.name)
-            continue
-        stop, whole = start, 0
-        for pack, pieces, numbers, greedy, after in decode_records(data, start, key):
-            if greedy is not None and pack < num_packs and len(numbers) == item_starts[pack + 1] - item_starts[pack]:
-                items = np.arange(item_starts[pack], item_starts[pack + 1])
-                blocks.append(np.stack([items, numbers, greedy.astype(np.int64)], axis=1))
-            elif greedy is None and num_packs <= pack < num_packs + len(text_starts) - 1:
-                items = np.arange(text_starts[pack - num_packs], text_starts[pack - num_packs + 1])
-                sizes, tokens = np.split(numbers, [len(items)])
-                if len(sizes) != len(items) or sizes.sum() != len(tokens):
+        with _opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            header = decode_header(file.read(_MAX_HEADER_BYTES))
+            if header is None:
+                notes.append(f"the journal {path.name} has no whole header and is dropped ({size} bytes)")
+                continue
+            its_key, origin, start = header
+            if its_key != key:
+                if _holds_record(file):
+                    raise OtherWork(path.name)
+                continue
+            stop, whole = start, 0
+            for pack, pieces, numbers, greedy, after in _read_records(file, start, key):
+                if greedy is not None and pack < num_packs and len(numbers) == item_starts[pack + 1] - item_starts[pack]:
+                    items = np.arange(item_starts[pack], item_starts[pack + 1])
+                    blocks.append(np.stack([items, numbers, greedy.astype(np.int64)], axis=1))
+                elif greedy is None and num_packs <= pack < num_packs + len(text_starts) - 1:
+                    items = np.arange(text_starts[pack - num_packs], text_starts[pack - num_packs + 1])
+                    sizes, tokens = np.split(numbers, [len(items)])
+                    if len(sizes) != len(items) or sizes.min(initial=0) < 0 or sizes.sum() != len(tokens):
+                        break
+                    lengths.append(np.stack([items, sizes], axis=1))
+                    answers.append(tokens[:, None])
+                else:
                     break
-                lengths.append(np.stack([items, sizes], axis=1))
-                answers.append(tokens[:, None])
-            else:
-                break
-            packs.add(pack)
-            if pieces > 1:
-                halved.setdefault(pack, pieces)
-            origins.add(origin)
-            stop, whole = after, whole + 1
-        if stop < len(data):
-            notes.append(
-                f"the last {len(data) - stop} bytes of the journal {path.name} are torn or corrupt and dropped; "
-                f"{whole} packs before them are kept"
-            )
+                packs.add(pack)
+                if pieces > 1:
+                    halved.setdefault(pack, pieces)
+                origins.add(origin)
+                stop, whole = after, whole + 1
+            if stop < size:
+                notes.append(
+                    f"the last {size - stop} bytes of the journal {path.name} are torn or corrupt and dropped; "
+                    f"{whole} packs before them are kept"
+                )
     in_pieces = np.array(sorted(halved.items()), dtype=np.int64).reshape(-1, 2)
     return Found(
         np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), in_pieces, np.concatenate(lengths),
@@ -247,16 +249,18 @@ def holds_work(directory: Path) -> bool:
     """Whether any journal in `directory` holds a finished pack, of whatever work, or cannot be read and so may hold one."""
     for path in directory.glob(f"*{SUFFIX}"):
         try:
-            if _holds_record(path.read_bytes()):
-                return True
-        except OSError:
+            with _opened(path) as file:
+                if _holds_record(file):
+                    return True
+        except UserError:
             return True
     return False
 
 
-def _holds_record(data: bytes) -> bool:
-    header = decode_header(data)
-    return header is not None and any(True for _ in decode_records(data, header[2], header[0]))
+def _holds_record(file: BinaryIO) -> bool:
+    file.seek(0)
+    header = decode_header(file.read(_MAX_HEADER_BYTES))
+    return header is not None and any(True for _ in _read_records(file, header[2], header[0]))
 
 
 def encode_header(key: bytes, origin: str) -> bytes:
@@ -285,16 +289,37 @@ def decode_records(
 
     Numbers and flags of scores: the bits of the sums, and whether greedy. Of texts: lengths and tokens, and None.
     """
-    while start + _RECORD.size <= len(data):
-        pack, count, pieces, kind = _RECORD.unpack_from(data, start)
-        values = start + _RECORD.size
-        stop = values + _COUNT_BYTES.get(kind, 0) * count
-        if data[stop : stop + _CHECKSUM_BYTES] != _checksum(key, data[start:stop]):
+    return _read_records(io.BytesIO(data), start, key)
+
+
+def _read_records(
+    file: BinaryIO, start: int, key: bytes
+) -> Iterator[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.uint8] | None, int]]:
+    """`decode_records` of a file, one record in memory at a time: what a damaged length says may be any number."""
+    file.seek(start)
+    while len(head := file.read(_RECORD.size)) == _RECORD.size:
+        pack, count, pieces, kind = _RECORD.unpack(head)
+        num_bytes = _COUNT_BYTES.get(kind, 0) * count
+        if num_bytes > _MAX_RECORD_BYTES:
             return
-        numbers = np.frombuffer(data, dtype="<i4" if kind == TEXTS else "<i8", count=count, offset=values).astype(np.int64)
-        greedy = None if kind == TEXTS else np.frombuffer(data, dtype=np.uint8, count=count, offset=values + 8 * count)
-        start = stop + _CHECKSUM_BYTES
+        values = file.read(num_bytes)
+        if len(values) < num_bytes or file.read(_CHECKSUM_BYTES) != _checksum(key, head + values) or kind not in _COUNT_BYTES:
+            return
+        numbers = np.frombuffer(values, dtype="<i4" if kind == TEXTS else "<i8", count=count).astype(np.int64)
+        greedy = None if kind == TEXTS else np.frombuffer(values, dtype=np.uint8, count=count, offset=8 * count)
+        start += _RECORD.size + num_bytes + _CHECKSUM_BYTES
         yield pack, pieces, numbers, greedy, start
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with open_regular(path, path.parent) as file:
+            yield file
+    except UserError as error:
+        raise UserError(f"the journal {error}: remove it, or give another --output_path") from None
+    except OSError as error:
+        raise UserError(f"the journal {path} cannot be read ({error.strerror or error})") from error
 
 
 def _checksum(key: bytes, body: bytes) -> bytes:

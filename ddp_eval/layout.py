@@ -85,7 +85,7 @@ def again(earlier: str, world_size: int) -> Layout | None:
     """The layout that another start has written down; None where these ranks do not divide into its replicas."""
     try:
         return fixed_layout(earlier, world_size, world_size)
-    except UserError:
+    except (UserError, ValueError):  # a number of thousands of digits, which Python does not read
         return None
 
 

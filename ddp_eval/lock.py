@@ -7,10 +7,10 @@ machine, whether the file is still touched, by watching it, since the clocks of 
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -19,12 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddp_eval import watch
+from ddp_eval import read_back, watch
+from ddp_eval.errors import UserError
 from ddp_eval.processes import birth, machine
 from ddp_eval.restart import slurm_job
 
 BEAT_S = 5.0
 WATCH_S = 25.0  # a holder that touches nothing for so long is gone; NFS may show a touch a few seconds late
+_MAX_BYTES = 2**16
 DYING_S = 4.0  # workers whose launcher was killed end within a second or two
 
 
@@ -43,13 +45,13 @@ class Lock:
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def acquire(self) -> None:
-        """Raises Held when another run is alive, after watching it for up to WATCH_S. OSError when the disk refuses."""
-        started = time.monotonic()
+        """Raises Held when another run is alive, after watching it for up to WATCH_S. OSError when the disk refuses.
+
+        UserError when the path holds no file, but a pipe, a directory or a link.
+        """
         while not self._create():
             holder, seen = _read(self.path)
             if holder is None:
-                if self.path.is_symlink() and time.monotonic() - started > 1:
-                    raise OSError(errno.ELOOP, f"{self.path.name} is a link to a file that cannot be read")
                 continue
             watch.renew(f"{self.path} is held by process {holder.get('pid')} on {holder.get('host')}: looking whether that lives")
             if _is_alive_here(holder) is None:
@@ -136,7 +138,10 @@ class Lock:
             claim.unlink(missing_ok=True)
 
     def _owns(self, path: Path) -> bool:
-        holder, _ = _read(path)
+        try:
+            holder, _ = _read(path)
+        except UserError:  # something that is no file has taken its place
+            return False
         return holder is not None and holder.get("token") == self._me["token"]
 
     def _beat(self) -> None:
@@ -158,16 +163,28 @@ class Lock:
 def _read(path: Path) -> tuple[dict[str, Any] | None, Any]:
     """The holder and a value that changes with each of its touches; None when there is no file. Opening makes NFS look anew."""
     try:
-        with open(path) as file:
+        if path.is_symlink():  # one that leads nowhere would be neither there nor free
+            raise UserError(f"{path} must be a lock file of ddp_eval, and is a symbolic link: remove it")
+        with read_back.open_regular(path) as file:
             touched = os.fstat(file.fileno()).st_mtime_ns
-            text = file.read()
+            data = file.read(_MAX_BYTES)
     except FileNotFoundError:
         return None, None
+    return _parse_holder(data), (touched, data)
+
+
+def _parse_holder(data: bytes) -> dict[str, Any]:
+    """What is known of a holder: the fields of `_describe_process` that are as it makes them, and its token."""
     try:
-        holder = json.loads(text)
+        holder = read_back.parse_json(data.decode())
     except ValueError:
-        holder = {}
-    return (holder if isinstance(holder, dict) else {}), (touched, text)
+        return {}
+    kinds = {"host": str, "pid": int, "born": str, "machine": str, "since": str, "slurm_job": str, "token": str}
+    found = {name: holder.get(name) for name in kinds} if isinstance(holder, dict) else {}
+    found = {name: value for name, value in found.items() if type(value) is kinds[name]}
+    if not re.fullmatch("[0-9a-f]{32}", str(found.get("token"))):  # it becomes part of a file's name
+        found.pop("token", None)
+    return found
 
 
 def _describe_process() -> dict[str, Any]:
@@ -185,7 +202,7 @@ def _is_alive_here(holder: dict[str, Any]) -> bool | None:
     """Whether a holder on this machine lives; None for one on another, which cannot be told from here."""
     if not holder.get("machine") or holder["machine"] != machine():
         return None
-    return holder.get("born") is not None and birth(int(holder["pid"])) == holder["born"]
+    return "born" in holder and "pid" in holder and birth(holder["pid"]) == holder["born"]
 
 
 def _is_dead_here(holder: dict[str, Any]) -> bool:

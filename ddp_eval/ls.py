@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ddp_eval.errors import printable
 from ddp_eval.subcommand import SubcommandParser
 
 _ABOUT = """\
@@ -21,5 +22,5 @@ def main(argv: list[str]) -> int:
         return 0
     from ddp_eval.harness import list_tasks
 
-    print(list_tasks(options.what, options.include_path))
+    print(printable(list_tasks(options.what, options.include_path), keep="\n"))
     return 0

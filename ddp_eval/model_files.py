@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ddp_eval.errors import UserError
+from ddp_eval.read_back import open_regular
 
 _INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")  # also of a variant
+_MAX_JSON_BYTES = 64 * 2**20  # the largest indices have 10 MB
 _TEMPLATES = "additional_chat_templates"
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)$")
 
@@ -136,9 +138,21 @@ def _texts_in(value: Any) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none: what cannot be read is for the loader to report."""
+    """A JSON object; {} where there is none: what cannot be read is for the loader to report.
+
+    Read as the loader does, and not by read_back's rules: what these refuse and it accepts must not hide a name from the digest.
+    """
+    if not path.is_file():
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
+        with open_regular(path) as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+    except OSError:
+        return {}
+    if len(data) > _MAX_JSON_BYTES:
+        raise UserError(f"{path} is too large: more than {_MAX_JSON_BYTES:,} bytes")
+    try:
+        found = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, printable
 from ddp_eval.telemetry import PHASES
 
 # Colours that occur nowhere else, each replaced by the style sheet's variable of that name.
@@ -19,16 +19,22 @@ _SERIES = [f"#0102{10 + number}" for number in range(10)]
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line", **{color: f"c{number}" for number, color in enumerate(_SERIES)}}
 
 WIDTH_IN = 8.0
+_MAX_ROWS = 500  # of one plot
+_MAX_NAME = 100  # characters
 
 
 def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: bool = False) -> str:
     """(name, value, standard error or None), from top to bottom, with 95% intervals. zero: mark the line of no difference."""
+    left = len(rows) - _MAX_ROWS
+    axis += f"; the first {_MAX_ROWS} of {len(rows)}" if left > 0 else ""
+    rows = rows[:_MAX_ROWS]
     figure, axes = _figure(0.9 + 0.28 * len(rows))
     places = np.arange(len(rows))[::-1]
     errors = np.array([1.96 * (stderr or 0.0) for _, _, stderr in rows])
     values = np.array([value for _, value, _ in rows])
     axes.errorbar(values, places, xerr=errors, fmt="o", color=_SERIES[0], markersize=5, capsize=3, linewidth=1.6)
-    axes.set_yticks(places, [name for name, _, _ in rows])
+    # A name may come from anybody's file: it is no formula, and must not push the plot off its page.
+    axes.set_yticks(places, [printable(name)[:_MAX_NAME] for name, _, _ in rows], parse_math=False)
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xlabel(axis)
     axes.grid(axis="x", color=_GRID, linewidth=0.8)
@@ -65,7 +71,8 @@ def timeline(ranks: Sequence[Mapping[str, Any]]) -> str:
         starts = [moment for moment, _ in rank["timeline"]]
         ends = [*starts[1:], rank["wall_s"]]
         spans = [(start + offset, end - start) for start, end in zip(starts, ends, strict=True)]
-        axes.broken_barh(spans, (-place - 0.36, 0.72), facecolors=[colors[phase] for _, phase in rank["timeline"]], linewidth=0)
+        hues = [colors.get(phase, _MUTED) for _, phase in rank["timeline"]]
+        axes.broken_barh(spans, (-place - 0.36, 0.72), facecolors=hues, linewidth=0)
     axes.set_yticks([-place for place in range(len(ranks))], [f"rank {rank['rank']}" for rank in ranks])
     axes.set_xlabel("seconds")
     for phase in PHASES:
@@ -140,5 +147,10 @@ def _to_svg(figure: Any) -> str:
     svg = stream.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" class="plot">', svg, count=1)
-    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", lambda match: "font: " + match[1] + "sans-serif", svg)
-    return re.sub("|".join(_VARIABLES), lambda match: f"var(--{_VARIABLES[match[0]]})", svg)
+    return re.sub(r"<[^>]*>|[^<]+", lambda match: _restyle(match[0]) if match[0].startswith("<") else match[0], svg)
+
+
+def _restyle(part: str) -> str:
+    """A tag with the page's font and colours."""
+    part = re.sub(r"font: ([^;\"]*?)'[^;\"]*", lambda match: "font: " + match[1] + "sans-serif", part)
+    return re.sub("|".join(_VARIABLES), lambda match: f"var(--{_VARIABLES[match[0]]})", part)

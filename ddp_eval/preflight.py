@@ -27,6 +27,7 @@ from ddp_eval import digests, distributed, interfaces, machine, model_files, res
 from ddp_eval.config import Config
 from ddp_eval.distributed import World
 from ddp_eval.errors import UserError
+from ddp_eval.read_back import open_regular
 
 EXCHANGE_S = 300.0  # nodes start Python from slow disks at different speeds
 CLOCK_S = 5.0  # clocks further apart than this are worth a word
@@ -195,7 +196,7 @@ def _look_at_model(config: Config) -> dict[str, Any]:
 def _try_reading(path: Path) -> int:
     """Its size. A byte is read at each end: a stale NFS handle shows only then."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.read(1)
         file.seek(max(0, size - 1))
         file.read(1)

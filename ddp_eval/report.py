@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from ddp_eval.compare.command import jsonable, list_notes
 from ddp_eval.compare.difference import NEAR_TIE_NATS, answers_of, asks_twice, compare_runs
 from ddp_eval.compare.matching import align
 from ddp_eval.compare.paired import TRANSFORMS
-from ddp_eval.compare.reading import Numbering, Run, read_run, read_samples
-from ddp_eval.errors import UserError
+from ddp_eval.compare.reading import Numbering, Run, arguments_of, read_run, read_samples
+from ddp_eval.errors import UserError, printable
 from ddp_eval.files import replace_file
+from ddp_eval.read_back import read_json
 from ddp_eval.subcommand import SubcommandParser
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -43,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         replace_file(target, [page.encode("utf-8", errors="backslashreplace")])
     except OSError as error:
         raise UserError(f"{target} could not be written: {error.strerror or error}") from None
-    print(f"ddp_eval: the report is in {target}")
+    print(printable(f"ddp_eval: the report is in {target}"))
     return 0
 
 
@@ -83,19 +85,22 @@ def render(runs: Sequence[Run], most_samples: int) -> str:
 
 
 def _read_telemetry(run: Run) -> dict[str, Any] | None:
+    from ddp_eval import shapes
+
     file = run.path / "telemetry.json"
-    return json.loads(file.read_text(encoding="utf-8")) if run.path.is_dir() and file.is_file() else None
+    there = run.kind == "ddp_eval" and os.path.lexists(file)
+    return read_json(file, shapes.TELEMETRY, run.path) if there else None
 
 
 def _facts(run: Run, measured: dict[str, Any] | None) -> list[tuple[str, str]]:
     """The figures at the top of the page."""
     manifest = run.manifest
     gpus = manifest.get("hardware", {}).get("gpus") or []
-    engine = manifest.get("engine", {})
+    engine, ranks = manifest.get("engine", {}), manifest.get("ranks", {})
     facts = [
         ("requests", f"{manifest['requests']:,}" if "requests" in manifest else ""),
         ("precision", engine.get("dtype", "").removeprefix("torch.")),
-        ("ranks", f"{manifest['ranks']['world_size']} on {manifest['ranks']['device']}" if "ranks" in manifest else ""),
+        ("ranks", " on ".join(str(ranks[name]) for name in ("world_size", "device") if name in ranks)),
         ("hardware", gpus[0]["name"] if gpus else manifest.get("hardware", {}).get("cpu", "")),
     ]
     if measured:
@@ -183,7 +188,7 @@ def _samples(run: Run, others: Iterable[Run], most: int) -> tuple[list[dict[str,
         seen: set[int] = set()
         numbering = Numbering()
         kept: dict[int, dict[str, Any]] = {}
-        for sample in read_samples(file):
+        for sample in read_samples(file, run.path):
             doc_id = numbering.number(sample)
             if doc_id not in seen and (len(seen) < most or marks.get(doc_id)):
                 kept[doc_id] = {"task": task, "doc": doc_id, "marks": marks.get(doc_id, []), **_show_sample(sample, twice)}
@@ -222,7 +227,7 @@ def _choices(run: Run, task: str) -> tuple[Any, Any, Any]:
 
 
 def _show_sample(sample: dict[str, Any], twice: bool) -> dict[str, Any]:
-    arguments = [list(argument.values()) for argument in sample["arguments"].values()]
+    arguments = arguments_of(sample)
     contexts = [str(argument[0]) for argument in arguments]
     alike = len(set(contexts)) == 1
     choices: list[dict[str, Any]] = []
@@ -238,7 +243,7 @@ def _show_sample(sample: dict[str, Any], twice: bool) -> dict[str, Any]:
         "cut": len(contexts[0]) > _PROMPT_CHARACTERS,
         "choices": choices,
         "answers": len(choices) // 2 if twice else len(choices),  # the first ones, among which the best is marked
-        "target": sample["target"],
+        "target": sample.get("target"),
         "metrics": {},
         "wrong": None,
     }
@@ -247,7 +252,8 @@ def _show_sample(sample: dict[str, Any], twice: bool) -> dict[str, Any]:
 def _add_filter(shown: dict[str, Any], sample: dict[str, Any]) -> None:
     """Metrics behind one filter; the first that says right or wrong marks the document."""
     metrics = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (bool, int, float))}
-    behind = "" if sample["filter"] == "none" else f" ({sample['filter']})"
+    kept = sample.get("filter", "none")
+    behind = "" if kept == "none" else f" ({kept})"
     shown["metrics"] |= {name + behind: value for name, value in metrics.items()}
     judged = next((metrics[name] for name in _RIGHT_OR_WRONG if name in metrics), None)
     if shown["wrong"] is None and judged is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +18,22 @@ from typing import Any
 
 from ddp_eval import run_directory
 from ddp_eval.compare.command import NOT_AS_EXPECTED, add_expect, format_comparison, print_verdict, read_expectation, why_not
-from ddp_eval.config import Config
+from ddp_eval.config import PROMPT_ARGS, Config
 from ddp_eval.errors import UserError
+from ddp_eval.read_back import read_json, show
 from ddp_eval.subcommand import SubcommandParser
 
 KINDS = ("model", "versions", "prompts", "documents", "packages")
+_TEXT_ARGS = ("pretrained", "tokenizer", "revision", "subfolder", "peft")
+# model_args that cannot have the model's loader run code. What else a manifest names goes to transformers or vLLM, some of whose
+# options do: weights_only=False executes a pickle, use_kernels=True and worker_cls=… fetch or import code.
+_PLAIN_ARGS = {
+    *_TEXT_ARGS, *PROMPT_ARGS, "attn_implementation", "backend", "dtype", "load_in_4bit", "load_in_8bit", "max_gen_toks",
+    "quantization_config", "trust_remote_code", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len",
+    "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "kv_cache_dtype", "quantization",
+}  # fmt: skip
+_PLAIN_PREFIXES = ("bnb_4bit_", "llm_int8_")
+_MAX_LISTED = 10_000  # entries of a directory of task files that are looked at for code
 _ABOUT = """\
 Runs the evaluation of RUN_DIR again, from its manifest.json, on the ranks that torchrun starts or on one, and
 compares. Refuses, with the list, when the model's files, task versions, prompts, documents or packages are not the same."""
@@ -58,10 +69,10 @@ def parse(argv: Sequence[str]) -> Order:
         raise UserError(f"--output_path must not be the run to reproduce, got {options.output_path}")
     if (output / "manifest.json").is_file() and not (options.overwrite or run_directory.is_obeyed(output)):
         raise UserError(f"{output} already holds a complete run: --overwrite runs it again, `compare` holds the two together")
-    if "pretrained" not in (manifest.get("model") or {}):
-        raise UserError(f"the run in {options.run} was given a loaded model by a program: only that program can run it again")
+    _refuse_programs(manifest, options.run)
     values = dict(manifest["config"])
-    values |= {"output_path": str(output), "overwrite": options.overwrite, "seed": tuple(values["seed"])}
+    values |= {"output_path": str(output), "overwrite": options.overwrite}
+    values |= {"seed": tuple(values["seed"])} if "seed" in values else {}
     values |= {"fresh": False, "preflight": False, "cache_requests": None}  # what the run was to do with what it found then
     values |= {name: value for name in ("device", "layout") if (value := getattr(options, name))}
     _refuse_untrusted(manifest, options)
@@ -75,6 +86,19 @@ def parse(argv: Sequence[str]) -> Order:
     return Order(earlier, config, manifest, frozenset(options.allow or ()), expectation)
 
 
+def _refuse_programs(manifest: Mapping[str, Any], run: str) -> None:
+    """Raise UserError where no command line asked for the run: of a loaded model, or of tasks that are no names."""
+    if "pretrained" not in (manifest.get("model") or {}):
+        raise UserError(f"the run in {run} was given a loaded model by a program: only that program can run it again")
+    model_args, tasks = manifest["config"].get("model_args") or {}, manifest["config"].get("tasks")
+    for name in _TEXT_ARGS:
+        value = model_args.get(name)
+        if not isinstance(value, str) and (name == "pretrained" or value is not None):
+            raise UserError(f"{run}/manifest.json: config.model_args.{name} must be text, got {show(value)}")
+    if not tasks or not all(isinstance(task, str) for task in tasks):
+        raise UserError(f"the run in {run} was given its tasks by a program: only that program can run it again")
+
+
 def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) -> None:
     """Raise UserError where the run would execute code that this very command line does not allow."""
     config = manifest["config"]
@@ -83,17 +107,31 @@ def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) 
     kernels = "/" in str(model_args.get("attn_implementation") or "")  # of the hub
     if (remote or kernels) and not options.trust_remote_code:
         raise UserError(f"the run in {options.run} runs Python code of its model or data set: --trust_remote_code allows it")
+    others = [name for name in model_args if name not in _PLAIN_ARGS and not name.startswith(_PLAIN_PREFIXES)]
+    others += [name for name in config.get("gen_kwargs") or {} if name in ("custom_generate", "trust_remote_code")]
+    if others and not options.trust_remote_code:
+        raise UserError(
+            f"the run in {options.run} gives the library that loads its model the settings {', '.join(others[:5])}, which can "
+            "make it run code: --trust_remote_code allows it"
+        )
     if config.get("confirm_run_unsafe_code") and not options.confirm_run_unsafe_code:
         raise UserError(f"the run in {options.run} runs code that a model writes: --confirm_run_unsafe_code allows it")
     start = Path(manifest.get("working_directory") or "")
     own = [start / str(word) for word in _task_files(config)]
     if own and not options.trust_task_files:
-        code = sorted(path.name for place in own for path in (place if place.is_dir() else place.parent).rglob("*.py"))
+        folders = [place if place.is_dir() else place.parent for place in own]
+        code = sorted(name for folder in folders for name in _list_code(folder))
         which = f" ({', '.join(code[:5])}{', ...' if len(code) > 5 else ''})" if code else ""
         places = ", ".join(map(str, own))
         raise UserError(
             f"the run in {options.run} runs the Python code{which} of task files in {places}: --trust_task_files allows it"
         )
+
+
+def _list_code(folder: Path) -> list[str]:
+    """Python files beneath a folder, as far as a look takes no time: a manifest may name any, such as /."""
+    files = (name for _, _, names in os.walk(folder) for name in (*names, ""))  # "": an empty directory counts, too
+    return [name for name in itertools.islice(files, _MAX_LISTED) if name.endswith(".py")]
 
 
 def _task_files(config: Mapping[str, Any]) -> list[Any]:
@@ -167,10 +205,11 @@ def _show(value: Any) -> str:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} holds no complete run: its manifest.json cannot be read ({type(error).__name__})") from None
+    from ddp_eval import shapes
+
+    if not os.path.lexists(directory / "manifest.json"):
+        raise UserError(f"{directory} holds no complete run: it has no manifest.json")
+    manifest = read_json(directory / "manifest.json", shapes.MANIFEST, directory)
     for key in ("config", "tasks", "packages", "prompts_by_task"):
         if key not in manifest:
             raise UserError(f"the manifest in {directory} has no {key}: it is of another version of ddp_eval")

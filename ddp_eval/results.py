@@ -30,6 +30,7 @@ import numpy as np
 from ddp_eval import lm_eval_names
 from ddp_eval.errors import UserError
 from ddp_eval.files import TEMPORARY_SUFFIX, replace_file
+from ddp_eval.read_back import kind_of, read_table
 
 if TYPE_CHECKING:
     import pyarrow
@@ -105,6 +106,7 @@ def prepare_directory(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """
     try:
         directory = make_directory(path)
+        refuse_odd_files(directory)
         earlier = run_files(directory)
         if earlier and not overwrite:
             raise UserError(
@@ -131,6 +133,25 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise unwritable(path, error) from error
     return directory
+
+
+def refuse_odd_files(directory: Path, more: Iterable[str] = ()) -> None:
+    """Raise UserError where a pipe, a directory or the like stands under the name of a file that a run writes.
+
+    more: names beside those of a run's results. A symbolic link is replaced like a file.
+    """
+    for name in (MANIFEST, RESULTS, SCORES, TEXTS, DOCUMENTS, TELEMETRY, *more):
+        kind = kind_at(directory / name)
+        if kind not in (None, "a regular file", "a symbolic link"):
+            raise UserError(f"{directory / name} must be a regular file, and is {kind}: remove it, or give another --output_path")
+
+
+def kind_at(path: Path) -> str | None:
+    """What stands at `path`, links not followed, in words; None where nothing does."""
+    try:
+        return kind_of(path.lstat().st_mode) or "a regular file"
+    except OSError:
+        return None
 
 
 def unwritable(path: str | os.PathLike[str], error: Exception) -> UserError:
@@ -232,11 +253,15 @@ def write_documents(directory: str | os.PathLike[str], documents: Sequence[Mappi
 
 def read_scores(path: str | os.PathLike[str]) -> Scores:
     """Read a scores.parquet back; numbers come as numpy arrays, task and is_greedy as lists."""
-    import pyarrow.parquet
+    table = read_table(path, schema_of(SCORES))
+    numbers = {name: table[name].values for name in ("doc_id", "idx", "loglikelihood", "num_tokens")}
+    greedy = [None if flag < 0 else bool(flag) for flag in table["is_greedy"].values.tolist()]
+    return Scores(task=list(table["task"].texts()), is_greedy=greedy, **numbers)
 
-    table = pyarrow.parquet.read_table(path, schema=_scores_schema())
-    numbers = {name: table[name].to_numpy() for name in ("doc_id", "idx", "loglikelihood", "num_tokens")}
-    return Scores(task=table["task"].to_pylist(), is_greedy=table["is_greedy"].to_pylist(), **numbers)
+
+def schema_of(name: str) -> pyarrow.Schema:
+    """The columns of SCORES, TEXTS or DOCUMENTS."""
+    return {SCORES: _scores_schema, TEXTS: _texts_schema, DOCUMENTS: _documents_schema}[name]()
 
 
 def _try_writing(directory: Path) -> None:

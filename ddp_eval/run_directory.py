@@ -21,9 +21,10 @@ from typing import Any
 
 from ddp_eval import digests, journal, lm_eval_names, machine, restart, results, status
 from ddp_eval.config import Config
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.files import read_object, replace_json
 from ddp_eval.lock import Held, Lock
+from ddp_eval.read_back import Shape, read_json
 
 log = logging.getLogger("ddp_eval")
 
@@ -137,18 +138,20 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
         return None
     if not os.path.isfile(directory / results.MANIFEST):
         return None
-    manifest, found = read_object(directory / results.MANIFEST), read_object(directory / results.RESULTS)
+    from ddp_eval import shapes  # it takes a sixth of a second
+
+    manifest = _read_finished(directory, results.MANIFEST, shapes.MANIFEST)
     flags = manifest.get("config")
-    if not isinstance(flags, dict):
-        raise _refuse(directory, f"its {results.MANIFEST} cannot be read")
+    if flags is None:
+        raise _refuse(directory, f"its {results.MANIFEST} names no flags")
     has = {name for name in _MORE if flags.get(name)}
     difference = _difference(flags, config, _NO_MATTER | has) or _changed_task_file(manifest)
     if not difference and not is_same_model(manifest):  # it may read all files: only where nothing else tells
         difference = "the files of the model have changed since"
-    if not difference and not found:
-        difference = f"its {results.RESULTS} cannot be read"
     if difference:
         raise _refuse(directory, difference, _where_else(directory, flags, config))
+    found = _read_finished(directory, results.RESULTS, shapes.FINISHED_RESULTS)
+    found["ddp_eval"].pop("telemetry", None)  # that of a run that has just ended
     if status.read_status(directory).get("state") != status.DONE or (directory / JOURNALS).exists():
         # One was killed in its last steps or before it replaced this run, or is at work to do either.
         with contextlib.suppress(OSError):
@@ -163,11 +166,22 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
     return found
 
 
+def _read_finished(directory: Path, name: str, shape: Shape) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(directory / name, shape, directory)
+        return found
+    except UserError as error:
+        raise _refuse(directory, f"its {name} cannot be read: {error}") from None
+
+
 def _changed_task_file(manifest: dict[str, Any]) -> str:
     """A phrase for the first of the tasks' files whose content has changed since a run, "" if none has. Lost ones are ignored."""
     files = manifest.get("task_files")
     for path, digest in files.items() if isinstance(files, dict) else ():
-        now = digests.digest_directory(os.path.dirname(path), [os.path.basename(path)])["files"]
+        try:
+            now = digests.digest_directory(os.path.dirname(path), [os.path.basename(path)])["files"]
+        except OSError as error:
+            return f"the task file {path} cannot be read: {error.strerror}"
         if list(now.values()) not in ([], [digest]):
             return f"the task file {path} has changed since"
     return ""
@@ -190,6 +204,7 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
     """
     assert config.output_path
     path = results.make_directory(config.output_path)
+    _refuse_odd_names(path)
     try:
         lock = _take_lock(path, on_lost)
     except OSError as error:
@@ -208,6 +223,17 @@ def open_directory(config: Config, on_lost: Any) -> RunDirectory:
         directory.close()
         raise
     return directory
+
+
+def _refuse_odd_names(directory: Path) -> None:
+    """Raise UserError where no file stands under a name that a run writes: it would wait for a pipe, or fail at its end."""
+    results.refuse_odd_files(directory, (status.STATUS, LOCK))
+    journals = directory / JOURNALS
+    kind = results.kind_at(journals)
+    if kind is not None and kind != "a directory":
+        raise UserError(f"{journals} must be a directory, and is {kind}: remove it, or give another --output_path")
+    if kind is not None:
+        results.refuse_odd_files(journals, (_RUN,))
 
 
 def _take_lock(directory: Path, on_lost: Any) -> Lock:
@@ -283,9 +309,13 @@ def _difference(earlier: dict[str, Any], config: Config, ignored: set[str]) -> s
     """A phrase for each flag in which an earlier run differs, "" if none does. Flags that it did not know had their default."""
     now = _flags(config)
     before = {**_flags(Config()), **earlier}
-    phrases = {name: f"there {name} was {json.dumps(before[name])}, here it is {json.dumps(now[name])}" for name in now}
+    phrases = {name: f"there {name} was {_show(before[name])}, here it is {_show(now[name])}" for name in now}
     phrases["log_samples"] = "it has no samples, and --log_samples cannot make them from what it keeps"
     return "; ".join(phrases[name] for name in now if name not in ignored and before[name] != now[name])
+
+
+def _show(value: Any) -> str:
+    return one_line(json.dumps(value))
 
 
 def _flags(config: Config) -> dict[str, Any]:

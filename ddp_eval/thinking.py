@@ -18,7 +18,7 @@ def read_think_end(model_args: Mapping[str, Any]) -> ThinkEnd:
     """The end of thinking: a token id (digits count as one), a string, or None. Raises UserError for anything else."""
     end = model_args.get("think_end_token")
     if isinstance(end, str):
-        return int(end) if end.isdigit() else end or None
+        return int(end) if end.isdecimal() and len(end) < 20 else end or None
     if end is not None and (isinstance(end, bool) or not isinstance(end, int)):
         raise UserError(f"model_args think_end_token must be a string or a token id, got {end}")
     return end

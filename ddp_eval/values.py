@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import re
 from collections.abc import Container
 from typing import Any
 
+from ddp_eval import read_back
 from ddp_eval.errors import UserError, one_line
 
 _WHOLE_NUMBER = re.compile(r"[+-]?\d+")
@@ -84,9 +84,10 @@ def read_args(flag: str, value: Any) -> dict[str, Any]:
 
 def read_json_object(flag: str, text: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{flag} must be a JSON object, with double quotes, got {one_line(text)}: {one_line(error)}") from None
+        parsed = read_back.parse_json(text)
+    except ValueError as error:
+        why = one_line(error).removeprefix("is not JSON: ")
+        raise UserError(f"{flag} must be a JSON object, with double quotes, got {one_line(text)}: {why}") from None
     assert isinstance(parsed, dict), "JSON text that starts with { is an object"
     return parsed
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ddp_eval import status
-from ddp_eval.errors import one_line
+from ddp_eval.errors import one_line, printable
 from ddp_eval.processes import birth
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
@@ -480,7 +480,7 @@ def _say(sentence: str, rank: int) -> None:
 
 def _print(sentence: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        print(f"ddp_eval: {sentence}", file=sys.stderr, flush=True)
+        print(f"ddp_eval: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def _let_watch_run(*_: Any) -> None:

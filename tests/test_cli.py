@@ -292,7 +292,8 @@ REFUSED = {
         "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
     ),
     "--samples none.json": (
-        "--samples must be a JSON object or the path of a file with one, got none.json: No such file or directory"
+        "--samples must be a JSON object or the path of a file with one: none.json cannot be read "
+        "(No such file or directory)"
     ),
     '--samples {"t":[]}': "--samples must name at least one document for task t",
     '--samples {"t":[-1]}': "--samples must list whole document numbers from 0 for task t, got [-1]",
@@ -303,7 +304,9 @@ REFUSED = {
     "--predict_only": "--predict_only needs --output_path DIR, where the samples are to be written",
     "--output_path=": "--output_path must not be empty: leave it out instead",
     "--output_path out.json": "--output_path must be a directory, got out.json: results.json is written into it",
-    "--config none.yaml": "--config must be a YAML file that can be read, got none.yaml: No such file or directory",
+    "--config none.yaml": (
+        "--config must be a YAML file that can be read: none.yaml cannot be read (No such file or directory)"
+    ),
     "-a pretrain=gpt2": "model_args pretrain is unknown: did you mean pretrained?",
     "-a dtpye=float32": "model_args dtpye is unknown: did you mean dtype?",
     "-a pretrained=": "model_args pretrained must be a path or a name, got nothing",
@@ -367,7 +370,8 @@ def test_samples_file_that_is_no_json(tmp_path: Path) -> None:
     """Catches a traceback of json out of a file that the user named."""
     path = tmp_path / "samples.json"
     path.write_text("t: [1]")
-    assert refusal([*BASE, "--samples", str(path)]).startswith(f"--samples must be the path of a JSON file, {path} is not: Exp")
+    wanted = f"--samples must be a JSON object or the path of a file with one: {path} is not JSON: Expecting value"
+    assert refusal([*BASE, "--samples", str(path)]).startswith(wanted)
     path.write_text("[1]")
     assert refusal([*BASE, "--samples", str(path)]).startswith("--samples must be a JSON object such as")
 
@@ -467,9 +471,10 @@ def test_a_config_file_that_is_no_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("tasks: [a\nlimit: 3")
     sentence = refusal(["--config", str(path)])
-    assert sentence.startswith(f"--config must be a YAML file, {path} is not: while parsing") and "\n" not in sentence
+    assert sentence.startswith(f"--config must be a YAML file that can be read: {path} is not YAML: while parsing")
+    assert "\n" not in sentence
     path.write_bytes(b"\xff\xfe\x00tasks")
-    assert refusal(["--config", str(path)]).startswith(f"--config must be a YAML file that can be read, got {path}: ")
+    assert refusal(["--config", str(path)]).startswith(f"--config must be a YAML file that can be read: {path} ")
 
 
 def test_help_is_short_and_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,7 +206,7 @@ def test_deleted_journal(tmp_path, remove):
 def test_journal_that_cannot_be_read(tmp_path, monkeypatch):
     """Catches a file that is passed over as if it held nothing."""
     (tmp_path / "a.journal").mkdir()
-    with pytest.raises(UserError, match=r"a\.journal cannot be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"a\.journal must be a regular file, and is a directory"):
         read_journals(tmp_path, KEY, ITEM_STARTS)
 
 

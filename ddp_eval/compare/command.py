@@ -11,7 +11,7 @@ from typing import Any
 from ddp_eval.compare.difference import NEAR_TIE_NATS, compare_runs
 from ddp_eval.compare.paired import LEAST_CLUSTERS
 from ddp_eval.compare.reading import read_run
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, printable
 from ddp_eval.subcommand import SubcommandParser
 
 NOT_AS_EXPECTED = 3  # the exit code, beside 2 for what the user must mend and 1 for a defect
@@ -94,7 +94,7 @@ def why_not(comparison: dict[str, Any], expectation: float | None) -> str | None
 def print_verdict(expectation: float | None, failures: Sequence[str], comparisons: Sequence[dict[str, Any]]) -> None:
     if expectation is not None:
         wanted = "identical" if expectation == 0 else f"within {expectation:g} nats"
-        print(f"\nexpected {wanted}: " + ("; ".join(failures) if failures else "yes"))
+        print(f"\nexpected {wanted}: " + (printable("; ".join(failures)) if failures else "yes"))
         turned = {name: sum(one["overall"][name] for one in comparisons) for name in ("answers_flipped", "greedy_flipped")}
         if expectation and any(turned.values()):
             print(f"{turned['answers_flipped']} answers and {turned['greedy_flipped']} greedy flags flipped")
@@ -107,14 +107,14 @@ def _metrics_differing(comparison: dict[str, Any]) -> list[str]:
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
-    """The comparison for a terminal."""
+    """The comparison for a terminal; names out of files can do nothing to it."""
     overall, lines = comparison["overall"], [f"A  {comparison['a']['path']}", f"B  {comparison['b']['path']}", ""]
     rows = [
         ["task", "metric", "documents", "A", "B", "B - A", "± s.e.", "p bootstrap", "p McNemar", "right>wrong", "wrong>right"]
     ]
     named = {**comparison["tasks"], "all of these": overall}
     rows += [_metric_row(task, key, one) for task, part in named.items() for key, one in part["metrics"].items()]
-    lines += [_table(rows), ""] if len(rows) > 1 else []
+    lines += [*_table(rows).split("\n"), ""] if len(rows) > 1 else []
     if any(one.get("clusters", LEAST_CLUSTERS) < LEAST_CLUSTERS for part in named.values() for one in part["metrics"].values()):
         lines[-1:] = [f"fewer than {LEAST_CLUSTERS} documents, or groups of them on one text, give no p-value by bootstrap", ""]
     rows = [
@@ -134,7 +134,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
             "greedy flips",
         ]
     ]
-    lines += [_table(rows + [_request_row(task, part) for task, part in named.items()])]
+    lines += _table(rows + [_request_row(task, part) for task, part in named.items()]).split("\n")
     lines += [f"near ties: flipped answers whose choices lie within {comparison['near_tie_nats']:g} nats in both runs"]
     for side, tasks in comparison["tasks_only_in"].items():
         if tasks:
@@ -151,7 +151,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     if metrics := _metrics_differing(comparison):
         lines.append(f"metrics that differ, in all or in some document: {', '.join(metrics)}")
     lines += _format_differences(comparison["differences"])
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def list_notes(comparison: dict[str, Any]) -> list[str]:
@@ -219,6 +219,7 @@ def _request_row(task: str, part: dict[str, Any]) -> list[str]:
 
 def _table(rows: list[list[str]]) -> str:
     """Columns that line up; one that is empty below its head is left out."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]
     text = [column[0] in ("task", "metric") for column in kept]

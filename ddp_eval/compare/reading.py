@@ -6,17 +6,18 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval import lm_eval_names
+from ddp_eval import lm_eval_names, read_back, results
 from ddp_eval.compare.paired import TRANSFORMS
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 
 _LM_EVAL_SAMPLES = re.compile(r"samples_(?P<task>.+?)(?P<date>_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl")
 # Fields of a document that hold what several questions may be about.
@@ -97,19 +98,17 @@ def read_run(path: str | Path) -> Run:
     Raises UserError, naming the path, for anything else.
     """
     place = Path(path)
-    if not place.exists():
-        raise UserError(f"there is no run at {path}")
-    place = lm_eval_names.run_of(place) or place if place.is_dir() else place
     try:
-        if place.is_dir() and (place / "manifest.json").is_file():
+        if not place.exists():
+            raise UserError(f"there is no run at {path}")
+        place = lm_eval_names.run_of(place) or place if place.is_dir() else place
+        if place.is_dir() and os.path.lexists(place / "manifest.json"):
             return _read_ours(place)
         if place.is_dir() and (place / "scores.parquet").is_file():
             raise UserError(f"the run in {path} is not complete: it has no manifest.json")
         return _read_lm_eval(place)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the run in {path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+    except (OSError, ValueError) as error:  # the directory's own: its files are read by read_back
+        raise UserError(f"the run in {path} cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from error
 
 
 def document_metrics(sample: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
@@ -123,6 +122,13 @@ def document_metrics(sample: Mapping[str, Any]) -> Iterator[tuple[str, float, fl
             yield metric, float(value), 1.0
         elif metric in TRANSFORMS and isinstance(value, (list, tuple)) and len(value) == 2:
             yield metric, float(value[0]), float(value[1])
+
+
+def arguments_of(sample: Mapping[str, Any]) -> list[list[Any]]:
+    """The arguments of each request of one of lm_eval's samples, which older versions wrote as lists."""
+    found = sample["arguments"]
+    each = found.values() if isinstance(found, dict) else found
+    return [list(one.values()) if isinstance(one, dict) else one for one in each]
 
 
 def shared_context(doc: Any) -> str | None:
@@ -162,44 +168,65 @@ class Numbering:
         return self._numbers[name]
 
 
-def read_samples(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a samples_*.jsonl; lines end at a newline alone."""
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for line in file:
-            if line.strip():
-                yield json.loads(line)
+def read_samples(path: Path, run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a samples_*.jsonl; lines end at a newline alone. run: where it was found, its directory or the file itself.
+
+    Raises UserError, with the line's number, for what is no sample.
+    """
+    from ddp_eval import shapes  # a sixth of a second, which those who only read nothing should not wait for
+
+    return read_back.read_lines(path, shapes.SAMPLE, run if run.is_dir() else None)
 
 
 def _read_ours(place: Path) -> Run:
-    import pyarrow.parquet
+    from ddp_eval import shapes
 
-    run = Run(place, "ddp_eval", manifest=json.loads((place / "manifest.json").read_text(encoding="utf-8")))
-    run.results = json.loads((place / "results.json").read_text(encoding="utf-8"))
+    run = Run(place, "ddp_eval", manifest=read_back.read_json(place / results.MANIFEST, shapes.MANIFEST, place))
+    run.results = read_back.read_json(place / results.RESULTS, shapes.RESULTS, place)
     run.reported = _reported(run.results)
-    scores = pyarrow.parquet.read_table(place / "scores.parquet")
-    greedy = np.array([-1 if flag is None else int(flag) for flag in scores["is_greedy"].to_pylist()], dtype=np.int8)
-    tasks = np.array(scores["task"].to_pylist(), dtype=object)
-    columns = [scores[name].to_numpy() for name in ("doc_id", "idx", "loglikelihood")]
-    for task in dict.fromkeys(tasks.tolist()):
-        chosen = np.flatnonzero(tasks == task)
-        run.requests[task] = sort_requests(columns[0][chosen], columns[1][chosen], columns[2][chosen], greedy[chosen])
-    if (place / "texts.parquet").is_file():
-        for row in pyarrow.parquet.read_table(place / "texts.parquet").to_pylist():
-            run.texts.setdefault(row["task"], {})[row["doc_id"], row["idx"], row["repeat"]] = row["text"]
+    scores = _read_table(place, results.SCORES)
+    columns = [scores[name].values for name in ("doc_id", "idx", "loglikelihood", "is_greedy")]
+    for task, chosen in _rows_by_text(scores["task"]):
+        run.requests[task] = sort_requests(*(column[chosen] for column in columns))
+    if os.path.lexists(place / results.TEXTS):
+        texts = _read_table(place, results.TEXTS)
+        for task, *key, text in _rows(texts, "task", "doc_id", "idx", "repeat", "text"):
+            of_task = run.texts.setdefault(task, {})
+            if tuple(key) in of_task:
+                raise UserError(f"{place / results.TEXTS}: document {key[0]} of the task {task} is there twice")
+            of_task[key[0], key[1], key[2]] = text
     rows: DocumentRows = {}
-    if (place / "documents.parquet").is_file():
-        for row in pyarrow.parquet.read_table(place / "documents.parquet").to_pylist():
-            _note_document(run, row["task"], row["doc_id"], row["prompt_hash"], row["context_hash"], row.get("doc_hash"))
-            key = f"{row['metric']},{row['filter']}"
-            rows.setdefault(row["task"], {}).setdefault(key, []).append((row["doc_id"], row["value"], row["weight"]))
+    if os.path.lexists(place / results.DOCUMENTS):
+        documents = _read_table(place, results.DOCUMENTS, ("doc_hash",))  # which older versions did not write
+        for known in _rows(documents, "task", "doc_id", "prompt_hash", "context_hash", "doc_hash"):
+            _note_document(run, *known)
+        for task, metric, kept, *row in _rows(documents, "task", "metric", "filter", "doc_id", "value", "weight"):
+            rows.setdefault(task, {}).setdefault(f"{metric},{kept}", []).append((row[0], row[1], row[2]))
     _settle_documents(run, rows)
     run.samples = {match["task"]: file for file, match in _sample_files(place) if not match["date"]}
     for task, file in run.samples.items():
         if task not in run.documents:  # of a run that kept no metrics, or of an older version
-            for sample in read_samples(file):
+            for sample in read_samples(file, place):
                 prompt, context = sample.get("prompt_hash"), shared_context(sample.get("doc"))
                 _note_document(run, task, int(sample["doc_id"]), prompt, context, content_of(sample))
     return run
+
+
+def _read_table(place: Path, name: str, optional: Sequence[str] = ()) -> dict[str, read_back.Column]:
+    return read_back.read_table(place / name, results.schema_of(name), place, optional)
+
+
+def _rows(table: Mapping[str, read_back.Column], *names: str) -> Iterator[tuple[Any, ...]]:
+    columns = (table[name] for name in names)
+    return zip(*(column.texts() if column.names else column.values.tolist() for column in columns), strict=True)
+
+
+def _rows_by_text(column: read_back.Column) -> Iterator[tuple[str, npt.NDArray[np.intp]]]:
+    """Each text with the rows that hold it, in the order in which they come first."""
+    order = np.argsort(column.values, kind="stable")
+    starts = np.flatnonzero(np.diff(column.values[order], prepend=-1))
+    for rows in sorted(np.split(order, starts[1:]), key=lambda rows: int(rows[0])) if len(order) else ():
+        yield str(column.names[column.values[rows[0]]]), rows
 
 
 def _read_lm_eval(place: Path) -> Run:
@@ -218,7 +245,7 @@ def _read_lm_eval(place: Path) -> Run:
         run.samples[match["task"]], dates[match["task"]] = file, match["date"] or ""
     rows: DocumentRows = {}
     for task, file in run.samples.items():
-        _add_samples(run, task, read_samples(file), rows.setdefault(task, {}))
+        _add_samples(run, task, read_samples(file, place), rows.setdefault(task, {}))
     _settle_documents(run, rows)
     _add_summaries(run, found[0][0].parent, dates)
     if place.is_file():  # one task is asked about
@@ -231,11 +258,13 @@ def _read_lm_eval(place: Path) -> Run:
 
 def _add_summaries(run: Run, folder: Path, dates: Mapping[str, str]) -> None:
     """What each task's results file reports, which has the date of its samples; other facts are of the newest."""
+    from ddp_eval import shapes
+
     for date in sorted(set(dates.values())):
         file = folder / f"results{date}.json"
-        if not file.is_file():
+        if not os.path.lexists(file):
             continue
-        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary = read_back.read_json(file, shapes.LM_EVAL_RESULTS, run.path if run.path.is_dir() else None)
         of_date = {task for task, its_date in dates.items() if its_date == date}
         if run.results and _manifest_of(summary)["config"] != run.manifest["config"]:
             run.notes.append(f"{folder} holds samples of runs with other model_args: {', '.join(sorted(of_date))} and others")
@@ -264,8 +293,7 @@ def _add_samples(
         if kept != first_filter:
             continue
         _note_document(run, task, doc_id, sample.get("prompt_hash"), shared_context(sample.get("doc")), content_of(sample))
-        arguments = list(sample["arguments"].values()) if isinstance(sample["arguments"], dict) else sample["arguments"]
-        for idx, (resps, argument) in enumerate(zip(sample["resps"], arguments, strict=True)):
+        for idx, (resps, argument) in enumerate(zip(sample["resps"], arguments_of(sample), strict=True)):
             if isinstance(resps[0], list):
                 rows.append((doc_id, idx, float(resps[0][0]), int(str(resps[0][1]) == "True")))
             elif len(argument) == 1:  # rolling
@@ -291,6 +319,9 @@ def _settle_documents(run: Run, collected: DocumentRows) -> None:
         run.metrics[task] = {}
         for key, rows in metrics.items():
             table = np.array(sorted(rows), dtype=np.float64)  # document numbers are exact up to 2^53
+            twice = np.flatnonzero(np.diff(table[:, 0]) == 0)
+            if len(twice):
+                raise UserError(f"{run.path}: {task} has two values of {key} for document {int(table[twice[0], 0])}")
             run.metrics[task][key] = Documents(table[:, 0].astype(np.int64), table[:, 1], table[:, 2])
 
 

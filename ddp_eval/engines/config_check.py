@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ddp_eval import read_back
 from ddp_eval.errors import UserError, one_line
 
 # What configs call a model's sizes, and what these can be. The largest are far beyond any model that is known.
@@ -24,21 +24,18 @@ _RANGES: tuple[tuple[tuple[str, ...], int, int], ...] = (
 WINDOWS = ("n_positions", "max_position_embeddings", "n_ctx")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner", "intermediate_size")  # None: the model's default
 _WEIGHTS = (".safetensors", ".bin")
+_MAX_FILE_BYTES = 16 * 2**20
 _PER_BYTE = 8  # weights of a quantised checkpoint, at most; of any other, one
 
 
 def check_file(path: str, name: str, overrides: Mapping[str, Any]) -> None:
     """Raise UserError for a config.json whose sizes cannot be meant: transformers divides by some of them as it reads it.
 
-    overrides: fields that --model_args give in place of the file's. A file that is no JSON object is left to transformers.
+    overrides: fields that --model_args give in place of the file's. A file that is cut or holds no object is refused, too:
+    transformers' own words for one do not name it.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            fields = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        return
-    if isinstance(fields, dict):
-        _check_sizes({**fields, **overrides}, name)
+    fields = read_back.read_json(path, read_back.an_object, max_bytes=_MAX_FILE_BYTES, unique_keys=False)
+    _check_sizes({**fields, **overrides}, name)
 
 
 def check_config(config: Any, name: str, max_length: int | None) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import re
 from typing import Any
 
@@ -32,6 +31,7 @@ from ddp_eval.engines import checkpoint, hf, readout
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.layout import split_layers
 from ddp_eval.packing import Pack
+from ddp_eval.read_back import open_regular, parse_json
 
 # Models whose forward is known to be: embed, one layer after another on one hidden state, norm, head (tests/test_layers.py).
 MODEL_TYPES = (
@@ -40,6 +40,7 @@ MODEL_TYPES = (
 )  # fmt: skip
 # Share of the positions of a pack at which the head runs: what the last stage's extra work is reckoned with.
 TYPICAL_READ_SHARE = 1 / 8
+_MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its own rule
 MOST_IN_FLIGHT = 4  # hidden states that a stage may have sent and the next not taken
 
 
@@ -166,8 +167,15 @@ def _holds_weights_of(stage: Stage, file: str) -> bool:
     """By the names in a safetensors file's header; True for other files."""
     if not file.endswith(".safetensors"):
         return True
-    with open(file, "rb") as stream:
-        names = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    with open_regular(file) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(min(length, _MAX_HEADER_BYTES))
+    try:
+        names = parse_json(header.decode(), unique_keys=False)
+    except ValueError:
+        names = None
+    if not isinstance(names, dict):  # safetensors will say what is wrong with the file
+        return True
     numbers = [re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name) for name in names if name != "__metadata__"]
     return any(int(number[1]) in stage.layers if number else stage.is_first or stage.is_last for number in numbers)
 

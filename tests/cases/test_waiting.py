@@ -312,7 +312,7 @@ def test_lock_of_another_machine(tmp_path):
 def test_dangling_lock(tmp_path):
     """Catches a lock that is a link to nothing: it can neither be made nor read, and was looked at without end."""
     (tmp_path / "lock").symlink_to(tmp_path / "gone")
-    with pytest.raises(OSError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"lock must be a lock file of ddp_eval, and is a symbolic link: remove it$"):
         lock.Lock(tmp_path / "lock", lambda: None).acquire()
 
 

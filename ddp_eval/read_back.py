@@ -208,28 +208,27 @@ def _read_columns(file: BinaryIO, schema: pyarrow.Schema, optional: Sequence[str
     import numpy as np
     import pyarrow.parquet
 
-    size = os.fstat(file.fileno()).st_size
-    texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
-    with pyarrow.parquet.ParquetFile(file, read_dictionary=texts, pre_buffer=False) as parquet:
-        _check_claims(parquet.metadata, size)
-        found = parquet.schema_arrow
-        for field in schema:
-            places = found.get_all_field_indices(field.name)
-            if not places and field.name in optional:
-                continue
-            if len(places) != 1:
-                raise ValueError(f"has {'no' if not places else 'more than one'} column {field.name}")
-            kind = found.field(places[0]).type
-            if pyarrow.types.is_dictionary(kind) and field.name in texts:
-                kind = kind.value_type
-            if kind != field.type:
-                raise ValueError(f"column {field.name} must be of the type {field.type}, got {one_line(kind, 60)}")
-        table = parquet.read(columns=[name for name in schema.names if name in found.names], use_threads=False)
-    if table.num_rows != parquet.metadata.num_rows:
-        raise ValueError(f"must have {parquet.metadata.num_rows:,} rows, as it says, and has {table.num_rows:,}")
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        metadata, found = parquet.metadata, parquet.schema_arrow
+    _check_claims(metadata, os.fstat(file.fileno()).st_size)
+    fields = [field for field in schema if field.name in found.names or field.name not in optional]
+    texts = [field.name for field in fields if pyarrow.types.is_string(field.type)]
+    for field in fields:
+        places = found.get_all_field_indices(field.name)
+        if len(places) != 1:
+            raise ValueError(f"has {'more than one' if places else 'no'} column {field.name}")
+        kind = found.field(places[0]).type
+        if pyarrow.types.is_dictionary(kind) and field.name in texts:
+            kind = kind.value_type
+        if kind != field.type:
+            raise ValueError(f"column {field.name} must be of the type {field.type}, got {one_line(kind, 60)}")
+    with pyarrow.parquet.ParquetFile(file, metadata=metadata, read_dictionary=texts, pre_buffer=False) as parquet:
+        table = parquet.read(columns=[field.name for field in fields], use_threads=False)
+    if table.num_rows != metadata.num_rows:
+        raise ValueError(f"must have {metadata.num_rows:,} rows, as it says, and has {table.num_rows:,}")
     table.validate(full=True)
-    lacking = Column(np.zeros(table.num_rows, dtype=np.int64), [None])
-    return {field.name: _to_column(table[field.name], field) if field.name in found.names else lacking for field in schema}
+    lacking = {field.name: Column(np.zeros(metadata.num_rows, dtype=np.int64), [None]) for field in schema if field not in fields}
+    return lacking | {field.name: _to_column(table[field.name], field) for field in fields}
 
 
 def _check_claims(metadata: pyarrow.parquet.FileMetaData, size: int) -> None:

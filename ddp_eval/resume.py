@@ -27,7 +27,7 @@ log = logging.getLogger("ddp_eval")
 # reason. A change in a report need not undo hours of packs.
 _CODE = (
     "attention.py", "blocks.py", "distributed.py", "engines", "errors.py", "execution.py", "generation.py", "layout.py",
-    "packing.py", "pairing.py", "planning.py", "protocol.py", "stopping.py",
+    "packing.py", "pairing.py", "planning.py", "protocol.py", "stopping.py", "tokenizer_calls.py",
 )  # fmt: skip
 # What else computes, where it is installed: adapters, quantised layers, kernels, and the text in which stop strings are sought.
 _PACKAGES = (

@@ -310,7 +310,7 @@ REFUSED = {
     "-a pretrain=gpt2": "model_args pretrain is unknown: did you mean pretrained?",
     "-a dtpye=float32": "model_args dtpye is unknown: did you mean dtype?",
     "-a pretrained=": "model_args pretrained must be a path or a name, got nothing",
-    '-a {"revision":1.5}': "model_args revision must be text, got 1.5: put it in quotes",
+    '-a {"revision":1.5}': "model_args revision must be text, got 1.5 (revision='\"123\"' keeps a number as text)",
     "-a trust_remote_code=maybe": "model_args trust_remote_code must be true or false, got maybe",
     "-a device=cuda:1": "model_args device is not supported: use --device cuda:1",
     "-a backend=onnx": "model_args backend must be default, causal or seq2seq, got onnx",

@@ -32,7 +32,8 @@ def bootstrap_stderr(statistic: Callable[[Sequence[Any]], float], samples: Seque
     if getattr(statistic, "__name__", "") == "perplexity":
         values = np.asarray(samples, dtype=np.float64)
         means = (_resampled_means(values, seed, per_chunk) for seed in range(chunks))
-        return float(np.std([x for chunk in _renewing(means) for x in np.exp(-chunk)], ddof=1))
+        with np.errstate(invalid="ignore", over="ignore"):  # of an infinite perplexity it is NaN
+            return float(np.std([x for chunk in _renewing(means) for x in np.exp(-chunk)], ddof=1))
     started = time.perf_counter()
     drawn = _resample(statistic, samples, 0, per_chunk)
     if (chunks - 1) * (time.perf_counter() - started) <= PATIENCE_S:

@@ -97,7 +97,8 @@ def answers_of(
     doc_ids, starts, counts = doc_ids[chosen], starts[chosen], counts[chosen]
     blocks = [requests.loglikelihood[start : start + count] for start, count in zip(starts, counts, strict=True)]
     best = np.array([int(np.argmax(block)) for block in blocks], dtype=np.int64)
-    lead = np.array([float(np.subtract(*np.sort(block)[[-1, -2]])) for block in blocks], dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # none of the choices could be scored
+        lead = np.array([float(np.subtract(*np.sort(block)[[-1, -2]])) for block in blocks], dtype=np.float64)
     return doc_ids, best, lead
 
 

@@ -51,8 +51,10 @@ def compare_metric(
     LEAST_CLUSTERS, or of clusters that all differ alike.
     """
     num_clusters = len(np.unique(clusters))
-    difference = aggregate(metric, *b) - aggregate(metric, *a)
-    drawn = _resampled_differences(metric, a, b, clusters, np.random.default_rng(0))
+    scores = aggregate(metric, *a), aggregate(metric, *b)
+    difference = scores[1] - scores[0] if scores[0] != scores[1] else 0.0  # also of two that are infinite
+    with np.errstate(invalid="ignore"):
+        drawn = _resampled_differences(metric, a, b, clusters, np.random.default_rng(0))
     if num_clusters > 1:
         drawn = difference + (drawn - difference) * _widening(num_clusters)
     is_mean = metric not in TRANSFORMS

@@ -161,11 +161,11 @@ def test_every_mistake_then_the_right_command(tasks: Path, tmp_path: Path, monke
     for words in BROKEN.values():  # a complete run is refused, and stays
         with pytest.raises(UserError, match="already holds a run"):
             run(words)
-    before = {path: path.read_bytes() for path in output.iterdir()}
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     for mistake, words in BROKEN.items():
         with pytest.raises(UserError):
             run(f"--overwrite {words}")
-        assert {path: path.read_bytes() for path in output.iterdir()} == before, mistake
+        assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before, mistake
 
 
 @pytest.mark.slow

@@ -350,9 +350,6 @@ def test_a_loaded_model_is_no_name(tiny_model: Callable[..., Any], tiny_tokenize
         text = str(refused.value)
         assert "\n" not in text and len(text) < 250
         assert "must be a path or a name, got a " in text and "ddp_eval.evaluate(model, tokenizer, tasks=[...])" in text
-    with pytest.raises(UserError, match=r"model_args pretrained must be text, got \d+") as refused:
-        launch(pretrained=10**200)
-    assert len(str(refused.value)) < 200
 
 
 def test_options_as_text(
@@ -392,7 +389,7 @@ def test_options_as_text(
     assert run(batch_size="8")["config"]["batch_size"] == "8" and "batch_size is ignored" in caplog.text
     for options, sentence in (
         ({"gen_kwargs": "max_gen_toks"}, "--gen_kwargs must be key=value pairs, got 'max_gen_toks'"),
-        ({"gen_kwargs": 5}, "--gen_kwargs must be a mapping, or key=value pairs, got 5"),
+        ({"gen_kwargs": 5}, "--gen_kwargs must be key=value pairs, got 5"),
         ({"limit": "few"}, "--limit must be a number, got few"),
         ({"seed": [1, 2]}, "--seed must be 1 or 4 values"),
     ):

@@ -154,7 +154,7 @@ def test_what_only_whole_copies_serve(words: str) -> None:
 
 def test_layouts_of_lm_evals_way_in() -> None:
     """Catches `layout=measure` taken for another layout without a word, and texts asked of layers, which have no answer."""
-    with pytest.raises(UserError, match="--layout measure is for runs of the command"):
+    with pytest.raises(UserError, match="--layout measure is for the command"):
         DDPEvalLM(pretrained="demo", layout="measure")
     with pytest.raises(UserError, match="the task t generates text, which --layout layers:2 does not serve"):
         choice.check_texts(Config(), Layout("layers", 2), "t")

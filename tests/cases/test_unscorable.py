@@ -72,8 +72,9 @@ def test_a_token_across_the_joint(tiny_model: Callable[..., Any], tmp_path: Path
     assert len(said) == 1 and said[0].endswith(": 3 (odd: document 0 choice 0, document 0 choice 2, document 0 choice 4)")
 
 
-def test_with_and_without_cuts() -> None:
+def test_with_and_without_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches joined continuations that are split otherwise where shared text is encoded once."""
+    monkeypatch.setattr(tokenization, "MANY_CHARACTERS", 0)
     tokenizer = make_joining_tokenizer()
     pairs = [
         (f"Example {number}: no\n\nQuestion\n{context}", continuation)
@@ -82,7 +83,7 @@ def test_with_and_without_cuts() -> None:
     ]
     pairs += [("", ""), ("", "<s>"), ("Ans", "")]
     cutting, whole = Encoder(tokenizer, 64), Encoder(tokenizer, 64)
-    assert cutting._cuts is not None and len(pairs) >= tokenization.FEW
+    assert cutting._cuts is not None
     whole._may_cut = False
     found, expected = cutting.encode_pairs(pairs), whole.encode_pairs(pairs)
     assert cutting._may_cut, "else nothing is compared"
@@ -142,7 +143,9 @@ def test_a_document_that_nothing_can_decide(
     rows.insert(1, {"context": "The answer", "choices": ["", ""], "gold": 0})
     path = write_task(tmp_path / "tasks", "multiple_choice", rows, ["acc", "brier_score"])
     with caplog.at_level(logging.WARNING, "ddp_eval"):
-        ours = evaluate(tiny_model("llama"), tiny_tokenizer, path)
+        ours = evaluate(tiny_model("llama"), tiny_tokenizer, path, output_path=str(tmp_path / "out"))
+    with np.errstate(all="raise"):
+        assert compare_runs(*(read_run(tmp_path / "out") for _ in range(2)))["identical"]
     assert math.isnan(ours["results"]["odd"]["brier_score,none"])
     found = ours["ddp_eval"]["irregular"]
     assert found["nan_metrics"] == {"odd": {"documents": 1, "first": [1]}}
@@ -164,10 +167,13 @@ def test_chosen_documents_keep_their_numbers(tiny_model: Callable[..., Any], tin
 
 
 def test_a_perplexity_over_nothing(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """Catches a perplexity that an empty target lowers, an overflow, and a bootstrap that stops on infinity."""
+    """Catches a perplexity that an empty target lowers, an overflow, and a bootstrap or comparison that stops on infinity."""
     rows = [{"context": "The end", "target": target} for target in (" of it", "", " is near")]
     path = write_task(tmp_path / "tasks", "loglikelihood", rows, ["perplexity", "acc"])
-    ours = evaluate(tiny_model("llama"), tiny_tokenizer, path, bootstrap_iters=100)
+    with np.errstate(all="raise"):
+        ours = evaluate(tiny_model("llama"), tiny_tokenizer, path, bootstrap_iters=100, output_path=str(tmp_path / "out"))
+        compared = compare_runs(*(read_run(tmp_path / "out") for _ in range(2)))
+    assert compared["identical"] and compared["tasks"]["odd"]["metrics"]["perplexity,none"]["difference"] == 0
     assert ours["results"]["odd"]["perplexity,none"] == math.inf
     assert [sample["acc"] for sample in ours["samples"]["odd"]][1] == 0
     assert answers_of(ours)[1, 0] == (-math.inf, False)

@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from launch import COMMAND, QUICK, Finished, launch
 
-from ddp_eval import __main__, demo, watch
+from ddp_eval import __main__, demo, journal, watch
 
 END_S = 15
 
@@ -263,6 +264,9 @@ def place(tmp_path_factory):
     begun = place / "unfinished" / "journal" / "run.json"
     begun.write_text(json.dumps({"flags": {"tasks": ["demo_lambada"], "model_args": {"pretrained": "demo"}, "limit": 4.0}}))
     os.utime(begun, (86400, 86400))
+    own = journal.Journal(begun.with_name("a.journal"), journal.work_key({}), "cpu")
+    own.append(0, np.array([-1.0]), np.array([True]))
+    own.close()
     shutil.copytree(demo.MODEL_PATH, place / "no_template")
     (place / "no_template" / "chat_template.jinja").unlink()
     templates = shutil.copytree(demo.MODEL_PATH, place / "two_templates") / "additional_chat_templates"

@@ -29,6 +29,7 @@ def read(directory, name):
 def results_but_times(directory):
     kept = read(directory, results.RESULTS)
     del kept["date"], kept["ddp_eval"]["phases_s"], kept["total_evaluation_time_seconds"]
+    del kept["ddp_eval"]["lm_eval_files"]["date"]
     kept.pop("pretty_env_info", None)  # many_runs.py leaves it out; it holds the CPU's present clock rate
     return kept
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval.errors import UserError, one_line
 from ddp_eval.text_cuts import Cuts
 
 Ids = npt.NDArray[np.int32]
@@ -69,7 +68,7 @@ class TokenPool:
             for start in range(0, len(group), BATCH):
                 batch = group[start : start + BATCH]
                 for part, ids in zip(batch, self._encode_alike(batch, how), strict=True):
-                    self._ids[self._numbers[part, how]] = _as_array(part, ids)
+                    self._ids[self._numbers[part, how]] = np.array(ids, dtype=np.int32)
 
     def ids_of(self, numbers: Sequence[int]) -> list[Ids]:
         """The ids of parts, in order. Call `fill` before."""
@@ -111,18 +110,6 @@ class TokenPool:
             return []
         self._ids.append(np.array(ids, dtype=np.int32))
         return [len(self._ids) - 1]
-
-
-def _as_array(text: str, ids: list[int]) -> Ids:
-    """Raises UserError for what is no id: None, of a tokenizer in Python that knows no unknown token, or one beyond 32 bits."""
-    try:
-        return np.array(ids, dtype=np.int32)
-    except (TypeError, ValueError, OverflowError):
-        odd = next((token for token in ids if not isinstance(token, (int, np.integer)) or not 0 <= token < 2**31), None)
-        raise UserError(
-            f"the tokenizer gives {one_line(repr(text), 60)} the token id {odd}, which is none: give the model's own tokenizer, "
-            "or another as tokenizer=NAME in --model_args"
-        ) from None
 
 
 class PairMaker:

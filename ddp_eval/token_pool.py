@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval.errors import UserError, one_line
 from ddp_eval.text_cuts import Cuts
 
 Ids = npt.NDArray[np.int32]
@@ -99,7 +98,7 @@ class TokenPool:
                 texts = [part.text for part in batch]
                 found = self._encode(texts, special) if anchor is None else self._encode_behind(anchor, texts)
                 for part, ids in zip(batch, found, strict=True):
-                    self._ids[self._numbers[part]] = _as_array(part.text, ids)
+                    self._ids[self._numbers[part]] = np.array(ids, dtype=np.int32)
 
     def ids_of(self, numbers: Sequence[int]) -> list[Ids]:
         """The ids of parts, in order. Call `fill` before."""
@@ -137,18 +136,6 @@ class TokenPool:
             return []
         self._ids.append(np.array(ids, dtype=np.int32))
         return [len(self._ids) - 1]
-
-
-def _as_array(text: str, ids: list[int]) -> Ids:
-    """Raises UserError for what is no id: None, of a tokenizer in Python that knows no unknown token, or one beyond 32 bits."""
-    try:
-        return np.array(ids, dtype=np.int32)
-    except (TypeError, ValueError, OverflowError):
-        odd = next((token for token in ids if not isinstance(token, (int, np.integer)) or not 0 <= token < 2**31), None)
-        raise UserError(
-            f"the tokenizer gives {one_line(repr(text), 60)} the token id {odd}, which is none: give the model's own tokenizer, "
-            "or another as tokenizer=NAME in --model_args"
-        ) from None
 
 
 class PairMaker:

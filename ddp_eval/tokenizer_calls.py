@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from ddp_eval.errors import UserError, one_line
 
 # What lies between a text and the `tokenizers` library in transformers 5.23. A tokenizer with one of its own is called as it is.
 _ON_THE_WAY = (
@@ -27,7 +29,7 @@ def encode_each(tokenizer: Any, texts: list[str], special: bool | None) -> list[
     special: as `add_special_tokens`; None: the tokenizer's default.
     """
     if not is_plain(tokenizer):
-        return [list(tokenizer.encode(text, **_options(special))) for text in texts]
+        return [_checked(text, tokenizer.encode(text, **_options(special))) for text in texts]
     return _encode_plain(tokenizer, texts, special)
 
 
@@ -48,6 +50,18 @@ def decoder_of(tokenizer: Any) -> Callable[[list[list[int]]], list[str]]:
     import torch
 
     return lambda rows: [tokenizer.batch_decode(torch.tensor([row]))[0] if row else "" for row in rows]
+
+
+def _checked(text: str, ids: Iterable[Any]) -> list[int]:
+    """Raises UserError for what is no id: None, of a tokenizer in Python that knows no unknown token, or one beyond 32 bits."""
+    found = list(ids)
+    for token in found:
+        if token is None or not 0 <= token < 2**31:
+            raise UserError(
+                f"the tokenizer gives {one_line(repr(text), 60)} the token id {token}, which is none: give the model's own "
+                "tokenizer, or another as tokenizer=NAME in --model_args"
+            )
+    return found
 
 
 def _call(tokenizer: Any, text: str, special: bool | None) -> list[int]:

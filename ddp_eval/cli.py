@@ -253,6 +253,8 @@ def _read_config_file(path: str) -> dict[str, Any]:
     raw = {}
     for key, value in mapping.items():
         name = str(key).replace("-", "_")
+        if name == "config" and value is None:
+            continue
         if name == "config":
             raise UserError(f"--config {path} must not name another config file")
         if name not in {*_FLAGS, *_IGNORED_FLAGS, *_REFUSED_FLAGS}:

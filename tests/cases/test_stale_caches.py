@@ -19,11 +19,13 @@ from typing import Any
 
 import datasets
 import pytest
+import transformers.dynamic_module_utils
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import _factory, _yaml_loader
 
 from ddp_eval import compile_cache, harness, run_directory
 from ddp_eval.config import config_from_options
+from ddp_eval.engines import checkpoint
 from ddp_eval.errors import UserError
 from ddp_eval.meter import Phases
 from ddp_eval.runner import evaluate
@@ -274,6 +276,21 @@ def test_a_complete_run_of_an_edited_task(
     with caplog.at_level(logging.WARNING):
         assert find() is not None
     assert f"the run in {output} was made with torch 1.0 (now " in caplog.text
+
+
+def test_code_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a transformers whose copies of a checkpoint's code do not go by its content, or mix up folders of one name."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code = "from transformers import PretrainedConfig\nfrom .words import word\n"
+    code += "class AConfig(PretrainedConfig):\n    model_type = 'a'\n    said = word\n"
+    for place, word in (("x", "one"), ("x", "two"), ("y", "six"), ("x", "two")):
+        folder = tmp_path / place / "checkpoint"
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.json", json.dumps({"model_type": "a", "auto_map": {"AutoConfig": "configuration_a.AConfig"}}))
+        write(folder / "configuration_a.py", code)
+        write(folder / "words.py", f"word = '{word}'\n")
+        found: Any = checkpoint.load_config({"pretrained": str(folder), "trust_remote_code": True})
+        assert found.said == word
 
 
 @pytest.mark.parametrize("theirs", ["another user's", "writable by all", "a link"])

@@ -19,7 +19,7 @@ from case_tools import answer_with_lm_eval, answers_of, by_lm_eval, make_joining
 from lm_eval.api.instance import Instance
 
 import ddp_eval
-from ddp_eval import irregular
+from ddp_eval import irregular, tokenization
 from ddp_eval.compare.difference import compare_runs
 from ddp_eval.compare.reading import read_run
 from ddp_eval.lm import launch

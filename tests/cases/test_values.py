@@ -7,6 +7,7 @@ and a `--config` file of lm_eval's own whose examples were drawn otherwise.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,14 @@ def test_no_word_for_the_cache_is_guessed(tmp_path: Path) -> None:
             continue
         with pytest.raises(UserError, match=f"^{sentence}"):
             cli.parse(["--config", str(file)])
+
+
+def test_the_defaults_of_lm_eval_in_a_file(tmp_path: Path) -> None:
+    """Catches a file that names every setting of lm_eval's with its default, and that means something or is refused."""
+    file = tmp_path / "config.yaml"
+    mine = {"model_args": {"pretrained": "m"}, "tasks": ["t"], "device": None}  # lm_eval's is a GPU
+    file.write_text(yaml.safe_dump(dataclasses.asdict(EvaluatorConfig()) | mine))
+    assert cli.parse(["--config", str(file)])[0] == cli.parse(BASE)[0]
 
 
 DRAWN = """\

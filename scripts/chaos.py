@@ -327,8 +327,8 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
     def note(word: str, pack: int) -> None:
         os.write(packs, f"{word} {pack} {time.monotonic()}\n".encode())
 
-    def begin(name: str, pack: int | None = None) -> None:
-        step(name, pack)
+    def begin(name: str, pack: int | None = None, detail: str = "") -> None:
+        step(name, pack, detail)
         if pack is not None:
             note("begin", pack)
             time.sleep(pack_s)

@@ -464,7 +464,8 @@ def test_a_config_file_that_is_no_yaml(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("tasks: [a\nlimit: 3")
     sentence = refusal(["--config", str(path)])
-    assert sentence.startswith(f"--config must be a YAML file that can be read: {path} is not YAML: while parsing") and "\n" not in sentence
+    assert sentence.startswith(f"--config must be a YAML file that can be read: {path} is not YAML: while parsing")
+    assert "\n" not in sentence
     path.write_bytes(b"\xff\xfe\x00tasks")
     assert refusal(["--config", str(path)]).startswith(f"--config must be a YAML file that can be read: {path} ")
 

@@ -329,7 +329,7 @@ def test_locks_of_others(content, tmp_path, quick_lock):
     assert [*tmp_path.rglob("*")] == [tmp_path / "run"]
 
 
-@pytest.mark.parametrize("make", damage_files.ODD_KINDS[:3] + damage_files.ODD_KINDS[4:10], ids=str)
+@pytest.mark.parametrize("make", damage_files.ODD_KINDS[:3] + damage_files.ODD_KINDS[4:10], ids=range(9))
 def test_locks_that_are_no_files(make, tmp_path, quick_lock):
     """Catches a start that waits for ever: for a pipe's writer, or for a link that leads nowhere to be there or free."""
     (tmp_path / "run").mkdir()

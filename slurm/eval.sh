@@ -51,7 +51,7 @@ find_output() {
 
 # Whether this job, at whatever start, has finished the run, or has found it complete. A run that it was to replace does not count.
 is_done() {
-    { grep -s '"state": *"done"' "$output/status.json" | grep -q "\"slurm\": *\"$JOB\""; } ||
+    { [[ -f "$output/status.json" ]] && grep -s '"state": *"done"' "$output/status.json" | grep -q "\"slurm\": *\"$JOB\""; } ||
         grep -qs 'holds this very run, complete: nothing is left to do' "${LOGS:-/dev/null}".*.log
 }
 
@@ -87,7 +87,7 @@ is_taken() {
 # The fields are those of ddp_eval/status.py. Nothing replaces "done", or what another run at work has said.
 note_failure() {
     local reason="${1//[[:cntrl:]]/ }" aside="$output/.status.json.$JOB.ddp_eval.tmp"
-    if is_taken || grep -qs '"state": *"done"' "$output/status.json"; then
+    if is_taken || { [[ -f "$output/status.json" ]] && grep -qs '"state": *"done"' "$output/status.json"; }; then
         return
     fi
     reason="${reason//\\/\\\\}"

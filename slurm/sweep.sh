@@ -115,7 +115,7 @@ write_report() {
         rm -f "$output/compare.$task.txt" # of an earlier report
         for model in "${models[@]}"; do
             text="$(split_words "$model" "$task")" || exit
-            if ! grep -qs '"state": *"done"' "$output/$model/$task/status.json"; then
+            if ! { [[ -f "$output/$model/$task/status.json" ]] && grep -qs '"state": *"done"' "$output/$model/$task/status.json"; }; then
                 echo "$model $task: not done, see $output/logs; slurm/sweep.sh with the same list resumes it"
                 code=1
             elif [[ "$(cat "$output/$model/$task/logs/flags" 2>/dev/null)" == "${text:+$text$'\n'}--output_path"* ]]; then

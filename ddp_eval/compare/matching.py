@@ -156,7 +156,7 @@ def _renumber(run: Run, renamed: Mapping[str, Mapping[int, int]]) -> Run:
         if task in run.requests:
             old = run.requests[task]
             doc_id = np.array([names[number] for number in old.doc_id.tolist()], dtype=np.int64)
-            changed.requests[task] = sort_requests(doc_id, old.idx, old.loglikelihood, old.is_greedy)
+            changed.requests[task] = sort_requests(run.path, doc_id, old.idx, old.loglikelihood, old.is_greedy)
         for name in ("prompts", "contexts", "documents"):
             of_task = getattr(run, name).get(task, {})
             getattr(changed, name)[task] = {names[number]: value for number, value in of_task.items() if number in names}

@@ -187,7 +187,7 @@ def _read_ours(place: Path) -> Run:
     scores = _read_table(place, results.SCORES)
     columns = [scores[name].values for name in ("doc_id", "idx", "loglikelihood", "is_greedy")]
     for task, chosen in _rows_by_text(scores["task"]):
-        run.requests[task] = sort_requests(*(column[chosen] for column in columns))
+        run.requests[task] = sort_requests(place, *(column[chosen] for column in columns))
     if os.path.lexists(place / results.TEXTS):
         texts = _read_table(place, results.TEXTS)
         for task, *key, text in _rows(texts, "task", "doc_id", "idx", "repeat", "text"):
@@ -302,7 +302,7 @@ def _add_samples(
                 run.texts.setdefault(task, {}).update({(doc_id, idx, repeat): str(text) for repeat, text in enumerate(resps)})
     if rows:
         doc_ids, ids, sums, greedy = (np.array(column) for column in zip(*rows, strict=True))
-        run.requests[task] = sort_requests(doc_ids, ids, sums.astype(np.float64), greedy.astype(np.int8))
+        run.requests[task] = sort_requests(run.path, doc_ids, ids, sums.astype(np.float64), greedy.astype(np.int8))
 
 
 def _note_document(run: Run, task: str, doc_id: int, prompt: str | None, context: str | None, content: str | None = None) -> None:
@@ -325,12 +325,13 @@ def _settle_documents(run: Run, collected: DocumentRows) -> None:
             run.metrics[task][key] = Documents(table[:, 0].astype(np.int64), table[:, 1], table[:, 2])
 
 
-def sort_requests(doc_id: Any, idx: Any, loglikelihood: Any, greedy: Any) -> Requests:
+def sort_requests(place: Path, doc_id: Any, idx: Any, loglikelihood: Any, greedy: Any) -> Requests:
     order = np.lexsort((idx, doc_id))
     doc_id, idx = doc_id[order].astype(np.int64), idx[order].astype(np.int64)
     twice = np.flatnonzero((np.diff(doc_id) == 0) & (np.diff(idx) == 0))
     if len(twice):
-        raise UserError(f"request {idx[twice[0]]} of document {doc_id[twice[0]]} is there twice: is this more than one run?")
+        which = f"request {idx[twice[0]]} of document {doc_id[twice[0]]}"
+        raise UserError(f"{which} is there twice in {place}: is this more than one run?")
     return Requests(doc_id, idx, loglikelihood[order], greedy[order])
 
 

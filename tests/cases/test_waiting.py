@@ -111,8 +111,8 @@ def test_variables_left_over_in_a_shell():
     assert finished.returncode == 2 and not finished.foreign_frames(), str(finished)
     (sentence,) = finished.sentences()
     assert "rank 3 on " in sentence and " did not come to join the process group" in sentence, sentence
-    first, second, *more = notices(finished)
-    assert first == second and not more, str(finished)  # after 1, 2 and 4 s, the last of which is the timeout
+    first, *more = notices(finished)
+    assert 1 <= len(more) <= 2 and set(more) == {first}, str(finished)  # after 1, 2 and 4 s; the last comes with the timeout, or not
     assert first.startswith("waiting for rank 1 on a machine from which none has come, rank 2 on "), first
     for text in (first, sentence):
         assert "WORLD_SIZE=4 and RANK=0" in text and "`env -u WORLD_SIZE -u RANK`" in text, text

@@ -63,18 +63,21 @@ def _walk(
         yield Leaf(trail, {**settings, **above})
 
 
-def is_complete(names: Sequence[Any], index: Mapping[str, Any]) -> bool:
-    """Whether `index` holds all of `names` and what their groups lead to. No for tags and patterns, which others may add to."""
-    return all(isinstance(name, str) and name in index and _is_whole(index[name], index) for name in names)
+def is_complete(names: Sequence[Any], index: Mapping[str, Any], above: tuple[str, ...] = ()) -> bool:
+    """Whether `index` holds all of `names` and what their groups lead to. No for tags and patterns, which others may add to.
+
+    above: the groups on the way. One that holds itself is complete: `find_leaves` refuses it.
+    """
+    return all(isinstance(name, str) and name in index and _is_whole(index[name], index, (*above, name)) for name in names)
 
 
-def _is_whole(entry: Any, index: Mapping[str, Any]) -> bool:
+def _is_whole(entry: Any, index: Mapping[str, Any], trail: tuple[str, ...]) -> bool:
     if entry.kind.name == "TAG":
         return False
     members = (entry.cfg or {}).get("task")
-    if not isinstance(members, list):
+    if not isinstance(members, list) or trail[-1] in trail[:-1]:
         return True
-    return is_complete([member.get("task") if isinstance(member, dict) else member for member in members], index)
+    return is_complete([member.get("task") if isinstance(member, dict) else member for member in members], index, trail)
 
 
 def drop_members(names: Sequence[str], index: Mapping[str, Any]) -> list[str]:

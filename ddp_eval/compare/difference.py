@@ -22,7 +22,7 @@ _GROUPS = (
     ("dtype and kernels", ("engine.", "numerics")),
     (
         "prompts",
-        ("prompts", "documents", "tasks.", "seeds.", "config.tasks", "config.num_fewshot", "config.limit", "config.samples"),
+        ("prompts", "documents", "task", "seeds.", "config.tasks", "config.num_fewshot", "config.limit", "config.samples"),
     ),
     ("prompts", ("config.apply_chat_template", "config.system_instruction", "config.fewshot", "config.seed", "requests")),
     ("versions", ("packages.", "git.")),
@@ -72,8 +72,8 @@ def differences(a: Run, b: Run) -> list[dict[str, Any]]:
     keys = [key for key in dict.fromkeys((*left, *right)) if key not in _SAYS_NOTHING]
     if a.kind != b.kind:
         keys = [key for key in keys if key in left and key in right]
-    # A manifest of an older version says nothing of documents.
-    keys = [key for key in keys if (key in left and key in right) or not key.startswith("documents_by_task.")]
+    # A manifest of an older version says nothing of documents and task files, which may also lie elsewhere.
+    keys = [key for key in keys if (key in left and key in right) or not key.startswith(("documents_by_task.", "task_files."))]
     found = [{"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys]
     order = [*dict.fromkeys(name for name, _ in _GROUPS), "settings"]
     return sorted((one for one in found if one["a"] != one["b"]), key=lambda one: order.index(one["group"]))

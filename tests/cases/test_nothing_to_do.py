@@ -35,6 +35,8 @@ FILES = {
     "numbers.yaml": "group: numbers\ntask: [1, 2]\n",
     "circle.yaml": "group: circle\ntask: [{group: inner, task: [round]}]\n",
     "round.yaml": "group: round\ntask: [circle]\n",
+    "left.yaml": "group: left\ntask: [right]\n",
+    "right.yaml": "group: right\ntask: [left]\n",
     "bare.yaml": "task: bare\noutput_type: loglikelihood\n",
     "removed.yaml": f"task: removed\nprocess_docs: !function code.remove\n{TASK}",
     "filtered.yaml": f"task: filtered\nprocess_docs: !function code.filter_all\n{TASK}",
@@ -84,6 +86,7 @@ NOTHING = {
     "nameless": "the group nameless holds no tasks: its file must list some under task",
     "numbers": "the group numbers holds no tasks: its file must list some under task",
     "circle": "the group circle holds itself: circle > circle::inner > round > circle",
+    "left": "the group left holds itself: left > right > left",
     "bare": "the task bare is in no task file, or its file gives neither dataset_path nor custom_dataset",
 }
 

@@ -24,6 +24,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import _factory, _yaml_loader
 
 from ddp_eval import compile_cache, harness, run_directory
+from ddp_eval.compare.difference import differences
+from ddp_eval.compare.reading import Run
 from ddp_eval.config import config_from_options
 from ddp_eval.engines import checkpoint
 from ddp_eval.errors import UserError
@@ -276,6 +278,17 @@ def test_a_complete_run_of_an_edited_task(
     with caplog.at_level(logging.WARNING):
         assert find() is not None
     assert f"the run in {output} was made with torch 1.0 (now " in caplog.text
+
+
+def test_task_files_in_a_comparison(tmp_path: Path) -> None:
+    """Catches a line for every task file of two checkouts, and no word on one that was edited between two runs."""
+
+    def run(**digests: str) -> Run:
+        files = {f"/tasks/{name}.yaml": digest for name, digest in digests.items()}
+        return Run(tmp_path, "ddp_eval", manifest={"task_files": files})
+
+    (found,) = differences(run(a="1", b="2", mine="3"), run(a="1", b="4", yours="3"))
+    assert found == {"group": "prompts", "key": "task_files./tasks/b.yaml", "a": "2", "b": "4"}
 
 
 def test_code_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

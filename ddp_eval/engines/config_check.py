@@ -22,7 +22,6 @@ _RANGES: tuple[tuple[tuple[str, ...], int, int], ...] = (
 )
 # What lm_eval reads a model's window from, in its order.
 WINDOWS = ("n_positions", "max_position_embeddings", "n_ctx")
-_OPTIONAL = ("num_key_value_heads", "head_dim", "n_inner", "intermediate_size")  # None: the model's default
 _WEIGHTS = (".safetensors", ".bin")
 _MAX_FILE_BYTES = 16 * 2**20
 _PER_BYTE = 8  # weights of a quantised checkpoint, at most; of any other, one
@@ -65,7 +64,10 @@ def check_size(count_weights: Callable[[], int], config: Any, directory: str, na
     most = stored * (_PER_BYTE if getattr(config, "quantization_config", None) else 1)
     if not stored or _estimate(config) <= most:
         return
-    described = count_weights()
+    try:
+        described = count_weights()
+    except UserError:  # the loader will say more
+        return
     if described > most:
         raise UserError(
             f"cannot load the model {name}: its config.json describes {described:,} weights, and its files of weights have "
@@ -93,8 +95,8 @@ class _Fields(dict[str, Any]):
 def _check_sizes(fields: Mapping[str, Any], name: str) -> None:
     for names, least, most in _RANGES:
         for field in names:
-            value = fields.get(field, least)
-            if isinstance(value, (list, tuple)) or (value is None and field in _OPTIONAL):  # one for each layer; the default
+            value = fields.get(field)
+            if value is None or isinstance(value, (list, tuple)):  # the model's default, or one for each layer
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise UserError(
@@ -122,8 +124,9 @@ def _estimate(config: Any) -> int:
 
 
 def _stored_bytes(directory: str) -> int:
-    """Of the weights in a local directory; 0 where there are none."""
+    """Of the weights in a local directory and those below it; 0 where there are none."""
     try:
-        return sum(entry.stat().st_size for entry in os.scandir(directory) if entry.name.endswith(_WEIGHTS))
+        files = [os.path.join(place, name) for place, _, names in os.walk(directory) for name in names if name.endswith(_WEIGHTS)]
+        return sum(map(os.path.getsize, files))
     except OSError:
         return 0

@@ -67,16 +67,20 @@ SENTENCE = (
 )
 
 
-@pytest.mark.parametrize("place", ["context", "target", "end"])
-@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling", "generate_until"])
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        *(("loglikelihood", place) for place in ("context", "target", "end")),
+        *(("loglikelihood_rolling", place) for place in ("target", "end")),
+        ("generate_until", "context"),
+    ],
+)
 @pytest.mark.parametrize("model", ["llama", "t5"])
 @pytest.mark.usefixtures("no_work")
 def test_an_id_without_a_row(
     model: str, kind: str, place: str, tiny_model: Callable[..., Any], larger_tokenizer: Any, tmp_path: Path
 ) -> None:
     """Catches an IndexError of torch's, on CUDA an assertion of the device, where one document of eight has such an id."""
-    if (kind == "generate_until") != (place == "context") and kind != "loglikelihood":
-        pytest.skip("this kind of request has no such place")
     metric = {"loglikelihood": "acc", "generate_until": "exact_match"}.get(kind, "word_perplexity")
     more: dict[str, Any] = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}} if kind == "generate_until" else {}
     path = write_task(tmp_path / "tasks", kind, rows_with(place), [metric], **more)
@@ -381,6 +385,24 @@ def test_more_weights_than_the_files_can_hold(model_copy: Path, monkeypatch: pyt
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(UserError, match=r"^cannot load the model .* its config.json describes 8,5\d\d,\d{3},\d{3} weights"):
         checkpoint.load_weights(args, config, torch.device("cpu"))
+
+
+def test_weights_in_folders_below_count(model_copy: Path) -> None:
+    """Catches a checkpoint whose index names shards in a folder refused for the few weights beside its config."""
+    (model_copy / "shards").mkdir()
+    (model_copy / "model.safetensors").rename(model_copy / "shards" / "model-00001-of-00002.safetensors")
+    (model_copy / "model-00002-of-00002.safetensors").write_bytes(b"0" * 64)
+    config = checkpoint.load_config({"pretrained": str(model_copy)})
+    config_check.check_size(lambda: 10**6, config, str(model_copy), "model")
+    (model_copy / "shards" / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="describes 1,000,000 weights, and its files of weights have 64 bytes"):
+        config_check.check_size(lambda: 10**6, config, str(model_copy), "model")
+
+
+def test_fields_that_are_left_open() -> None:
+    """Catches sizes refused that a config leaves to the model, or gives for each layer."""
+    for open_field in ({"num_key_value_heads": None}, {"n_inner": None}, {"num_heads": None, "n_layers": [1, 2]}):
+        config_check._check_sizes(open_field, "model")
 
 
 @pytest.mark.parametrize("kind", [*tiny_models.CONFIGS, *tiny_models.SEQ2SEQ_CONFIGS])

@@ -20,23 +20,26 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ddp_eval import cli, launch_environment, status, trackers, watch
+from ddp_eval.cli import flags
 from ddp_eval.config import Config
+from ddp_eval.distributed import launch_environment, watchdog
 from ddp_eval.errors import UserError, printable
+from ddp_eval.output import status
+from ddp_eval.tasks import trackers
 
 if TYPE_CHECKING:
-    from ddp_eval.distributed import World
-    from ddp_eval.preflight import Passed
+    from ddp_eval.distributed.collectives import World
+    from ddp_eval.run.preflight import Passed
 
 _DEATH_S = 1.0
 LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
 # Subcommands that run on one process: the first word -> the module whose main(argv) returns an exit code.
 _TOOLS = {
-    "compare": "ddp_eval.compare.command",
-    "ls": "ddp_eval.ls",
-    "validate": "ddp_eval.validate",
-    "plan": "ddp_eval.plan",
-    "report": "ddp_eval.report",
+    "compare": "ddp_eval.cli.compare",
+    "ls": "ddp_eval.cli.ls",
+    "validate": "ddp_eval.cli.validate",
+    "plan": "ddp_eval.cli.plan",
+    "report": "ddp_eval.cli.report",
 }
 
 Inspect = Callable[[dict[str, Any]], None]
@@ -46,7 +49,7 @@ def main() -> None:
     # Imports and requests make millions of objects that stay: looking through them for garbage takes a tenth of a start.
     gc.set_threshold(200_000, 20, 100)
     launch_environment.drop_empty()
-    watching = watch.Watch()
+    watching = watchdog.Watch()
     watching.start()
     _quiet_down()
     if not _is_speaker():
@@ -54,12 +57,12 @@ def main() -> None:
     command, rest = (sys.argv[1], sys.argv[2:]) if sys.argv[1:] else ("run", [])
     try:
         if command in _TOOLS:
-            watch.step(f"at work on {command}")
+            watchdog.step(f"at work on {command}")
             sys.exit(importlib.import_module(_TOOLS[command]).main(rest) if _is_speaker() else 0)
         if command == "reproduce":
             sys.exit(_reproduce(rest, watching))
         watching.timeout_s = Config.timeout
-        config, notes = cli.parse(sys.argv[1:])
+        config, notes = flags.parse(sys.argv[1:])
         _check_launch()
         _run(config, notes, watching)
     except UserError as error:
@@ -103,11 +106,11 @@ def _check_launch() -> None:
         launch_environment.read()
     except UserError as error:
         print(f"ddp_eval: {error}", file=sys.stderr, flush=True)
-        watch.leave(2, status.FAILED, str(error))
+        watchdog.leave(2, status.FAILED, str(error))
 
 
-def _reproduce(argv: list[str], watching: watch.Watch) -> int:
-    from ddp_eval import reproduce
+def _reproduce(argv: list[str], watching: watchdog.Watch) -> int:
+    from ddp_eval.cli import reproduce
 
     order = reproduce.parse(argv)
     _check_launch()
@@ -115,9 +118,9 @@ def _reproduce(argv: list[str], watching: watch.Watch) -> int:
     return reproduce.conclude(order) if _is_speaker() else 0
 
 
-def _run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None = None) -> None:
+def _run(config: Config, notes: list[str], watching: watchdog.Watch, inspect: Inspect | None = None) -> None:
     watching.timeout_s = config.timeout
-    watch.step("importing torch")
+    watchdog.step("importing torch")
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
@@ -131,55 +134,56 @@ def _run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspe
         os._exit(1)
 
 
-def _join_and_run(config: Config, notes: list[str], watching: watch.Watch, inspect: Inspect | None) -> None:
-    from ddp_eval import distributed, preflight
+def _join_and_run(config: Config, notes: list[str], watching: watchdog.Watch, inspect: Inspect | None) -> None:
+    from ddp_eval.distributed import collectives
+    from ddp_eval.run import preflight
 
     try:
         trackers.check_installed(config)
-        watch.step(watch.WAITING)
+        watchdog.step(watchdog.WAITING)
         checks = preflight.check_if_due(config)
-        world = distributed.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
-        store, local_ranks = distributed.common_store(world), distributed.local_ranks(world)
+        world = collectives.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
+        store, local_ranks = collectives.common_store(world), collectives.local_ranks(world)
         watching.join_ranks(
-            world.rank, store, world.pids, local_ranks, config.timeout, functools.partial(distributed.report_once, shared=True)
+            world.rank, store, world.pids, local_ranks, config.timeout, functools.partial(collectives.report_once, shared=True)
         )
         checks = checks or preflight.check_if_due(config)
         if checks is not None:
-            watch.step("trying an all-reduce, in which any rank may be the one that hangs")
+            watchdog.step("trying an all-reduce, in which any rank may be the one that hangs")
             speed = preflight.check_group(world)
             if config.preflight:
                 watching.stop()
                 _report_checks(checks, speed, world)
                 return
-        watch.step("importing transformers")
+        watchdog.step("importing transformers")
         with world.meter.phases("start"):
-            from ddp_eval.runner import run  # it fails on a node with wrong packages: named by now
-        watch.step("starting the run")
+            from ddp_eval.run.runner import run  # it fails on a node with wrong packages: named by now
+        watchdog.step("starting the run")
         if world.is_leader:
             for note in notes:
                 logging.getLogger("ddp_eval").warning(note)
         results = run(config, world, inspect)
     except UserError as error:  # not for @record: it would add a traceback
         _report_and_leave(error)
-    except distributed.LostContact as error:
+    except collectives.LostContact as error:
         # Ranks on the node of the one that died know more; the launcher may be a moment late to see it go.
         sentence = watching.await_death(_DEATH_S) or str(error)
-        distributed.report_once(sentence, shared=True)
+        collectives.report_once(sentence, shared=True)
         time.sleep(2)  # let the launcher see the rank that failed first go first
-        watch.leave(1, status.FAILED, sentence, first_hand=False)
+        watchdog.leave(1, status.FAILED, sentence, first_hand=False)
     except Exception as error:
-        distributed.report_once(watch.note_failure(distributed.launch_rank(), error))  # before other ranks see this one die
+        collectives.report_once(watchdog.note_failure(collectives.launch_rank(), error))  # before other ranks see this one die
         raise
     watching.stop()
-    distributed.leave_group(world)
+    collectives.leave_group(world)
     if results is not None:
         with contextlib.suppress(BrokenPipeError):  # whoever read it has gone; the run is in its directory
             _show(config, results)
 
 
 def _show(config: Config, results: dict[str, Any]) -> None:
-    from ddp_eval.harness import format_results, format_tables
-    from ddp_eval.telemetry import format_summary
+    from ddp_eval.tasks.harness import format_results, format_tables
+    from ddp_eval.telemetry.summary import format_summary
 
     if config.show_config:
         print(printable(format_results(results), keep="\n"))
@@ -193,20 +197,20 @@ def _show(config: Config, results: dict[str, Any]) -> None:
 
 def _report_checks(checks: Passed, speed: str, world: World) -> None:
     """The end of --preflight: a line for each node, printed by rank 0."""
-    from ddp_eval import distributed
+    from ddp_eval.distributed import collectives
 
-    distributed.leave_group(world)
+    collectives.leave_group(world)
     for line in checks.lines:
         print(line)
     print(f"ddp_eval: the node checks passed; {speed}")
 
 
 def _report_and_leave(error: UserError) -> NoReturn:
-    from ddp_eval.distributed import report_once
-    from ddp_eval.meeting import NotMet
+    from ddp_eval.distributed.collectives import report_once
+    from ddp_eval.distributed.meeting import NotMet
 
     report_once(str(error), shared=isinstance(error, NotMet))
-    watch.leave(2, status.FAILED, str(error))
+    watchdog.leave(2, status.FAILED, str(error))
 
 
 def command() -> None:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddp_eval import layout
+from ddp_eval.cli.values import read_args
 from ddp_eval.errors import UserError, one_line
-from ddp_eval.thinking import read_think_end
-from ddp_eval.values import read_args
+from ddp_eval.tasks.reasoning import read_think_end
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
 DEFAULT_SEED = (0, 1234, 1234, 1234)
@@ -210,9 +210,9 @@ def config_from_options(tasks: list[Any], **options: Any) -> Config:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
             raise UserError(f"evaluate takes no option {name}: {hint}")
-    from ddp_eval import cli  # which knows Config
+    from ddp_eval.cli import flags  # which knows Config
 
-    return Config(tasks=tasks, **cli.convert_options(options))
+    return Config(tasks=tasks, **flags.convert_options(options))
 
 
 def _check_at_least(flag: str, value: int | None, least: int) -> None:

@@ -27,28 +27,31 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token
 
-from ddp_eval import cli, contagion, distributed, results, watch
 from ddp_eval import layout as layouts
-from ddp_eval.chatter import less_chatter, one_rank_speaks
-from ddp_eval.choice import check_texts, choose_layout
+from ddp_eval.cli import flags as cli
 from ddp_eval.config import Config
-from ddp_eval.engines import checkpoint, limits
+from ddp_eval.distributed import collectives, watchdog
+from ddp_eval.distributed.messages import Followers
+from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
-from ddp_eval.execution import fill_slots, fill_texts, run_plan
-from ddp_eval.generation import NO_PROMPTS, Prompts
-from ddp_eval.harness import Answers, _LeaderLM, _sum_by_owner, max_length_of
-from ddp_eval.hflm_members import HFLMMembers
-from ddp_eval.manifest import model_info
-from ddp_eval.measuring import Seated
-from ddp_eval.meter import Phases
-from ddp_eval.packing import Requests
-from ddp_eval.planning import make_plan
-from ddp_eval.protocol import Followers
-from ddp_eval.resume import warn_of_not_finite
-from ddp_eval.runner import follow, run_aside, trial_of
-from ddp_eval.text_planning import plan_texts
-from ddp_eval.tokenization import Encoder
+from ddp_eval.output import write
+from ddp_eval.packs.batches import NO_PROMPTS, Prompts
+from ddp_eval.packs.plan import Requests
+from ddp_eval.placement.choose import check_texts, choose_layout
+from ddp_eval.run import nan_retry
+from ddp_eval.run.execute import fill_slots, fill_texts, run_plan
+from ddp_eval.run.manifest import model_info
+from ddp_eval.run.planning import plan_texts
+from ddp_eval.run.resume import warn_of_not_finite
+from ddp_eval.run.runner import follow, run_aside, trial_of
+from ddp_eval.run.self_check import make_plan
+from ddp_eval.run.try_layouts import Seated
+from ddp_eval.system.quiet import less_chatter, one_rank_speaks
+from ddp_eval.tasks.harness import Answers, _LeaderLM, _sum_by_owner, max_length_of
+from ddp_eval.tasks.hflm_members import HFLMMembers
+from ddp_eval.tasks.tokenization import Encoder
+from ddp_eval.telemetry.meter import Phases
 
 log = logging.getLogger("ddp_eval")
 
@@ -111,15 +114,15 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         self._quiet = contextlib.ExitStack()
         try:
             if not world.is_leader:
-                speaking = watch.speaking("rank 0, which has the model open") if world.rank == 1 else contextlib.nullcontext()
+                speaking = watchdog.speaking("rank 0, which has the model open") if world.rank == 1 else contextlib.nullcontext()
                 with one_rank_speaks(False), speaking:
                     follow(world, lambda world, layout: load_replica(config, checkpoint.load_config(model_args), world, layout))
                 raise Served(0)
             for note in notes:
                 log.warning("%s", note)
             self._settings = config
-            with one_rank_speaks(True), watch.speaking():
-                watch.step("loading the model")
+            with one_rank_speaks(True), watchdog.speaking():
+                watchdog.step("loading the model")
                 self._load(model_args)
             self._quiet.enter_context(less_chatter())
         except BaseException as error:
@@ -134,7 +137,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         global _open_model
         if self._world.world_size > 1:
             _open_model = self
-            distributed.occupy(_OPEN_BY_NAME if self._by_name else _OPEN)
+            collectives.occupy(_OPEN_BY_NAME if self._by_name else _OPEN)
         atexit.register(self.close)
 
     @classmethod
@@ -153,15 +156,15 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         call = {name: repr(getattr(config, name)) for name in ("loader_args", "layout", "load", "device")}
         borrowed = dist.is_available() and dist.is_initialized()
         if borrowed:
-            world = distributed.adopt_group(distributed.choose_device(device, distributed.launch_local_rank()), caller, call)
+            world = collectives.adopt_group(collectives.choose_device(device, collectives.launch_local_rank()), caller, call)
         else:
-            world = distributed.join_group(device, config.timeout)
+            world = collectives.join_group(device, config.timeout)
         self._world, self._borrowed, self._followers = world, borrowed, Followers(world, stays=True)
         try:
             if not borrowed:
-                distributed.check_in(world.rank, world.world_size, caller, call)
+                collectives.check_in(world.rank, world.world_size, caller, call)
         except UserError:  # on all ranks
-            distributed.leave_group(world)
+            collectives.leave_group(world)
             raise
 
     def _take_over(self, device: str | None) -> bool:
@@ -169,7 +172,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         before = _open_model
         if before is None or not before._by_name:
             return False
-        chosen = distributed.choose_device(device, before._world.local_rank)
+        chosen = collectives.choose_device(device, before._world.local_rank)
         if chosen.type != before._world.device.type:
             raise UserError(
                 f"all models that lm_eval opens by name run on the first one's device, {before._world.device.type}, got {device}"
@@ -222,13 +225,13 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         self._quiet.close()
         if _open_model is not None:
             _open_model = None
-            distributed.occupy(_ENDED if self._by_name else None)
+            collectives.occupy(_ENDED if self._by_name else None)
         if self._world.is_leader:
             followers.__exit__(type(error), error, None)
         if self._borrowed:
-            distributed.release_group(self._world)
+            collectives.release_group(self._world)
         else:
-            distributed.leave_group(self._world)
+            collectives.leave_group(self._world)
 
     def __enter__(self) -> DDPEvalLM:
         return self
@@ -259,7 +262,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         encoded = self.encoder.collect((context, continuation) for _, context, continuation in requests)
         if not len(encoded.requests):
             return [(-np.inf, False) for _ in requests]
-        with watch.speaking():
+        with watchdog.speaking():
             scored, flags, _, _ = self._run(encoded.requests, NO_PROMPTS)
         sums, _ = _sum_by_owner(encoded, scored, len(requests))
         greedy = np.ones(len(requests), dtype=bool)
@@ -289,7 +292,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         ]
         if not asked:
             return []
-        with watch.speaking():
+        with watchdog.speaking():
             answers = self._score_instances(asked)
         return [answers[id(one)] for one in asked]
 
@@ -319,7 +322,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         with followers.working_on(decision.plan, texts=generation.plan, tokenizer=decoder, attention=trees) as work:
             gathered = run_plan(seated.world, seated.engine, work)
         sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
-        (sums, greedy), _ = contagion.isolate(
+        (sums, greedy), _ = nan_retry.isolate(
             (sums, greedy), requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
         )
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
@@ -331,5 +334,5 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
 
 
-def _warn_of_nan(scores: results.Scores, texts: results.Texts) -> None:
-    warn_of_not_finite(results.find_not_finite(scores, texts))
+def _warn_of_nan(scores: write.Scores, texts: write.Texts) -> None:
+    warn_of_not_finite(write.find_not_finite(scores, texts))

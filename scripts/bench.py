@@ -180,7 +180,7 @@ def run_lm_eval(
 def run_ours(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: None, args: argparse.Namespace
 ) -> tuple[float, dict[str, Any]]:
-    from ddp_eval import runner
+    from ddp_eval.run import runner
 
     planned: list[Any] = []
     make_plan = runner.make_plan
@@ -214,13 +214,13 @@ def measure_peak(model: Any) -> float:
     """Operations per second of a large matrix product on the model's device, in its dtype, by the faster of two kernels."""
     import torch
 
-    from ddp_eval.engines import products
+    from ddp_eval.engines.ops import onednn_linear
 
     size = 8192 if model.device.type == "cuda" else 2048
     left, right = torch.rand((2, size, size), dtype=model.dtype, device=model.device)
     rates = []
     with torch.inference_mode():
-        for multiply in (torch.mm, products.matrix_product):
+        for multiply in (torch.mm, onednn_linear.matrix_product):
             times = []
             for _ in range(5):
                 started = time.perf_counter()
@@ -234,7 +234,7 @@ def measure_peak(model: Any) -> float:
 
 def count_useful(engine: Any, requests: Any) -> dict[str, float]:
     """Distinct tokens, visible pairs and reads of all requests as one prefix tree, and the operations they need."""
-    from ddp_eval.packing import build_pack, plan_one_tree
+    from ddp_eval.packs.plan import build_pack, plan_one_tree
 
     tree = build_pack(plan_one_tree(requests)[0], 0)
     cost = engine.cost_model()

@@ -40,7 +40,7 @@ def main() -> None:
     import transformers
     from bench import load_model
 
-    from ddp_eval.engines import checkpoint
+    from ddp_eval.engines.hf import checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
@@ -89,7 +89,7 @@ class _Enough(Exception):
 def requests_of(model: Any, tokenizer: Any, task: str, include_path: str | None) -> Any:
     """The tokenised requests of TASK or TASK:DOCUMENTS, as a run would plan them."""
     import ddp_eval
-    from ddp_eval import runner
+    from ddp_eval.run import runner
 
     name, _, limit = task.partition(":")
     found = []
@@ -109,8 +109,8 @@ def requests_of(model: Any, tokenizer: Any, task: str, include_path: str | None)
 
 def run_variant(name: str, model: Any, device: Any, requests: Any) -> tuple[float, int]:
     """Seconds to plan and run, and tokens that went through the model."""
-    from ddp_eval import packing
-    from ddp_eval.engines.hf import HFEngine
+    from ddp_eval.engines.hf.engine import HFEngine
+    from ddp_eval.packs import plan as packing
 
     with contextlib.closing(HFEngine(model, device, keep_attention=name == "few-shot")) as engine:
         shortcuts = engine._shortcuts  # the model is asked before the clock starts

@@ -152,7 +152,7 @@ def run_lm_eval(
 def run_ours(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: None, args: argparse.Namespace
 ) -> dict[str, Any]:
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 

@@ -30,7 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from ddp_eval.packing import CostModel, Pack
+    from ddp_eval.packs.plan import CostModel, Pack
 
 MILLIONS = [1, 4, 16, 64, 256]
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def make_requests(millions: float):
-    from ddp_eval.packing import Requests
+    from ddp_eval.packs.plan import Requests
 
     random = np.random.default_rng(0)
     length = PREFIX + QUESTION + 1
@@ -81,7 +81,7 @@ def make_requests(millions: float):
 
 
 def measure(millions: float, dense: bool) -> dict:
-    from ddp_eval.packing import CostModel, build_pack, plan_packs
+    from ddp_eval.packs.plan import CostModel, build_pack, plan_packs
 
     requests = make_requests(millions)
     cost = CostModel(
@@ -136,7 +136,7 @@ def rss() -> int:
 
 
 def format_report(rows: list[dict]) -> str:
-    from ddp_eval.machine import describe_hardware
+    from ddp_eval.system.machine import describe_hardware
 
     slopes = {
         kernel: ", ".join(f"{slope(a, b):.2f}" for a, b in itertools.pairwise(row for row in rows if kernel_of(row) == kernel))

@@ -331,7 +331,7 @@ def format_phases(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def find_columns(runs: Any) -> list[str]:
     """Phases that any run spends 5 ms in, "launch" first, "exit" last, in between in the order of a run."""
-    from ddp_eval.telemetry import PHASES
+    from ddp_eval.telemetry.summary import PHASES
 
     found = {phase for run in runs for phase, seconds in run.items() if seconds >= 0.005}
     order = ["launch", *PHASES, *sorted(found - {"launch", "exit", *PHASES}), "exit"]

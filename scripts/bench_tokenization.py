@@ -52,7 +52,7 @@ def measure_task(args: argparse.Namespace, task: str) -> dict[str, Any]:
     import transformers
     from lm_eval.models.huggingface import HFLM
 
-    from ddp_eval.tokenization import Encoder
+    from ddp_eval.tasks.tokenization import Encoder
 
     name, limit, _ = read_task(task)
     requests = collect_requests([name], args.include_path, limit)
@@ -143,7 +143,7 @@ def collect_requests(
 
 
 def format_report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
-    from ddp_eval.machine import describe_hardware, describe_packages
+    from ddp_eval.system.machine import describe_hardware, describe_packages
 
     packages = ", ".join(f"{name} {version}" for name, version in describe_packages().items())
     total = {name: sum(row[name] for row in rows) for name in ("requests", "tokens", "differing", "lm_eval_s", "ours_s")}

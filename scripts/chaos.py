@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_eval import journal
+from ddp_eval.output import journal
 
 # Scores and texts, greedy and drawn, in one run.
 FLAGS = ["--model_args", "pretrained=demo", "--tasks", "demo_hellaswag", "demo_lambada", "gen_boolean", "gen_drawn", "gen_story"]
@@ -86,9 +86,9 @@ def preload() -> None:
     """Import what every rank needs, and start no thread: it would be missing in the forked processes."""
     for module in ("torch.distributed.launcher.api", "transformers.models.llama.modeling_llama", "pyarrow.parquet"):
         importlib.import_module(module)
-    for module in ("ddp_eval.harness", "ddp_eval.runner"):
+    for module in ("ddp_eval.tasks.harness", "ddp_eval.run.runner"):
         importlib.import_module(module)
-    from ddp_eval.engines import checkpoint
+    from ddp_eval.engines.hf import checkpoint
 
     checkpoint.load_config({"pretrained": "demo"})
     checkpoint.load_tokenizer({"pretrained": "demo"})
@@ -306,9 +306,11 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
 
     import lm_eval.evaluator
 
-    from ddp_eval import generation, run_directory, watch
     from ddp_eval.__main__ import main as evaluate
-    from ddp_eval.engines import decode
+    from ddp_eval.distributed import watchdog
+    from ddp_eval.engines.hf import decode
+    from ddp_eval.output import directory as run_directory
+    from ddp_eval.packs import batches
 
     lm_eval.evaluator.add_env_info = lambda results: None  # asks pip and lscpu about the machine, which takes a second
     forget = run_directory.RunDirectory.forget_journals
@@ -321,8 +323,8 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
 
     run_directory.RunDirectory.forget_journals = copy_and_forget
     packs = os.open(notes / f"{os.getpid()}.packs", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    append, append_texts, step = journal.Journal.append, journal.Journal.append_texts, watch.step
-    decode.choose_sizes = lambda engine: generation.Sizes(**SIZES)
+    append, append_texts, step = journal.Journal.append, journal.Journal.append_texts, watchdog.step
+    decode.choose_sizes = lambda engine: batches.Sizes(**SIZES)
 
     def note(word: str, pack: int) -> None:
         os.write(packs, f"{word} {pack} {time.monotonic()}\n".encode())
@@ -341,7 +343,7 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
         append_texts(own, unit, *values)
         note("done", unit)
 
-    watch.step, journal.Journal.append, journal.Journal.append_texts = begin, finish, finish_texts
+    watchdog.step, journal.Journal.append, journal.Journal.append_texts = begin, finish, finish_texts
     sys.argv = ["ddp_eval", *flags]
     evaluate()
 

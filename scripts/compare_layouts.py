@@ -25,7 +25,8 @@ import numpy as np
 from bench_ranks import scoring_s  # beside this file
 from sides import cut
 
-from ddp_eval import machine, results
+from ddp_eval.output import write
+from ddp_eval.system import machine
 
 # ranks, flags, whether its numbers must be those of one rank to the bit
 HF_RUNS: dict[str, tuple[int, list[str], bool]] = {
@@ -93,13 +94,13 @@ def run(options: argparse.Namespace, python: str, ranks: int, flags: list[str], 
     finished = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if finished.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {finished.returncode}:\n{finished.stderr[-3000:]}")
-    found = json.loads((path / results.RESULTS).read_text())
+    found = json.loads((path / write.RESULTS).read_text())
     return {
         "wall_s": time.perf_counter() - started,
         "phases_s": found["ddp_eval"]["phases_s"],
         "packs": found["ddp_eval"]["packs"],
         "metrics": found["results"],
-        "scores": results.read_scores(path / results.SCORES),
+        "scores": write.read_scores(path / write.SCORES),
         "engine": found["ddp_eval"]["engine"]["name"],
     }
 

@@ -144,7 +144,7 @@ def damage_table(data: bytes, rng: random.Random) -> bytes:
 
 def damage_journal(data: bytes, rng: random.Random) -> bytes:
     """A record of other lengths and kinds, under a checksum that is right, as only somebody who means harm writes it."""
-    from ddp_eval import journal
+    from ddp_eval.output import journal
 
     key, _, start = journal.decode_header(data) or (bytes(32), "", 0)
     counts = (0, 1, 2, 3, 5, 1000, 2**31, 2**32 - 1)

@@ -22,11 +22,14 @@ from typing import Any
 import torch
 import transformers
 
-from ddp_eval import distributed, machine, results, runner
-from ddp_eval.compare.difference import compare_runs
-from ddp_eval.compare.reading import read_run
+from ddp_eval.analysis.difference import compare_runs
+from ddp_eval.analysis.read import read_run
 from ddp_eval.config import Config
-from ddp_eval.engines.checkpoint import resolve_pretrained
+from ddp_eval.distributed import collectives
+from ddp_eval.engines.hf.checkpoint import resolve_pretrained
+from ddp_eval.output import write
+from ddp_eval.run import runner
+from ddp_eval.system import machine
 
 # name -> checkpoint, settings, what it is compared with
 ROWS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -59,7 +62,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    world = distributed.join_group("cpu")
+    world = collectives.join_group("cpu")
     checkpoints = {"float32": options.model, "bfloat16": str(save_in_half(options.model, scratch / "half"))}
     places: dict[str, Path] = {}
     rows = []
@@ -68,8 +71,8 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         if not places[name].exists():
             run(options, checkpoints[checkpoint], settings, places[name], world)
         row: dict[str, Any] = {"setting": name, "compared_with": reference}
-        row["computed_tokens"] = json.loads((places[name] / results.MANIFEST).read_text())["computed_tokens"]
-        ranks = json.loads((places[name] / results.TELEMETRY).read_text())["ranks"]
+        row["computed_tokens"] = json.loads((places[name] / write.MANIFEST).read_text())["computed_tokens"]
+        ranks = json.loads((places[name] / write.TELEMETRY).read_text())["ranks"]
         row["forward_s"] = max(rank["phases_s"]["forward"] for rank in ranks)
         if reference:
             overall = compare_runs(read_run(places[reference]), read_run(places[name]))["overall"]

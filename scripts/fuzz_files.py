@@ -101,9 +101,9 @@ def main() -> int:
 
 
 def compare(place: Path, first: str = "run") -> Iterator[Callable[[], None]]:
-    from ddp_eval.compare.command import format_comparison, jsonable
-    from ddp_eval.compare.difference import compare_runs
-    from ddp_eval.compare.reading import read_run
+    from ddp_eval.analysis.difference import compare_runs
+    from ddp_eval.analysis.read import read_run
+    from ddp_eval.cli.compare import format_comparison, jsonable
 
     def both() -> None:
         runs = read_run(place / first), read_run(place / "other")
@@ -120,8 +120,8 @@ def compare_lm_eval(place: Path) -> Iterator[Callable[[], None]]:
 
 
 def report(place: Path) -> Iterator[Callable[[], None]]:
-    from ddp_eval.compare.reading import read_run
-    from ddp_eval.report import render
+    from ddp_eval.analysis.read import read_run
+    from ddp_eval.analysis.report import render
 
     def page() -> None:
         text = render([read_run(place / "run"), read_run(place / "other")], 100)
@@ -133,7 +133,7 @@ def report(place: Path) -> Iterator[Callable[[], None]]:
 
 
 def reproduce(place: Path) -> Iterator[Callable[[], None]]:
-    from ddp_eval import reproduce as command
+    from ddp_eval.cli import reproduce as command
     from ddp_eval.errors import UserError
 
     def check(order: Any) -> None:
@@ -149,9 +149,10 @@ def reproduce(place: Path) -> Iterator[Callable[[], None]]:
 
 
 def finished(place: Path) -> Iterator[Callable[[], None]]:
-    from ddp_eval import cli, run_directory
     from ddp_eval.__main__ import _show
-    from ddp_eval.resume import warn_of_not_finite
+    from ddp_eval.cli import flags as cli
+    from ddp_eval.output import directory as run_directory
+    from ddp_eval.run.resume import warn_of_not_finite
 
     config, _ = cli.parse([*FLAGS, "--output_path", str(place / "run")])
 
@@ -168,7 +169,8 @@ def finished(place: Path) -> Iterator[Callable[[], None]]:
 
 def resume(place: Path) -> Iterator[Callable[[], None]]:
     """A start in a directory whose run is unfinished, or that is somebody else's."""
-    from ddp_eval import cli, run_directory
+    from ddp_eval.cli import flags as cli
+    from ddp_eval.output import directory as run_directory
 
     def start(*more: str) -> None:
         config, _ = cli.parse([*FLAGS, "--output_path", str(place / "unfinished"), *more])
@@ -185,7 +187,7 @@ def resume(place: Path) -> Iterator[Callable[[], None]]:
 def journals(place: Path) -> Iterator[Callable[[], None]]:
     import numpy as np
 
-    from ddp_eval import journal
+    from ddp_eval.output import journal
 
     def read() -> None:
         with contextlib.suppress(journal.OtherWork):
@@ -197,13 +199,13 @@ def journals(place: Path) -> Iterator[Callable[[], None]]:
 
 
 def config_file(place: Path) -> Iterator[Callable[[], None]]:
-    from ddp_eval import cli
+    from ddp_eval.cli import flags as cli
 
     yield lambda: cli.parse(["--config", str(place / "flags" / "config.yaml")]) and None
 
 
 def samples_file(place: Path) -> Iterator[Callable[[], None]]:
-    from ddp_eval import cli
+    from ddp_eval.cli import flags as cli
 
     yield lambda: cli.parse(["--tasks", "demo_lambada", "--samples", str(place / "flags" / "samples.json")]) and None
 
@@ -221,16 +223,16 @@ def index_cache(place: Path) -> Iterator[Callable[[], None]]:
 
 
 def model_config(place: Path) -> Iterator[Callable[[], None]]:
-    from ddp_eval.engines import checkpoint
+    from ddp_eval.engines.hf import checkpoint
 
     yield lambda: checkpoint.load_config({"pretrained": str(place / "model")}) and None
 
 
 def weights_header(place: Path) -> Iterator[Callable[[], None]]:
-    from ddp_eval.engines import layers
+    from ddp_eval.engines.hf import pipeline_parallel
 
     stage = SimpleNamespace(layers=range(1), is_first=True, is_last=False)
-    yield lambda: layers._holds_weights_of(stage, str(place / "model" / "model.safetensors")) and None  # type: ignore[arg-type]
+    yield lambda: pipeline_parallel._holds_weights_of(stage, str(place / "model" / "model.safetensors")) and None  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +284,8 @@ def make_source(place: Path, with_lm_eval: bool = True) -> None:
 
     with_lm_eval: have lm_eval write its own files; else they are this package's samples, of the same fields, under its names.
     """
-    from ddp_eval import demo, lock
+    from ddp_eval import demo
+    from ddp_eval.output import lock
 
     place.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -325,7 +328,8 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def make_unfinished(place: Path) -> None:
-    from ddp_eval import cli, run_directory
+    from ddp_eval.cli import flags as cli
+    from ddp_eval.output import directory as run_directory
 
     config, _ = cli.parse([*FLAGS, "--output_path", str(place)])
     directory = run_directory.open_directory(config, lambda: None)
@@ -337,7 +341,7 @@ def make_unfinished(place: Path) -> None:
 def make_journal(place: Path) -> None:
     import numpy as np
 
-    from ddp_eval.journal import Journal
+    from ddp_eval.output.journal import Journal
 
     place.mkdir(exist_ok=True)
     own = Journal(place / "a.journal", KEY, "cpu")
@@ -351,7 +355,7 @@ def make_journal(place: Path) -> None:
 def make_cache(tasks: Path) -> Any:
     import yaml
 
-    from ddp_eval.index_cache import IndexCache
+    from ddp_eval.tasks.index_cache import IndexCache
 
     def load(path: str, *, resolve_func: bool, recursive: bool, _seen: set[Path] | None = None) -> Any:
         if _seen is not None:
@@ -389,7 +393,10 @@ def prepare() -> None:
     import torch
     import transformers
 
-    from ddp_eval import cli, harness, lock, plots, report, reproduce, shapes  # noqa: F401
+    from ddp_eval.analysis import plots, report  # noqa: F401
+    from ddp_eval.cli import flags, reproduce  # noqa: F401
+    from ddp_eval.output import lock, shapes  # noqa: F401
+    from ddp_eval.tasks import harness  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.AutoConfig  # noqa: B018
@@ -417,7 +424,7 @@ def drawn_once(draw: Callable[..., str]) -> Callable[..., str]:
 def read_once(name: str, place: Path) -> tuple[str, str]:
     """("read" | "refused" | "traceback" | "memory", sentence or traceback)"""
     from ddp_eval.errors import UserError, printable
-    from ddp_eval.read_back import OUT_OF_MEMORY
+    from ddp_eval.system.read_back import OUT_OF_MEMORY
 
     outcome, detail = "read", ""
     for part in READERS[name].read(place):

@@ -87,7 +87,7 @@ def serve(name: str, args: argparse.Namespace, job: Job, connection: Any) -> Non
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     if name == "ours" and device.type == "cpu":
-        from ddp_eval.engines.checkpoint import keep_freed_memory
+        from ddp_eval.engines.hf.checkpoint import keep_freed_memory
 
         keep_freed_memory()  # as the command does
     model = job.load(args, device)
@@ -170,7 +170,7 @@ def evaluate_by_us(
 ) -> tuple[float, dict[str, Any]]:
     """Seconds that ddp_eval spends in its LM's methods `calls`, and the results. options: of `ddp_eval.evaluate`."""
     import ddp_eval
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     spent: list[float] = []
     start_lm, load_index = harness._LeaderLM.__init__, harness.TaskManager
@@ -217,7 +217,7 @@ def note_seconds(lm: Any, calls: Sequence[str], spent: list[float]) -> None:
 
 
 def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> dict[str, Any]:
-    from ddp_eval.machine import describe_hardware, describe_packages
+    from ddp_eval.system.machine import describe_hardware, describe_packages
 
     commit = subprocess.run(
         ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"], capture_output=True, text=True

@@ -112,27 +112,30 @@ def work(notes: Path) -> None:
     """One rank: every command line in turn, and its memory after each run, or after each pack of a single one."""
     import lm_eval.evaluator
 
-    from ddp_eval import cli, distributed, execution, harness, runner
+    from ddp_eval.cli import flags as cli
+    from ddp_eval.distributed import collectives
+    from ddp_eval.run import execute, runner
+    from ddp_eval.tasks import harness
 
     lm_eval.evaluator.add_env_info = lambda results: None  # asks pip and lscpu about the machine, which takes a second
     load_index = harness.TaskManager
     harness.TaskManager = lambda **options: load_index(**{**options, "include_defaults": False})
     configs = [cli.parse(line)[0] for line in json.loads((notes / "lines.json").read_text())]
     samples: list[float] = []
-    launch = execution._launch
+    launch = execute._launch
 
     def launch_and_sample(*args):
         samples.append(resident_mb())
         return launch(*args)
 
     if len(configs) == 1:
-        execution._launch = launch_and_sample
-    world = distributed.join_group()
+        execute._launch = launch_and_sample
+    world = collectives.join_group()
     for config in configs:
         runner.run(config, world)
         gc.collect()  # modules and tasks refer to each other in circles
         samples.append(resident_mb())
-    distributed.leave_group(world)
+    collectives.leave_group(world)
     (notes / f"{world.rank}.json").write_text(json.dumps(samples))
 
 

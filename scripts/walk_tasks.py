@@ -40,12 +40,13 @@ import numpy as np
 import transformers
 from lm_eval.api.model import LM
 
-from ddp_eval import demo, harness
+from ddp_eval import demo
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
-from ddp_eval.meter import Phases
-from ddp_eval.task_index import find_leaves
-from ddp_eval.tokenization import Encoder
+from ddp_eval.tasks import harness
+from ddp_eval.tasks.index import find_leaves
+from ddp_eval.tasks.tokenization import Encoder
+from ddp_eval.telemetry.meter import Phases
 
 # What a value is as text; each uniformly for all columns, tried in this order.
 CONTENTS = ("1", "A", "0", '["A", "B", "C", "D"]', "a b. c d? 1", "yes", "(A)", "True", '{"A": "B"}', "entailment", "2020-01-01")

@@ -84,7 +84,7 @@ is_taken() {
 }
 
 # A job that fails before it has opened the run directory (a wrong flag, a bad node, no Python) tells scripts too. Argument: why.
-# The fields are those of ddp_eval/status.py. Nothing replaces "done", or what another run at work has said.
+# The fields are those of ddp_eval/output/status.py. Nothing replaces "done", or what another run at work has said.
 note_failure() {
     local reason="${1//[[:cntrl:]]/ }" aside="$output/.status.json.$JOB.ddp_eval.tmp"
     if is_taken || { [[ -f "$output/status.json" ]] && grep -qs '"state": *"done"' "$output/status.json"; }; then

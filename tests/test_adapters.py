@@ -15,18 +15,18 @@ import torch
 
 from ddp_eval import demo
 from ddp_eval.config import Config
-from ddp_eval.distributed import World
+from ddp_eval.distributed.collectives import World
 from ddp_eval.errors import UserError
-from ddp_eval.manifest import describe_model, see_model
-from ddp_eval.results import read_scores
-from ddp_eval.runner import evaluate, run
+from ddp_eval.output.write import read_scores
+from ddp_eval.run.manifest import describe_model, see_model
+from ddp_eval.run.runner import evaluate, run
 
 TASKS = ["demo_hellaswag", "demo_lambada"]
 
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     task_manager = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
@@ -205,8 +205,8 @@ def test_settings_of_quantised_weights(model_args: dict[str, Any], sentence: str
 
 def test_only_whole_copies_serve_them(tiny_model_path: Callable[[str], Path]) -> None:
     """Catches adapters and quantised weights split over ranks, where nobody puts the adapter on."""
-    from ddp_eval.choice import choose_layout
-    from ddp_eval.engines import checkpoint
+    from ddp_eval.engines.hf import checkpoint
+    from ddp_eval.placement.choose import choose_layout
 
     world = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
     model_args = {"pretrained": str(tiny_model_path("llama"))}

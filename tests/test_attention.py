@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny_models import CONFIGS, WINDOW
 from torch.nn.functional import scaled_dot_product_attention
 
-from ddp_eval import blocks
-from ddp_eval.attention import IMPLEMENTATIONS, LayerRule, layer_rules, make_mask, visible
+from ddp_eval.engines.ops import tree_attention
+from ddp_eval.engines.ops.masks import IMPLEMENTATIONS, LayerRule, layer_rules, make_mask, visible
 
 Tree = tuple[list[int], list[int], list[int | None]]  # depth, end, parent
 
@@ -71,8 +71,8 @@ def as_seen(implementation: str, mask: object, length: int) -> torch.Tensor:
         zero = torch.tensor(0)
         seen = mask.mask_mod(zero, zero, index[:, None], index[None, :])
         # What the mask's blocks leave out is never looked at by the kernel, whatever the function says.
-        blocks = mask.to_dense()[0, 0].repeat_interleave(mask.BLOCK_SIZE[0], 0).repeat_interleave(mask.BLOCK_SIZE[1], 1)
-        return seen & blocks[:length, :length].bool()
+        tree_attention = mask.to_dense()[0, 0].repeat_interleave(mask.BLOCK_SIZE[0], 0).repeat_interleave(mask.BLOCK_SIZE[1], 1)
+        return seen & tree_attention[:length, :length].bool()
     assert mask.shape == (1, 1, length, length)
     if implementation == "sdpa":
         assert mask.dtype == torch.bool
@@ -191,10 +191,10 @@ def test_blocks_see_what_the_dense_mask_shows(rule: LayerRule, reads: range | li
     query, key, value = torch.randn(3, 1, 2, len(depth), 8, generator=torch.Generator().manual_seed(1)).unbind()
     expected = scaled_dot_product_attention(query, key, value, attn_mask=visible(depth, end, rule))
     at = None if reads is None else np.array(reads)
-    runs = blocks.split(depth.numpy())
-    made = blocks.make_blocks(runs, depth.numpy(), end.numpy(), rule, torch.float32, torch.device("cpu"), at)
+    runs = tree_attention.split(depth.numpy())
+    made = tree_attention.make_blocks(runs, depth.numpy(), end.numpy(), rule, torch.float32, torch.device("cpu"), at)
     assert len(runs) > 4 and max(stop - start for start, stop in runs) < 700
-    output, _ = blocks.attend(None, query, key, value, blocks.carry(made, {}, torch.device("cpu")))
+    output, _ = tree_attention.attend(None, query, key, value, tree_attention.carry(made, {}, torch.device("cpu")))
     chosen = slice(None) if at is None else at
     torch.testing.assert_close(output.transpose(1, 2)[:, :, chosen], expected[:, :, chosen], atol=2e-6, rtol=1e-5)
     if at is not None and len(at) == 1:

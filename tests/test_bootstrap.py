@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from lm_eval.api import metrics
 
-from ddp_eval import bootstrap
+from ddp_eval.tasks import bootstrap
 
 RANDOM = np.random.default_rng(3)
 LOGLIKELIHOODS = (-RANDOM.exponential(3.0, size=57)).tolist()

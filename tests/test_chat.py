@@ -12,13 +12,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from tiny_models import evaluate_with_lm_eval
 
-from ddp_eval import demo, harness
+from ddp_eval import demo
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
-from ddp_eval.meter import Phases
-from ddp_eval.runner import evaluate
-from ddp_eval.thinking import finish_answer, read_think_end
-from ddp_eval.tokenization import Encoder
+from ddp_eval.run.runner import evaluate
+from ddp_eval.tasks import harness
+from ddp_eval.tasks.reasoning import finish_answer, read_think_end
+from ddp_eval.tasks.tokenization import Encoder
+from ddp_eval.telemetry.meter import Phases
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

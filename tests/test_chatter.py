@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as theirs
 
-from ddp_eval import hub
-from ddp_eval.chatter import less_chatter, one_rank_speaks
+from ddp_eval.system import hub
+from ddp_eval.system.quiet import less_chatter, one_rank_speaks
 
 
 def test_only_what_asks_for_nothing_is_held_back(caplog):

@@ -19,11 +19,11 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_arg_string
 
-from ddp_eval import cli
-from ddp_eval.cli import build_parser, parse
+from ddp_eval.cli import flags as cli
+from ddp_eval.cli.flags import build_parser, parse
+from ddp_eval.cli.values import convert_value, split_top_level
 from ddp_eval.config import DEFAULT_SEED, Config
 from ddp_eval.errors import UserError
-from ddp_eval.values import convert_value, split_top_level
 
 MODEL = ["--model_args", "pretrained=m"]
 BASE = [*MODEL, "--tasks", "t"]
@@ -292,8 +292,7 @@ REFUSED = {
         "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
     ),
     "--samples none.json": (
-        "--samples must be a JSON object or the path of a file with one: none.json cannot be read "
-        "(No such file or directory)"
+        "--samples must be a JSON object or the path of a file with one: none.json cannot be read (No such file or directory)"
     ),
     '--samples {"t":[]}': "--samples must name at least one document for task t",
     '--samples {"t":[-1]}': "--samples must list whole document numbers from 0 for task t, got [-1]",
@@ -304,9 +303,7 @@ REFUSED = {
     "--predict_only": "--predict_only needs --output_path DIR, where the samples are to be written",
     "--output_path=": "--output_path must not be empty: leave it out instead",
     "--output_path out.json": "--output_path must be a directory, got out.json: results.json is written into it",
-    "--config none.yaml": (
-        "--config must be a YAML file that can be read: none.yaml cannot be read (No such file or directory)"
-    ),
+    "--config none.yaml": ("--config must be a YAML file that can be read: none.yaml cannot be read (No such file or directory)"),
     "-a pretrain=gpt2": "model_args pretrain is unknown: did you mean pretrained?",
     "-a dtpye=float32": "model_args dtpye is unknown: did you mean dtype?",
     "-a pretrained=": "model_args pretrained must be a path or a name, got nothing",
@@ -533,6 +530,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_reading_flags_loads_no_heavy_library() -> None:
     """Catches an import that makes every rank pay seconds, or touches a GPU, before the flags are even read."""
-    code = "import json, sys; from ddp_eval.cli import parse; parse(['--limit', '3']); print(json.dumps(list(sys.modules)))"
+    code = "import json, sys; from ddp_eval.cli.flags import parse; parse(['--limit', '3']); print(json.dumps(list(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert not {"torch", "lm_eval", "transformers", "datasets", "numpy"} & set(loaded)

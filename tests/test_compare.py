@@ -14,12 +14,13 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from tiny_models import evaluate_with_lm_eval
 
-from ddp_eval import demo, results
-from ddp_eval.compare import paired
-from ddp_eval.compare.command import main, why_not
-from ddp_eval.compare.difference import answers_of, compare_runs
-from ddp_eval.compare.reading import document_metrics, read_run, shared_context
+from ddp_eval import demo
+from ddp_eval.analysis import paired
+from ddp_eval.analysis.difference import answers_of, compare_runs
+from ddp_eval.analysis.read import document_metrics, read_run, shared_context
+from ddp_eval.cli.compare import main, why_not
 from ddp_eval.errors import UserError
+from ddp_eval.output import write
 
 
 def draw(count=400, seed=1):
@@ -132,7 +133,7 @@ def write_run(place: Path, nats=NATS, right=RIGHT, manifest=None, context=None, 
     """A run directory by the functions that write real ones."""
     place.mkdir()
     keys = sorted(nats)
-    scores = results.Scores(
+    scores = write.Scores(
         task=["t"] * len(keys),
         doc_id=[doc for doc, _ in keys],
         idx=[idx for _, idx in keys],
@@ -140,15 +141,15 @@ def write_run(place: Path, nats=NATS, right=RIGHT, manifest=None, context=None, 
         is_greedy=[nats[key] > -1.5 for key in keys],
         num_tokens=[1] * len(keys),
     )
-    results.write_scores(place, scores)
+    write.write_scores(place, scores)
     rows = [
         {"task": "t", "doc_id": doc, "filter": "none", "metric": metric, "value": value, "weight": 1.0}
         | {"prompt_hash": f"{prompt}{doc}", "context_hash": context}
         for doc, value in right.items()
     ]
-    results.write_documents(place, rows)
+    write.write_documents(place, rows)
     mean = sum(right.values()) / len(right)
-    results.write_run(
+    write.write_run(
         place, {"results": {"t": {"alias": "t", f"{metric},none": mean}}}, manifest or {"engine": {"dtype": "float32"}}
     )
     return place
@@ -213,9 +214,9 @@ def test_other_right_answers_are_not_identical(first, tmp_path, capsys):
 def test_a_metric_that_is_gone_is_not_identical(tmp_path, capsys):
     """Catches a metric that one run reports and the other does not."""
     runs = [write_run(tmp_path / side) for side in ("a", "b")]
-    told = json.loads((runs[1] / results.RESULTS).read_text())
+    told = json.loads((runs[1] / write.RESULTS).read_text())
     told["results"]["t"]["acc_norm,none"] = 0.5
-    (runs[1] / results.RESULTS).write_text(json.dumps(told))
+    (runs[1] / write.RESULTS).write_text(json.dumps(told))
     assert main([*map(str, runs), "--expect", "identical"]) == 3
     assert "are alike, but not t acc_norm" in capsys.readouterr().out
 
@@ -224,8 +225,8 @@ def test_other_texts_are_not_within(tmp_path, capsys):
     """Catches a CI check that passes though every generated answer is another, beside log-probabilities that are alike."""
     for side, text in (("a", "one"), ("b", "eins")):
         write_run(tmp_path / side)
-        results.write_texts(
-            tmp_path / side, results.Texts(["g"] * 2, [0, 1], [0] * 2, [0] * 2, [text] * 2, [1] * 2, [False] * 2, [False] * 2)
+        write.write_texts(
+            tmp_path / side, write.Texts(["g"] * 2, [0, 1], [0] * 2, [0] * 2, [text] * 2, [1] * 2, [False] * 2, [False] * 2)
         )
     a, b = (str(tmp_path / side) for side in "ab")
     assert main([a, b, "--expect", "within", "1e-4"]) == 3
@@ -414,5 +415,5 @@ def test_it_needs_no_torch(first):
     """Catches an import that makes a comparison of two small files wait for seconds."""
     import subprocess
 
-    code = f"import sys; from ddp_eval.compare.command import main; main([{str(first)!r}] * 2); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from ddp_eval.cli.compare import main; main([{str(first)!r}] * 2); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -14,13 +14,14 @@ from test_evaluate import answers_of, write_asking_task, write_task
 from tiny_models import evaluate_with_lm_eval
 
 import ddp_eval
-from ddp_eval import contagion, generation
-from ddp_eval.engines import decode
-from ddp_eval.engines.hf import HFEngine
-from ddp_eval.engines.seq2seq import Seq2SeqEngine
-from ddp_eval.generation import NO_TOKEN, Batch, Settings, build_batch
-from ddp_eval.packing import build_pack, plan_one_tree, requests_from_lists
-from ddp_eval.planning import Decision, make_plan
+from ddp_eval.engines.hf import decode
+from ddp_eval.engines.hf.engine import HFEngine
+from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
+from ddp_eval.packs import batches
+from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, build_batch
+from ddp_eval.packs.plan import build_pack, plan_one_tree, requests_from_lists
+from ddp_eval.run import nan_retry
+from ddp_eval.run.self_check import Decision, make_plan
 
 CPU = torch.device("cpu")
 BAD = 33  # "@", whose embedding is NaN
@@ -38,7 +39,7 @@ def poisoned() -> Any:
 @pytest.fixture
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs and batches without their self-check, whose tokens may be the bad one."""
-    monkeypatch.setattr("ddp_eval.planning.check_packs", lambda *arguments: None)
+    monkeypatch.setattr("ddp_eval.run.self_check.check_packs", lambda *arguments: None)
     monkeypatch.setattr(decode, "check_decoding", lambda engine: None)
 
 
@@ -70,30 +71,30 @@ def test_a_broken_model_is_not_run_again_for_every_request(
     poisoned: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches hours of single forwards over a model that gives nothing but NaN, and a sample that finds no cure and is all."""
-    monkeypatch.setattr(contagion, "SAMPLE", 4)
+    monkeypatch.setattr(nan_retry, "SAMPLE", 4)
     requests = requests_from_lists([[BAD, 9, number, 5] for number in range(10, 30)], [2] * 20)
     engine = HFEngine(poisoned, CPU)
     decision = Decision(*plan_one_tree(requests), None)
     runs: list[int] = []
 
-    def run(values: float) -> Callable[[Any], contagion.Scored]:
-        def score(plan: Any) -> contagion.Scored:
+    def run(values: float) -> Callable[[Any], nan_retry.Scored]:
+        def score(plan: Any) -> nan_retry.Scored:
             runs.append(plan.num_items)
             return np.full(plan.num_items, values), np.ones(plan.num_items, dtype=bool)
 
         return score
 
     nothing = np.full(20, np.nan), np.zeros(20, dtype=bool)
-    assert contagion.isolate(nothing, requests, decision, engine, run(np.nan))[1] == 0 and runs == [4]
+    assert nan_retry.isolate(nothing, requests, decision, engine, run(np.nan))[1] == 0 and runs == [4]
     assert "none of 4 came out otherwise: the model is at fault, and 16 others are left as they are" in caplog.text
-    (sums, greedy), saved = contagion.isolate(nothing, requests, decision, engine, run(-1.0))
+    (sums, greedy), saved = nan_retry.isolate(nothing, requests, decision, engine, run(-1.0))
     assert saved == 20 and runs == [4, 4, 16] and (sums == -1.0).all() and greedy.all()
     assert np.isnan(nothing[0]).all(), "what was gathered is left as it is"
     runs.clear()
     rows = decision._replace(plan=make_plan(engine, requests, packing=False, max_pack_tokens=None).plan)
     apart = Seq2SeqEngine(tiny_models.make_model("bart"), CPU)
     for cut, by in (decision, apart), (rows, engine):
-        assert contagion.isolate(nothing, requests, cut, by, run(-1.0))[1] == 0
+        assert nan_retry.isolate(nothing, requests, cut, by, run(-1.0))[1] == 0
     assert not runs, "there each has its own row"
 
 
@@ -105,7 +106,7 @@ def test_each_answer_goes_to_its_own_item(tiny_model: Callable[[str], Any]) -> N
     requests = requests_from_lists([*lists, lists[2]], [3, 2, 4, 2, 1, 5, 4])
     decision = make_plan(engine, requests, packing=True, max_pack_tokens=None)
 
-    def run(plan: Any) -> contagion.Scored:
+    def run(plan: Any) -> nan_retry.Scored:
         found = [engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)]
         return np.concatenate([sums for sums, _ in found]), np.concatenate([greedy for _, greedy in found])
 
@@ -113,7 +114,7 @@ def test_each_answer_goes_to_its_own_item(tiny_model: Callable[[str], Any]) -> N
     for chosen in ([0], [2, 4], [5, 1, 3, 0]):
         sums, greedy = right[0].copy(), right[1].copy()
         sums[chosen], greedy[chosen] = np.nan, ~greedy[chosen]
-        (sums, greedy), saved = contagion.isolate((sums, greedy), requests, decision, engine, run)
+        (sums, greedy), saved = nan_retry.isolate((sums, greedy), requests, decision, engine, run)
         assert saved == len(chosen)
         np.testing.assert_allclose(sums, right[0], atol=1e-4)
         np.testing.assert_array_equal(greedy, right[1])
@@ -250,10 +251,10 @@ def test_an_encoder_decoder_ends_there_too(tiny_tokenizer: Any) -> None:
 
 def test_batches_keep_the_mark_in_a_journal(tmp_path: Path) -> None:
     """Catches a mark that a resume reads back as a token."""
-    from ddp_eval.journal import Journal, read_journals
+    from ddp_eval.output.journal import Journal, read_journals
 
-    prompts = generation.Prompts([np.array([1, 2])] * 2, [0] * 2, [4] * 2, [3, 4], [Settings((), {"do_sample": True})], ["t"] * 2)
-    plan, _ = generation.plan_batches(prompts, generation.Sizes(100, 2, 2), [False])
+    prompts = batches.Prompts([np.array([1, 2])] * 2, [0] * 2, [4] * 2, [3, 4], [Settings((), {"do_sample": True})], ["t"] * 2)
+    plan, _ = batches.plan_batches(prompts, batches.Sizes(100, 2, 2), [False])
     own = Journal(tmp_path / "a.journal", b"k" * 32, "here")
     own.append_texts(0, [[5, NO_TOKEN], [6]])
     own.close()
@@ -271,9 +272,9 @@ def _generate(model: Any, batch: Batch, tokenizer: Any) -> list[list[int]]:
 
 def test_a_finished_run_still_says_so(poisoned: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches metrics over NaN that the same command shows again, on its finished directory, as if nothing were wrong."""
-    from ddp_eval import runner
     from ddp_eval.config import Config
-    from ddp_eval.distributed import join_group
+    from ddp_eval.distributed.collectives import join_group
+    from ddp_eval.run import runner
 
     tokenizer = tiny_models.make_tokenizer(model_max_length=512)
     for part in (poisoned, tokenizer):

@@ -13,12 +13,13 @@ import tiny_models
 import torch
 
 import ddp_eval
-from ddp_eval import execution, generation
-from ddp_eval.distributed import World
-from ddp_eval.engines import decode
-from ddp_eval.engines.hf import HFEngine
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf import decode
+from ddp_eval.engines.hf.engine import HFEngine
 from ddp_eval.errors import UserError
-from ddp_eval.generation import Prompts, Settings, build_batch, plan_batches
+from ddp_eval.packs import batches
+from ddp_eval.packs.batches import Prompts, Settings, build_batch, plan_batches
+from ddp_eval.run import execute
 
 TASKS = str(Path(__file__).with_name("generation_tasks"))
 CPU = torch.device("cpu")
@@ -27,13 +28,13 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots for three rows, so that they are taken again and again, and families of a few."""
-    monkeypatch.setattr(decode, "choose_sizes", lambda engine: generation.Sizes(10**6, 3, 8))
+    monkeypatch.setattr(decode, "choose_sizes", lambda engine: batches.Sizes(10**6, 3, 8))
     monkeypatch.setattr(decode, "ADMIT_TOKENS", 16)
 
 
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     load = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
@@ -219,7 +220,7 @@ def test_slots_are_halved_when_memory_is_short(run_out: Exception, load: Callabl
     """Catches a run that ends where fewer rows at once would do, and one that goes on for ever."""
     engine = load("llama")
     prompts = Prompts([np.arange(2, 9 + n) for n in range(8)], [0] * 8, [6] * 8, [0] * 8, [Settings((), {})], ["task"] * 8)
-    plan, _ = plan_batches(prompts, generation.Sizes(10**6, 8, 8), [False])
+    plan, _ = plan_batches(prompts, batches.Sizes(10**6, 8, 8), [False])
     batch, generate, room = build_batch(plan, 0), engine.generate, 2
 
     def refuse(batch: Any, *rest: Any) -> Any:
@@ -230,7 +231,7 @@ def test_slots_are_halved_when_memory_is_short(run_out: Exception, load: Callabl
     world = World(0, 0, 1, CPU)
     wanted = generate(batch, tiny_tokenizer, lambda *told: None)
     engine.generate = refuse  # type: ignore[method-assign]
-    assert execution._generate(world, engine, batch, tiny_tokenizer, lambda *told: None) == (wanted, 4)
+    assert execute._generate(world, engine, batch, tiny_tokenizer, lambda *told: None) == (wanted, 4)
     room = 0
     with pytest.raises(UserError, match="ran out of memory on cpu with 1 prompts and answers of up to"):
-        execution._generate(world, engine, batch, tiny_tokenizer, lambda *told: None)
+        execute._generate(world, engine, batch, tiny_tokenizer, lambda *told: None)

@@ -9,9 +9,10 @@ import sys
 import pytest
 from torch.utils import collect_env
 
-from ddp_eval import environment, runner
 from ddp_eval.config import Config
-from ddp_eval.distributed import join_group
+from ddp_eval.distributed.collectives import join_group
+from ddp_eval.run import runner
+from ddp_eval.system import environment
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from tiny_models import evaluate_with_lm_eval
 
 import ddp_eval
 from ddp_eval.errors import UserError
-from ddp_eval.results import read_scores
-from ddp_eval.runner import evaluate
+from ddp_eval.output.write import read_scores
+from ddp_eval.run.runner import evaluate
 
 TOLERANCE_NATS = 1e-4
 CHAT_TEMPLATE = (
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm_eval's index of its own 14,000 task files takes seconds to read, and no test here needs one of them."""
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     task_manager = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval import execution
-from ddp_eval.distributed import World
-from ddp_eval.engines import hf
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf import engine as hf
 from ddp_eval.errors import UserError, is_out_of_memory
-from ddp_eval.packing import Pack, build_pack, plan_one_tree, requests_from_lists
+from ddp_eval.packs.plan import Pack, build_pack, plan_one_tree, requests_from_lists
+from ddp_eval.run import execute
 
 CPU = torch.device("cpu")
 ALONE = World(0, 0, 1, CPU)
@@ -64,12 +64,12 @@ def test_packs_are_halved_when_memory_is_short(
         return lambda some: launch(some) if len(some) <= room else run_out()
 
     monkeypatch.setattr(engine, "launch", launch_in(room))
-    pieces = execution._launch(ALONE, engine, pack)
+    pieces = execute._launch(ALONE, engine, pack)
     assert len(pieces) == 3
     np.testing.assert_allclose(np.concatenate([engine.collect(piece)[0] for piece in pieces]), whole, atol=1e-4)
     monkeypatch.setattr(engine, "launch", launch_in(10))
     with pytest.raises(UserError, match="rank 0 ran out of memory on cpu with a single request of 38 tokens, 5 of them scored"):
-        execution._launch(ALONE, engine, pack)
+        execute._launch(ALONE, engine, pack)
 
 
 @pytest.mark.parametrize("run_out", SHORTAGES, ids=["gpu", "cpu", "numpy"])
@@ -90,7 +90,7 @@ def test_other_errors_are_no_shortage(pack: Pack, tiny_model: Callable[[str], An
 
     monkeypatch.setattr(engine, "launch", fail)
     with pytest.raises(RuntimeError, match="shapes"):
-        execution._launch(ALONE, engine, pack)
+        execute._launch(ALONE, engine, pack)
     assert len(launched) == 1
     with pytest.raises(RuntimeError, match="shapes"), hf.without_halves(ALONE, pack):
         fail(pack)

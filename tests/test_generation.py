@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tiny_models
 
-from ddp_eval.asking import Asked
-from ddp_eval.engines.decode import grow_tree
+from ddp_eval.engines.hf.decode import grow_tree
+from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
-from ddp_eval.generation import LEAST_SHARED, Prompts, Settings, Sizes, build_batch, plan_batches
-from ddp_eval.stopping import StopRule
-from ddp_eval.tokenization import Encoder
+from ddp_eval.packs.batches import LEAST_SHARED, Prompts, Settings, Sizes, build_batch, plan_batches
+from ddp_eval.tasks.generation_requests import Asked
+from ddp_eval.tasks.tokenization import Encoder
 
 GREEDY, DRAWN = Settings(("\n",), {"do_sample": False}), Settings(("\n",), {"do_sample": True, "temperature": 1.0})
 SIZES = Sizes(slot_tokens=10_000, most_slots=4, queue=8)

@@ -21,11 +21,14 @@ import torch
 import transformers
 from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
 
-from ddp_eval import attention, blocks, planning, telemetry
-from ddp_eval.engines import checkpoint, hf, readout
+from ddp_eval.engines.hf import checkpoint
+from ddp_eval.engines.hf import engine as hf
+from ddp_eval.engines.ops import logprobs, masks, tree_attention
 from ddp_eval.errors import UserError
-from ddp_eval.packing import CostModel, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
-from ddp_eval.planning import check_packs, cut_packs, make_plan
+from ddp_eval.packs.plan import CostModel, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.run import self_check
+from ddp_eval.run.self_check import check_packs, cut_packs, make_plan
+from ddp_eval.telemetry import summary
 
 CPU = torch.device("cpu")
 TOLERANCE_NATS = 1e-4
@@ -189,9 +192,9 @@ def test_results_set_out_behind_their_own_forward(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     pack = build_pack(plan_packs(to_requests([([1, 2, 3], 2)]), ONE_PACK, 60)[0], 0)
-    launched = readout.send_back(pack, OnGpu([-1.0, -2.0]), OnGpu([True, True]))  # type: ignore[arg-type]
+    launched = logprobs.send_back(pack, OnGpu([-1.0, -2.0]), OnGpu([True, True]))  # type: ignore[arg-type]
     assert happened == [("copy", "cpu", True), ("copy", "cpu", True), ("record", "stream of cuda:0")]
-    sums, greedy = readout.sum_answers(launched)
+    sums, greedy = logprobs.sum_answers(launched)
     assert happened[3:] == ["synchronize"] and (sums.tolist(), greedy.tolist()) == ([-3.0], [True])
 
 
@@ -202,7 +205,7 @@ def test_hits_are_argmax() -> None:
     rows = np.sort(random.integers(0, 40, 300))
     columns = np.where(random.random(300) < 0.7, logits.argmax(-1).numpy()[rows], random.integers(0, 6, 300))
     items = random.permutation(np.resize(np.arange(60), 300))
-    hits = readout.find_hits(logits, torch.from_numpy(rows), torch.from_numpy(columns), items).numpy()
+    hits = logprobs.find_hits(logits, torch.from_numpy(rows), torch.from_numpy(columns), items).numpy()
     expected = logits.argmax(-1).numpy()[rows] == columns
     misses, expected_misses = (np.bincount(items, weights=~each) for each in (hits, expected))
     assert ((misses == 0) == (expected_misses == 0)).all() and 5 < (misses == 0).sum() < 55
@@ -269,8 +272,8 @@ def test_check_catches_a_mask_of_the_wrong_type(tiny_model_path: Callable[[str],
     """Catches a check that is blind: a bool mask under eager is added to the scores and hides nothing, without an error."""
     engine = load(tiny_model_path("llama"), attn_implementation="eager")
     requests, expected = grow_tree(engine.model, seed=4)
-    make_mask = attention.make_mask
-    monkeypatch.setattr(attention, "make_mask", lambda implementation, *rest: make_mask("sdpa", *rest))
+    make_mask = masks.make_mask
+    monkeypatch.setattr(masks, "make_mask", lambda implementation, *rest: make_mask("sdpa", *rest))
     assert "differ by" in (check_packs(engine, to_requests(requests)) or "")
     plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert plan.rows and "differ by" in (why_rows or "")
@@ -385,10 +388,10 @@ def test_no_packing_gives_rows(tiny_model_path: Callable[[str], Path]) -> None:
 def test_a_callers_default_dtype_changes_nothing(default: torch.dtype) -> None:
     """Catches memory asked for in the dtype that a training script has set."""
     logits, rows, columns = torch.randn(5, 7), torch.arange(5), torch.tensor([1, 0, 6, 2, 3])
-    expected = readout.log_softmax_at(logits, rows, columns)
+    expected = logprobs.log_softmax_at(logits, rows, columns)
     torch.set_default_dtype(default)
     try:
-        found = readout.log_softmax_at(logits, rows, columns)
+        found = logprobs.log_softmax_at(logits, rows, columns)
     finally:
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
@@ -548,7 +551,7 @@ def test_rows_are_cut_by_their_padding(tiny_model: Callable[..., Any], monkeypat
     engine = hf.HFEngine(tiny_model("llama"), CPU)
     requests = requests_from_lists([[number, length, *range(2, length)] for number in range(30) for length in (5, 50)], [2] * 60)
     plan = make_plan(engine, requests, packing=False, max_pack_tokens=None).plan
-    padding = telemetry.fed_tokens(plan) - len(plan.tokens)
+    padding = summary.fed_tokens(plan) - len(plan.tokens)
     assert plan.rows and plan.num_packs > 1 and padding <= plan.num_packs * engine.cost_model().most_padding
     monkeypatch.setattr(engine, "keeps_apart", True)
     assert make_plan(engine, requests, packing=False, max_pack_tokens=None).plan.num_packs == 1
@@ -645,11 +648,11 @@ def test_trees_by_the_models_own_attention_where_the_fastest_fails(
     """Catches rows, several times slower, where packs need no more than another attention; and costs of the wrong one."""
     model = tiny_models.make_model("llama")
     requests, expected = grow_tree(model, seed=3)
-    monkeypatch.setattr(blocks, "with_keys", refuse)
+    monkeypatch.setattr(tree_attention, "with_keys", refuse)
     engine = hf.HFEngine(model, CPU)
-    assert engine.tree_attention == blocks.NAME
+    assert engine.tree_attention == tree_attention.NAME
     most = []
-    monkeypatch.setattr(planning, "cut_packs", lambda *args: most.append(args[2]) or cut_packs(*args))
+    monkeypatch.setattr(self_check, "cut_packs", lambda *args: most.append(args[2]) or cut_packs(*args))
     plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert why_rows is None and not plan.rows and engine.tree_attention == "sdpa" and engine.cost_model().dense
     assert most == [4096] == [engine.max_tokens()], "dense masks pay for the square"
@@ -664,7 +667,7 @@ def test_attention_stays_where_no_other_helps(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(engine, "launch", lambda pack: launch(pack) if pack.rows else refuse())
     decision = make_plan(engine, to_requests([([1, 2, 3], 1)]), packing=True, max_pack_tokens=None)
     assert decision.plan.rows and "Failed to find C compiler" in str(decision.why_rows)
-    assert engine.tree_attention == blocks.NAME
+    assert engine.tree_attention == tree_attention.NAME
 
 
 def test_short_memory_is_no_word_on_packs_either(monkeypatch: pytest.MonkeyPatch) -> None:

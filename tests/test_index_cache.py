@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 from lm_eval.tasks import TaskManager, _index, _yaml_loader, manager
 
-from ddp_eval import harness, index_cache
 from ddp_eval.errors import UserError
-from ddp_eval.index_cache import reuse_index
+from ddp_eval.tasks import harness, index_cache
+from ddp_eval.tasks.index_cache import reuse_index
 
 FILES = {
     "a/one.yaml": "include: _base\ntask: one\ntag: [letters, few]\ndoc_to_text: !function utils.text\n",

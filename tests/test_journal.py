@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddp_eval import journal
 from ddp_eval.errors import UserError
-from ddp_eval.execution import fill_texts
-from ddp_eval.journal import Journal, OtherWork, read_journals, work_key
+from ddp_eval.output import journal
+from ddp_eval.output.journal import Journal, OtherWork, read_journals, work_key
+from ddp_eval.run.execute import fill_texts
 
 KEY = work_key({"plan": "a"})
 ITEM_STARTS = np.array([0, 2, 3, 3, 6])  # four packs; the third has no items

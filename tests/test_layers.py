@@ -8,10 +8,11 @@ import tiny_models
 import torch
 import transformers
 
-from ddp_eval import distributed
-from ddp_eval.engines import checkpoint, hf, layers
+from ddp_eval.distributed import collectives
+from ddp_eval.engines.hf import checkpoint, pipeline_parallel
+from ddp_eval.engines.hf import engine as hf
 from ddp_eval.errors import UserError
-from ddp_eval.packing import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.packs.plan import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
 
 SHAPE = {**tiny_models._SHAPE, "num_hidden_layers": 5}
 SMALL = tiny_models._SMALL
@@ -68,8 +69,8 @@ class Wire:
             def wait(self):
                 pass
 
-        monkeypatch.setattr(distributed, "Incoming", Incoming)
-        monkeypatch.setattr(distributed, "Outgoing", Outgoing)
+        monkeypatch.setattr(collectives, "Incoming", Incoming)
+        monkeypatch.setattr(collectives, "Outgoing", Outgoing)
 
 
 def save(kind, directory):
@@ -101,8 +102,8 @@ def run_engines(engines, plan):
 def load_stages(model_args, stages):
     config = checkpoint.load_config(model_args)
     device = torch.device("cpu")
-    worlds = [distributed.World(rank, rank, stages, device, ranks_per_replica=stages) for rank in range(stages)]
-    return [layers.load_layers_engine(model_args, config, world) for world in worlds]
+    worlds = [collectives.World(rank, rank, stages, device, ranks_per_replica=stages) for rank in range(stages)]
+    return [pipeline_parallel.load_layers_engine(model_args, config, world) for world in worlds]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -158,9 +159,9 @@ def test_models_that_cannot_be_split(tmp_path):
     """Catches a model of unknown inner order that is cut all the same, and stages with nothing in them."""
     mpt = tiny_models.make_model("mpt").to("meta")
     with pytest.raises(UserError, match="--layout layers cannot split mpt models"):
-        layers.plan_stages(mpt, 2)
+        pipeline_parallel.plan_stages(mpt, 2)
     with pytest.raises(UserError, match="layers:3 splits a model of 2 layers into more parts than it has layers"):
-        layers.plan_stages(tiny_models.make_model("llama").to("meta"), 3)
+        pipeline_parallel.plan_stages(tiny_models.make_model("llama").to("meta"), 3)
 
 
 def test_a_trial_that_fails_ends_in_nan(tmp_path, monkeypatch):

@@ -16,12 +16,12 @@ from test_evaluate import CHAT_TEMPLATE, answers_of, write_asking_task
 from ddp_eval import demo
 from ddp_eval.errors import UserError
 from ddp_eval.lm import DDPEvalLM, launch
-from ddp_eval.runner import evaluate
+from ddp_eval.run.runner import evaluate
 
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     task_manager = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))

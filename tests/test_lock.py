@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from ddp_eval import lock
-from ddp_eval.lock import Held, Lock
+from ddp_eval.output import lock
+from ddp_eval.output.lock import Held, Lock
 
 HOLD = """
 import sys, time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ddp_eval import machine
+from ddp_eval.system import machine
 
 GIB = 2**30
 

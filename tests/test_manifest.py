@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval import digests, results, resume
-from ddp_eval.distributed import World
-from ddp_eval.generation import NO_TEXTS
-from ddp_eval.manifest import describe_model, is_same_model, see_model
-from ddp_eval.packing import CostModel, plan_packs, requests_from_lists
-from ddp_eval.resume import name_work
+from ddp_eval.distributed.collectives import World
+from ddp_eval.output import write
+from ddp_eval.packs.batches import NO_TEXTS
+from ddp_eval.packs.plan import CostModel, plan_packs, requests_from_lists
+from ddp_eval.run import resume
+from ddp_eval.run.manifest import describe_model, is_same_model, see_model
+from ddp_eval.run.resume import name_work
+from ddp_eval.system import digests
 
 PLACE = 300_000  # of the byte that changes: in the middle of a megabyte
 
@@ -118,7 +120,7 @@ def test_key_of_other_code(module, matters, key, checkpoint, tmp_path, monkeypat
     folder = checkpoint()
     before = key(folder)
     package = tmp_path / "ddp_eval"
-    shutil.copytree(Path(results.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(write.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(digests, "__file__", str(package / "digests.py"))
     assert key(folder) == before
     with open(package / module, "a") as file:
@@ -128,5 +130,5 @@ def test_key_of_other_code(module, matters, key, checkpoint, tmp_path, monkeypat
 
 def test_code_that_is_named_exists():
     """Catches a module that was renamed and no longer counts."""
-    package = Path(results.__file__).parent
+    package = Path(write.__file__).parent
     assert all((package / name).exists() for name in resume._CODE)

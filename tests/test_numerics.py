@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ddp_eval.config import Config
-from ddp_eval.engines.hf import HFEngine
+from ddp_eval.engines.hf.engine import HFEngine
 from ddp_eval.errors import UserError
-from ddp_eval.packing import build_pack, requests_from_lists
-from ddp_eval.planning import make_plan
+from ddp_eval.packs.plan import build_pack, requests_from_lists
+from ddp_eval.run.self_check import make_plan
 
 
 def test_fp32_reaches_the_loader():

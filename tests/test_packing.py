@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_eval import packing
-from ddp_eval.packing import (
+from ddp_eval.packs import plan as packing
+from ddp_eval.packs.plan import (
     CostModel,
     Pack,
     Plan,

@@ -12,15 +12,21 @@ import tiny_models
 import torch
 import transformers
 
-from ddp_eval import choice, cli, distributed, plan, sizing
-from ddp_eval.choice import Ranks, consider, fewest_local_layers, recommend
+from ddp_eval.cli import flags as cli
+from ddp_eval.cli import plan
 from ddp_eval.config import Config
-from ddp_eval.engines import checkpoint, hf, readout
+from ddp_eval.distributed import collectives
+from ddp_eval.engines.hf import checkpoint
+from ddp_eval.engines.hf import engine as hf
+from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError
 from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout
-from ddp_eval.packing import build_pack, plan_packs, requests_from_lists
-from ddp_eval.prediction import CUDA_SPEEDS, Amount, Speeds, predict
-from ddp_eval.sizing import GIB, ModelSizes, measure_model, usable_bytes
+from ddp_eval.packs.plan import build_pack, plan_packs, requests_from_lists
+from ddp_eval.placement import choose
+from ddp_eval.placement import memory as sizing
+from ddp_eval.placement.choose import Ranks, consider, fewest_local_layers, recommend
+from ddp_eval.placement.memory import GIB, ModelSizes, measure_model, usable_bytes
+from ddp_eval.placement.speed import CUDA_SPEEDS, Amount, Speeds, predict
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "num_key_value_heads": 8}
@@ -274,9 +280,9 @@ def test_seconds_by_hand():
     straddling = predict(TINY, Layout(TENSOR, 2), None, 6, 3, Amount(tokens=120, reads=0, packs=12), SLOW)
     assert straddling.run_s == pytest.approx(4 * (5.0 + 160 * 10 / SLOW.node_link)) and "across nodes" in straddling.why
     assert split.run_s < straddling.run_s and "across nodes" not in split.why
-    within = choice.Candidate(Layout(LAYERS, 3), prediction=one)
-    across = choice.Candidate(Layout(LAYERS, 2), prediction=one)
-    too_large = choice.Candidate(WHOLE_COPIES, spare=-1, prediction=one)
+    within = choose.Candidate(Layout(LAYERS, 3), prediction=one)
+    across = choose.Candidate(Layout(LAYERS, 2), prediction=one)
+    too_large = choose.Candidate(WHOLE_COPIES, spare=-1, prediction=one)
     assert fewest_local_layers([too_large, across, within], 3) == within
 
 
@@ -368,12 +374,12 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     model_args = {"pretrained": str(tiny_model_path("gpt2"))}
     model_config = checkpoint.load_config(model_args)
     weights = measure_model(checkpoint.whole_model(model_args, model_config), CPU).weights
-    world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
+    world = collectives.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
 
     def chosen(memory, layout="auto", world=world, earlier=None):
-        monkeypatch.setattr(choice, "memory_of_rank", lambda device, ranks_per_node: memory)
+        monkeypatch.setattr(choose, "memory_of_rank", lambda device, ranks_per_node: memory)
         config = Config(model_args=model_args, layout=layout, max_pack_tokens=16)
-        return choice.choose_layout(config, model_config, world, earlier)
+        return choose.choose_layout(config, model_config, world, earlier)
 
     assert chosen(8 * weights)[0] == WHOLE_COPIES
     whole, half = (max(map(sum, rank_bytes_of(model_args, model_config, layout))) for layout in (WHOLE_COPIES, Layout(LAYERS, 2)))
@@ -390,7 +396,7 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     assert chosen(8 * weights, "replicas", earlier="layers:2")[0] == WHOLE_COPIES
     assert chosen(8 * weights, earlier="layers:3")[0] == WHOLE_COPIES, "two ranks are no three"
     monkeypatch.setattr(checkpoint, "whole_model", None)
-    assert chosen(0, world=distributed.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
+    assert chosen(0, world=collectives.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
 
 
 @pytest.mark.parametrize("kind", tiny_models.CONFIGS)
@@ -408,13 +414,13 @@ def test_quantised_weights_are_left_alone(tiny_model_path):
     model_args = {"pretrained": str(tiny_model_path("llama"))}
     model_config = checkpoint.load_config(model_args)
     model_config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    world = distributed.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
-    assert choice.choose_layout(Config(model_args=model_args), model_config, world)[0] == WHOLE_COPIES
+    world = collectives.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
+    assert choose.choose_layout(Config(model_args=model_args), model_config, world)[0] == WHOLE_COPIES
     with pytest.raises(UserError, match="--layout layers:2 cannot split quantised weights: give --layout replicas"):
-        choice.choose_layout(Config(model_args=model_args, layout="layers:2"), model_config, world)
+        choose.choose_layout(Config(model_args=model_args, layout="layers:2"), model_config, world)
     with pytest.raises(UserError, match="--load broadcast sends whole copies of a hf model, and this is layers:2"):
         del model_config.quantization_config
-        choice.choose_layout(Config(model_args=model_args, layout="layers:2", load="broadcast"), model_config, world)
+        choose.choose_layout(Config(model_args=model_args, layout="layers:2", load="broadcast"), model_config, world)
 
 
 def rank_bytes_of(model_args, model_config, layout):
@@ -426,7 +432,7 @@ def test_room_for_logits_is_what_the_head_takes(tiny_model, monkeypatch):
     """Catches a plan that reckons with fewer reads at a time than the engine computes."""
     model = tiny_model("llama")
     sizes = measure_model(model, CPU)
-    monkeypatch.setattr(readout, "LOGITS_AT_ONCE", 70 * sizes.vocab)
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 70 * sizes.vocab)
     engine = hf.HFEngine(model, torch.device("cpu"))
     computed, head = [], engine._head
     packs, _ = plan_packs(requests_from_lists([[index % 50 for index in range(151)]], [150]), engine.cost_model(), 1000)

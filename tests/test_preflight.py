@@ -6,9 +6,12 @@ import socket
 import pytest
 import torch
 
-from ddp_eval import demo, distributed, interfaces, preflight
+from ddp_eval import demo
 from ddp_eval.config import Config
+from ddp_eval.distributed import collectives
 from ddp_eval.errors import UserError
+from ddp_eval.run import preflight
+from ddp_eval.system import network
 
 MODEL = {"pretrained": "demo"}
 
@@ -106,7 +109,7 @@ def test_one_process(tmp_path):
 
 def test_one_rank_alone():
     """Catches "1 ranks"."""
-    world = distributed.World(0, 0, 1, torch.device("cpu"))
+    world = collectives.World(0, 0, 1, torch.device("cpu"))
     assert preflight.check_group(world).startswith("all-reduce over 1 rank by gloo in ")
 
 
@@ -127,17 +130,17 @@ def test_output_that_is_a_file(tmp_path):
 
 def test_knocking():
     """Catches a probe that finds a closed port open, or an open one closed."""
-    with interfaces.listening() as listener:
-        assert interfaces.can_reach("127.0.0.1", listener.port)
-        assert interfaces.can_reach("127.0.0.1", listener.port), "it answers more than once"
-    assert not interfaces.can_reach("127.0.0.1", listener.port)
+    with network.listening() as listener:
+        assert network.can_reach("127.0.0.1", listener.port)
+        assert network.can_reach("127.0.0.1", listener.port), "it answers more than once"
+    assert not network.can_reach("127.0.0.1", listener.port)
 
 
 def test_address_of_an_interface(monkeypatch):
     """Catches the address of another interface than the one that gloo is told to take."""
-    assert interfaces.address_of("lo") == "127.0.0.1"
-    assert interfaces.address_of("nosuch0") is None
+    assert network.address_of("lo") == "127.0.0.1"
+    assert network.address_of("nosuch0") is None
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setattr(socket, "gethostname", lambda: "a-name-that-nobody-has.invalid")
-    assert interfaces.gloo_address() == "127.0.0.1"
-    assert f"{os.stat('/proc/self/ns/net').st_ino}" in interfaces.machine()
+    assert network.gloo_address() == "127.0.0.1"
+    assert f"{os.stat('/proc/self/ns/net').st_ino}" in network.machine()

@@ -10,11 +10,12 @@ import pytest
 import tiny_models
 import torch
 
-from ddp_eval import machine
-from ddp_eval.engines import hf, products
-from ddp_eval.engines.seq2seq import Seq2SeqEngine
-from ddp_eval.packing import build_pack
-from ddp_eval.planning import make_plan
+from ddp_eval.engines.hf import engine as hf
+from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
+from ddp_eval.engines.ops import onednn_linear
+from ddp_eval.packs.plan import build_pack
+from ddp_eval.run.self_check import make_plan
+from ddp_eval.system import machine
 
 CPU = torch.device("cpu")
 
@@ -24,12 +25,12 @@ def wanted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """oneDNN's products whatever this processor is; skipped where torch has none."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch has no oneDNN here")
-    monkeypatch.setattr(products, "is_wanted", lambda: True)
+    monkeypatch.setattr(onednn_linear, "is_wanted", lambda: True)
     yield
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("features", [40, products.WIDE])
+@pytest.mark.parametrize("features", [40, onednn_linear.WIDE])
 def test_products_are_the_layers_own(bias: bool, features: int) -> None:
     """Catches a bias left out, rows mixed up where the tokens are not contiguous, and rows of padding that come out."""
     torch.manual_seed(0)
@@ -39,37 +40,45 @@ def test_products_are_the_layers_own(bias: bool, features: int) -> None:
         expected = layer(many)
         for part in ((), (0,), (slice(None), slice(None, None, 2)), (slice(None), slice(3)), (1, slice(250))):
             tokens, rows = many[part], expected[part]
-            found = products.linear(layer, tokens)
+            found = onednn_linear.linear(layer, tokens)
             assert found.shape == rows.shape and torch.allclose(found, rows, atol=1e-5)
 
 
 def test_numbers_of_tokens_are_few() -> None:
     """Catches a kernel compiled and kept for every length that a run comes across, and much padding to avoid it."""
     counts = np.arange(1, 8193)
-    grid = products.to_grid(counts)
+    grid = onednn_linear.to_grid(counts)
     assert ((counts <= grid) & (grid <= counts * 17 / 16)).all()
-    assert len(np.unique(grid[grid % products.FINE == 0])) == 32 + 16 and (grid[2048:] % products.FINE == 0).all()
-    assert [products.to_grid(count) for count in (1, 120, 121, 640, 2047, 2049, 8000)] == [1, 120, 128, 640, 2048, 2176, 8192]
+    assert len(np.unique(grid[grid % onednn_linear.FINE == 0])) == 32 + 16 and (grid[2048:] % onednn_linear.FINE == 0).all()
+    assert [onednn_linear.to_grid(count) for count in (1, 120, 121, 640, 2047, 2049, 8000)] == [
+        1,
+        120,
+        128,
+        640,
+        2048,
+        2176,
+        8192,
+    ]
 
 
 def test_what_is_not_on_the_grid_stays_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches weights reordered for a token of generation, narrow layers' input copied, gradients lost, and slow weights."""
-    narrow, wide = torch.nn.Linear(24, 40), torch.nn.Linear(24, products.WIDE)
+    narrow, wide = torch.nn.Linear(24, 40), torch.nn.Linear(24, onednn_linear.WIDE)
     seen: list[int] = []
-    multiply = products.multiply
-    monkeypatch.setattr(products, "multiply", lambda tokens, *rest: seen.append(len(tokens)) or multiply(tokens, *rest))
+    multiply = onednn_linear.multiply
+    monkeypatch.setattr(onednn_linear, "multiply", lambda tokens, *rest: seen.append(len(tokens)) or multiply(tokens, *rest))
     with torch.inference_mode():
         for count in (1, 60, 127, 128, 200, 256):
-            products.linear(narrow, torch.randn(count, 24))
+            onednn_linear.linear(narrow, torch.randn(count, 24))
         assert seen == [128, 256]
         for count in (1, 60, 127, 128, 200, 256):
-            products.linear(wide, torch.randn(count, 24))
+            onednn_linear.linear(wide, torch.randn(count, 24))
         assert seen[2:] == [128, 128, 256]
         with pytest.raises(RuntimeError):
-            products.linear(wide, torch.randn(128, 24).to(torch.bfloat16))
-        wide.weight = torch.nn.Parameter(torch.randn(24, products.WIDE).T)
-        products.linear(wide, torch.randn(128, 24))
-    products.linear(narrow, torch.randn(128, 24)).sum().backward()
+            onednn_linear.linear(wide, torch.randn(128, 24).to(torch.bfloat16))
+        wide.weight = torch.nn.Parameter(torch.randn(24, onednn_linear.WIDE).T)
+        onednn_linear.linear(wide, torch.randn(128, 24))
+    onednn_linear.linear(narrow, torch.randn(128, 24)).sum().backward()
     assert seen[5:] == [] and narrow.weight.grad is not None
 
 
@@ -80,8 +89,8 @@ def test_packs_lengthened_to_the_grid_give_the_same_answers(
     """Catches padding that a real token sees, or that is read, or a mask cut for the pack as it was."""
     from test_hf import assert_equal_answers, grow_tree, load, run, to_requests
 
-    monkeypatch.setattr(products, "FINE", 32)
-    monkeypatch.setattr(products, "MOST_ADDED", 1.0)
+    monkeypatch.setattr(onednn_linear, "FINE", 32)
+    monkeypatch.setattr(onednn_linear, "MOST_ADDED", 1.0)
     engine = load(tiny_model_path(kind))
     requests, expected = grow_tree(engine.model, seed=3)
     fed: list[tuple[int, int]] = []
@@ -107,7 +116,7 @@ def test_a_model_with_them_gives_the_same_logits_and_is_given_back() -> None:
     with torch.inference_mode():
         expected = model(tokens).logits
         engine = hf.HFEngine(model, CPU)
-        assert all(module.forward.func is products.linear for module in linears)
+        assert all(module.forward.func is onednn_linear.linear for module in linears)
         assert torch.allclose(model(tokens).logits, expected, atol=1e-4)
         engine.close()
     assert not any("forward" in vars(module) for module in linears)
@@ -124,7 +133,7 @@ def test_only_plain_layers_in_float32_are_taken() -> None:
 
     plain = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(hooked, turned, half, Other(4, 4), plain)
-    remove = products.install(model)
+    remove = onednn_linear.install(model)
     assert [module for module in model if "forward" in vars(module)] == [hooked, plain]
     remove()
     assert hooked.forward is own and "forward" not in vars(plain)
@@ -135,7 +144,7 @@ def test_an_encoder_decoder_is_given_back() -> None:
     model = tiny_models.make_model("t5")
     linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
     engine = Seq2SeqEngine(model, CPU)
-    assert all(module.forward.func is products.linear for module in linears)
+    assert all(module.forward.func is onednn_linear.linear for module in linears)
     engine.close()
     engine.close()
     assert not any("forward" in vars(module) for module in linears)
@@ -159,12 +168,12 @@ def test_only_where_it_was_seen_to_be_faster(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     try:
-        products._is_faster_here.cache_clear()
-        assert products.is_wanted() is expected
+        onednn_linear._is_faster_here.cache_clear()
+        assert onednn_linear.is_wanted() is expected
         with torch.backends.mkldnn.flags(enabled=False):
-            assert not products.is_wanted()
-        products._is_faster_here.cache_clear()
-        monkeypatch.setattr(products, "multiply", lambda *tokens: torch.ops.mkldnn._no_such_product(*tokens))
-        assert not products.is_wanted()
+            assert not onednn_linear.is_wanted()
+        onednn_linear._is_faster_here.cache_clear()
+        monkeypatch.setattr(onednn_linear, "multiply", lambda *tokens: torch.ops.mkldnn._no_such_product(*tokens))
+        assert not onednn_linear.is_wanted()
     finally:
-        products._is_faster_here.cache_clear()
+        onednn_linear._is_faster_here.cache_clear()

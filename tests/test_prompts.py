@@ -28,12 +28,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_chat import CHATML, GEMMA, LLAMA3
 
-from ddp_eval import harness
 from ddp_eval.config import Config
-from ddp_eval.lm_eval_patches import keep_examples
-from ddp_eval.meter import Phases
-from ddp_eval.templates import TemplateCache
-from ddp_eval.tokenization import Encoder
+from ddp_eval.tasks import harness
+from ddp_eval.tasks.lm_eval_patches import keep_examples
+from ddp_eval.tasks.templates import TemplateCache
+from ddp_eval.tasks.tokenization import Encoder
+from ddp_eval.telemetry.meter import Phases
 
 END = "\x1e"
 ANIMALS = ("cat", "dog", "owl", "fox", "eel", "ant", "bee", "cow")

@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_eval import distributed, execution, meeting, planning, protocol, watch
-from ddp_eval.distributed import LostContact, World, exchange_through
+from ddp_eval.distributed import collectives, meeting, watchdog
+from ddp_eval.distributed import messages as protocol
+from ddp_eval.distributed.collectives import LostContact, World, exchange_through
+from ddp_eval.distributed.launch_environment import LaunchEnvironment
+from ddp_eval.distributed.messages import Followers, Journals, Work
 from ddp_eval.errors import UserError
-from ddp_eval.launch_environment import LaunchEnvironment
-from ddp_eval.packing import requests_from_lists
-from ddp_eval.protocol import Followers, Journals, Work
+from ddp_eval.packs.plan import requests_from_lists
+from ddp_eval.run import execute, self_check
 
 
 def exchange_all(store, texts, timeout_s=10.0):
@@ -71,12 +73,12 @@ def test_exchange_when_the_store_dies(monkeypatch):
     try:
         port = int(host.stdout.readline())
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=5))
-        monkeypatch.setattr(distributed, "_agent_store", lambda: store)
+        monkeypatch.setattr(collectives, "_agent_store", lambda: store)
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
         threading.Timer(0.5, host.kill).start()
         with pytest.raises(LostContact, match=r"^rank 1 lost contact with another rank while exchanging preflight/facts, after"):
-            distributed.exchange("preflight/facts", "{}", 30.0)
+            collectives.exchange("preflight/facts", "{}", 30.0)
     finally:
         host.kill()
         host.wait()
@@ -114,8 +116,8 @@ def test_report_when_the_store_is_gone(store, local_rank, shared, said, monkeypa
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setenv("RANK", "7")
     monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setattr(distributed, "_error_store", store)
-    distributed.report_once("what to do", shared=shared)
+    monkeypatch.setattr(collectives, "_error_store", store)
+    collectives.report_once("what to do", shared=shared)
     assert capsys.readouterr().err.count("ddp_eval: what to do") == said
 
 
@@ -154,7 +156,7 @@ def test_trial_that_fails_of_something_else(error):
 
     requests = requests_from_lists([[1, 2, 3], [1, 2, 4]], [1, 1])
     with pytest.raises(type(error)):
-        planning.check_packs(None, requests, fail)
+        self_check.check_packs(None, requests, fail)
 
 
 def test_journal_directory_that_shows_late(tmp_path):
@@ -164,26 +166,28 @@ def test_journal_directory_that_shows_late(tmp_path):
     world = World(1, 0, 2, torch.device("cpu"))
     journals = Journals(directory, b"k" * 32)
     work = Work(None, np.zeros(0, dtype=np.int64), "work", journals)
-    with execution._own_journal(world, work, journals) as own:
+    with execute._own_journal(world, work, journals) as own:
         assert own is not None and own.path == Path(directory / "work-00001.journal")
 
 
 def test_closing_of_the_journal_has_a_step(tmp_path, monkeypatch):
     """Catches a rank whose disk hangs in the last fsync, and which is exempt from --timeout: rank 0 is blamed in its place."""
     steps = []
-    monkeypatch.setattr(execution.journal.Journal, "close", lambda own: steps.append(watch._place.step))
-    monkeypatch.setattr(watch, "_place", watch._Place(watch.WAITING))
+    monkeypatch.setattr(execute.journal.Journal, "close", lambda own: steps.append(watchdog._place.step))
+    monkeypatch.setattr(watchdog, "_place", watchdog._Place(watchdog.WAITING))
     work = Work(None, np.zeros(0, dtype=np.int64), "work", Journals(tmp_path, b"k" * 32))
-    with execution._own_journal(make_world(), work, work.journals):
+    with execute._own_journal(make_world(), work, work.journals):
         pass
-    assert steps == ["closing the journal"] and watch._place.step == watch.WAITING
+    assert steps == ["closing the journal"] and watchdog._place.step == watchdog.WAITING
 
 
 def test_leader_that_asks_for_reports_waits(monkeypatch):
     """Catches the leader blamed for a rank that does not answer."""
     steps = []
-    monkeypatch.setattr(watch, "_place", watch._Place("writing the results"))
-    monkeypatch.setattr(protocol.distributed, "send_message", lambda world, message: steps.append(watch._place.step))
-    monkeypatch.setattr(protocol.distributed, "gather_reports", lambda world, report: steps.append(watch._place.step) or [report])
+    monkeypatch.setattr(watchdog, "_place", watchdog._Place("writing the results"))
+    monkeypatch.setattr(protocol.distributed, "send_message", lambda world, message: steps.append(watchdog._place.step))
+    monkeypatch.setattr(
+        protocol.distributed, "gather_reports", lambda world, report: steps.append(watchdog._place.step) or [report]
+    )
     Followers(make_world()).measure()
-    assert steps == [watch.WAITING] * 2 and watch._place.step == "writing the results"
+    assert steps == [watchdog.WAITING] * 2 and watchdog._place.step == "writing the results"

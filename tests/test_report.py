@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddp_eval import plots, report
-from ddp_eval.compare.reading import read_run
+from ddp_eval.analysis import plots, report
+from ddp_eval.analysis.read import read_run
 from ddp_eval.errors import UserError
 
 pytest.importorskip("matplotlib")
@@ -54,9 +54,9 @@ setTimeout(() => {
 @pytest.fixture(scope="module")
 def run_dirs(tmp_path_factory):
     """The demo in packs and in rows, a few documents."""
-    from ddp_eval import runner
     from ddp_eval.config import Config
-    from ddp_eval.distributed import join_group
+    from ddp_eval.distributed.collectives import join_group
+    from ddp_eval.run import runner
 
     place = tmp_path_factory.mktemp("runs")
     tasks = ["demo_boolean_expressions", "demo_wikitext"]

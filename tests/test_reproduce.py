@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ddp_eval.cli.reproduce import list_changes, parse
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
-from ddp_eval.reproduce import list_changes, parse
 
 MANIFEST = {
     "config": dataclasses.asdict(Config(model_args={"pretrained": "demo"}, tasks=["t"], output_path="run", limit=3.0)),
@@ -61,7 +61,7 @@ def describe(documents, targets="{{answer}}"):
     """What the manifest says of a task of these documents, two requests each, that all ask the same."""
     from lm_eval.api.instance import Instance
 
-    from ddp_eval.harness import describe_prompts
+    from ddp_eval.tasks.harness import describe_prompts
 
     pairs = [(doc_id, doc, idx) for doc_id, doc in enumerate(documents) for idx in range(2)]
     instances = [Instance("loglikelihood", doc, ("ask", str(idx)), idx, ("t", doc_id, 1)) for doc_id, doc, idx in pairs]

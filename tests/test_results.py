@@ -16,17 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddp_eval import machine, results
-from ddp_eval.digests import digest_directory, digest_strings
 from ddp_eval.errors import UserError
-from ddp_eval.machine import git_commit
-from ddp_eval.results import (
-    Scores,
-    prepare_directory,
-    read_scores,
-    write_run,
-    write_scores,
-)
+from ddp_eval.output import write
+from ddp_eval.output.write import Scores, prepare_directory, read_scores, write_run, write_scores
+from ddp_eval.system import machine
+from ddp_eval.system.digests import digest_directory, digest_strings
+from ddp_eval.system.machine import git_commit
 
 SAMPLES = [
     {
@@ -84,7 +79,7 @@ def no_room(monkeypatch):
     def refuse(_descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(results.os, "fsync", refuse)
+    monkeypatch.setattr(write.os, "fsync", refuse)
 
 
 def test_prepare_creates_parents_and_leaves_nothing(tmp_path):
@@ -159,7 +154,7 @@ def test_the_manifest_comes_last(tmp_path, monkeypatch):
     """Would catch a manifest, the mark of a complete run, beside files that are not there yet."""
     order = []
     replace = os.replace
-    monkeypatch.setattr(results.os, "replace", lambda old, new: (order.append(Path(new).name), replace(old, new)))
+    monkeypatch.setattr(write.os, "replace", lambda old, new: (order.append(Path(new).name), replace(old, new)))
     write_example(tmp_path, {"arc": SAMPLES})
     assert order == ["scores.parquet", "samples_arc.jsonl", "results.json", "manifest.json"]
 
@@ -190,9 +185,9 @@ def test_scores_bytes_depend_on_content_alone(tmp_path):
     """Would catch lists and numpy arrays of the same numbers, or no rows at all, written under another schema."""
     write_example(tmp_path)
     first = (tmp_path / "scores.parquet").read_bytes()
-    again = results._encode_scores(read_scores(tmp_path / "scores.parquet"))
+    again = write._encode_scores(read_scores(tmp_path / "scores.parquet"))
     assert hashlib.sha256(first).hexdigest() == hashlib.sha256(again).hexdigest()
-    (tmp_path / "none.parquet").write_bytes(results._encode_scores(Scores([], [], [], [], [], [])))
+    (tmp_path / "none.parquet").write_bytes(write._encode_scores(Scores([], [], [], [], [], [])))
     assert len(read_scores(tmp_path / "none.parquet")) == 0
 
 
@@ -248,7 +243,7 @@ def test_values_become_json_as_in_lm_eval():
     """Would catch a metric of a numpy type that reads as a string here and as a number in lm_eval's results."""
     utils = pytest.importorskip("lm_eval.utils")
     for value in (np.bool_(True), np.int32(3), np.float16(0.5), np.float64("nan"), {"one"}, Path("p"), np.arange(2), print):
-        ours, theirs = results._plain_value(value), utils.handle_non_serializable(value)
+        ours, theirs = write._plain_value(value), utils.handle_non_serializable(value)
         assert (type(ours), repr(ours)) == (type(theirs), repr(theirs))
 
 
@@ -348,15 +343,15 @@ def test_driver_version_of_both_kernel_modules(kind):
 
 def test_import_is_light():
     """Would catch torch, pyarrow or lm_eval imported with the module, seconds that every rank would pay."""
-    code = "import sys, ddp_eval.results; print(sorted({'torch', 'pyarrow', 'lm_eval', 'datasets'} & set(sys.modules)))"
+    code = "import sys, ddp_eval.output.write; print(sorted({'torch', 'pyarrow', 'lm_eval', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_numbers_that_are_none_are_counted():
     """Would catch a NaN or an infinity that vanishes in a mean, and one that is reported under another request."""
-    scores, no_texts = example_scores(), results.Texts([], [], [], [], [], [], [], [])
-    assert results.find_not_finite(scores, no_texts) == {"arc": {"requests": 1, "first": [[0, 1]]}}
+    scores, no_texts = example_scores(), write.Texts([], [], [], [], [], [], [], [])
+    assert write.find_not_finite(scores, no_texts) == {"arc": {"requests": 1, "first": [[0, 1]]}}
     many = Scores(["a"] * 8, [3] * 8, range(8), [math.inf] * 4 + [-math.inf] * 4, [False] * 8, [1] * 8)
-    assert results.find_not_finite(many, no_texts) == {"a": {"requests": 8, "first": [[3, idx] for idx in range(5)]}}
-    texts = results.Texts(["b"] * 2, [4, 5], [0, 1], [0] * 2, ["x"] * 2, [1] * 2, [False] * 2, [False, True])
-    assert results.find_not_finite(scores, texts)["b"] == {"requests": 1, "first": [[5, 1]]}
+    assert write.find_not_finite(many, no_texts) == {"a": {"requests": 8, "first": [[3, idx] for idx in range(5)]}}
+    texts = write.Texts(["b"] * 2, [4, 5], [0, 1], [0] * 2, ["x"] * 2, [1] * 2, [False] * 2, [False, True])
+    assert write.find_not_finite(scores, texts)["b"] == {"requests": 1, "first": [[5, 1]]}

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddp_eval import journal, results, run_directory, status
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
-from ddp_eval.journal import Journal, work_key
-from ddp_eval.run_directory import find_finished, open_directory
+from ddp_eval.output import directory as run_directory
+from ddp_eval.output import journal, status, write
+from ddp_eval.output.directory import find_finished, open_directory
+from ddp_eval.output.journal import Journal, work_key
 
 KEY = work_key({"plan": "a"})
 ITEM_STARTS = np.array([0, 1, 2])
@@ -52,7 +53,7 @@ def unfinished(config):
     own = Journal(directory.journals / "a.journal", KEY, "cpu")
     own.append(1, np.array([-1.5]), np.array([True]))
     own.close()
-    results.write_scores(directory.path, results.Scores([], [], [], [], [], []))
+    write.write_scores(directory.path, write.Scores([], [], [], [], [], []))
     directory.close()
     return directory.path
 
@@ -62,7 +63,7 @@ def finished(config):
     """A directory with a complete run, as its files go."""
     directory = open_directory(config(), lambda: None)
     manifest = {"config": dataclasses.asdict(config()), "model": {"seen": "f"}}
-    results.write_run(directory.path, RESULTS, manifest)
+    write.write_run(directory.path, RESULTS, manifest)
     directory.finish()
     directory.close()
     return directory.path
@@ -87,7 +88,7 @@ def test_unfinished_work_is_found(config, opening, unfinished):
     """Catches work that is thrown away or refused when the same command comes again, killed within its metrics too."""
     directory = opening(config())
     assert packs_in(directory) == [1]
-    assert (directory.path / results.SCORES).exists()
+    assert (directory.path / write.SCORES).exists()
 
 
 @pytest.mark.parametrize("changes", [{"log_samples": True}, {"timeout": 5.0}, {"bootstrap_iters": 0}, {"overwrite": True}])
@@ -113,7 +114,7 @@ def test_starting_over(changes, config, opening, unfinished):
     """Catches packs of a run that was to be forgotten, and scores of it that outlive it."""
     directory = opening(config(**changes))
     assert packs_in(directory) == []
-    assert not (directory.path / results.SCORES).exists()
+    assert not (directory.path / write.SCORES).exists()
 
 
 LAUNCHERS = {
@@ -169,7 +170,7 @@ def test_a_start_that_died_early_has_obeyed_nothing(changes, opened, config, sta
     directory = start(True, **changes)
     assert packs_in(directory) == []
     directory.obeyed(config(**changes))
-    assert results.run_files(directory.path) == []
+    assert write.run_files(directory.path) == []
     directory.finish()
     directory.close()
 
@@ -177,15 +178,15 @@ def test_a_start_that_died_early_has_obeyed_nothing(changes, opened, config, sta
 @pytest.mark.parametrize("changes", [{"fresh": True}, {"overwrite": True, "limit": 2.0}])
 def test_a_finished_run_outlives_one_that_never_begins(changes, config, opening, finished):
     """Catches results destroyed by a mistake in the command that replaces them, or by a reproduction that is refused."""
-    kept = results.run_files(finished)
+    kept = write.run_files(finished)
     opening(config(**changes)).close()
-    assert results.run_files(finished) == kept != []
+    assert write.run_files(finished) == kept != []
     assert find_finished(config(), lambda *_: True) == RESULTS
     with pytest.raises(UserError, match="already holds a run"):
         open_directory(config(limit=3.0), lambda: None)
     directory = opening(config(**changes))
     directory.obeyed(config(**changes))
-    assert results.run_files(finished) == []
+    assert write.run_files(finished) == []
 
 
 def test_a_run_that_is_about_to_be_replaced_is_nobodys(config, opening, finished):
@@ -211,7 +212,7 @@ def test_a_restart_leaves_what_its_launch_has_finished(config, start, finished):
     """Catches a run that is replaced again because a rank died on its way out, or SLURM lost the node in the last second."""
     directory = start(False, fresh=True)
     manifest = {"config": dataclasses.asdict(config(fresh=True))}
-    results.write_run(directory.path, NEW, manifest)
+    write.write_run(directory.path, NEW, manifest)
     directory.finish()
     directory.close()
     assert start(True, fresh=True) == NEW
@@ -223,7 +224,7 @@ def test_a_restart_leaves_what_was_killed_while_it_was_marked(last, config, star
     """Catches --fresh obeyed again, on the complete run, because its start was killed between two of its last steps."""
     directory = start(False, fresh=True)
     directory.obeyed(config(fresh=True))
-    results.write_run(directory.path, NEW, {"config": dataclasses.asdict(config(fresh=True))})
+    write.write_run(directory.path, NEW, {"config": dataclasses.asdict(config(fresh=True))})
 
     def die(*args, **options):
         raise KeyboardInterrupt
@@ -299,13 +300,13 @@ def test_finished_run_without_the_samples_that_are_asked_for(config, finished):
 def test_finished_run_that_has_more_than_is_asked_for(changes, config, finished):
     """Catches a finished run refused because it wrote its samples, too."""
     manifest = {"config": dataclasses.asdict(config(log_samples=True, write_out=True)), "model": {"seen": "f"}}
-    (finished / results.MANIFEST).write_text(json.dumps(manifest))
+    (finished / write.MANIFEST).write_text(json.dumps(manifest))
     assert find_finished(config(**changes), same) == RESULTS
 
 
 def test_manifest_that_names_no_flags(config, finished):
     """Catches a torn manifest told as thirty differences."""
-    (finished / results.MANIFEST).write_text("{")
+    (finished / write.MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"\(its manifest\.json cannot be read: "):
         find_finished(config(), same)
 
@@ -316,7 +317,7 @@ def test_finished_run_is_replaced_when_asked(changes, config, opening, finished)
     assert find_finished(config(**changes), same) is None
     directory = opening(config(**changes))
     directory.obeyed(config(**changes))
-    assert results.run_files(directory.path) == []
+    assert write.run_files(directory.path) == []
 
 
 @pytest.mark.parametrize("state", [status.RUNNING, status.DONE])
@@ -334,14 +335,14 @@ def test_killed_right_behind_the_manifest(state, config, finished):
 def test_files_without_a_journal_are_refused(config, tmp_path):
     """Catches somebody's scores overwritten because they lack a manifest."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / results.SCORES).write_text("mine")
+    (tmp_path / "run" / write.SCORES).write_text("mine")
     with pytest.raises(UserError, match=r"already holds an unfinished run of .* \(it has no journal to resume from\)"):
         open_directory(config(), lambda: None)
 
 
 def test_second_run_is_refused(config, opening, monkeypatch):
     """Catches two runs in one directory."""
-    monkeypatch.setattr("ddp_eval.lock.DYING_S", 0.1)
+    monkeypatch.setattr("ddp_eval.output.lock.DYING_S", 0.1)
     opening(config())
     with pytest.raises(UserError, match=r"^another run is at work in --output_path .*run \(process \d+ on .*\): wait for it"):
         open_directory(config(), lambda: None)

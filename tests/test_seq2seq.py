@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from test_evaluate import answers_of, assert_same_outcome, write_asking_task, write_task
 from tiny_models import evaluate_with_lm_eval
 
-from ddp_eval.engines import checkpoint
-from ddp_eval.engines.seq2seq import Seq2SeqEngine
+from ddp_eval.engines.hf import checkpoint
+from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 from ddp_eval.errors import UserError
-from ddp_eval.packing import build_pack, halve, requests_from_lists
-from ddp_eval.pairing import contexts_of, plan_pairs
-from ddp_eval.planning import make_plan
-from ddp_eval.runner import evaluate
+from ddp_eval.packs.pairs import contexts_of, plan_pairs
+from ddp_eval.packs.plan import build_pack, halve, requests_from_lists
+from ddp_eval.run.runner import evaluate
+from ddp_eval.run.self_check import make_plan
 
 TASKS = ["demo_hellaswag", "demo_boolean_expressions", "demo_lambada"]
 
@@ -35,7 +35,7 @@ def model_of() -> Callable[[str], Any]:
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     task_manager = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
@@ -209,9 +209,9 @@ def test_which_models_are_encoder_decoders() -> None:
 
 def test_what_serves_no_encoder_decoder() -> None:
     """Catches an encoder-decoder handed to code that knows decoders alone."""
-    from ddp_eval.choice import choose_layout
     from ddp_eval.config import Config
-    from ddp_eval.distributed import World
+    from ddp_eval.distributed.collectives import World
+    from ddp_eval.placement.choose import choose_layout
 
     world, args = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2), {"pretrained": "m"}
     for options, sentence in (

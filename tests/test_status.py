@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ddp_eval import files, status
+from ddp_eval.output import status
+from ddp_eval.system import files
 
 
 @pytest.mark.parametrize("first_hand", [True, False])

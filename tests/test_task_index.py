@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ddp_eval.errors import UserError
-from ddp_eval.task_index import check_once, drop_members, find_leaves, is_complete
+from ddp_eval.tasks.index import check_once, drop_members, find_leaves, is_complete
 
 
 def entry(kind: str, cfg: Any = None, tags: Any = ()) -> Any:

@@ -14,14 +14,16 @@ import tiny_models
 import torch
 
 import ddp_eval
-from ddp_eval import meter, runner, telemetry
 from ddp_eval.config import Config
-from ddp_eval.distributed import World, join_group
-from ddp_eval.generation import Prompts, Settings, Sizes, plan_batches
-from ddp_eval.meter import Meter, Phases, process_age_s
-from ddp_eval.packing import CostModel, plan_packs, plan_rows, requests_from_lists
-from ddp_eval.planning import Decision
-from ddp_eval.text_planning import TextDecision, describe_texts
+from ddp_eval.distributed.collectives import World, join_group
+from ddp_eval.packs.batches import Prompts, Settings, Sizes, plan_batches
+from ddp_eval.packs.plan import CostModel, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.run import runner
+from ddp_eval.run.planning import TextDecision, describe_texts
+from ddp_eval.run.self_check import Decision
+from ddp_eval.telemetry import meter
+from ddp_eval.telemetry import summary as telemetry
+from ddp_eval.telemetry.meter import Meter, Phases, process_age_s
 
 
 def test_phases_add_up_to_the_wall_time(monkeypatch):

@@ -15,7 +15,7 @@ import lm_eval.utils
 import pytest
 from hypothesis import example, given, settings
 
-from ddp_eval.templates import TemplateCache, _is_pure, parse_literal
+from ddp_eval.tasks.templates import TemplateCache, _is_pure, parse_literal
 
 SEED = 0
 ADDRESS = "0x[0-9a-f]+"

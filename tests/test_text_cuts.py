@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from ddp_eval import text_cuts, tokenization
-from ddp_eval.text_cuts import Cuts, Rule
-from ddp_eval.tokenization import Encoded, Encoder
+from ddp_eval.tasks import text_cuts, tokenization
+from ddp_eval.tasks.text_cuts import Cuts, Rule
+from ddp_eval.tasks.tokenization import Encoded, Encoder
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")

@@ -18,9 +18,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ddp_eval import tokenization
-from ddp_eval.engines import checkpoint
-from ddp_eval.tokenization import Encoded, Encoder, rolling_windows
+from ddp_eval.engines.hf import checkpoint
+from ddp_eval.tasks import tokenization
+from ddp_eval.tasks.tokenization import Encoded, Encoder, rolling_windows
 
 PAIRS = [
     ("Question: what is it?\nAnswer:", " yes"),

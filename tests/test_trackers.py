@@ -13,11 +13,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from ddp_eval import trackers
 from ddp_eval.config import Config
-from ddp_eval.distributed import World
+from ddp_eval.distributed.collectives import World
 from ddp_eval.errors import UserError
-from ddp_eval.runner import run
+from ddp_eval.run.runner import run
+from ddp_eval.tasks import trackers
 
 WANDB = """
 __version__ = "0.20.0"
@@ -76,7 +76,7 @@ class Trace:
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     task_manager = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))

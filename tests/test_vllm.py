@@ -12,16 +12,17 @@ import tiny_models
 import torch
 import transformers
 
-from ddp_eval import generation
-from ddp_eval.asking import Asked
-from ddp_eval.choice import choose_layout
 from ddp_eval.config import Config
-from ddp_eval.distributed import World
-from ddp_eval.engines import checkpoint, vllm
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines import vllm
+from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import UserError
-from ddp_eval.packing import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
-from ddp_eval.text_planning import plan_texts
-from ddp_eval.tokenization import Encoder
+from ddp_eval.packs import batches
+from ddp_eval.packs.plan import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.placement.choose import choose_layout
+from ddp_eval.run.planning import plan_texts
+from ddp_eval.tasks.generation_requests import Asked
+from ddp_eval.tasks.tokenization import Encoder
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 from launch import QUICK, launch
@@ -140,7 +141,7 @@ def save_model(directory, broken=None):
 @pytest.fixture(scope="module")
 def scores_of(tmp_path_factory):
     """scores_of(ranks, engine, more model_args) -> the scores of a small run."""
-    from ddp_eval import results
+    from ddp_eval.output import write
 
     model = tmp_path_factory.mktemp("model")
     save_model(model)
@@ -151,7 +152,7 @@ def scores_of(tmp_path_factory):
         line = f"--model {engine} --model_args pretrained={model},dtype=float32{extra} {tasks} --output_path {path}"
         finished = launch(ranks, *shlex.split(line), program=QUICK, timeout_s=900)
         assert finished.returncode == 0, str(finished)
-        return results.read_scores(path / results.SCORES), json.loads((path / results.MANIFEST).read_text())
+        return write.read_scores(path / write.SCORES), json.loads((path / write.MANIFEST).read_text())
 
     return run
 
@@ -239,8 +240,8 @@ def test_settings_that_count_an_answers_tokens_are_refused(name, monkeypatch):
     tokens = [np.array([5, 6])]
 
     def plan(value):
-        settings = generation.Settings((), {"do_sample": False, "temperature": 0.0, name: value})
-        return plan_texts(engine, generation.Prompts(tokens, [0], [9], [0], [settings], ["story"]), None)
+        settings = batches.Settings((), {"do_sample": False, "temperature": 0.0, name: value})
+        return plan_texts(engine, batches.Prompts(tokens, [0], [9], [0], [settings], ["story"]), None)
 
     with pytest.raises(UserError, match=f"the task story cannot generate with .*: {name} is not supported with --model vllm"):
         plan(1)
@@ -253,12 +254,12 @@ def test_rounds_of_generation(monkeypatch):
     tokenizer, llm = tiny_models.make_tokenizer(), CountingModel()
     engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
     stop = tokenizer.decode([(50 + 7 * 40) % 400])  # 40 tokens behind the prompt that ends in 50
-    settings = generation.Settings((stop,), {"do_sample": False, "temperature": 0.0})
-    prompts = generation.Prompts(
+    settings = batches.Settings((stop,), {"do_sample": False, "temperature": 0.0})
+    prompts = batches.Prompts(
         [np.array([5, last]) for last in (50, 3, 394)], [0] * 3, [90, 70, 90], [0] * 3, [settings], ["task"] * 3
     )
-    plan, items = generation.plan_batches(prompts, engine.generation_sizes(), [False])
-    answers = engine.generate(generation.build_batch(plan, 0), tokenizer, lambda *told: None)
+    plan, items = batches.plan_batches(prompts, engine.generation_sizes(), [False])
+    answers = engine.generate(batches.build_batch(plan, 0), tokenizer, lambda *told: None)
     by_prompt = [answers[item] for item in items.tolist()]
     ends = [tokenizer.decode([token]) for token in by_prompt[0]]
     assert any(stop in end for end in ends[-3:]) and len(by_prompt[0]) <= 40
@@ -274,9 +275,9 @@ def test_an_answer_ends_where_vllm_is_at_a_loss(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
     llm = CountingModel(broken=(50 + 7 * 40) % 400)
     engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
-    batch = generation.Batch([np.array([50]), np.array([51])], [60, 60], [0, 0], generation.Settings((), {}), 2, 0, range(2))
+    batch = batches.Batch([np.array([50]), np.array([51])], [60, 60], [0, 0], batches.Settings((), {}), 2, 0, range(2))
     answers = engine.generate(batch, tiny_models.make_tokenizer(), lambda *told: None)
-    assert answers[0] == [*((50 + 7 * step) % 400 for step in range(1, 40)), generation.NO_TOKEN]
+    assert answers[0] == [*((50 + 7 * step) % 400 for step in range(1, 40)), batches.NO_TOKEN]
     assert len(answers[1]) == 60 or answers[1][-1] == 1
 
 

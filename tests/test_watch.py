@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from ddp_eval import bootstrap, harness, lm_eval_patches, watch
-from ddp_eval.watch import Watch, _Beats
+from ddp_eval.distributed import watchdog
+from ddp_eval.distributed.watchdog import Watch, _Beats
+from ddp_eval.tasks import bootstrap, harness, lm_eval_patches
 
 
 class Hanging(Exception):
@@ -23,12 +24,12 @@ class Hanging(Exception):
 def clock(monkeypatch):
     """clock(seconds): time passes. A rank that is found hanging raises Hanging with its number."""
     now = [1000.0]
-    monkeypatch.setattr(watch, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
 
     def leave_hanging(rank, host, place, late_s, report):
         raise Hanging(rank)
 
-    monkeypatch.setattr(watch, "_leave_hanging", leave_hanging)
+    monkeypatch.setattr(watchdog, "_leave_hanging", leave_hanging)
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
@@ -70,11 +71,11 @@ def test_suspended_job_goes_on(look_for, clock):
 
 def test_suspended_step_goes_on(clock, monkeypatch):
     """Catches the same in a rank's watch over its own steps: an hour in which it was stopped is no hour of its step."""
-    monkeypatch.setattr(watch, "_place", watch._Place("loading the model", since=1000.0))
+    monkeypatch.setattr(watchdog, "_place", watchdog._Place("loading the model", since=1000.0))
     watching = Watch()
     watching.timeout_s = 60.0
     seconds = iter([2, 3600, 2, *[2] * 100])
-    monkeypatch.setattr(watch.select, "select", lambda *_: clock(next(seconds)) or ([], [], []))
+    monkeypatch.setattr(watchdog.select, "select", lambda *_: clock(next(seconds)) or ([], [], []))
     with pytest.raises(Hanging):
         watching._watch()
     assert len(list(seconds)) == 100 - 27  # 2 + 4 + 2 + 27 * 2 = 62 s
@@ -101,17 +102,17 @@ def test_leader_that_never_began(look_for):
 def renewed(monkeypatch):
     """How often a step was renewed."""
     calls = []
-    monkeypatch.setattr(watch, "renew", lambda: calls.append(None))
+    monkeypatch.setattr(watchdog, "renew", lambda: calls.append(None))
     return calls
 
 
-@pytest.mark.parametrize("step", ["building the prompts", watch.WAITING])
+@pytest.mark.parametrize("step", ["building the prompts", watchdog.WAITING])
 def test_renewed_step_begins_anew(step, monkeypatch):
     """Catches a leader that is killed for building prompts longer than --timeout, document after document."""
-    monkeypatch.setattr(watch, "_place", watch._Place(step, since=0.0))
-    watch.renew()
-    assert watch._place.step == step
-    assert (watch._place.since > 0) is (step != watch.WAITING)
+    monkeypatch.setattr(watchdog, "_place", watchdog._Place(step, since=0.0))
+    watchdog.renew()
+    assert watchdog._place.step == step
+    assert (watchdog._place.since > 0) is (step != watchdog.WAITING)
 
 
 @pytest.mark.parametrize("patience_s", [100.0, 0.0])
@@ -143,7 +144,7 @@ def test_between_keeps_the_documents():
 
 def test_dead_sibling_is_named(monkeypatch):
     """Catches a killed rank that nobody names: the screen shows torchrun's summary alone."""
-    monkeypatch.setattr(watch, "_directory", None)  # a run before this may have had one
+    monkeypatch.setattr(watchdog, "_directory", None)  # a run before this may have had one
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     watching = Watch()
     watching._siblings = {3: process.pid}

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.generation import Batch, Settings, Sizes
-from ddp_eval.packing import CostModel, Pack
+from ddp_eval.packs.batches import Batch, Settings, Sizes
+from ddp_eval.packs.plan import CostModel, Pack
 
 
 class Engine(Protocol):

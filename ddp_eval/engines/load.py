@@ -9,12 +9,13 @@ import torch
 
 from ddp_eval import layout
 from ddp_eval.config import Config
-from ddp_eval.distributed import World
-from ddp_eval.engines import Engine, checkpoint, draws, hf
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines import Engine
+from ddp_eval.engines.hf import checkpoint, draws, engine
 from ddp_eval.layout import Layout
 
 if TYPE_CHECKING:
-    from ddp_eval.engines.seq2seq import Seq2SeqEngine
+    from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 
 
 def lay_out(world: World, chosen: Layout) -> World:
@@ -44,28 +45,28 @@ def _load_replica(config: Config, model_config: Any, world: World, chosen: Layou
 
         return load_vllm_engine(model_args, model_config, world)
     if chosen.kind == layout.LAYERS:
-        from ddp_eval.engines.layers import load_layers_engine
+        from ddp_eval.engines.hf.pipeline_parallel import load_layers_engine
 
         return load_layers_engine(model_args, model_config, world)
     if chosen.kind == layout.TENSOR:
-        from ddp_eval.engines.tensor import load_tensor_engine
+        from ddp_eval.engines.hf.tensor_parallel import load_tensor_engine
 
         return load_tensor_engine(model_args, model_config, world)
     if config.load == "broadcast":
-        from ddp_eval.engines import broadcast
+        from ddp_eval.engines.hf import broadcast_load
 
-        return broadcast.load_engine(model_args, model_config, world)
+        return broadcast_load.load_engine(model_args, model_config, world)
     if checkpoint.is_seq2seq(model_args, model_config):
-        from ddp_eval.engines import seq2seq
+        from ddp_eval.engines.hf import seq2seq
 
         return seq2seq.load_engine(model_args, model_config, world.device)
-    return hf.load_engine(model_args, model_config, world.device)
+    return engine.load_engine(model_args, model_config, world.device)
 
 
-def wrap_model(model: Any, device: torch.device) -> hf.HFEngine | Seq2SeqEngine:
+def wrap_model(model: Any, device: torch.device) -> engine.HFEngine | Seq2SeqEngine:
     """The engine of a whole model that is loaded already. To be closed, which gives the model back as it came."""
     if checkpoint.is_seq2seq({}, model.config):
-        from ddp_eval.engines.seq2seq import Seq2SeqEngine
+        from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 
         return Seq2SeqEngine(model, device)
-    return hf.HFEngine(model, device)
+    return engine.HFEngine(model, device)

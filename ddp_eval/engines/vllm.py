@@ -28,13 +28,13 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.config import PROMPT_ARGS
-from ddp_eval.distributed import World
-from ddp_eval.engines import checkpoint, hf
-from ddp_eval.engines.draws import loading
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf import checkpoint, engine
+from ddp_eval.engines.hf.draws import loading
+from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
-from ddp_eval.generation import NO_TOKEN, Batch, Settings, Sizes
-from ddp_eval.packing import CostModel, Pack
-from ddp_eval.stopping import StopRule
+from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, Sizes
+from ddp_eval.packs.plan import CostModel, Pack
 
 # model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
 _OWN_ARGS = (*PROMPT_ARGS, "pretrained", "max_gen_toks", "device", "backend")
@@ -225,7 +225,7 @@ class VllmEngine:
         return CostModel(forward=1024.0, token=1.0, pair=0.0, read=0.0, dense=False)
 
     def flops_per_token(self) -> float:
-        return 2.0 * hf.active_parameters(self.whole, self._config)
+        return 2.0 * engine.active_parameters(self.whole, self._config)
 
     def launch(self, pack: Pack) -> Queued:
         return Queued(pack)

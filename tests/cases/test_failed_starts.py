@@ -20,10 +20,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 from launch import QUICK, launch, launching, wait_for
 
-from ddp_eval import cli, distributed, harness, journal, results, run_directory, runner, status
+from ddp_eval.cli import flags as cli
 from ddp_eval.config import Config
+from ddp_eval.distributed import collectives
 from ddp_eval.errors import UserError
-from ddp_eval.run_directory import RunDirectory, open_directory
+from ddp_eval.output import directory as run_directory
+from ddp_eval.output import journal, status, write
+from ddp_eval.output.directory import RunDirectory, open_directory
+from ddp_eval.run import runner
+from ddp_eval.tasks import harness
 
 KEY, OTHER_KEY = journal.work_key({"plan": "a"}), journal.work_key({"plan": "b"})
 ITEM_STARTS = np.array([0, 1])
@@ -98,7 +103,7 @@ def test_finished_work_binds(opening: Callable[..., RunDirectory], kept: str) ->
         own.append(0, np.array([-1.0]), np.array([True]))
         own.close()
     else:
-        results.write_scores(directory.path, results.Scores([], [], [], [], [], []))
+        write.write_scores(directory.path, write.Scores([], [], [], [], [], []))
     kill(directory)
     with pytest.raises(UserError, match=r"already holds an unfinished run of .* \(there num_fewshot was null, here it is 1\)"):
         opening(num_fewshot=1)
@@ -141,7 +146,7 @@ def test_every_mistake_then_the_right_command(tasks: Path, tmp_path: Path, monke
     load = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
     output = tmp_path / "run"
-    world = distributed.join_group("cpu")
+    world = collectives.join_group("cpu")
 
     def run(words: str) -> None:
         try:
@@ -157,7 +162,7 @@ def test_every_mistake_then_the_right_command(tasks: Path, tmp_path: Path, monke
             run(words)
         assert names_in(output) == [status.STATUS], mistake
     run("--tasks demo_lambada --limit 1")
-    assert status.read_status(output)["state"] == status.DONE and (output / results.MANIFEST).is_file()
+    assert status.read_status(output)["state"] == status.DONE and (output / write.MANIFEST).is_file()
     for words in BROKEN.values():  # a complete run is refused, and stays
         with pytest.raises(UserError, match="already holds a run"):
             run(words)

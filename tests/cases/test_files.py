@@ -20,14 +20,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from ddp_eval import cli, journal, lock, plots, read_back, reproduce, run_directory, status
-from ddp_eval.compare.command import format_comparison
-from ddp_eval.compare.difference import compare_runs
-from ddp_eval.compare.reading import read_run
+from ddp_eval.analysis import plots
+from ddp_eval.analysis.difference import compare_runs
+from ddp_eval.analysis.read import read_run
+from ddp_eval.cli import flags, reproduce
+from ddp_eval.cli.compare import format_comparison
 from ddp_eval.config import Config
-from ddp_eval.engines import checkpoint
+from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import UserError, printable
-from ddp_eval.files import replace_json
+from ddp_eval.output import directory as run_directory
+from ddp_eval.output import journal, lock, status
+from ddp_eval.system import read_back
+from ddp_eval.system.files import replace_json
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -206,7 +210,7 @@ def test_yaml_that_never_ends(text, sentence, tmp_path):
     """Catches aliases that multiply or turn back on themselves, and what PyYAML raises besides its own errors."""
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError) as error:
-        cli.parse(["--config", str(tmp_path / "a.yaml")])
+        flags.parse(["--config", str(tmp_path / "a.yaml")])
     assert str(tmp_path / "a.yaml") in str(error.value) and sentence in str(error.value)
 
 
@@ -381,7 +385,7 @@ def test_names_in_a_terminal(run, source):
 
 def test_names_in_the_report(run):
     """Catches markup and formulas in names: a script that runs, a page that breaks, a traceback of matplotlib's."""
-    from ddp_eval.report import render
+    from ddp_eval.analysis.report import render
 
     evil = "<script>alert(1)</script>$\\frac{ {{ 7 * 7 }} font: x' \"y"
     found = json.loads((run / "results.json").read_text())

@@ -356,7 +356,7 @@ def test_options_as_text(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """Catches an AttributeError over gen_kwargs="…", which simple_evaluate takes, None where it takes that, and other numbers."""
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     made = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: made(**{**options, "include_defaults": False}))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp_eval import resume
-from ddp_eval.distributed import World
-from ddp_eval.generation import NO_TEXTS
-from ddp_eval.packing import plan_rows, requests_from_lists
+from ddp_eval.distributed.collectives import World
+from ddp_eval.packs.batches import NO_TEXTS
+from ddp_eval.packs.plan import plan_rows, requests_from_lists
+from ddp_eval.run import resume
 
 PACKAGE = Path(resume.__file__).parent
 STARTS = (*PACKAGE.glob("engines/**/*.py"), PACKAGE / "execution.py")

@@ -18,12 +18,15 @@ import lm_eval.utils
 import pytest
 import torch
 
-from ddp_eval import cli, demo, lm_eval_names, results, run_directory
-from ddp_eval.compare.difference import compare_runs
-from ddp_eval.compare.reading import read_run
-from ddp_eval.distributed import World
+from ddp_eval import demo
+from ddp_eval.analysis.difference import compare_runs
+from ddp_eval.analysis.read import read_run
+from ddp_eval.cli import flags as cli
+from ddp_eval.distributed.collectives import World
 from ddp_eval.errors import UserError
-from ddp_eval.runner import run
+from ddp_eval.output import directory, lm_eval_names
+from ddp_eval.output import write as results
+from ddp_eval.run.runner import run
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATION = str(ROOT / "tests" / "generation_tasks")
@@ -44,7 +47,7 @@ OTHER_VALUES = {
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides know the tests' tasks alone; nobody needs a launcher's variables of whoever runs the tests."""
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     made = lm_eval.tasks.TaskManager
 
@@ -243,7 +246,7 @@ def test_one_set_for_a_run(model: str, tmp_path: Path, monkeypatch: pytest.Monke
     def stop(*_: Any) -> dict[str, Any]:
         raise UserError("stopped between results.json and the manifest")
 
-    monkeypatch.setattr("ddp_eval.telemetry.summarize", stop)
+    monkeypatch.setattr("ddp_eval.telemetry.summary.summarize", stop)
     with pytest.raises(UserError, match="stopped between"):
         by_us(*flags)
     first = set(listing(place / "org__tiny"))
@@ -372,6 +375,4 @@ def test_another_model_in_the_same_directory(model: str, tmp_path: Path) -> None
             by_us(*RUN, "pretrained=other", "-o", "run", *more)
     with pytest.raises(UserError, match=r"; give another --output_path, or --overwrite"):
         by_us(*RUN, f"pretrained={model}", "-o", "run", "--num_fewshot", "1")
-    assert run_directory.find_finished(
-        cli.parse([*RUN, f"pretrained={model}", "-o", "run", "--device", "cpu"])[0], lambda _: True
-    )
+    assert directory.find_finished(cli.parse([*RUN, f"pretrained={model}", "-o", "run", "--device", "cpu"])[0], lambda _: True)

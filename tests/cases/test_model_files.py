@@ -15,15 +15,17 @@ import safetensors.torch
 import tiny_models
 import torch
 
-from ddp_eval import digests, manifest, model_files, preflight, reproduce, runner
+from ddp_eval.cli import reproduce
 from ddp_eval.config import Config
-from ddp_eval.distributed import World
-from ddp_eval.engines import checkpoint
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf import checkpoint, model_files
 from ddp_eval.errors import UserError
-from ddp_eval.generation import NO_TEXTS
-from ddp_eval.manifest import describe_model, is_same_model, see_model
-from ddp_eval.packing import CostModel, plan_packs, requests_from_lists
-from ddp_eval.resume import name_work
+from ddp_eval.packs.batches import NO_TEXTS
+from ddp_eval.packs.plan import CostModel, plan_packs, requests_from_lists
+from ddp_eval.run import manifest, preflight, runner
+from ddp_eval.run.manifest import describe_model, is_same_model, see_model
+from ddp_eval.run.resume import name_work
+from ddp_eval.system import digests
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 COMMIT = "a" * 40

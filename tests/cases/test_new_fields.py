@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ddp_eval import journal, model_files, shapes
-from ddp_eval.engines import config_check
+from ddp_eval.engines.hf import config_check, model_files
 from ddp_eval.errors import UserError
+from ddp_eval.output import journal, shapes
 
 REQUESTS = {"prompt_cut": {"task": {"requests": 2, "first": [[0, 1], [None, None]]}}}
 DOCUMENTS = {"nan_metrics": {"task": {"documents": 1, "first": [0]}}}

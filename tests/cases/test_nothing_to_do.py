@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from ddp_eval import harness, validate
+from ddp_eval.cli import validate
 from ddp_eval.config import config_from_options
 from ddp_eval.errors import UserError
-from ddp_eval.meter import Phases
-from ddp_eval.runner import evaluate
-from ddp_eval.tokenization import Encoder
+from ddp_eval.run.runner import evaluate
+from ddp_eval.tasks import harness
+from ddp_eval.tasks.tokenization import Encoder
+from ddp_eval.telemetry.meter import Phases
 
 TASK = (
     "output_type: loglikelihood\ncustom_dataset: !function code.load\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_target: a\n"

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from ddp_eval import choice, cli, harness, plan, validate
+from ddp_eval.cli import flags, plan, validate
 from ddp_eval.config import Config, config_from_options
 from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 from ddp_eval.lm import DDPEvalLM
-from ddp_eval.meter import Phases
-from ddp_eval.tokenization import Encoder
+from ddp_eval.placement import choose
+from ddp_eval.tasks import harness
+from ddp_eval.tasks.tokenization import Encoder
+from ddp_eval.telemetry.meter import Phases
 
 DATA = "custom_dataset: !function code.load\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_target: a\n"
 FILES = {
@@ -146,10 +148,10 @@ def test_plan_recommends_what_a_run_takes(
 @pytest.mark.parametrize("words", ["peft=adapter", "load_in_8bit=True"])
 def test_what_only_whole_copies_serve(words: str) -> None:
     """Catches `plan` and a run with lists of their own of what cannot be split."""
-    config = cli.parse(["--model_args", f"pretrained=m,{words}", "--tasks", "t"])[0]
-    assert choice.why_not(config, None, Layout("replicas", 1)) is None
+    config = flags.parse(["--model_args", f"pretrained=m,{words}", "--tasks", "t"])[0]
+    assert choose.why_not(config, None, Layout("replicas", 1)) is None
     for layout in (Layout("tensor", 2), Layout("layers", 2)):
-        assert str(choice.why_not(config, None, layout)).startswith("nothing but whole copies serves ")
+        assert str(choose.why_not(config, None, layout)).startswith("nothing but whole copies serves ")
 
 
 def test_layouts_of_lm_evals_way_in() -> None:
@@ -157,5 +159,5 @@ def test_layouts_of_lm_evals_way_in() -> None:
     with pytest.raises(UserError, match="--layout measure is for the command"):
         DDPEvalLM(pretrained="demo", layout="measure")
     with pytest.raises(UserError, match="the task t generates text, which --layout layers:2 does not serve"):
-        choice.check_texts(Config(), Layout("layers", 2), "t")
-    choice.check_texts(Config(), Layout("tensor", 2), "t")
+        choose.check_texts(Config(), Layout("layers", 2), "t")
+    choose.check_texts(Config(), Layout("tensor", 2), "t")

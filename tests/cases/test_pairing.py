@@ -20,11 +20,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import ddp_eval
-from ddp_eval import demo, report, results
-from ddp_eval.compare.command import list_notes, main
-from ddp_eval.compare.difference import compare_runs
-from ddp_eval.compare.matching import Identity, pair
-from ddp_eval.compare.reading import read_run
+from ddp_eval import demo
+from ddp_eval.analysis import report
+from ddp_eval.analysis.difference import compare_runs
+from ddp_eval.analysis.matching import Identity, pair
+from ddp_eval.analysis.read import read_run
+from ddp_eval.cli.compare import list_notes, main
+from ddp_eval.output import write
 
 TWO_FILTERS = """\
 task: two_filters
@@ -46,7 +48,7 @@ metric_list: [{{metric: exact_match}}]
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     task_manager = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
@@ -217,7 +219,7 @@ def test_runs_of_older_versions(sides: Any) -> None:
     """Catches runs whose documents.parquet tells nothing of documents: prompts must do, and few-shot examples may differ."""
     by_us, by_lm_eval = sides
     place = by_us("old", ["demo_hellaswag"], samples={"demo_hellaswag": [2, 5, 8]}, num_fewshot=0)
-    file = place / results.DOCUMENTS
+    file = place / write.DOCUMENTS
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).drop_columns(["doc_hash"]), file)
     misnumbered = by_lm_eval("theirs", ["demo_hellaswag"], samples={"demo_hellaswag": [8, 2, 5]}, num_fewshot=0)
     found, notes = compared(place, misnumbered)

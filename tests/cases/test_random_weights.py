@@ -18,10 +18,10 @@ import tiny_models
 import torch
 
 from ddp_eval.config import Config
-from ddp_eval.distributed import World
-from ddp_eval.engines import checkpoint, draws, quantised
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf import checkpoint, draws, quantization
 from ddp_eval.errors import UserError
-from ddp_eval.runner import run
+from ddp_eval.run.runner import run
 
 sys.path.append(str(Path(__file__).parent.parent / "distributed"))
 from launch import QUICK, launch
@@ -394,9 +394,9 @@ def test_quantisation_by_examples_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"with dataset=c4 would quantise by examples drawn while loading: quantise the model, save"
     ):
-        quantised.check_data_free(args, plain)
-    quantised.check_data_free(args, quantised_one)
-    quantised.check_data_free({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, plain)
+        quantization.check_data_free(args, plain)
+    quantization.check_data_free(args, quantised_one)
+    quantization.check_data_free({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, plain)
 
 
 def _draw_in_every_way() -> list[torch.Tensor]:

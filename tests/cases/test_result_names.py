@@ -11,11 +11,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from ddp_eval import manifest
 from ddp_eval.config import Config
-from ddp_eval.distributed import World
-from ddp_eval.engines import adapters
-from ddp_eval.runner import run
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf import adapters
+from ddp_eval.run import manifest
+from ddp_eval.run.runner import run
 
 COMMIT = "c" * 40
 

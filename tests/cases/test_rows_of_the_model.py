@@ -19,8 +19,8 @@ import transformers
 from case_tools import answers_of, by_lm_eval, write_task
 
 import ddp_eval
-from ddp_eval import plan
-from ddp_eval.engines import checkpoint, config_check, limits
+from ddp_eval.cli import plan
+from ddp_eval.engines.hf import checkpoint, config_check, limits
 from ddp_eval.errors import UserError
 from ddp_eval.lm import launch
 
@@ -42,7 +42,12 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **options: Any) -> Any:
         raise AssertionError("work was begun")
 
-    for name in ("ddp_eval.runner.make_plan", "ddp_eval.runner.run_plan", "ddp_eval.lm.make_plan", "ddp_eval.runner.plan_texts"):
+    for name in (
+        "ddp_eval.run.runner.make_plan",
+        "ddp_eval.run.runner.run_plan",
+        "ddp_eval.lm.make_plan",
+        "ddp_eval.run.runner.plan_texts",
+    ):
         monkeypatch.setattr(name, fail)
 
 
@@ -162,8 +167,8 @@ def test_no_id_at_all(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
 
 def test_ids_at_the_edges() -> None:
     """Catches an off-by-one at either end, and the last token of a causal request taken for one that is fed."""
-    from ddp_eval.generation import NO_PROMPTS
-    from ddp_eval.packing import requests_from_lists
+    from ddp_eval.packs.batches import NO_PROMPTS
+    from ddp_eval.packs.plan import requests_from_lists
 
     def first(tokens: list[list[int]], targets: list[int], fed: int, predicted: int, is_pair: bool = False) -> Any:
         rows = limits.Limits(fed, predicted, None, None)

@@ -13,14 +13,14 @@ import pytest
 import tiny_models
 import torch
 
-from ddp_eval import cli
-from ddp_eval.asking import Asked
+from ddp_eval.cli import flags
 from ddp_eval.config import DEFAULT_SEED, Config
-from ddp_eval.distributed import World
-from ddp_eval.engines.draws import Loading, loading, loading_for
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf.draws import Loading, loading, loading_for
 from ddp_eval.errors import UserError
-from ddp_eval.runner import run
-from ddp_eval.tokenization import Encoder
+from ddp_eval.run.runner import run
+from ddp_eval.tasks.generation_requests import Asked
+from ddp_eval.tasks.tokenization import Encoder
 
 GENERATORS = ("random", "numpy", "torch", "fewshot")
 _DRAW = (random.random, np.random.rand, lambda: float(torch.rand(1)))
@@ -47,7 +47,7 @@ def _task(slot: int) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     task_manager = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
@@ -171,7 +171,7 @@ def test_what_loads_meanwhile_decides_nothing(
 )
 def test_values_on_the_command_line(given: list[str], seed: tuple[int | None, ...]) -> None:
     """Catches none, minus one and nought read as one another."""
-    assert cli.parse(["-a", "pretrained=m", "-t", "t", *given])[0].seed == seed
+    assert flags.parse(["-a", "pretrained=m", "-t", "t", *given])[0].seed == seed
     assert Config(seed=seed).seed == seed
 
 

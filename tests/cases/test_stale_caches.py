@@ -23,16 +23,18 @@ import transformers.dynamic_module_utils
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import _factory, _yaml_loader
 
-from ddp_eval import compile_cache, harness, run_directory
-from ddp_eval.compare.difference import differences
-from ddp_eval.compare.reading import Run
+from ddp_eval.analysis.difference import differences
+from ddp_eval.analysis.read import Run
 from ddp_eval.config import config_from_options
-from ddp_eval.engines import checkpoint
+from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import UserError
-from ddp_eval.meter import Phases
-from ddp_eval.runner import evaluate
-from ddp_eval.task_sources import reading_anew
-from ddp_eval.tokenization import Encoder
+from ddp_eval.output import directory
+from ddp_eval.run.runner import evaluate
+from ddp_eval.system import compile_cache
+from ddp_eval.tasks import harness
+from ddp_eval.tasks.task_sources import reading_anew
+from ddp_eval.tasks.tokenization import Encoder
+from ddp_eval.telemetry.meter import Phases
 
 TASK = """\
 task: edited
@@ -259,7 +261,7 @@ def test_a_complete_run_of_an_edited_task(
     config = config_from_options(["edited"], **options)
 
     def find() -> Any:
-        return run_directory.find_finished(config, lambda manifest: True)
+        return directory.find_finished(config, lambda manifest: True)
 
     assert find() is not None
     os.utime(folder / "code.py")

@@ -19,11 +19,11 @@ from case_tools import answer_with_lm_eval, answers_of, by_lm_eval, make_joining
 from lm_eval.api.instance import Instance
 
 import ddp_eval
-from ddp_eval import irregular, tokenization
-from ddp_eval.compare.difference import compare_runs
-from ddp_eval.compare.reading import read_run
+from ddp_eval.analysis.difference import compare_runs
+from ddp_eval.analysis.read import read_run
 from ddp_eval.lm import launch
-from ddp_eval.tokenization import Encoder
+from ddp_eval.tasks import irregular, tokenization
+from ddp_eval.tasks.tokenization import Encoder
 
 TOLERANCE_NATS = 1e-4
 
@@ -234,7 +234,7 @@ def test_long_continuations_count_whole(tiny_model: Callable[..., Any], tiny_tok
     windows = answers_of(ours)
     assert whole[0, 1][0] < whole[0, 0][0] and windows[0, 1][0] < windows[0, 0][0]
     assert ours["samples"]["odd"][0]["acc"] == 1.0
-    from ddp_eval.results import read_scores
+    from ddp_eval.output.write import read_scores
 
     scored = read_scores(tmp_path / "out" / "scores.parquet").num_tokens.tolist()
     context = len(tiny_tokenizer.encode("Once"))

@@ -25,12 +25,15 @@ from lm_eval.api.model import LM
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import handle_arg_string
 
-from ddp_eval import cli, demo, distributed, harness
+from ddp_eval import demo
+from ddp_eval.cli import flags
+from ddp_eval.cli.values import convert_value
 from ddp_eval.config import Config, config_from_options
+from ddp_eval.distributed import collectives
 from ddp_eval.errors import UserError
-from ddp_eval.meter import Phases
-from ddp_eval.tokenization import Encoder
-from ddp_eval.values import convert_value
+from ddp_eval.tasks import harness
+from ddp_eval.tasks.tokenization import Encoder
+from ddp_eval.telemetry.meter import Phases
 
 BASE = ["--model_args", "pretrained=m", "--tasks", "t"]
 WORDS = "-7 +7 7 007 none None NONE true False 1e3 -1e-3 1_000 0x10 inf nan - +-5 ² ٣ (1,) '7' </think> 1.2.3 b'x' a=b"
@@ -66,9 +69,9 @@ def test_flag_file_and_python_mean_the_same(tmp_path_factory: pytest.TempPathFac
     text = ",".join(f"{key}={value}" for key, value in pairs.items())
     file = tmp_path_factory.mktemp("config") / "config.yaml"
     file.write_text(yaml.safe_dump({"model_args": "pretrained=m", "tasks": ["t"], "gen_kwargs": text}))
-    by_flag = cli.parse([*BASE, "--gen_kwargs", text])[0].gen_kwargs
+    by_flag = flags.parse([*BASE, "--gen_kwargs", text])[0].gen_kwargs
     assert repr(by_flag) == repr({key: lm_evals(value) for key, value in pairs.items()})
-    by_file = cli.parse(["--config", str(file)])[0]
+    by_file = flags.parse(["--config", str(file)])[0]
     assert by_file.model_args == {"pretrained": "m"}
     for other in (by_file, Config(gen_kwargs=text), config_from_options(["t"], gen_kwargs=text)):  # type: ignore[arg-type]
         assert repr(other.gen_kwargs) == repr(by_flag)
@@ -81,12 +84,12 @@ def test_flag_file_and_python_mean_the_same(tmp_path_factory: pytest.TempPathFac
 def test_a_revision_is_text(revision: str) -> None:
     """Catches a commit or branch made of digits that is refused, loses its zeros or becomes infinity; lm_eval fails on it."""
     bare = revision.strip("'")
-    by_flag = cli.parse([*BASE, "--model_args", f"revision={revision},dtype=float32"])[0]
+    by_flag = flags.parse([*BASE, "--model_args", f"revision={revision},dtype=float32"])[0]
     assert by_flag.model_args == {"pretrained": "m", "revision": bare, "dtype": "float32"}
     assert Config(model_args=f"pretrained=m,revision={revision}").model_args["revision"] == bare  # type: ignore[arg-type]
     of_lm_eval = {"pretrained": "m", "revision": 123}  # as its text gives it
-    assert cli.config_of_model(of_lm_eval)[0].model_args["revision"] == "123"
-    assert cli.parse([*BASE, "--model_args", "revision=none"])[0].model_args["revision"] is None
+    assert flags.config_of_model(of_lm_eval)[0].model_args["revision"] == "123"
+    assert flags.parse([*BASE, "--model_args", "revision=none"])[0].model_args["revision"] is None
 
 
 OPTIONS = {
@@ -112,9 +115,9 @@ def test_what_a_flag_refuses_python_and_files_refuse(name: str, value: Any, tmp_
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({"tasks": ["t"], name: value}))
     sentence = refusal(lambda: config_from_options(["t"], **{name: value}))
-    assert sentence.startswith(f"--{name} ") and sentence == refusal(lambda: cli.parse(["--config", str(file)]))
+    assert sentence.startswith(f"--{name} ") and sentence == refusal(lambda: flags.parse(["--config", str(file)]))
     if isinstance(value, str):
-        assert sentence == refusal(lambda: cli.parse([*BASE, f"--{name}={value}"]))
+        assert sentence == refusal(lambda: flags.parse([*BASE, f"--{name}={value}"]))
 
 
 def test_text_options_of_a_python_call() -> None:
@@ -130,9 +133,9 @@ def test_a_gpu_where_there_is_none(device: str, monkeypatch: pytest.MonkeyPatch)
     """Catches lm_eval's silent change to the CPU, which may take days, taken over here: the flag is refused as it was typed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=f"^--device {device} was asked for, but torch sees no CUDA device here: leave it out"):
-        distributed.choose_device(device, 0)
+        collectives.choose_device(device, 0)
     with pytest.raises(UserError, match=r"^--device must be cuda or cpu, got cuda:first$"):
-        distributed.choose_device("cuda:first", 0)
+        collectives.choose_device("cuda:first", 0)
 
 
 CACHE_WORDS = {
@@ -151,7 +154,7 @@ def test_cache_requests_in_a_file(text: str, tmp_path: Path) -> None:
     """Catches a mapping, of which lm_eval's own default is an empty one, that switches something on."""
     file = tmp_path / "config.yaml"
     file.write_text(f"model_args: pretrained=m\ntasks: [t]\ncache_requests: {text}\n")
-    ours, theirs = cli.parse(["--config", str(file)])[0].cache_requests, EvaluatorConfig.from_config(file).cache_requests
+    ours, theirs = flags.parse(["--config", str(file)])[0].cache_requests, EvaluatorConfig.from_config(file).cache_requests
     assert ours == CACHE_WORDS[text]
     assert (ours in ("true", "refresh")) == bool(theirs.get("cache_requests", False))
     assert (ours == "delete") == bool(theirs.get("delete_requests_cache", False))
@@ -168,10 +171,10 @@ def test_no_word_for_the_cache_is_guessed(tmp_path: Path) -> None:
         file = tmp_path / "config.yaml"
         file.write_text(f"cache_requests: {text}\n")
         if sentence is None:
-            assert cli.parse(["--config", str(file)])[0].cache_requests is None
+            assert flags.parse(["--config", str(file)])[0].cache_requests is None
             continue
         with pytest.raises(UserError, match=f"^{sentence}"):
-            cli.parse(["--config", str(file)])
+            flags.parse(["--config", str(file)])
 
 
 def test_the_defaults_of_lm_eval_in_a_file(tmp_path: Path) -> None:
@@ -179,7 +182,7 @@ def test_the_defaults_of_lm_eval_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     mine = {"model_args": {"pretrained": "m"}, "tasks": ["t"], "device": None}  # lm_eval's is a GPU
     file.write_text(yaml.safe_dump(dataclasses.asdict(EvaluatorConfig()) | mine))
-    assert cli.parse(["--config", str(file)])[0] == cli.parse(BASE)[0]
+    assert flags.parse(["--config", str(file)])[0] == flags.parse(BASE)[0]
 
 
 DRAWN = """\
@@ -230,7 +233,7 @@ def _prompts_of_lm_eval(file: Path, folder: Path) -> str:
 
 
 def _our_prompts(file: Path, tokenizer: Any) -> str:
-    config, _ = cli.parse(["--config", str(file)])
+    config, _ = flags.parse(["--config", str(file)])
 
     def stop(prompts: dict[str, Any]) -> None:
         raise _Stop(prompts["prompts_sha256"])

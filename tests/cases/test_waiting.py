@@ -19,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from launch import launch, launching
 
-from ddp_eval import demo, lock, meeting, watch
+from ddp_eval import demo
+from ddp_eval.distributed import meeting, watchdog
+from ddp_eval.distributed.launch_environment import LaunchEnvironment
 from ddp_eval.errors import UserError
-from ddp_eval.launch_environment import LaunchEnvironment
+from ddp_eval.output import lock
 
 NOTICE_S = 1.0  # as in waiting_main.py, whose import would hide lm_eval's tasks from every test in this process
 
@@ -141,7 +143,7 @@ def test_nobody_at_the_address():
 @pytest.fixture
 def meet(monkeypatch):
     """meet(rank, address, port) -> the error of one of two ranks started by hand, of which the other does not come."""
-    monkeypatch.setattr(watch, "NOTICE_S", 0.2)
+    monkeypatch.setattr(watchdog, "NOTICE_S", 0.2)
     monkeypatch.setattr(meeting, "_HANDSHAKE_S", 1.0)
     monkeypatch.setattr(meeting, "_CONNECT_S", 1.0)
     monkeypatch.setattr(meeting, "_stores", {})
@@ -356,18 +358,18 @@ def test_download_that_does_not_come(tmp_path):
 
 def test_intervals_grow():
     """Catches a line every few seconds for hours, and none for the first minutes."""
-    patience = watch.Patience()
+    patience = watchdog.Patience()
     due = [second for second in range(4000) if patience.is_due(second)]
     assert due == [20, 40, 80, 160, 320, 640, 1280, 2560]
 
 
 def test_rank_that_is_frozen_is_named(monkeypatch, capsys):
     """Catches a leader whose process is stopped or holds the interpreter: nobody else says a word until --timeout."""
-    monkeypatch.setattr(watch, "NOTICE_S", NOTICE_S)
+    monkeypatch.setattr(watchdog, "NOTICE_S", NOTICE_S)
     store, over = _Store(), threading.Event()
     store.set("ddp_eval/beat/0", json.dumps([3, "n1", "building the prompts (task t, document 4)"]))
     for rank in (1, 2):
-        beats = watch._Beats(rank, 3, store, 60.0, None, over)
+        beats = watchdog._Beats(rank, 3, store, 60.0, None, over)
         for _ in range(3):
             beats._look_after()
             beats._looked -= 2

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from quick_main import main
 
 from ddp_eval import __main__ as command
-from ddp_eval import meeting, status, watch
+from ddp_eval.distributed import meeting, watchdog
+from ddp_eval.output import status
 
 NOTICE_S = 1.0
 
@@ -36,8 +37,8 @@ def slowly(function, seconds):
 
 
 def be_impatient():
-    watches, step, renew = [], watch.step, watch.renew
-    start = watch.Watch.start
+    watches, step, renew = [], watchdog.step, watchdog.renew
+    start = watchdog.Watch.start
 
     def start_and_note(watching):
         watches.append(watching)
@@ -52,7 +53,7 @@ def be_impatient():
             watches[0].timeout_s = 2.5 if ", document " in detail else 600
         renew(detail)
 
-    watch.Watch.start, watch.step, watch.renew = start_and_note, step_patiently, renew_impatiently
+    watchdog.Watch.start, watchdog.step, watchdog.renew = start_and_note, step_patiently, renew_impatiently
 
 
 def break_it(fault):
@@ -60,7 +61,7 @@ def break_it(fault):
     if fault == "late" and is_rank_1:
         time.sleep(4)
     elif fault == "loads_slowly" and is_rank_1:
-        from ddp_eval import runner
+        from ddp_eval.run import runner
 
         runner.load_replica = slowly(runner.load_replica, 4)
     elif fault == "impatient":
@@ -72,7 +73,7 @@ def break_it(fault):
 
 
 if __name__ == "__main__":
-    watch.NOTICE_S = NOTICE_S
+    watchdog.NOTICE_S = NOTICE_S
     command.LEAST_JOIN_S = 1.0
     meeting._HANDSHAKE_S = 2.0
     break_it(sys.argv.pop(1))

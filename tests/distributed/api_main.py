@@ -15,20 +15,21 @@ import torch.distributed as dist
 import transformers
 
 import ddp_eval
-from ddp_eval import demo, distributed
+from ddp_eval import demo
+from ddp_eval.distributed import collectives
 
 TASKS = ["demo_hellaswag", "demo_lambada", "demo_wikitext"]
 
 
 def watch_tallies():
     """What the progress bar reads from now on."""
-    read, values = distributed.Tally.read, []
+    read, values = collectives.Tally.read, []
 
     def read_and_note(tally):
         values.append(read(tally))
         return values[-1]
 
-    distributed.Tally.read = read_and_note
+    collectives.Tally.read = read_and_note
     return values
 
 

@@ -4,7 +4,7 @@ import os
 
 from quick_main import main
 
-from ddp_eval.engines import hf
+from ddp_eval.engines.hf import engine
 
 
 def refuse(*args, **kwargs):
@@ -13,5 +13,5 @@ def refuse(*args, **kwargs):
 
 if __name__ == "__main__":
     if os.environ["RANK"] != "0":
-        hf.load_engine = refuse
+        engine.load_engine = refuse
     main()

@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 from quick_main import main
 
-from ddp_eval import blocks, journal, runner
-from ddp_eval.engines import hf
+from ddp_eval.engines.hf import engine as hf
+from ddp_eval.engines.ops import tree_attention
 from ddp_eval.errors import UserError
+from ddp_eval.output import journal
+from ddp_eval.run import runner
 
 
 def fail_to_load(*args, **kwargs):
@@ -113,7 +115,7 @@ if __name__ == "__main__":
     if os.environ["FAULT"] == "load_user_error_early":
         hf.load_engine = load_slowly
     if os.environ["FAULT"] == "no_compiler":
-        blocks.with_keys = refuse_to_compile
+        tree_attention.with_keys = refuse_to_compile
     elif os.environ["RANK"] == os.environ["FAULT_RANK"] and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         if os.environ["FAULT"] == "journal_full":
             fill_disk()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_eval import distributed
+from ddp_eval.distributed import collectives
 
 FLOATS = np.array([-0.0, np.nan, -np.inf, 5e-324, -1.0 / 3.0])
 
@@ -20,7 +20,7 @@ def rows_of(rank, counts):
 
 def count(world):
     """What the leader reads after each rank has added its number plus one to one tally and ten to another."""
-    first, second = distributed.Tally(world, "first"), distributed.Tally(world, "second")
+    first, second = collectives.Tally(world, "first"), collectives.Tally(world, "second")
     first.add(world.rank + 1)
     second.add(10)
     deadline = time.monotonic() + 10  # no rank waits for another
@@ -35,22 +35,22 @@ MESSAGE = {"text": "Ä", "numbers": np.arange(3_000_000, dtype=np.int32), "float
 def exchange(world):
     message = MESSAGE
     if world.is_leader:
-        distributed.send_message(world, message)
-        distributed.send_message(world, None)
+        collectives.send_message(world, message)
+        collectives.send_message(world, None)
         return []
-    first, second = distributed.receive_message(world), distributed.receive_message(world)
+    first, second = collectives.receive_message(world), collectives.receive_message(world)
     same = [np.array_equal(first[key], message[key], equal_nan=True) for key in ("numbers", "floats", "empty")]
     return [first["text"], first["numbers"].dtype.name, *same, second]
 
 
 def main():
-    world = distributed.join_group("cpu")
+    world = collectives.join_group("cpu")
     counts = ([2, 0, 5], [0, 0, 0], [1, 1, 1], [0, 0, 4])
     got = {
         "rank": [world.rank, world.world_size, world.is_leader],
-        "gathered": [distributed.all_gather_rows(world, rows_of(world.rank, sizes)).tolist() for sizes in counts],
+        "gathered": [collectives.all_gather_rows(world, rows_of(world.rank, sizes)).tolist() for sizes in counts],
         "wanted": [np.concatenate([rows_of(rank, sizes) for rank in range(3)]).tolist() for sizes in counts],
-        "shards": {number: distributed.shard(world, number) for number in (0, 1, 2, 3, 7, 9)},
+        "shards": {number: collectives.shard(world, number) for number in (0, 1, 2, 3, 7, 9)},
         "counted": count(world),
         "message": exchange(world),
     }
@@ -58,8 +58,8 @@ def main():
         name: [used["calls"], used["sent_bytes"], used["received_bytes"]] for name, used in world.meter.collectives.items()
     }
     Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(got))
-    distributed.report_once("all ranks say this")
-    distributed.leave_group(world)
+    collectives.report_once("all ranks say this")
+    collectives.leave_group(world)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import types
 from pathlib import Path
 
 from ddp_eval import __main__ as command
-from ddp_eval import distributed, preflight, trackers, watch
+from ddp_eval.distributed import collectives, watchdog
+from ddp_eval.run import preflight
+from ddp_eval.tasks import trackers
 
 
 def hang(*args):
@@ -23,15 +25,15 @@ def hang(*args):
 
 def wait(config, world, inspect):
     if "FAULT_OUT" in os.environ:
-        watch.of_run(Path(os.environ["FAULT_OUT"]))
+        watchdog.of_run(Path(os.environ["FAULT_OUT"]))
         Path(f"{os.environ['FAULT_FILE']}.{world.rank}").write_text(str(os.getpid()))
-    watch.step(watch.WAITING)
+    watchdog.step(watchdog.WAITING)
     hang()
 
 
 class HangingImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "ddp_eval.runner":
+        if name == "ddp_eval.run.runner":
             hang()
 
 
@@ -44,10 +46,10 @@ if __name__ == "__main__":
     if fault == "import" and os.environ["RANK"] == os.environ["FAULT_RANK"]:
         sys.meta_path.insert(0, HangingImport())
     else:
-        sys.modules["ddp_eval.runner"] = types.SimpleNamespace(run=wait)
+        sys.modules["ddp_eval.run.runner"] = types.SimpleNamespace(run=wait)
     if os.environ["RANK"] == os.environ.get("FAULT_RANK"):
         if fault == "before_join":
             trackers.check_installed = hang
         elif fault == "all_reduce":
-            distributed.time_all_reduce = hang
+            collectives.time_all_reduce = hang
     command.main()

@@ -5,9 +5,9 @@ import time
 
 from quick_main import main
 
-from ddp_eval import execution
+from ddp_eval.run import execute
 
-build_pack = execution.build_pack
+build_pack = execute.build_pack
 
 
 def build_slowly(plan, index):
@@ -17,5 +17,5 @@ def build_slowly(plan, index):
 
 
 if __name__ == "__main__":
-    execution.build_pack = build_slowly
+    execute.build_pack = build_slowly
     main()

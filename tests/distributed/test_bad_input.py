@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from launch import COMMAND, QUICK, Finished, launch
 
-from ddp_eval import __main__, demo, journal, watch
+from ddp_eval import __main__, demo
+from ddp_eval.distributed import watchdog
+from ddp_eval.output import journal
 
 END_S = 15
 
@@ -312,7 +314,7 @@ def run_here(monkeypatch, capfd, place):
     """Run a command line in this process, in the directory of the task files, with `os._exit` as an exception."""
     import transformers
 
-    from ddp_eval import harness
+    from ddp_eval.tasks import harness
 
     def run(arguments):
         def leave(code):
@@ -320,10 +322,10 @@ def run_here(monkeypatch, capfd, place):
 
         monkeypatch.setattr(os, "_exit", leave)
         # Signals and threads of this process stay what they are.
-        monkeypatch.setattr(watch.Watch, "start", lambda watching: None)
-        monkeypatch.setattr(watch, "_leaving", threading.Lock())
-        monkeypatch.setattr(watch, "_directory", None)
-        monkeypatch.setattr(watch, "_last_deed", None)
+        monkeypatch.setattr(watchdog.Watch, "start", lambda watching: None)
+        monkeypatch.setattr(watchdog, "_leaving", threading.Lock())
+        monkeypatch.setattr(watchdog, "_directory", None)
+        monkeypatch.setattr(watchdog, "_last_deed", None)
         monkeypatch.setattr(sys, "argv", ["ddp_eval", *arguments])
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back what the command changes for the life of its process
         monkeypatch.setenv("TQDM_DISABLE", "1")

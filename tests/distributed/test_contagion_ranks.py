@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from launch import QUICK, launch
 
-from ddp_eval import results
+from ddp_eval.output import write
 
 sys.path.append(str(Path(__file__).parent.parent))
 from test_evaluate import write_task
@@ -41,9 +41,9 @@ def run(tmp_path_factory):
             flags = f"--model_args pretrained={place / 'model'} --tasks pairs --include_path {tasks} --max_pack_tokens 128"
             finished = launch(ranks, *flags.split(), "--layout", layout, "--output_path", str(path), program=QUICK, timeout_s=200)
             assert finished.returncode == 0, str(finished)
-            facts = json.loads((path / results.RESULTS).read_text())["ddp_eval"]
-            scores = path / results.SCORES
-            done[ranks, layout] = results.read_scores(scores), scores.read_bytes(), facts, finished
+            facts = json.loads((path / write.RESULTS).read_text())["ddp_eval"]
+            scores = path / write.SCORES
+            done[ranks, layout] = write.read_scores(scores), scores.read_bytes(), facts, finished
         return done[ranks, layout]
 
     return go

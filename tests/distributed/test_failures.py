@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from launch import QUICK, launch, launching, wait_for
 
-from ddp_eval import status
+from ddp_eval.output import status
 
 FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
 END_S = 25  # torchrun itself would give a rank that does not end 30 s

@@ -10,8 +10,8 @@ import pytest
 import torch
 from launch import launch
 
-from ddp_eval import distributed
-from ddp_eval.distributed import World
+from ddp_eval.distributed import collectives
+from ddp_eval.distributed.collectives import World
 
 PROGRAM = (str(Path(__file__).with_name("gather_main.py")),)
 
@@ -93,14 +93,14 @@ def test_no_warnings(launched):
 def test_one_rank_needs_no_group(alone, capsys):
     """Catches a helper that wants a process group where there is one rank."""
     rows = np.arange(6).reshape(3, 2)
-    assert distributed.all_gather_rows(alone, rows).tolist() == rows.tolist()
-    assert distributed.shard(alone, 3) == [0, 1, 2]
-    assert distributed.shard(alone, 0) == []
-    distributed.send_message(alone, "nobody listens")
-    tally = distributed.Tally(alone, "alone")
+    assert collectives.all_gather_rows(alone, rows).tolist() == rows.tolist()
+    assert collectives.shard(alone, 3) == [0, 1, 2]
+    assert collectives.shard(alone, 0) == []
+    collectives.send_message(alone, "nobody listens")
+    tally = collectives.Tally(alone, "alone")
     tally.add(2)
     tally.add(3)
     assert tally.read() == 5
-    distributed.report_once("said once")
+    collectives.report_once("said once")
     assert capsys.readouterr().err == "ddp_eval: said once\n"
-    distributed.leave_group(alone)
+    collectives.leave_group(alone)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from launch import launch, launching, wait_for
 
-from ddp_eval import status
+from ddp_eval.output import status
 
 HANGING = (str(Path(__file__).with_name("hanging_main.py")),)
 RUN = ("--model_args", "pretrained=demo", "--tasks", "demo", "--timeout", "8")

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 from launch import QUICK, launch
 
-from ddp_eval import results
+from ddp_eval.output import write
 
 TASKS = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy --limit 4 --max_pack_tokens 512"
 
@@ -38,12 +38,12 @@ def run(tmp_path_factory):
 def scores(outcome):
     path, finished = outcome
     assert finished.returncode == 0, str(finished)
-    return results.read_scores(path / results.SCORES)
+    return write.read_scores(path / write.SCORES)
 
 
 def score_bytes(outcome):
     scores(outcome)
-    return (outcome[0] / results.SCORES).read_bytes()
+    return (outcome[0] / write.SCORES).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_layers_give_the_bits_of_one_rank(ranks, layout, kind, run):
     """Catches hidden states that meet the wrong pack, and results of a stage that has none."""
     one, many = run(0, "replicas", kind), run(ranks, layout, kind)
     assert score_bytes(many) == score_bytes(one)
-    manifest = json.loads((many[0] / results.MANIFEST).read_text())
+    manifest = json.loads((many[0] / write.MANIFEST).read_text())
     assert manifest["layout"] == layout
     assert manifest["packs"] > 4, "packs that follow one another"
     copies = f"{ranks // int(layout[-1])} cop"
     assert f"ddp_eval: layout {layout}: {copies}" in many[1].stderr, str(many[1])
-    stages = json.loads((many[0] / results.TELEMETRY).read_text())["ranks"][: int(layout[-1])]
+    stages = json.loads((many[0] / write.TELEMETRY).read_text())["ranks"][: int(layout[-1])]
     assert len({stage["counts"]["computed_tokens"] for stage in stages}) == 1, "a stage has its part in every token"
     sent, received = (sum(one["collectives"].get(way, {}).get(f"{done}_bytes", 0) for one in stages) for way, done in WAYS)
     assert sent == received > 0
@@ -121,7 +121,7 @@ def test_measure_leaves_out_what_cannot_be_loaded(run, tmp_path):
     finished = launch(2, *shlex.split(words), program=UNLOADABLE, timeout_s=280)
     assert finished.returncode == 0, str(finished)
     assert "layout layers:2 is left out: rank 1: the model does not fit into the memory of cpu" in finished.stderr, str(finished)
-    manifest = json.loads((tmp_path / "run" / results.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "run" / write.MANIFEST).read_text())
     assert [one["layout"] for one in manifest["measured_layouts"]] == ["replicas"]
     assert score_bytes((tmp_path / "run", finished)) == score_bytes(run(0, "replicas", "gpt2"))
 
@@ -135,11 +135,11 @@ def test_measure_tries_what_fits_and_goes_on_with_the_quickest(run):
     assert [line.split()[2] for line in lines] == ["replicas:", "tensor:2:", "layers:2:"], str(finished)
     assert all("GFLOP/s a rank" in line and "predicted" in line for line in lines)
     (taken,) = [line.split()[2].rstrip(":") for line in lines if line.endswith(": taken")]
-    manifest = json.loads((path / results.MANIFEST).read_text())
+    manifest = json.loads((path / write.MANIFEST).read_text())
     assert manifest["layout"] == taken
     assert [one["layout"] for one in manifest["measured_layouts"]] == ["replicas", "tensor:2", "layers:2"]
     one = scores(run(0, "replicas", extra="--max_pack_tokens 256"))
     drift = np.abs(np.array(one.loglikelihood) - np.array(scores((path, finished)).loglikelihood))
     assert drift.max() < 1e-4
-    ranks = json.loads((path / results.TELEMETRY).read_text())["ranks"]
+    ranks = json.loads((path / write.TELEMETRY).read_text())["ranks"]
     assert all(rank["phases_s"]["measure"] > 0 for rank in ranks), "what measuring takes is no trial of packs"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from launch import QUICK, launch
 
-from ddp_eval import demo, results
+from ddp_eval import demo
+from ddp_eval.output import write
 
 TASK = """\
 task: expressions
@@ -42,7 +43,7 @@ def earlier(tmp_path_factory):
 
 def test_phases_add_up_to_the_wall_time(earlier):
     """Catches time of a rank that no phase has, and a clock that starts after the imports or stops before the end."""
-    telemetry_file = earlier[0] / "run" / results.TELEMETRY
+    telemetry_file = earlier[0] / "run" / write.TELEMETRY
     telemetry = json.loads(telemetry_file.read_text())
     assert [rank["rank"] for rank in telemetry["ranks"]] == [0, 1, 2]
     for rank in telemetry["ranks"]:
@@ -60,7 +61,7 @@ def test_phases_add_up_to_the_wall_time(earlier):
 
 def test_bytes_of_a_run_by_hand(earlier):
     """Catches a collective that is not counted: 20 requests, one item each, padded to the packs that each rank has; no texts."""
-    ranks = json.loads((earlier[0] / "run" / results.TELEMETRY).read_text())["ranks"]
+    ranks = json.loads((earlier[0] / "run" / write.TELEMETRY).read_text())["ranks"]
     sent = [rank["collectives"]["all_gather (rows)"] for rank in ranks]
     assert len({one["sent_bytes"] for one in sent}) == 1
     assert all(one["calls"] == 4 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
@@ -93,7 +94,7 @@ def test_reproduced_elsewhere_on_another_number_of_ranks(earlier, tmp_path):
     assert finished.returncode == 0, str(finished)
     assert "identical: every request has the same bits" in finished.stdout
     assert "ranks.world_size: 3 | 2" in finished.stdout
-    scores = [(place / results.SCORES).read_bytes() for place in (earlier[0] / "run", tmp_path / "again")]
+    scores = [(place / write.SCORES).read_bytes() for place in (earlier[0] / "run", tmp_path / "again")]
     assert scores[0] == scores[1]
 
 
@@ -113,8 +114,8 @@ def test_what_changed_is_refused_by_name(change, ranks, wanted, earlier, tmp_pat
     """Catches a reproduction of something else that passes for one; with other labels every log-probability is the same."""
     home = tmp_path / "home"
     shutil.copytree(earlier[0], home)
-    manifest = json.loads((home / "run" / results.MANIFEST).read_text())
-    (home / "run" / results.MANIFEST).write_text(json.dumps({**manifest, "working_directory": str(home)}))
+    manifest = json.loads((home / "run" / write.MANIFEST).read_text())
+    (home / "run" / write.MANIFEST).write_text(json.dumps({**manifest, "working_directory": str(home)}))
     rows = (home / "tasks" / "rows.jsonl").read_text()
     (home / "tasks" / "rows.jsonl").write_text(rows.replace(*change))
     flags = ("--trust_task_files", "--expect", "identical")
@@ -122,4 +123,4 @@ def test_what_changed_is_refused_by_name(change, ranks, wanted, earlier, tmp_pat
     assert finished.returncode != 0
     assert finished.sentences() == [f"ddp_eval: this is not the run of {home / 'run'}: {wanted} runs it all the same)"]
     assert not finished.foreign_frames()
-    assert not (home / "run.again" / results.MANIFEST).exists()
+    assert not (home / "run.again" / write.MANIFEST).exists()

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from launch import launch
 
-from ddp_eval import results
+from ddp_eval.output import write
 
 # Of torchrun; compared with 0, plain Python. `test_the_command` runs on two ranks too.
 RANKS = [1, pytest.param(2, marks=pytest.mark.slow), 3, 4]
@@ -27,7 +27,7 @@ def read(directory, name):
 
 
 def results_but_times(directory):
-    kept = read(directory, results.RESULTS)
+    kept = read(directory, write.RESULTS)
     del kept["date"], kept["ddp_eval"]["phases_s"], kept["total_evaluation_time_seconds"]
     del kept["ddp_eval"]["lm_eval_files"]["date"]
     kept.pop("pretty_env_info", None)  # many_runs.py leaves it out; it holds the CPU's present clock rate
@@ -35,7 +35,7 @@ def results_but_times(directory):
 
 
 def manifest_but_ranks(directory):
-    kept = read(directory, results.MANIFEST)
+    kept = read(directory, write.MANIFEST)
     del kept["config"]["output_path"], kept["ranks"]["world_size"]
     return kept
 
@@ -45,7 +45,7 @@ def manifest_but_ranks(directory):
 def test_scores_do_not_depend_on_ranks(ranks, run, run_on):
     """Catches prompts drawn by rank, packs cut by rank, a request lost or counted twice, and results put into the wrong slot."""
     one, many = run_on(0)[run], run_on(ranks)[run]
-    assert (many / results.SCORES).read_bytes() == (one / results.SCORES).read_bytes()
+    assert (many / write.SCORES).read_bytes() == (one / write.SCORES).read_bytes()
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -61,21 +61,21 @@ def test_results_do_not_depend_on_ranks(ranks, run, run_on):
 def test_manifest_tells_only_the_ranks_apart(ranks, run, run_on):
     """Catches a plan cut by the number of ranks, and a manifest that cannot tell two runs apart or finds them different."""
     one, many = run_on(0)[run], run_on(ranks)[run]
-    assert read(many, results.MANIFEST)["ranks"]["world_size"] == ranks
-    assert read(one, results.MANIFEST)["ranks"]["world_size"] == 1
+    assert read(many, write.MANIFEST)["ranks"]["world_size"] == ranks
+    assert read(one, write.MANIFEST)["ranks"]["world_size"] == 1
     assert manifest_but_ranks(many) == manifest_but_ranks(one)
 
 
 def test_the_runs_are_what_they_are_called(run_on):
     """Catches this file comparing runs that have become alike: no random few-shot, no rolling, no rows, many packs."""
-    manifests = {run: read(directory, results.MANIFEST) for run, directory in run_on(0).items()}
+    manifests = {run: read(directory, write.MANIFEST) for run, directory in run_on(0).items()}
     assert manifests["all"]["layout_of_requests"] == "packs"
     assert manifests["all"]["packs"] > 4, "every rank has some"
     assert manifests["all"]["packs"] % 3 or manifests["all"]["packs"] % 4, "some packs run twice"
     assert manifests["rows"]["layout_of_requests"] == "rows"
     assert manifests["one pack"]["packs"] == 1 < manifests["one pack"]["requests"]
     assert manifests["one request"]["requests"] == 1
-    scores = results.read_scores(run_on(0)["all"] / results.SCORES)
+    scores = write.read_scores(run_on(0)["all"] / write.SCORES)
     assert None in scores.is_greedy, "rolling requests are neither greedy nor not"
     assert {"demo_hellaswag", "demo_mmlu_philosophy", "demo_lambada", "demo_boolean_expressions"} <= set(scores.task)
 
@@ -85,7 +85,7 @@ def test_the_command(run_on, tmp_path):
     finished = launch(2, *shlex.split(RUNS["all"]), "--output_path", tmp_path / "run")
     assert finished.returncode == 0, str(finished)
     one, many = run_on(0)["all"], tmp_path / "run"
-    assert (many / results.SCORES).read_bytes() == (one / results.SCORES).read_bytes()
+    assert (many / write.SCORES).read_bytes() == (one / write.SCORES).read_bytes()
     assert manifest_but_ranks(many) == manifest_but_ranks(one)
     assert results_but_times(many)["results"] == results_but_times(one)["results"]
     assert len(re.findall(r"demo_hellaswag ", finished.stdout)) == 1, str(finished)
@@ -94,7 +94,7 @@ def test_the_command(run_on, tmp_path):
     assert not [line for line in lines if "Warning" in line], str(finished)
     assert len(set(lines)) == len(lines), f"a line that comes twice\n{finished}"
     *_, progress = [line for line in lines if line.startswith("ddp_eval: ") and "tokens/s" in line]
-    num_requests = read(tmp_path / "run", results.MANIFEST)["requests"]
+    num_requests = read(tmp_path / "run", write.MANIFEST)["requests"]
     assert f"{num_requests} of {num_requests} requests" in progress, str(finished)
 
 

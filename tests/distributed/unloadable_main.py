@@ -4,7 +4,7 @@ import os
 
 import quick_main
 
-from ddp_eval.engines import layers
+from ddp_eval.engines.hf import pipeline_parallel
 from ddp_eval.errors import UserError
 
 if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
@@ -12,7 +12,7 @@ if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
     def refuse(*args, **kwargs):
         raise UserError("the model does not fit into the memory of cpu")
 
-    layers.load_layers_engine = refuse
+    pipeline_parallel.load_layers_engine = refuse
 
 if __name__ == "__main__":
     quick_main.main()

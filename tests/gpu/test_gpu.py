@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval import demo, execution, packing, preflight
+from ddp_eval import demo
 from ddp_eval.config import Config
-from ddp_eval.distributed import World
-from ddp_eval.engines import checkpoint, hf
-from ddp_eval.planning import check_packs
-from ddp_eval.protocol import Work
+from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.messages import Work
+from ddp_eval.engines.hf import checkpoint
+from ddp_eval.engines.hf import engine as hf
+from ddp_eval.packs import plan as packing
+from ddp_eval.run import execute, preflight
+from ddp_eval.run.self_check import check_packs
 
 TEXTS = str(Path(__file__).resolve().parents[1] / "generation_tasks")
 
@@ -116,8 +119,8 @@ def test_packs_launched_ahead_keep_their_results(requests):
     plan, _ = packing.plan_packs(requests, engine.cost_model(), max_tokens=200)
     assert engine.launches_ahead and plan.num_packs > 2
     world = World(0, 0, 1, engine.device)
-    gathered = execution.run_plan(world, engine, Work(plan, np.arange(plan.num_packs), "ahead", phase="measure"))
-    sums, _, _ = execution.fill_slots(gathered.rows, plan.num_items)
+    gathered = execute.run_plan(world, engine, Work(plan, np.arange(plan.num_packs), "ahead", phase="measure"))
+    sums, _, _ = execute.fill_slots(gathered.rows, plan.num_items)
     np.testing.assert_allclose(sums, score(engine, plan, np.arange(plan.num_items)), atol=1e-5)
 
 
@@ -134,7 +137,7 @@ def test_packs_are_halved_when_memory_is_short():
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    (whole,) = execution._launch(world, engine, pack)
+    (whole,) = execute._launch(world, engine, pack)
     expected = engine.collect(whole)[0]
     needed = torch.cuda.max_memory_allocated()
     del whole
@@ -142,7 +145,7 @@ def test_packs_are_halved_when_memory_is_short():
     total = torch.cuda.get_device_properties(engine.device).total_memory
     torch.cuda.set_per_process_memory_fraction((before + 0.7 * (needed - before)) / total)
     try:
-        pieces = execution._launch(world, engine, pack)
+        pieces = execute._launch(world, engine, pack)
         sums = np.concatenate([engine.collect(piece)[0] for piece in pieces])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

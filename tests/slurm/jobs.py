@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ddp_eval import journal
+from ddp_eval.output import journal
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ROOT / "tests" / "distributed" / "quick_main.py"

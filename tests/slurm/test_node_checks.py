@@ -6,7 +6,8 @@ import shutil
 import pytest
 from jobs import RUN, logs
 
-from ddp_eval import demo, status
+from ddp_eval import demo
+from ddp_eval.output import status
 
 pytestmark = pytest.mark.slurm
 

@@ -11,7 +11,8 @@ import time
 import pytest
 from jobs import ROOT
 
-from ddp_eval import restart, status
+from ddp_eval.output import status
+from ddp_eval.system import launch_id
 
 DONE = '{"state": "done", "reason": "", "time": "", "launch": {"slurm": "%s"}}'
 SCONTROL = """\
@@ -214,7 +215,7 @@ def test_failure_before_the_run_directory_is_open(earlier, evaluate, tmp_path, m
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     status.write_status(tmp_path, status.FAILED, "")
     own = status.read_status(tmp_path)
-    assert list(found) == list(own) and len(found["time"]) == len(own["time"]) and found["launch"] == restart.launches()
+    assert list(found) == list(own) and len(found["time"]) == len(own["time"]) and found["launch"] == launch_id.launches()
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"status.json", ".ddp_eval.lock", "logs"}
 
 

@@ -12,7 +12,8 @@ import pytest
 from jobs import QUICK, edit, packs_done
 from launch import ROOT, launch
 
-from ddp_eval import demo, results, status
+from ddp_eval import demo
+from ddp_eval.output import status, write
 
 pytestmark = pytest.mark.slurm
 
@@ -89,7 +90,7 @@ def test_array(cluster, sweep, tmp_path):
         assert f"job {array}_{element}: a rank or a launcher has died" in said, words(out)
     for tasks in ("lambada", "logic"):
         assert f"one {tasks}: done" in words(out)
-        if importlib.util.find_spec("ddp_eval.compare"):
+        if importlib.util.find_spec("ddp_eval.cli.compare"):
             assert f"{out}/two/{tasks}" in (out / f"compare.{tasks}.txt").read_text(), words(out)
     plain = launch(
         1, "--model_args", "pretrained=demo", "--tasks", "demo_boolean_expressions", "--num_fewshot", 1, *FLAGS.split(),
@@ -97,7 +98,7 @@ def test_array(cluster, sweep, tmp_path):
     )  # fmt: skip
     assert plain.returncode == 0, str(plain)
     for model in ("one", "two"):
-        assert (out / model / "logic" / results.SCORES).read_bytes() == (tmp_path / "plain" / results.SCORES).read_bytes()
+        assert (out / model / "logic" / write.SCORES).read_bytes() == (tmp_path / "plain" / write.SCORES).read_bytes()
 
 
 @pytest.mark.parametrize(

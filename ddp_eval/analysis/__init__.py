@@ -1,0 +1,1 @@
+"""Reads finished runs: compare and report. Never torch."""

@@ -1,0 +1,285 @@
+"""Two runs -> one plain dict of all that differs, ready for JSON, tables and the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddp_eval.analysis import paired
+from ddp_eval.analysis.matching import Pairing, align, numbered_tasks
+from ddp_eval.analysis.read import Documents, Requests, Run
+
+NEAR_TIE_NATS = 0.01
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
+
+# Where a fact of the manifest belongs; the first prefix that fits names the group.
+_GROUPS = (
+    ("model", ("model.", "config.model", "engine.class", "engine.parameters")),
+    ("dtype and kernels", ("engine.", "numerics")),
+    (
+        "prompts",
+        ("prompts", "documents", "task", "seeds.", "config.tasks", "config.num_fewshot", "config.limit", "config.samples"),
+    ),
+    ("prompts", ("config.apply_chat_template", "config.system_instruction", "config.fewshot", "config.seed", "requests")),
+    ("versions", ("packages.", "git.")),
+    ("hardware", ("hardware.",)),
+    ("layout", ("ranks.", "plan_sha256", "layout", "packs", "why_rows", "computed_tokens", "config.packing", "config.max_pack")),
+    ("layout", ("config.layout", "measured_layouts")),
+)
+_SAYS_NOTHING = ("config.output_path", "config.overwrite", "working_directory", "model.seen")
+
+
+def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[str, Any]:
+    """Everything that differs between two runs, task by task and over all tasks that both have."""
+    b, pairings = align(a, b)
+    shared = [task for task in _tasks(a) if task in _tasks(b)]
+    tasks = {
+        task: {**_compare_task(a, b, task, near_tie_nats), "pairing": pairings.get(task, Pairing({})).describe()}
+        for task in shared
+    }
+    only = {"a": [task for task in _tasks(a) if task not in shared], "b": [task for task in _tasks(b) if task not in shared]}
+    overall = _compare_overall(a, b, shared, list(tasks.values()))
+    same_requests = not any(only.values()) and not any(any(task["requests_only_in"].values()) for task in tasks.values())
+    compared = all(task["requests"] for task in tasks.values())
+    return {
+        "a": {"path": str(a.path), "kind": a.kind},
+        "b": {"path": str(b.path), "kind": b.kind},
+        "near_tie_nats": near_tie_nats,
+        "notes": {"a": a.notes, "b": b.notes},
+        "tasks_only_in": only,
+        "no_samples_in": {
+            side: [task for task in shared if task not in numbered_tasks(run)] for side, run in (("a", a), ("b", b))
+        },
+        "same_requests": same_requests,
+        "identical": same_requests
+        and bool(shared)
+        and compared
+        and overall["requests_differing"] == 0
+        and not any(task["metrics_differing"] for task in tasks.values()),
+        "tasks": tasks,
+        "overall": overall,
+        "differences": differences(a, b),
+    }
+
+
+def differences(a: Run, b: Run) -> list[dict[str, Any]]:
+    """Facts of the manifests that are not alike, by group. Of lm_eval's runs only what both sides tell."""
+    left, right = dict(_flatten(a.manifest)), dict(_flatten(b.manifest))
+    keys = [key for key in dict.fromkeys((*left, *right)) if key not in _SAYS_NOTHING]
+    if a.kind != b.kind:
+        keys = [key for key in keys if key in left and key in right]
+    # A manifest of an older version says nothing of documents and task files, which may also lie elsewhere.
+    keys = [key for key in keys if (key in left and key in right) or not key.startswith(("documents_by_task.", "task_files."))]
+    found = [{"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys]
+    order = [*dict.fromkeys(name for name, _ in _GROUPS), "settings"]
+    return sorted((one for one in found if one["a"] != one["b"]), key=lambda one: order.index(one["group"]))
+
+
+def asks_twice(run: Run, task: str) -> bool:
+    """Whether the second half of a document's requests are its choices without the question: lm_eval's acc_mutual_info."""
+    return any(key.startswith("acc_mutual_info,") for key in run.metrics.get(task, {}))
+
+
+def answers_of(
+    requests: Requests, twice: bool = False
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Documents with two or more choices: (n,) doc_id, (n,) the choice of highest log-probability, (n,) its lead over the next.
+
+    The first of equal choices is taken, as lm_eval's argmax does. twice: see `asks_twice`.
+    """
+    doc_ids, starts, counts = np.unique(requests.doc_id, return_index=True, return_counts=True)
+    counts = counts // 2 if twice else counts
+    chosen = counts > 1
+    doc_ids, starts, counts = doc_ids[chosen], starts[chosen], counts[chosen]
+    blocks = [requests.loglikelihood[start : start + count] for start, count in zip(starts, counts, strict=True)]
+    best = np.array([int(np.argmax(block)) for block in blocks], dtype=np.int64)
+    with np.errstate(invalid="ignore"):  # none of the choices could be scored
+        lead = np.array([float(np.subtract(*np.sort(block)[[-1, -2]])) for block in blocks], dtype=np.float64)
+    return doc_ids, best, lead
+
+
+def _tasks(run: Run) -> list[str]:
+    """Those with answers first, then those of which a run reports metrics alone: lm_eval's output may lack their samples."""
+    evaluated = run.results.get("n-samples") or {}
+    return list(dict.fromkeys((*numbered_tasks(run), *(task for task in run.reported if task in evaluated))))
+
+
+def _compare_task(a: Run, b: Run, task: str, near_tie_nats: float) -> dict[str, Any]:
+    left, right = a.requests.get(task, _NONE), b.requests.get(task, _NONE)
+    in_left, in_right = _match(left, right)
+    texts = [a.texts.get(task, {}), b.texts.get(task, {})]
+    both_texts = texts[0].keys() & texts[1].keys()
+    texts_differing = sum(texts[0][key] != texts[1][key] for key in both_texts)
+    only = {
+        "a": len(left.doc_id) - len(in_left) + len(texts[0]) - len(both_texts),
+        "b": len(right.doc_id) - len(in_right) + len(texts[1]) - len(both_texts),
+    }
+    left, right = _take(left, in_left), _take(right, in_right)
+    deltas = _deltas(left.loglikelihood, right.loglikelihood)
+    bits_differ = left.loglikelihood.view(np.int64) != right.loglikelihood.view(np.int64)
+    greedy_differ = left.is_greedy != right.is_greedy
+    prompts = [a.prompts.get(task, {}), b.prompts.get(task, {})]
+    both = prompts[0].keys() & prompts[1].keys()
+    documents = _paired_documents(a, b, task)
+    return {
+        "requests": len(deltas) + len(both_texts),
+        "requests_only_in": only,
+        "requests_differing": int((bits_differ | greedy_differ).sum()) + texts_differing,
+        "texts": len(both_texts),
+        "texts_differing": texts_differing,
+        "delta_nats": _summary(deltas),
+        **_flips(left, right, asks_twice(a, task) or asks_twice(b, task), near_tie_nats),
+        "greedy_flipped": int(greedy_differ.sum()),
+        "prompts_compared": len(both),
+        "prompts_differing": sum(prompts[0][doc] != prompts[1][doc] for doc in both),
+        "metrics": _compare_metrics(a, b, task, documents),
+        "metrics_differing": _metrics_differing(a, b, task, documents),
+        "deltas": deltas,
+    }
+
+
+def _compare_overall(a: Run, b: Run, shared: list[str], tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over tasks; metrics that are means, over the documents of all tasks that have them."""
+    deltas = np.concatenate([np.zeros(0), *(task.pop("deltas") for task in tasks)])
+    counted = [
+        "requests",
+        "requests_differing",
+        "texts",
+        "texts_differing",
+        "answers",
+        "answers_flipped",
+        "near_ties",
+        "greedy_flipped",
+    ]
+    counted += ["prompts_compared", "prompts_differing"]
+    overall = {key: sum(task[key] for task in tasks) for key in counted}
+    pooled: dict[str, list[tuple[str, Any]]] = {}
+    for task in shared:
+        for key, documents in _paired_documents(a, b, task).items():
+            if key.partition(",")[0] not in paired.TRANSFORMS and _is_aggregate(a, b, task, key):
+                pooled.setdefault(key, []).append((task, documents))
+    metrics = {}
+    for key, parts in pooled.items():
+        if len(parts) > 1:
+            columns = [np.concatenate([part[column] for _, part in parts]) for column in range(4)]
+            offsets = np.cumsum([0, *(len(part[4]) for _, part in parts)])
+            clusters = np.concatenate([part[4] + offset for (_, part), offset in zip(parts, offsets[:-1], strict=True)])
+            metrics[key] = paired.compare_metric(
+                key.partition(",")[0], (columns[0], columns[1]), (columns[2], columns[3]), clusters
+            )
+            metrics[key]["tasks"] = len(parts)
+    return {**overall, "delta_nats": _summary(deltas), "metrics": metrics}
+
+
+def _metrics_differing(a: Run, b: Run, task: str, documents: dict[str, Any]) -> list[str]:
+    """Which metrics differ, in what was reported or in any document. Of lm_eval's runs only those that both have."""
+    reported = a.reported.get(task, {}), b.reported.get(task, {})
+    found = {key for key in reported[0].keys() & reported[1].keys() if reported[0][key] != reported[1][key]}
+    if a.kind == b.kind:
+        found |= reported[0].keys() ^ reported[1].keys()
+    for key, (value_a, weight_a, value_b, weight_b, _) in documents.items():
+        if not np.array_equal([value_a, weight_a], [value_b, weight_b], equal_nan=True):
+            found.add(key)
+    return sorted(found)
+
+
+def _compare_metrics(a: Run, b: Run, task: str, documents: dict[str, Any]) -> dict[str, Any]:
+    """By "metric,filter": paired statistics where both runs kept the documents, else the two numbers and their difference."""
+    found: dict[str, Any] = {}
+    reported = a.reported.get(task, {}), b.reported.get(task, {})
+    for key in dict.fromkeys((*reported[0], *reported[1], *documents)):
+        if key in documents and _is_aggregate(a, b, task, key):
+            value_a, weight_a, value_b, weight_b, clusters = documents[key]
+            found[key] = paired.compare_metric(key.partition(",")[0], (value_a, weight_a), (value_b, weight_b), clusters)
+        elif key in reported[0] and key in reported[1]:
+            found[key] = {"a": reported[0][key], "b": reported[1][key], "difference": reported[1][key] - reported[0][key]}
+    return found
+
+
+def _paired_documents(a: Run, b: Run, task: str) -> dict[str, Any]:
+    """By "metric,filter", over the documents of both: value and weight in A, value and weight in B, cluster; (n,) each."""
+    found = {}
+    for key in a.metrics.get(task, {}).keys() & b.metrics.get(task, {}).keys():
+        left, right = a.metrics[task][key], b.metrics[task][key]
+        doc_ids, in_left, in_right = np.intersect1d(left.doc_id, right.doc_id, assume_unique=True, return_indices=True)
+        if len(doc_ids):
+            contexts = a.contexts.get(task) or b.contexts.get(task) or {}
+            names = [contexts.get(doc_id) or str(doc_id) for doc_id in doc_ids.tolist()]
+            clusters = np.unique(names, return_inverse=True)[1].astype(np.int64)
+            columns = (left.value[in_left], left.weight[in_left], right.value[in_right], right.weight[in_right])
+            found[key] = (*columns, clusters)
+    return dict(sorted(found.items()))
+
+
+def _is_aggregate(a: Run, b: Run, task: str, key: str) -> bool:
+    """Whether the metric is what paired.py takes it for: over all documents it must give the number that the run reported."""
+    for run in (a, b):
+        documents: Documents = run.metrics[task][key]
+        reported = run.reported.get(task, {}).get(key)
+        computed = paired.aggregate(key.partition(",")[0], documents.value, documents.weight)
+        if reported is not None and not math.isclose(computed, reported, rel_tol=1e-6, abs_tol=1e-9):
+            return False
+    return True
+
+
+def _flips(left: Requests, right: Requests, twice: bool, near_tie_nats: float) -> dict[str, int]:
+    """Documents whose best choice is another one, and how many of those had choices closer than `near_tie_nats` in both runs."""
+    doc_ids, best_left, _ = answers_of(left, twice)
+    _, best_right, _ = answers_of(right, twice)
+    flipped = np.flatnonzero(best_left != best_right)
+    near = 0
+    for document in flipped:
+        start = int(np.searchsorted(left.doc_id, doc_ids[document]))
+        one, other = start + int(best_left[document]), start + int(best_right[document])
+        leads = left.loglikelihood[one] - left.loglikelihood[other], right.loglikelihood[other] - right.loglikelihood[one]
+        near += bool(max(leads) <= near_tie_nats)
+    return {"answers": len(doc_ids), "answers_flipped": len(flipped), "near_ties": near}
+
+
+def _match(left: Requests, right: Requests) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Where the requests of both stand in each."""
+    kind = np.dtype([("doc_id", np.int64), ("idx", np.int64)])
+    keys = [np.zeros(len(side.doc_id), dtype=kind) for side in (left, right)]
+    for key, side in zip(keys, (left, right), strict=True):
+        key["doc_id"], key["idx"] = side.doc_id, side.idx
+    _, in_left, in_right = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
+    return in_left, in_right
+
+
+def _take(requests: Requests, rows: npt.NDArray[np.intp]) -> Requests:
+    return Requests(requests.doc_id[rows], requests.idx[rows], requests.loglikelihood[rows], requests.is_greedy[rows])
+
+
+def _deltas(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(N,) absolute differences; equal bits differ by 0, anything that is no number differs from all else by infinity."""
+    with np.errstate(invalid="ignore"):
+        deltas = np.abs(left - right)
+    deltas[np.isnan(deltas)] = np.inf
+    deltas[left.view(np.int64) == right.view(np.int64)] = 0.0
+    return deltas
+
+
+def _summary(deltas: npt.NDArray[np.float64]) -> dict[str, float] | None:
+    if not len(deltas):
+        return None
+    quantiles = np.quantile(deltas, list(QUANTILES.values()), method="higher").tolist()
+    return {"max": float(deltas.max()), "mean": float(deltas.mean()), **dict(zip(QUANTILES, quantiles, strict=True))}
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _group(key: str) -> str:
+    return next((name for name, prefixes in _GROUPS if key.startswith(prefixes)), "settings")
+
+
+_NONE = Requests(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int8))

@@ -1,0 +1,1 @@
+"""Ranks: launch environment, process group, messages, watchdog, progress. The only importer of torch.distributed."""

@@ -1,0 +1,173 @@
+"""What the leader says to the other ranks: begin, load the model like this, run this plan, stop, or I have failed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddp_eval.config import Config
+from ddp_eval.distributed import collectives, watchdog
+from ddp_eval.distributed.collectives import World
+from ddp_eval.errors import UserError
+from ddp_eval.layout import Layout
+from ddp_eval.packs.batches import NO_TEXTS, TextPlan
+from ddp_eval.packs.plan import IntArray, Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """The leader's word that there is something to do. directory: of the run, or None."""
+
+    directory: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Journals:
+    """Where finished packs are kept: each rank adds a file of its own. key: see journal.py."""
+
+    directory: Path
+    key: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """The leader's word to load the model in this layout, in place of what is loaded.
+
+    on_trial: it may fail; each rank reports how it went (`measuring.load_together`).
+    config: of another model than the last one; None: the same model.
+    """
+
+    layout: Layout
+    on_trial: bool = False
+    config: Config | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The leader's word to run a plan.
+
+    left: ascending indices of the packs to run; the others are done. Batches of `texts` are numbered behind the packs.
+    texts, tokenizer: what to generate, and what decodes it. name: unlike that of any other work, of these ranks or any.
+    phase: what its time is counted as; all but "forward" is beside the run's own work. In a "trial", a question to the model,
+    what fails comes back as NaN. attention: what trees run with, which the leader has tried; empty if there is no choice.
+    """
+
+    plan: Plan
+    left: IntArray
+    name: str
+    journals: Journals | None = None
+    phase: str = "forward"
+    texts: TextPlan = NO_TEXTS
+    tokenizer: Any = None
+    attention: str = ""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no progress is shown."""
+        return self.phase in ("trial", "measure")
+
+
+@dataclasses.dataclass(frozen=True)
+class Abort:
+    """The leader's word that it has failed, over what the user can mend or by a defect."""
+
+    reason: str
+    of_user: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """The leader asks how each rank's time went."""
+
+
+class Followers:
+    """The other ranks, as the leader sees them: told what to do, and told to stop when the block ends, well or not.
+
+    stays: this process goes on after a failure, so that its end does not tell them; if not given, as in a caller's group.
+    """
+
+    def __init__(self, world: World, stays: bool | None = None) -> None:
+        self.world = world
+        self._stays = world.borrowed if stays is None else stays
+        self.layout: Layout | None = None  # in which the model was loaded last
+        self._listening = True
+
+    def load(self, layout: Layout, on_trial: bool = False, config: Config | None = None) -> None:
+        """Have all ranks begin to load the model, another one if a `config` is given; the leader loads its own part."""
+        self.layout = layout
+        with watchdog.waiting():
+            collectives.send_message(self.world, Load(layout, on_trial, config))
+
+    def begin(self, directory: Path | None) -> None:
+        """Have them load the model, and report to the run directory from now on."""
+        with watchdog.waiting():
+            collectives.send_message(self.world, Begin(directory))
+
+    @contextlib.contextmanager
+    def working_on(
+        self,
+        plan: Plan,
+        left: IntArray | None = None,
+        journals: Journals | None = None,
+        phase: str = "forward",
+        texts: TextPlan = NO_TEXTS,
+        tokenizer: Any = None,
+        attention: str = "",
+    ) -> Iterator[Work]:
+        """Have all ranks run `plan` and `texts`, or what is `left` of them, while the leader runs it too."""
+        left = np.arange(plan.num_packs + texts.num_batches) if left is None else left
+        work = Work(plan, left, uuid.uuid4().hex, journals, phase, texts, tokenizer, attention)
+        collectives.send_message(self.world, work)
+        self._listening = False
+        yield work
+        self._listening = True
+
+    def measure(self) -> list[dict[str, Any]]:
+        """Every rank's `Meter.report`, in the order of ranks."""
+        with watchdog.waiting():
+            collectives.send_message(self.world, Measure())
+            reports = collectives.gather_reports(self.world, self.world.meter.report())
+        assert reports is not None, "the leader gets them"
+        return reports
+
+    def __enter__(self) -> Followers:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # Ranks that are in a collective hear no message: a leader that leaves, or all_gather_rows, tells them.
+        if not self._listening or isinstance(error, collectives.LostContact):
+            return
+        # A message is out when all listen: the user would wait for the slowest to load. The end of this process tells them too.
+        if error is not None and not self._stays:
+            return
+        message = None if error is None else Abort(str(error) or type(error).__name__, isinstance(error, UserError))
+        collectives.send_message(self.world, message)
+
+
+def await_begin(world: World) -> Begin | None:
+    """On the other ranks: wait until the leader knows that there is something to do; None when there is not."""
+    begin: Begin | None = _hear(world)
+    return begin
+
+
+def next_work(world: World) -> Load | Work | None:
+    """On the other ranks: wait for what the leader says next; None is stop. Raises what the leader failed of."""
+    word: Load | Work | None = _hear(world)
+    return word
+
+
+def _hear(world: World) -> Any:
+    while isinstance(message := collectives.receive_message(world), Measure):
+        collectives.gather_reports(world, world.meter.report())
+        world.meter.reset()
+    if isinstance(message, Abort):
+        if message.of_user:
+            raise UserError(message.reason)
+        raise collectives.LostContact("rank 0 has failed: its own error says why")
+    return message

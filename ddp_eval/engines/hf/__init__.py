@@ -1,0 +1,1 @@
+"""Engines on transformers: one per layout, and loading, generation and checks that they share."""

@@ -1,0 +1,96 @@
+"""`--load broadcast`: the leader reads the checkpoint once, every other rank receives the weights from it.
+
+For file systems that many nodes read at once slowly. The others build the model without weights, from its config alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ddp_eval.distributed import collectives
+from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.messages import next_work
+from ddp_eval.engines.hf import engine as hf
+from ddp_eval.errors import UserError, is_out_of_memory
+
+
+class _Tensor(NamedTuple):
+    """What the leader says of a tensor before it sends it. name: as in the model, each shared weight once."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_buffer: bool
+
+
+def load_engine(model_args: dict[str, Any], config: Any, world: World) -> hf.HFEngine:
+    """As `hf.load_engine`, on all ranks together. Raises UserError for models whose weights are more than plain tensors."""
+    if world.world_size == 1:
+        return hf.load_engine(model_args, config, world.device)
+    if world.is_leader:
+        try:
+            engine = hf.load_engine(model_args, config, world.device)
+        except BaseException:
+            collectives.broadcast_object(world, None)
+            raise
+        named = _named_tensors(engine.model)
+        header = [_Tensor(name, tuple(value.shape), value.dtype, is_buffer) for name, value, is_buffer in named]
+        collectives.broadcast_object(world, (header, engine.model.generation_config))
+        collectives.broadcast_tensors(world, [value for _, value, _ in named])
+        return engine
+    model = _build_empty(model_args, config)
+    told = collectives.broadcast_object(world, None)
+    if told is None:
+        next_work(world)  # raises what the leader says of its failure
+        raise AssertionError("the leader went on without a model")
+    header, model.generation_config = told
+    _fill(model, header, world.device)
+    collectives.broadcast_tensors(world, [value for _, value, _ in _named_tensors(model)])
+    return hf.HFEngine(model.eval(), world.device, keep_attention="attn_implementation" in model_args)
+
+
+def _named_tensors(model: Any) -> list[tuple[str, torch.Tensor, bool]]:
+    """(name, tensor, whether it is a buffer) of all weights and buffers, those that checkpoints leave out included."""
+    weights = [(name, value.detach(), False) for name, value in model.named_parameters()]
+    return weights + [(name, value, True) for name, value in model.named_buffers()]
+
+
+def _build_empty(model_args: dict[str, Any], config: Any) -> Any:
+    import transformers
+
+    options = {key: model_args[key] for key in ("attn_implementation", "trust_remote_code") if key in model_args}
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, **options)
+
+
+def _fill(model: Any, header: list[_Tensor], device: torch.device) -> None:
+    """Give every tensor of the model memory on `device`, of the leader's shape and type."""
+    mine = {name for name, _, _ in _named_tensors(model)}
+    if mine != {tensor.name for tensor in header}:
+        odd = min(mine ^ {tensor.name for tensor in header})
+        raise UserError(f"--load broadcast cannot serve this model, whose {odd} is not on all ranks: give --load disk")
+    try:
+        for tensor in header:
+            path, _, leaf = tensor.name.rpartition(".")
+            module = model.get_submodule(path)
+            memory = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if tensor.is_buffer:
+                module._buffers[leaf] = memory
+            else:
+                module._parameters[leaf] = torch.nn.Parameter(memory, requires_grad=False)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"the model does not fit into the memory of {device}") from None
+    model.tie_weights()
+    left = [name for name, value in model.named_parameters(remove_duplicate=False) if value.is_meta]
+    left += [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.is_meta
+    ]
+    if left:
+        raise UserError(f"--load broadcast cannot serve this model, whose {left[0]} is no plain weight: give --load disk")

@@ -1,0 +1,523 @@
+"""Run packs through a transformers model: mask, forward, head (checkpoint.py loads it, readout.py reads off its logits).
+
+Letters: L pack length, B rows, R reads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import math
+import unittest.mock
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf import checkpoint, generate_one
+from ddp_eval.engines.hf.draws import ForwardDraws
+from ddp_eval.engines.ops import logprobs as readout
+from ddp_eval.engines.ops import masks as attention
+from ddp_eval.engines.ops import onednn_linear, rotary
+from ddp_eval.engines.ops import tree_attention as blocks
+from ddp_eval.engines.ops.last_layer import LastLayer
+from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.packs.batches import Batch, Settings, Sizes
+from ddp_eval.packs.plan import CostModel, Pack, pad_tail
+from ddp_eval.system import compile_cache
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
+
+# flex_attention works on tiles of this many tokens; equal lengths also spare its compiler.
+FLEX_STEP = 128
+# Of eager attention, for each head and each pair of tokens of a pack: scores, and their softmax in float32 on its way back.
+SCORE_BYTES = 8
+_MOST_SCORE_BYTES = {"cuda": 2**32, "cpu": 2**30}  # in one layer
+
+
+class HFEngine:
+    """One replica of a causal transformers model on one device.
+
+    Plain rows and chains run with the attention implementation that the model came with (`plain_attention`), trees with
+    `tree_attention`, which may be a faster one; `close` puts the first back.
+
+    keep_attention: use the model's own for trees too.
+    whole: where `model` is a part of a replica, the replica on the meta device: sizes and costs are reckoned from it.
+    Raises nothing for models that packs cannot serve: `why_not_packs` then says why, and only rows must be run.
+    """
+
+    bears_results = True  # False on the ranks of a replica that only help: what they collect does not count
+    takes_pairs = False
+    keeps_apart = False
+    on_trial = False  # in a trial, parts of a replica turn an error into NaN: their fellows wait for them
+
+    def __init__(self, model: Any, device: torch.device, keep_attention: bool = False, whole: Any = None) -> None:
+        self.model = model
+        self.whole = model if whole is None else whole
+        self.device = device
+        self.launches_ahead = device.type != "cpu"
+        self.config = model.config.get_text_config()
+        self.plain_attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
+        self.tree_attention = self.plain_attention if keep_attention else choose_attention(model, self.plain_attention, device)
+        self._attention = self.plain_attention
+        self._stateful_rope = [
+            module
+            for module in model.modules()
+            if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
+        ]
+        self._own_draws = ForwardDraws(device)
+        self._faster = contextlib.ExitStack()
+        if device.type == "cuda":
+            compile_cache.keep_private()
+        if device.type == "cpu" and model.dtype == torch.float32:
+            self._faster.callback(onednn_linear.install(model))
+            self._faster.callback(rotary.install(model))
+        self.last_layer = LastLayer(model)
+        self.why_not_packs: str | None = None
+        self._rules: dict[str, attention.LayerRule] = {}
+        self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if self.tree_attention not in (*attention.IMPLEMENTATIONS, blocks.NAME):
+            self.why_not_packs = f"its attention implementation {self.tree_attention} takes no tree mask"
+        elif not {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters):
+            self.why_not_packs = "its forward takes no attention mask and positions"
+        elif self.isolates_requests:
+            self.why_not_packs = "its rotary frequencies depend on the longest request of a forward pass"
+        else:
+            try:
+                self._rules = attention.layer_rules(self.config)
+            except ValueError as error:
+                self.why_not_packs = str(error)
+
+    def close(self) -> None:
+        """Give the model back as it came."""
+        self.last_layer.close()
+        self._faster.close()
+        self._attend_with(self.plain_attention)
+        self._forget_lengths()
+
+    @property
+    def attention_now(self) -> str:
+        """The attention implementation that the model runs with at this moment."""
+        return self._attention
+
+    def _attend_with(self, implementation: str) -> None:
+        if implementation != self._attention:
+            self.model.set_attn_implementation(implementation)
+            self._attention = implementation
+
+    @property
+    def isolates_requests(self) -> bool:
+        """Whether a request's numbers depend on how long the others in its forward are: rows must then be of one length."""
+        rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
+        kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
+        return bool(kinds & {"dynamic", "longrope"})
+
+    @property
+    def largest_tree(self) -> int | None:
+        """Llama 4 scales the queries of layers without rotary positions by a token's index in the forward, whatever its position:
+
+            index       0 ... floor_scale - 2   floor_scale - 1 ...
+            scale       1                       1 + attn_scale * log(2) ...
+
+        (transformers 5.23). Below the first step index and position come to the same.
+        """
+        return int(self.config.floor_scale) - 1 if getattr(self.config, "attn_temperature_tuning", False) else None
+
+    @property
+    def longest_reach(self) -> int | None:
+        """The widest window or chunk of the model's layers, in tokens; None if all attend to everything."""
+        reaches = [reach for rule in self._rules.values() for reach in (rule.window, rule.chunk) if reach]
+        return max(reaches, default=None)
+
+    def _forget_lengths(self) -> None:
+        """Dynamic rotary scaling remembers the longest input so far: its numbers would depend on the order of forwards."""
+        for module in self._stateful_rope:
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the numbers beside weights and requests."""
+        return {
+            "name": "hf",
+            "class": type(self.model).__name__,
+            "parameters": int(self.whole.num_parameters()),
+            "dtype": str(self.model.dtype),
+            "attention": self.tree_attention,
+            **({"random_rows": self.model.random_rows} if hasattr(self.model, "random_rows") else {}),
+        }
+
+    def max_reads(self) -> int | None:
+        """How many reads keep one forward's logits within 1 GiB of float32; None where they are never all there at once."""
+        return None if self.splits_head else max(1, 2**30 // (4 * self.vocab_size))
+
+    def max_tokens(self) -> int:
+        return largest_pack(self.config, self.tree_attention, self.device)
+
+    @property
+    def splits_head(self) -> bool:
+        """Whether the body can run alone and the head (and what follows it, such as a cap) on rows of its output."""
+        return self._shortcuts[0]
+
+    @property
+    def skips_unread(self) -> bool:
+        """Whether the last layer's output may be left out where it is not read."""
+        return self._shortcuts[1]
+
+    @functools.cached_property
+    def _shortcuts(self) -> tuple[bool, bool]:
+        """splits_head, skips_unread. The model is asked, on a few tokens: both must come to the logits of its plain forward."""
+        tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
+        columns = torch.tensor([1, 3], device=self.device)
+        body = self.model.base_model
+        splits = skips = False
+        with self._unless_unable(), self._inference():
+            self._attend_with(self.plain_attention)
+            with self._own_draws.watching():
+                whole = self.model(input_ids=tokens, use_cache=False).logits[0, columns]
+            if body is not self.model and self.model.get_output_embeddings() is not None:
+                with self._unless_unable():
+                    hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[0, columns]
+                    splits = _agree(self._head(hidden), whole, self.dtype)
+            if self.last_layer.index is not None:
+                with self._unless_unable(), self.last_layer.only(columns):
+                    skips = _agree(self.model(input_ids=tokens, use_cache=False).logits[0, columns], whole, self.dtype)
+        return splits, skips
+
+    @contextlib.contextmanager
+    def _unless_unable(self) -> Iterator[None]:
+        """Let go what a model raises that cannot do a thing. Short memory says nothing of that: it raises UserError."""
+        try:
+            yield
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise UserError(
+                    f"{self.device} has no memory left beside the model for a forward of four tokens: "
+                    "give a device with more memory, or spread the model over several (--layout)"
+                ) from None
+
+    def cost_model(self) -> CostModel:
+        """Floating-point operations of a forward, from the model's shape alone."""
+        layers = int(getattr(self.config, "num_hidden_layers", 1))
+        pair, read = flops_of_pair_and_read(self.config)
+        # A forward's fixed cost (launches, Python) in the operations that the device could have done meanwhile.
+        fixed_per_layer = 3e10 if self.device.type == "cuda" else 1.5e7
+        few_seconds = 1.2e15 if self.device.type == "cuda" else 3e11
+        return CostModel(
+            enough=few_seconds,
+            forward=fixed_per_layer * layers,
+            token=self.flops_per_token(),
+            pair=pair,
+            read=read,
+            slowdown=2.0,
+            dense=self.tree_attention in ("sdpa", "eager"),
+            idle=512 if self.device.type == "cuda" else 64,
+        )
+
+    def flops_per_token(self) -> float:
+        return 2.0 * active_parameters(self.whole, self.config)
+
+    def flops_left_out(self) -> tuple[float, float]:
+        """What the last layer saves at a token that is not read: of `flops_per_token`, and for each token that it would see."""
+        if not self.skips_unread:
+            return 0.0, 0.0
+        cost = self.cost_model()
+        at_pair = cost.pair / self.config.num_hidden_layers if self.tree_attention == blocks.NAME else 0.0
+        return 2.0 * active_parameters(self.last_layer.feed_forward, self.config), at_pair
+
+    def input_shape(self, pack: Pack) -> tuple[int, int]:
+        """(B, L) of the token ids that a pack's forward is given."""
+        if pack.rows:
+            return int((pack.depth == 0).sum()), int(pack.depth.max()) + 1
+        return 1, pad_lengths(self._attention_for(pack), len(pack))
+
+    def launch(self, pack: Pack) -> readout.Launched:
+        """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
+        splits_head = self.splits_head
+        with self._inference(), self._own_draws.seeded_by(pack.tokens, pack.depth):
+            values = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
+            return self._read_off(values, splits_head, pack)
+
+    @functools.cached_property
+    def why_not_batches(self) -> str | None:
+        """Why texts must be generated one by one with the model's own `generate`; None if batches have proved themselves."""
+        from ddp_eval.engines.hf import decode
+
+        if self.isolates_requests:
+            return "its rotary frequencies depend on the longest request of a forward pass"
+        if not {"attention_mask", "position_ids"} <= set(inspect.signature(self.model.forward).parameters):
+            return "its forward takes no attention mask and positions"
+        return decode.check_decoding(self)
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        return generate_one.most_new_tokens(self.model)
+
+    def check_settings(self, settings: Settings, pad: int | None) -> bool:
+        """Whether batches serve these settings of generation. Raises ValueError for those that transformers refuses."""
+        from ddp_eval.engines.hf import decode
+
+        return decode.Chooser(self.model, settings, pad).is_served
+
+    def generation_sizes(self) -> Sizes:
+        """By the memory that keys and values take, 1 GiB on a CPU and 8 on a GPU, and by how many rows fill the device."""
+        from ddp_eval.engines.hf import decode
+
+        return decode.choose_sizes(self)
+
+    def generate(self, batch: Batch, tokenizer: Any, tell: Any) -> list[list[int]]:
+        """The tokens of every answer of `batch`. tell: called now and then with (requests done, tokens computed)."""
+        from ddp_eval.engines.hf import decode
+
+        _ = self.splits_head  # asks the model
+        with self._own_draws.seeded_by(*batch.prompts):
+            return decode.generate(self, batch, tokenizer, tell)
+
+    @contextlib.contextmanager
+    def inference(self, implementation: str | None) -> Iterator[None]:
+        """Forwards under this attention implementation, or the model's own; no gradients, no autocast."""
+        _ = self.splits_head  # asks the model under its own implementation
+        with self._inference():
+            self._attend_with(implementation or self.plain_attention)
+            yield
+
+    def next_logits(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, V) logits behind (B, 1) tokens."""
+        logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **kwargs).logits
+        return logits[:, -1]
+
+    def logits_at(self, tokens: torch.Tensor, columns: npt.NDArray[Any] | None, **kwargs: Any) -> torch.Tensor | None:
+        """(len(columns), V) logits of one row, (1, L) tokens; None if none are asked for."""
+        wanted = self._to_device(np.zeros(1, dtype=np.int64) if columns is None else columns)
+        values = self._call(tokens, wanted, **kwargs)[0]
+        if columns is None:
+            return None
+        return self._head(values) if self.splits_head else values
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        # A caller's autocast would change the numbers from run to run of a training loop's settings.
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), _one_sequence_a_row():
+            self._forget_lengths()
+            yield
+
+    def collect(self, launched: readout.Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
+        return readout.sum_answers(launched)
+
+    def _forward_tree(self, pack: Pack) -> torch.Tensor:
+        """(R, H) hidden states (or (R, V) logits) at the reads of a prefix tree in one line."""
+        self._attend_with(self._attention_for(pack))
+        masked = self._attention == blocks.NAME or not pack.is_chain
+        pack = pad_tail(pack, self.input_shape(pack)[1], masked)
+        tokens = self._to_device(pack.tokens)
+        depth = self._to_device(pack.depth)
+        mask = self._make_mask(pack, depth) if masked else None
+        reads = self._to_device(pack.reads)
+        output = self._call(tokens[None], reads, attention_mask=mask, position_ids=depth[None])
+        return output[0]
+
+    def _attention_for(self, pack: Pack) -> str:
+        """Chains need no mask. Blocks serve them too, and leave out of the last layer what is not read."""
+        return self.plain_attention if pack.is_chain and self.tree_attention != blocks.NAME else self.tree_attention
+
+    def _make_mask(self, pack: Pack, depth: torch.Tensor) -> Any:
+        """What the model takes as `attention_mask`, by its attention implementation."""
+        if self.tree_attention != blocks.NAME:
+            return attention.make_mask(self.tree_attention, depth, self._to_device(pack.end), self._rules, self.model.dtype)
+        runs = blocks.split(pack.depth)
+        masks = {}
+        for kind, rule in self._rules.items():
+            make = functools.partial(blocks.make_blocks, runs, pack.depth, pack.end, rule, self.model.dtype, self.device)
+            last = {self.last_layer.index: make(reads=pack.reads)} if self.skips_unread else {}
+            masks[kind] = blocks.carry(make(), last, self.device)
+        return masks.get("", masks)
+
+    def _forward_rows(self, pack: Pack) -> torch.Tensor:
+        """The same of plain rows, padded on the right to the longest: causal models never look there."""
+        self._attend_with(self.plain_attention)
+        starts = np.flatnonzero(pack.depth == 0)
+        row_of_token = np.cumsum(pack.depth == 0) - 1
+        padded = np.zeros((len(starts), int(pack.depth.max()) + 1), dtype=np.int64)
+        padded[row_of_token, pack.depth] = pack.tokens
+        columns, column_of_read = np.unique(pack.depth[pack.reads], return_inverse=True)
+        output = self._call(self._to_device(padded), self._to_device(columns))
+        return output[self._to_device(row_of_token[pack.reads]), self._to_device(column_of_read)]
+
+    def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(B, len(columns), H) hidden states of those columns; their (…, V) logits of a model whose head cannot run alone."""
+        with self.last_layer.only(columns) if self.skips_unread else contextlib.nullcontext():
+            if self.splits_head:
+                output = self.model.base_model(input_ids=tokens, use_cache=False, **kwargs)
+                hidden: torch.Tensor = output.last_hidden_state[:, columns]
+                return hidden
+            if self._keeps_reads:
+                logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=columns, use_cache=False, **kwargs).logits
+                return logits
+            return self.model(input_ids=tokens, use_cache=False, **kwargs).logits[:, columns]
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, H) hidden states -> (n, V) logits, by the model's own forward with its body left out."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        body = self.model.base_model
+        stand_in = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        nothing = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
+        with unittest.mock.patch.object(body, "forward", lambda *args, **kwargs: stand_in):
+            logits: torch.Tensor = self.model(input_ids=nothing, use_cache=False).logits[0]
+        return logits
+
+    def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> readout.Launched:
+        """Log-probabilities in float32, block by block of reads: never all logits at once, nor a second copy of them.
+
+        values: (R, H) hidden states, or (R, V) logits with `hidden` false.
+        """
+        step = readout.head_rows(self.vocab_size)
+        order = np.argsort(pack.answer_reads, kind="stable")
+        reads, targets, items = pack.answer_reads[order], pack.answer_targets[order], pack.answer_items[order]
+        edges = np.searchsorted(reads, np.arange(0, len(values) + step, step))
+        logprobs, hits = [], []
+        for first, (start, stop) in zip(range(0, len(values), step), itertools.pairwise(edges.tolist()), strict=True):
+            rows = values[first : first + step]
+            logits = self._head(rows) if hidden else rows
+            wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
+            logprobs.append(readout.log_softmax_at(logits, *wanted))
+            hits.append(readout.find_hits(logits, *wanted, items[start:stop]))
+        back = self._to_device(np.argsort(order, kind="stable"))
+        return readout.send_back(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
+
+    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(array.astype(np.int64, copy=False))
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # from other memory a copy waits for what the device is at
+        return tensor.to(self.device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """Where it is given no mask, transformers (5.23) looks at positions for a second sequence, which has a GPU wait. None is."""
+    from transformers import masking_utils
+
+    with unittest.mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None, create=True):
+        yield
+
+
+@contextlib.contextmanager
+def without_halves(world: World, pack: Pack) -> Iterator[None]:
+    """For ranks that share a replica: one alone cannot run a pack in halves when memory is short. Raises UserError then."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"rank {world.rank} ran out of memory on {world.device} in a pack of {len(pack)} tokens, "
+            f"{len(pack.reads)} of them scored: give --max_pack_tokens {max(1, len(pack) // 2)}"
+        ) from None
+
+
+def _agree(parts: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways came to the same logits. Broken weights give NaN both ways; they are reported where they end up.
+
+    dtype: the model's. Products of other shapes may run by other kernels, whose results are a few of its steps apart.
+    """
+    if parts.shape != whole.shape:
+        return False
+    allowed = min(max(1e-3, 4 * torch.finfo(dtype).eps), 2**-5)
+    parts, whole = parts.float(), whole.float()
+    largest = float(whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max())
+    # Rounding moves some of them; another way moves all.
+    off = float((parts - whole).abs().nan_to_num(posinf=0.0).mean())
+    return off <= allowed / 4 * largest and torch.allclose(parts, whole, rtol=allowed, atol=allowed * largest, equal_nan=True)
+
+
+def pad_lengths(implementation: str | None, lengths: onednn_linear.Count) -> onednn_linear.Count:
+    """The lengths that packs of so many tokens are fed with, by their attention implementation."""
+    if implementation == "flex_attention":
+        return -(-lengths // FLEX_STEP) * FLEX_STEP
+    return onednn_linear.to_grid(lengths) if implementation == blocks.NAME else lengths
+
+
+def largest_pack(config: Any, tree_attention: str, device: torch.device) -> int:
+    """Tokens of the largest pack worth planning; a longer request still gets a pack of its own.
+
+    By the model's shape and the kind of device alone, so that every machine cuts alike. Dense masks on the CPU pay L², the
+    scores of eager attention take heads x L².
+    """
+    most = 8192 if device.type == "cuda" or tree_attention == blocks.NAME else 4096
+    if tree_attention != "eager":
+        return most
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    pairs = _MOST_SCORE_BYTES["cuda" if device.type == "cuda" else "cpu"] // (SCORE_BYTES * heads)
+    return min(most, math.isqrt(pairs))
+
+
+def choose_attention(model: Any, plain: str, device: torch.device) -> str:
+    """The attention implementation that is fastest for trees, where the model came with sdpa; else what it came with.
+
+    On the CPU: blocks.py. On CUDA in half precision: flex_attention, which skips what the tree masks (H100, Llama 8 B in
+    bfloat16, packs of 8192 tokens: 58% of the card's matrix rate, as much as plain causal rows; sdpa with a mask 41%).
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if plain != "sdpa":
+        return plain
+    if device.type == "cpu":
+        AttentionInterface.register(blocks.NAME, blocks.attend)
+        AttentionMaskInterface.register(blocks.NAME, sdpa_mask)
+        faster = blocks.NAME
+    elif model.dtype != torch.float32 and getattr(model, "_supports_flex_attn", False):
+        faster = "flex_attention"
+    else:
+        return plain
+    # A model with attention code of its own keeps what it has, with a warning in transformers' log and no error.
+    model.set_attn_implementation(faster)
+    taken: str = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation(plain)
+    return taken
+
+
+def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -> HFEngine:
+    """Load a replica's weights onto `device`. Raises UserError for unusable files, arguments or too little memory."""
+    return HFEngine(
+        checkpoint.load_weights(model_args, config, device), device, keep_attention="attn_implementation" in model_args
+    )
+
+
+def flops_of_pair_and_read(config: Any) -> tuple[float, float]:
+    """Floating-point operations of a token that sees another, in all layers, and of the head at one read."""
+    layers = int(getattr(config, "num_hidden_layers", 1))
+    heads = int(getattr(config, "num_attention_heads", 1))
+    hidden = int(getattr(config, "hidden_size", 1))
+    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    return 4.0 * heads * head_dim * layers, 2.0 * hidden * int(config.vocab_size)
+
+
+def active_parameters(model: Any, config: Any) -> float:
+    """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to.
+
+    Routed experts lie below `experts` (Mixtral, Qwen 2, 3, DeepSeek, Llama 4, gpt-oss; transformers 5.23); `shared_expert`,
+    `shared_experts` and the router run for every token. model: the whole of it, or a module of one of its layers.
+    """
+    experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), None)
+    routed = getattr(config, "num_experts_per_tok", None)
+    share = routed / experts if experts and routed else 1.0
+    has_ends = hasattr(model, "get_input_embeddings")
+    ends = (model.get_input_embeddings(), model.get_output_embeddings()) if has_ends else ()
+    skipped = {id(weight) for end in ends if end is not None for weight in end.parameters()}
+    counted = [(name, weight.numel()) for name, weight in model.named_parameters() if id(weight) not in skipped]
+    return float(sum(size * (share if "experts" in name.split(".") else 1.0) for name, size in counted))

@@ -1,0 +1,107 @@
+"""Tensor parallelism: each rank of a replica holds a share of every matrix, by transformers' own plan for the model.
+
+All ranks of a replica run the same packs and come to the same logits; the first of them bears the results. The numbers are those
+of one rank but for the order of sums (within 1e-6 nats in float32).
+
+The replicas are told to transformers by `dp_replicate_size`. A slice of a device mesh, which its documentation offers for the
+same end, is ignored without a word in 5.23: the model is then split over all ranks and their data mixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines.hf import checkpoint, engine
+from ddp_eval.engines.ops import logprobs
+from ddp_eval.errors import UserError
+from ddp_eval.packs.plan import Pack
+
+
+def check_model(whole: Any, ranks: int) -> None:
+    """Raise UserError unless the model `whole` (on the meta device) can be split over `ranks` ranks.
+
+    transformers refuses a model without a plan only while it loads; heads that do not divide it splits, to fail in the forward.
+    """
+    config = whole.config.get_text_config()
+    if not whole.tp_plan:
+        raise UserError(
+            f"--layout tensor:{ranks} cannot split {config.model_type} models: transformers has no plan for them; "
+            f"--layout layers:{ranks} may do"
+        )
+    heads = config.num_attention_heads
+    sizes = {
+        "attention heads": heads,
+        "key-value heads": getattr(config, "num_key_value_heads", None) or heads,
+        "columns of its feed-forward layers": getattr(config, "intermediate_size", None) or ranks,
+    }
+    for what, size in sizes.items():
+        if size % ranks:
+            raise UserError(f"--layout tensor:{ranks} must divide the model's {size} {what}: {size} = {_division(size, ranks)}")
+
+
+def _division(size: int, ranks: int) -> str:
+    whole, left = divmod(size, ranks)
+    return f"{ranks} x {whole} + {left}"
+
+
+def load_tensor_engine(model_args: dict[str, Any], config: Any, world: World) -> TensorEngine:
+    """Load this rank's share onto its device. Collective. Raises UserError for what cannot be split or loaded."""
+    from transformers.distributed import DistributedConfig
+
+    whole = checkpoint.whole_model(model_args, config)
+    check_model(whole, world.ranks_per_replica)
+    split = DistributedConfig(tp_size=world.ranks_per_replica, dp_replicate_size=world.replicas)
+    model = checkpoint.load_weights(model_args, config, world.device, copies_apart(type(whole)), distributed_config=split)
+    return TensorEngine(model, world, whole, keep_attention="attn_implementation" in model_args)
+
+
+def copies_apart(base: type) -> type:
+    """`base` whose `from_pretrained` splits the matrices within each copy and leaves the copies to themselves.
+
+    transformers wraps copies in FSDP, for their gradients. Here there are none, and FSDP's hooks fail in inference mode.
+    """
+
+    def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        alone = dataclasses.replace(distributed_config, dp_replicate_size=1)
+        return base.maybe_distribute_model.__func__(cls, model, alone, mesh_manager)  # type: ignore[attr-defined]
+
+    own = {
+        "maybe_distribute_model": classmethod(maybe_distribute_model),
+        # transformers looks into the module of a class to learn what attention it can do.
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
+    return type(base.__name__, (base,), own)
+
+
+class TensorEngine(engine.HFEngine):
+    """One rank of a replica. The same packs in the same order must be launched on all of them."""
+
+    def __init__(self, model: Any, world: World, whole: Any, keep_attention: bool = False) -> None:
+        super().__init__(model, world.device, keep_attention, whole)
+        self.world = world
+        self.bears_results = world.place == 0
+        # Both ask the model, which takes all ranks of a replica: now, while they are all here.
+        _ = self.splits_head
+        _ = self.why_not_batches
+
+    def describe(self) -> dict[str, Any]:
+        """As of one rank, and over how many the sums are spread: that decides their last bits."""
+        return {**super().describe(), "tensor_ranks": self.world.ranks_per_replica}
+
+    def launch(self, pack: Pack) -> logprobs.Launched:
+        """As of a model on one rank; in a trial, NaN where the forward fails (it does on all ranks alike)."""
+        try:
+            with engine.without_halves(self.world, pack):
+                return super().launch(pack)
+        except UserError:
+            raise
+        except Exception:
+            if not self.on_trial:
+                raise
+            answers = len(pack.answer_reads)
+            return logprobs.Launched(pack, torch.full((answers,), torch.nan), torch.zeros(answers, dtype=torch.bool))

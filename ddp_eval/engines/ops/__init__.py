@@ -1,0 +1,1 @@
+"""Pure functions of tensors: masks, attention over trees, log-probabilities, linear layers."""

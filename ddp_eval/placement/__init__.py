@@ -1,0 +1,1 @@
+"""Which layout fits in memory, and which is the fastest."""

@@ -1,0 +1,231 @@
+"""Which layouts a run could have on these ranks, what fits, and which is expected to be the quickest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ddp_eval import layout as layouts
+from ddp_eval.config import Config
+from ddp_eval.distributed.collectives import World
+from ddp_eval.engines import vllm
+from ddp_eval.engines.hf import checkpoint, quantization
+from ddp_eval.errors import UserError, one_line
+from ddp_eval.layout import LAYERS, REPLICAS, Layout
+from ddp_eval.placement.memory import (
+    ModelSizes,
+    check_possible,
+    format_bytes,
+    measure_model,
+    memory_of_rank,
+    rank_bytes,
+    stage_spans,
+)
+from ddp_eval.placement.speed import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
+
+# What is reckoned with while the work is not known yet.
+TYPICAL = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A layout with what it takes. impossible: why the model cannot be laid out so, else None and the rest is given.
+
+    weights, room: bytes on the fullest rank. spare: bytes left of its memory, negative where it does not fit.
+    """
+
+    layout: Layout
+    impossible: str | None = None
+    weights: int = 0
+    room: int = 0
+    spare: int = 0
+    prediction: Prediction | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.impossible is None and self.spare >= 0
+
+    @property
+    def expected_s(self) -> float:
+        return self.prediction.total_s if self.prediction else float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The machine as far as a choice needs it.
+
+    memory: bytes that one rank can use. max_tokens: budget of a pack, None for what the engine plans.
+    """
+
+    world_size: int
+    ranks_per_node: int
+    memory: int
+    max_tokens: int | None
+    speeds: Speeds
+    device: torch.device
+
+
+def consider(whole: Any, ranks: Ranks, amount: Amount = TYPICAL) -> list[Candidate]:
+    """Every layout of these ranks. whole: the model on the meta device."""
+    sizes = measure_model(whole, ranks.device)
+    return [_consider_one(whole, sizes, layout, ranks, amount) for layout in layouts.possible_layouts(ranks.world_size)]
+
+
+def _consider_one(whole: Any, sizes: ModelSizes, layout: Layout, ranks: Ranks, amount: Amount) -> Candidate:
+    try:
+        check_possible(whole, layout)
+    except UserError as error:
+        return Candidate(layout, impossible=str(error).partition(" ")[2].partition(" ")[2])
+    spans = stage_spans(whole, layout)
+    needs = rank_bytes(sizes, layout, spans, ranks.max_tokens or sizes.largest_pack)
+    weights, room = max(needs, key=sum)
+    prediction = predict(sizes, layout, spans, ranks.world_size, ranks.ranks_per_node, amount, ranks.speeds)
+    return Candidate(layout, None, weights, room, ranks.memory - weights - room, prediction)
+
+
+# Predictions closer than this are taken for equal: then copies within a node win, of these the ones on the fewest ranks.
+_TOLERANCE = 1.1
+
+
+def recommend(candidates: list[Candidate]) -> Candidate:
+    """The quickest of those that fit; where none does, the one that lacks least."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if fitting:
+        limit = _TOLERANCE * min(candidate.expected_s for candidate in fitting)
+        near = [candidate for candidate in fitting if candidate.expected_s <= limit]
+        return min(near, key=lambda one: (_across_nodes(one), one.layout.ranks_per_replica, one.expected_s))
+    return max((candidate for candidate in candidates if candidate.impossible is None), key=lambda candidate: candidate.spare)
+
+
+def _across_nodes(candidate: Candidate) -> bool:
+    return candidate.prediction is not None and not candidate.prediction.is_local
+
+
+def fewest_local_layers(candidates: list[Candidate], ranks_per_node: int) -> Candidate:
+    """lm_eval's parallelize=True: the layers over as few ranks of a node as will hold them; a whole copy where one will do."""
+    local = [
+        candidate
+        for candidate in candidates
+        if candidate.impossible is None
+        and candidate.layout.kind in (REPLICAS, LAYERS)
+        and candidate.layout.is_local(ranks_per_node)
+    ]
+    return next((candidate for candidate in local if candidate.fits), local[-1])
+
+
+def say_memory(candidate: Candidate) -> str:
+    """For the line that a run says of its layout."""
+    need = f"{format_bytes(candidate.weights + candidate.room)} a rank"
+    spare = format_bytes(abs(candidate.spare))
+    return f"{need}, {spare} to spare" if candidate.fits else f"{need}, {spare} too many"
+
+
+def choose_layout(config: Config, model_config: Any, world: World, earlier: str | None = None) -> tuple[Layout, str]:
+    """The layout of a run, and why, before any weight is read.
+
+    earlier: the layout of the unfinished work that this run goes on with. What was chosen then is chosen again where it can
+    be: a clock or the memory free today might choose another, whose numbers must not be mixed with those.
+    Raises UserError when the ranks do not divide into replicas, or the model cannot be laid out as asked.
+    """
+    layout, why = _choose(config, model_config, world, earlier)
+    if config.load == "broadcast" and (whole_only := _why_whole_only(config, model_config)):
+        raise UserError(f"--load broadcast cannot send {whole_only}: give --load disk")
+    if config.load == "broadcast" and (layout.kind != REPLICAS or config.layout == layouts.MEASURE or config.model != "hf"):
+        raise UserError(f"--load broadcast sends whole copies of a hf model, and this is {layout}: give --load disk")
+    return layout, why
+
+
+def why_not(config: Config, model_config: Any, layout: Layout, generating: str | None = None) -> str | None:
+    """Why a run of these flags refuses the layout, in a phrase; None if it does not.
+
+    generating: a task that generates text, None where none does.
+    """
+    if layout.kind == REPLICAS:
+        return None
+    if whole_only := _why_whole_only(config, model_config):
+        return f"nothing but whole copies serves {whole_only}"
+    if config.load == "broadcast":
+        return "--load broadcast sends whole copies"
+    if generating is not None and layout.kind == LAYERS:
+        return f"the task {generating} generates text, which this does not serve"
+    return None
+
+
+def check_texts(config: Config, layout: Layout | None, generating: str) -> None:
+    """Raise UserError where the layout does not serve tasks that generate text, of which `generating` is one."""
+    if layout is not None and layout.kind == LAYERS:
+        raise UserError(
+            f"the task {generating} generates text, which --layout {layout} does not serve: give --layout "
+            "replicas, or --layout tensor:K for a model that is too large for one rank"
+        )
+    if config.layout == layouts.MEASURE:
+        raise UserError(f"--layout measure is for tasks that score, and {generating} generates text: name a layout")
+
+
+def _choose(config: Config, model_config: Any, world: World, earlier: str | None) -> tuple[Layout, str]:
+    if config.model == "vllm":
+        return _choose_for_vllm(config, model_config, world), "tensor_parallel_size"
+    fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)
+    if fixed is None and earlier and (kept := layouts.again(earlier, world.world_size)):
+        return kept, "as in the work that this resumes"
+    if fixed == layouts.WHOLE_COPIES or (fixed is None and world.world_size == 1):
+        return layouts.WHOLE_COPIES, "as asked" if fixed else "one rank"
+    whole_only = _why_whole_only(config, model_config)
+    if fixed is not None:
+        if whole_only:
+            raise UserError(f"--layout {fixed} cannot split {whole_only}: give --layout replicas")
+        check_possible(checkpoint.whole_model(config.loader_args, model_config), fixed)
+        return fixed, "as asked"
+    if whole_only and config.layout == layouts.MEASURE:
+        raise UserError(f"--layout measure is not for {whole_only}, which only whole copies serve: give --layout replicas")
+    if whole_only:
+        return layouts.WHOLE_COPIES, f"nothing else serves {whole_only}"
+    try:
+        candidates = consider(checkpoint.whole_model(config.loader_args, model_config), ranks_of(config, world))
+    except (UserError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        return layouts.WHOLE_COPIES, f"what it takes cannot be worked out: {one_line(error)}"
+    if config.layout == layouts.LAYERS:
+        chosen = fewest_local_layers(candidates, world.ranks_per_node)
+        return chosen.layout, f"the fewest ranks that hold the model: {say_memory(chosen)}"
+    chosen = recommend(candidates)
+    return chosen.layout, f"{'the quickest that fits' if chosen.fits else 'nothing fits, this lacks least'}: {say_memory(chosen)}"
+
+
+def _why_whole_only(config: Config, model_config: Any) -> str | None:
+    """What of this model no layout but whole copies can serve, in a phrase."""
+    if quantization.is_quantised(config.model_args, model_config):
+        return "quantised weights"
+    if config.model_args.get("peft"):
+        return "a model with an adapter"
+    return "an encoder-decoder" if checkpoint.is_seq2seq(config.model_args, model_config) else None
+
+
+def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
+    """vLLM splits its engines itself, as tensor_parallel_size says."""
+    for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
+        if config.model_args.get(name):
+            raise UserError(f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run")
+    if checkpoint.is_seq2seq(config.model_args, model_config):
+        raise UserError("encoder-decoders are not for --model vllm: give --model hf")
+    vllm.check_installed()
+    if config.layout not in (layouts.AUTO, layouts.REPLICAS):
+        raise UserError(f"--layout {config.layout} is not for --model vllm: give tensor_parallel_size=K in --model_args")
+    ranks = vllm.ranks_per_engine(config.model_args)
+    layout = Layout(layouts.TENSOR, ranks) if ranks > 1 else layouts.WHOLE_COPIES
+    layouts.check_division(layout, world.world_size)
+    return layout
+
+
+def ranks_of(config: Config, world: World) -> Ranks:
+    """What this run's ranks have."""
+    on_cuda = world.device.type == "cuda"
+    return Ranks(
+        world_size=world.world_size,
+        ranks_per_node=world.ranks_per_node,
+        memory=memory_of_rank(world.device, world.ranks_per_node),
+        max_tokens=config.max_pack_tokens,
+        speeds=CUDA_SPEEDS if on_cuda else CPU_SPEEDS,
+        device=world.device,
+    )

@@ -1,0 +1,186 @@
+"""What a model takes of a rank's memory under each layout: its weights to the byte, the room that a pack needs by estimate.
+
+Everything comes from the model on the meta device, so that no weight is read. The estimate of activations counts the largest
+tensors that are alive at once in one layer of a forward without gradients; what the allocator and CUDA keep for themselves is a
+share of the card (`usable_bytes`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ddp_eval.engines.ops import tree_attention
+from ddp_eval.layout import LAYERS, REPLICAS, TENSOR, Layout
+from ddp_eval.system import machine
+
+GIB = 2**30
+# Kept free of each GPU: CUDA's context and libraries, and what the allocator cannot hand out.
+_CONTEXT_BYTES, _ALLOCATOR_SHARE = GIB, 0.95
+# While the mask of sliding layers is made, for each pair of tokens: a difference of int64, and what is seen twice.
+_MASK_BYTES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """Bytes of a model's weights by place, and the widths that decide what a pack needs.
+
+    layers: of each layer. head: 0 where the head uses the embedding's weights (`tied`). rest: norms, learned positions.
+    vectors: of all weights that tensor parallelism leaves whole (one dimension), which are in the others too.
+    active: weights that one token multiplies with, of each layer; experts by the share that is routed to.
+    hidden, inner, attended, vocab: values per token in the residual stream, the feed-forward layer, queries with keys and
+    values, and the logits.
+    largest_pack: tokens of the largest pack that is planned. mask, scores: bytes for each pair of tokens of a pack: what making
+    its mask takes, and what the scores of all heads take where attention is eager.
+    """
+
+    layers: list[int]
+    embedding: int
+    head: int
+    rest: int
+    vectors: int
+    tied: bool
+    value_bytes: int
+    active: list[float]
+    hidden: int
+    inner: int
+    attended: int
+    vocab: int
+    largest_pack: int
+    mask: int
+    scores: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of a whole copy."""
+        return sum(self.layers) + self.embedding + self.head + self.rest
+
+
+def measure_model(whole: Any, device: torch.device) -> ModelSizes:
+    """The sizes of a transformers model on the meta device, when it runs on `device`."""
+    from ddp_eval.engines.hf import engine
+
+    config = whole.config.get_text_config()
+    layers = _layers(whole, int(getattr(config, "num_hidden_layers", 0)))
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    tied = embedding is not None and head is not None and head.weight is embedding.weight
+    layer_bytes = [_bytes(layer) for layer in layers]
+    embedding_bytes = _bytes(embedding) if embedding is not None else 0
+    head_bytes = 0 if tied or head is None else _bytes(head)
+    total = _bytes(whole)
+    heads = int(getattr(config, "num_attention_heads", 1))
+    hidden = int(config.hidden_size)
+    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    attention = engine.choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
+    return ModelSizes(
+        layers=layer_bytes,
+        embedding=embedding_bytes,
+        head=head_bytes,
+        rest=total - sum(layer_bytes) - embedding_bytes - head_bytes,
+        vectors=sum(weight.nbytes for weight in whole.parameters() if weight.dim() < 2),
+        tied=tied,
+        value_bytes=next(whole.parameters()).element_size(),
+        active=[engine.active_parameters(layer, config) for layer in layers] or [engine.active_parameters(whole, config)],
+        hidden=hidden,
+        inner=_inner_width(config, hidden),
+        attended=(heads + 2 * kv_heads) * head_dim,
+        vocab=int(config.vocab_size),
+        largest_pack=engine.largest_pack(config, attention, device),
+        mask=0 if attention == tree_attention.NAME else _MASK_BYTES,
+        scores=engine.SCORE_BYTES * heads if attention == "eager" else 0,
+    )
+
+
+def _layers(whole: Any, count: int) -> list[Any]:
+    lists = (module for module in whole.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    return list(next(lists, []))
+
+
+def _bytes(module: Any) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
+
+
+def _inner_width(config: Any, hidden: int) -> int:
+    """Values per token in the widest feed-forward layer; with experts, in all that a token is sent to."""
+    dense = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
+    routed = int(getattr(config, "num_experts_per_tok", None) or 0)
+    one = int(getattr(config, "moe_intermediate_size", None) or dense)
+    return max(dense, routed * one + int(getattr(config, "shared_expert_intermediate_size", None) or 0)) if routed else dense
+
+
+def rank_bytes(sizes: ModelSizes, layout: Layout, spans: list[range] | None, max_tokens: int) -> list[tuple[int, int]]:
+    """(bytes of weights, bytes of room for a pack) of each place in a replica.
+
+    spans: for LAYERS, which layers each stage holds. max_tokens: the budget of a pack.
+    """
+    if layout.kind == LAYERS:
+        assert spans is not None
+        last = len(spans) - 1
+        return [
+            (
+                sum(sizes.layers[span.start : span.stop])
+                + sizes.rest
+                + (sizes.embedding if place == 0 else 0)
+                + ((sizes.embedding if sizes.tied else sizes.head) if place == last else 0),
+                pack_bytes(sizes, max_tokens, 1, has_head=place == last, in_flight=6),
+            )
+            for place, span in enumerate(spans)
+        ]
+    ranks = layout.ranks_per_replica
+    share = -(-(sizes.weights - sizes.vectors) // ranks) + sizes.vectors
+    return [(share, pack_bytes(sizes, max_tokens, ranks))] * ranks
+
+
+def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = True, in_flight: int = 0) -> int:
+    """Room that the forward of one pack takes. ranks: over how many its matrices are split; in_flight: hidden states kept."""
+    from ddp_eval.engines.ops.logprobs import head_rows
+
+    per_token = 6 * sizes.hidden + (3 * sizes.inner + 2 * sizes.attended) // ranks + in_flight * sizes.hidden
+    # Logits of some reads at a time, with their log-softmax in float32 and its input.
+    reads = min(max_tokens, head_rows(sizes.vocab))
+    logits = reads * sizes.vocab * (sizes.value_bytes + 2 * 4) if has_head else 0
+    pairs = max_tokens**2 * (sizes.mask + -(-sizes.scores // ranks))
+    return max_tokens * per_token * sizes.value_bytes + pairs + logits
+
+
+def stage_spans(whole: Any, layout: Layout) -> list[range] | None:
+    """Which layers each stage of `layout` holds; None for other kinds. Raises UserError where the model cannot be cut so."""
+    if layout.kind != LAYERS:
+        return None
+    from ddp_eval.engines.hf.pipeline_parallel import plan_stages
+
+    return [stage.layers for stage in plan_stages(whole, layout.ranks_per_replica)]
+
+
+def check_possible(whole: Any, layout: Layout) -> None:
+    """Raise UserError, before any weight is read, when the model cannot be laid out so."""
+    if layout.kind == TENSOR:
+        from ddp_eval.engines.hf.tensor_parallel import check_model
+
+        check_model(whole, layout.ranks_per_replica)
+    elif layout.kind != REPLICAS:
+        stage_spans(whole, layout)
+
+
+def format_bytes(count: int) -> str:
+    """For people.
+
+    >>> format_bytes(3 * 2**29), format_bytes(5 * 2**20)
+    ('1.5 GiB', '5.0 MiB')
+    """
+    return f"{count / GIB:,.1f} GiB" if abs(count) >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def usable_bytes(card_bytes: int) -> int:
+    """What of a GPU's memory a model and its packs can have."""
+    return max(0, int((card_bytes - _CONTEXT_BYTES) * _ALLOCATOR_SHARE))
+
+
+def memory_of_rank(device: torch.device, ranks_per_node: int) -> int:
+    """Bytes that one rank can use here: of its GPU, or its share of what the machine has free."""
+    if device.type == "cuda":
+        return usable_bytes(torch.cuda.get_device_properties(device).total_memory)
+    return machine.free_bytes() // max(1, ranks_per_node)

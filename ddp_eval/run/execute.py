@@ -1,0 +1,276 @@
+"""Run a plan on all ranks: each its share of the packs, then every result to every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ddp_eval.distributed import collectives, watchdog
+from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.messages import Journals, Work
+from ddp_eval.distributed.progress import Progress
+from ddp_eval.engines import Engine
+from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.output import journal
+from ddp_eval.packs.batches import Batch, build_batch
+from ddp_eval.packs.plan import Pack, build_pack, halve
+from ddp_eval.run import preflight
+from ddp_eval.system import machine
+
+
+class Gathered(NamedTuple):
+    """What all ranks have brought.
+
+    rows:    (n, 3) int64, see `_result_rows`; items that ran on two ranks are in it twice.
+    halved:  (k, 2) int64, packs that did not fit the memory of their rank and the number of pieces they ran in.
+    lengths: (n, 2) int64, items of generation and the tokens of their answers; (sum, 1) int64 `answers`: these tokens.
+    """
+
+    rows: np.ndarray
+    halved: np.ndarray
+    lengths: np.ndarray
+    answers: np.ndarray
+
+
+def _nothing(columns: int) -> list[np.ndarray]:
+    return [np.zeros((0, columns), dtype=np.int64)]
+
+
+def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
+    """Run this rank's batches of generation and packs, and gather everyone's results."""
+    phases = world.meter.phases
+    engine.on_trial = work.phase == "trial"
+    if work.attention == engine.plain_attention:  # a caller's ranks may each have come with another
+        engine.tree_attention = work.attention
+    rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
+    journals = work.journals if engine.bears_results else None
+    packs, batches = _my_units(world, work)
+    num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])
+    left = int(num_requests[work.left].sum())
+    with (
+        _own_journal(world, work, journals) as own,
+        Progress(world, work.name, left, silent=work.is_silent, done=int(num_requests.sum()) - left) as progress,
+    ):
+        try:
+            with phases(work.phase):
+                for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
+                    if engine.bears_results:
+                        if divided > 1:
+                            halved.append(np.array([[index, divided]]))
+                        lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
+                        answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
+                for index, pieces in _run_packs(world, engine, work, packs, progress, own):
+                    if not engine.bears_results:
+                        continue
+                    rows += [_result_rows(*piece) for piece in pieces]
+                    if len(pieces) > 1:
+                        halved.append(np.array([[index, len(pieces)]]))
+                progress.push()
+        except BaseException:
+            if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
+                with contextlib.suppress(collectives.LostContact):
+                    collectives.all_gather_rows(world, rows[0], failed=True)
+            raise
+        watchdog.step(watchdog.WAITING)
+        with phases("gather"):
+            mine = [np.concatenate(part) for part in (rows, halved, lengths, answers)]
+            return Gathered(*(collectives.all_gather_rows(world, part) for part in mine))
+
+
+def _my_units(world: World, work: Work) -> tuple[list[int], list[int]]:
+    """This rank's packs, and its batches of generation, which are numbered behind them; dearest first."""
+    mine = work.left[collectives.shard(world, len(work.left))][::-1]
+    is_pack = mine < work.plan.num_packs
+    return mine[is_pack].tolist(), (mine[~is_pack] - work.plan.num_packs).tolist()
+
+
+def _run_batches(
+    world: World, engine: Engine, work: Work, mine: list[int], progress: Progress, own: journal.Journal | None
+) -> Iterator[tuple[int, Batch, list[list[int]], int]]:
+    """This rank's batches of generation; each is in the journal when it comes out.
+
+    Yields its number behind the packs, the batch, the tokens of its answers, and by what its slots were divided.
+    """
+
+    def tell(requests: int, tokens: int) -> None:
+        watchdog.step(watchdog.PACKS)
+        for what in ("computed_tokens", "text_tokens"):
+            world.meter.count(what, tokens)
+        if engine.bears_results:
+            progress.add(requests, tokens)
+
+    for index in mine:
+        unit = work.plan.num_packs + index
+        watchdog.step(watchdog.PACKS, unit)
+        batch = build_batch(work.texts, index)
+        texts, pieces = _generate(world, engine, batch, work.tokenizer, tell)
+        if own is not None:
+            own.append_texts(unit, texts, pieces)
+        requests = int(work.texts.num_requests[index])
+        tell(requests - len(batch), 0)  # requests that share an answer
+        for what, amount in {"requests": requests, "batches": 1, "generated_tokens": sum(map(len, texts))}.items():
+            world.meter.count(what, amount)
+        yield unit, batch, texts, pieces
+
+
+def _generate(
+    world: World, engine: Engine, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]
+) -> tuple[list[list[int]], int]:
+    """A batch's answers. One that does not fit the memory goes again with half the slots, and half of these."""
+    pieces = 1
+    while True:
+        try:
+            return engine.generate(batch, tokenizer, tell), pieces
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch.slots < 2 or world.ranks_per_replica > 1:
+                longest = max(len(prompt) + limit for prompt, limit in zip(batch.prompts, batch.limits, strict=True))
+                raise UserError(
+                    f"rank {world.rank} ran out of memory on {world.device} with {max(1, batch.slots)} prompts and answers of "
+                    f"up to {longest} tokens: give a smaller max_gen_toks in --gen_kwargs, or a device with more memory"
+                ) from None
+        # Only here, outside of the handler, is the failed forward's memory free.
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batch, pieces = dataclasses.replace(batch, slots=batch.slots // 2), pieces * 2
+
+
+Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats and flags
+
+
+def _run_packs(
+    world: World, engine: Engine, work: Work, mine: list[int], progress: Progress, own: journal.Journal | None
+) -> Iterator[tuple[int, list[Result]]]:
+    """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
+
+    Where a launch returns at once, the next is launched before one is collected. On the CPU, where it computes, that would keep a
+    finished pack out of the journal for the length of another.
+    Yields the pack's number and its results: one, or one for each piece that it had to run in.
+    """
+    plan, ahead = work.plan, engine.launches_ahead
+
+    def collect(index: int, pieces: list[Any]) -> tuple[int, list[Result]]:
+        results = [(piece.pack, *engine.collect(piece)) for piece in pieces]
+        if own is not None:
+            sums, greedy = (np.concatenate(parts) for parts in list(zip(*results, strict=True))[1:])
+            own.append(index, sums, greedy, len(results))
+        requests, tokens = int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces)
+        if work.phase == "forward":
+            packs = [piece.pack for piece in pieces]
+            pairs, reads = sum(int((pack.depth + 1).sum()) for pack in packs), sum(len(pack.reads) for pack in packs)
+            counts = {"requests": requests, "computed_tokens": tokens, "visible_pairs": pairs, "reads": reads, "packs": 1}
+            for what, amount in counts.items():
+                world.meter.count(what, amount)
+        if engine.bears_results:
+            progress.add(requests, tokens)
+        return index, results
+
+    under_way = None
+    for index in mine:
+        watchdog.step(watchdog.PACKS, index)
+        launched = index, _launch(world, engine, build_pack(plan, index))
+        if not ahead:
+            yield collect(*launched)
+            continue
+        if under_way is not None:
+            yield collect(*under_way)
+        under_way = launched
+    if under_way is not None:
+        yield collect(*under_way)
+
+
+@contextlib.contextmanager
+def _own_journal(world: World, work: Work, journals: Journals | None) -> Iterator[journal.Journal | None]:
+    """This rank's file among the journals; None where none are kept, or where this machine does not see the run directory."""
+    if journals is None or not preflight.sees(str(journals.directory)):
+        if journals is not None:
+            print(
+                f"ddp_eval: rank {world.rank} does not see {journals.directory}: its packs are not kept for a resume",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield None
+        return
+    path = journals.directory / f"{work.name}-{world.rank:05d}{journal.SUFFIX}"
+    own = journal.Journal(path, journals.key, describe_origin(world))
+    watchdog.use_journal(own)
+    try:
+        yield own
+        watchdog.step("closing the journal")
+        own.close()
+        watchdog.step(watchdog.WAITING)
+    finally:
+        watchdog.use_journal(None)
+
+
+def describe_origin(world: World) -> str:
+    """The hardware that decides the last bits of this rank's numbers."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _launch(world: World, engine: Engine, pack: Pack) -> list[Any]:
+    """Start a pack. One that does not fit the memory is halved, and halved again, always at the same items."""
+    try:
+        return [engine.launch(pack)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(pack.items) == 1:
+            raise UserError(
+                f"rank {world.rank} ran out of memory on {world.device} with a single request of {len(pack)} tokens, "
+                f"{len(pack.reads)} of them scored: give a smaller max_length in --model_args, or a device with more memory"
+            ) from None
+    # Only here, outside of the handler, are the failed forward's tensors free.
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return [piece for half in halve(pack) for piece in _launch(world, engine, half)]
+
+
+def _result_rows(pack: Pack, sums: np.ndarray, greedy: np.ndarray) -> np.ndarray:
+    """(items, 3) int64: item, the bits of its float64 sum, its flag. One type, so that one collective carries all of it."""
+    return np.stack([np.arange(pack.items.start, pack.items.stop), sums.view(np.int64), greedy.astype(np.int64)], axis=1)
+
+
+def fill_slots(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Put gathered rows into their slots.
+
+    Returns (count,) sums, (count,) flags, and by how many nats items that ran twice differ: 0 unless the ranks' hardware or
+    thread counts do; the lowest rank's result stands. Raises RuntimeError if an item has no result.
+    """
+    items, bits = rows[:, 0], rows[:, 1].copy()
+    seen = np.zeros(count, dtype=bool)
+    seen[items] = True
+    if not seen.all():
+        lost = np.flatnonzero(~seen)
+        raise RuntimeError(f"{len(lost)} of {count} items came back from no rank, the first of them item {lost[0]}")
+    first = np.unique(items, return_index=True)[1]
+    sums, greedy = bits[first].view(np.float64), rows[first, 2].astype(bool)
+    differing = bits[first][items] != bits  # the bits: a NaN equals itself
+    return sums, greedy, float(np.abs(sums[items[differing]] - bits[differing].view(np.float64)).max(initial=0.0))
+
+
+def fill_texts(lengths: np.ndarray, answers: np.ndarray, count: int) -> tuple[list[list[int]], int]:
+    """Put gathered answers into their slots; arguments as in `Gathered`.
+
+    Returns the tokens of `count` answers, and how many of those that ran on two ranks differ: none unless the ranks' hardware or
+    thread counts do; the lowest rank's answer stands. Raises RuntimeError if an item has none.
+    """
+    found: dict[int, list[int]] = {}
+    differing, start, tokens = 0, 0, answers[:, 0].tolist()
+    for item, length in lengths.tolist():
+        answer = tokens[start : start + length]
+        start += length
+        differing += found.setdefault(item, answer) != answer
+    if len(found) < count:
+        lost = [item for item in range(count) if item not in found]
+        raise RuntimeError(f"{len(lost)} of {count} answers came back from no rank, the first of them answer {lost[0]}")
+    return [found[item] for item in range(count)], differing

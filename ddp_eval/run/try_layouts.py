@@ -1,0 +1,178 @@
+"""`--layout measure`: a slice of the real work under each layout that fits, then the rest under the quickest.
+
+A layout that a rank cannot load is left out. One that fails later, in a pack of the slice, ends the run: other ranks may wait
+for the one that failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ddp_eval.distributed import collectives
+from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.messages import Followers
+from ddp_eval.engines import Engine
+from ddp_eval.engines.load import lay_out
+from ddp_eval.errors import UserError
+from ddp_eval.layout import TENSOR, Layout
+from ddp_eval.packs.plan import Plan
+from ddp_eval.placement.choose import Candidate
+from ddp_eval.placement.memory import ModelSizes
+from ddp_eval.run.execute import run_plan
+
+log = logging.getLogger("ddp_eval")
+
+PACKS_PER_RANK = 4  # of the slice
+# What transformers raises over a model, on all ranks alike; memory and files may fail one rank alone.
+_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
+
+
+def load_together(
+    world: World, layout: Layout, load: Callable[[World, Layout], Engine]
+) -> tuple[Engine | None, list[str | None] | None]:
+    """Load on all ranks what may fail on some. Collective.
+
+    Returns the engine, None where it failed; and, on the leader, why it failed on each rank, None where it did not.
+    Raises UserError where a rank of a tensor copy fails alone: its fellows wait for it in a collective, not here.
+    """
+    engine, why = None, None
+    try:
+        engine = load(world, layout)
+    except UserError as error:
+        if layout.kind == TENSOR and not isinstance(error.__cause__, _REFUSALS):
+            raise
+        why = str(error)
+    return engine, collectives.gather_reports(world, why)
+
+
+@dataclasses.dataclass
+class Seated:
+    """A rank with its part of the model, which changes when the layout does.
+
+    world: grouped into the replicas of `layout`. why: of that layout, to be said; empty where there was no choice.
+    """
+
+    world: World
+    layout: Layout
+    engine: Engine
+    why: str = ""
+    attention: str = ""  # of trees, of the engine that gave way to this one
+
+    def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> str | None:
+        """Load the model anew, in another layout, with the same attention. The memory of what was loaded goes first.
+
+        Returns None, or why a rank could not; then nothing is loaded until the next move.
+        """
+        if loaded := vars(self).pop("engine", None):
+            self.attention = loaded.tree_attention
+        del loaded
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.world, self.layout = lay_out(world, layout), layout
+        engine, failures = load_together(self.world, layout, load)
+        if engine is not None:
+            self.engine = engine
+            self.engine.tree_attention = self.attention
+        assert failures is not None, "the leader gets them"
+        return next((f"rank {rank}: {why}" for rank, why in enumerate(failures) if why), None)
+
+
+class Measured(NamedTuple):
+    """seconds: of the slice; flops: of the model's matrices, per second and rank; sent: bytes per second and replica."""
+
+    layout: Layout
+    seconds: float
+    flops: float
+    sent: float
+    predicted_s: float
+
+
+def take_packs(plan: Plan, indices: list[int]) -> Plan:
+    """A plan of only those packs, in that order."""
+
+    def runs(values: Any, starts: Any) -> Any:
+        return np.concatenate([values[starts[index] : starts[index + 1]] for index in indices])
+
+    def offsets(starts: Any) -> Any:
+        return np.concatenate([[0], np.cumsum(np.diff(starts)[indices])]).astype(np.int64)
+
+    return Plan(
+        tokens=runs(plan.tokens, plan.token_starts),
+        token_starts=offsets(plan.token_starts),
+        item_starts=offsets(plan.item_starts),
+        target_starts=offsets(plan.target_starts),
+        shared=runs(plan.shared, plan.item_starts),
+        lengths=runs(plan.lengths, plan.item_starts),
+        num_targets=runs(plan.num_targets, plan.item_starts),
+        targets=runs(plan.targets, plan.target_starts),
+        num_requests=plan.num_requests[indices],
+        rows=plan.rows,
+    )
+
+
+def measure_layouts(
+    followers: Followers,
+    seated: Seated,
+    plan: Plan,
+    candidates: list[Candidate],
+    sizes: ModelSizes,
+    load: Callable[[World, Layout], Engine],
+) -> list[Measured]:
+    """Run a slice of `plan` under each candidate that fits, beginning with what is loaded; leave the quickest in `seated`.
+
+    Says a line for each, also for those that cannot be loaded.
+    """
+    world = followers.world
+    count = min(plan.num_packs, PACKS_PER_RANK * world.world_size)
+    piece = take_packs(plan, np.linspace(0, plan.num_packs - 1, count).round().astype(int).tolist())
+    first = take_packs(plan, list(range(min(plan.num_packs, world.world_size))))
+
+    def move_to(layout: Layout) -> str | None:
+        if layout == seated.layout:
+            return None
+        followers.load(layout, on_trial=True)
+        return seated.move(world, layout, load)
+
+    found: list[Measured] = []
+    tried = [one for one in candidates if one.fits or one.layout == seated.layout]
+    for candidate in sorted(tried, key=lambda one: one.layout != seated.layout):
+        if failure := move_to(candidate.layout):
+            log.warning("layout %s is left out: %s", candidate.layout, failure)
+            continue
+        for part in (first, piece):  # the first forwards of a process are slow
+            started = time.perf_counter()
+            with followers.working_on(part, phase="measure", attention=seated.engine.tree_attention) as work:
+                run_plan(seated.world, seated.engine, work)
+            seconds = time.perf_counter() - started
+        flops = 2.0 * (sum(sizes.active) * len(piece.tokens) + sizes.hidden * sizes.vocab * len(piece.targets))
+        assert candidate.prediction is not None
+        sent = candidate.prediction.link_bytes_per_token * len(piece.tokens) / candidate.layout.replicas(world.world_size)
+        found.append(
+            Measured(candidate.layout, seconds, flops / seconds / world.world_size, sent / seconds, candidate.prediction.run_s)
+        )
+    best = min(found, key=lambda one: one.seconds)
+    _report(found, best)
+    if failure := move_to(best.layout):
+        raise UserError(f"layout {best.layout} was measured and could not be loaded again: {failure}")
+    return found
+
+
+def _report(found: list[Measured], best: Measured) -> None:
+    """One line each: what came out, and how far the prediction was off once the first layout has set its scale."""
+    scale = found[0].seconds / found[0].predicted_s
+    for one in found:
+        expected = one.predicted_s * scale
+        log.warning(
+            "layout %s: %.2f s for the slice, %.1f GFLOP/s a rank, %.1f MB/s within a copy; predicted %.2f s (%+.0f%%)%s",
+            one.layout, one.seconds, one.flops / 1e9, one.sent / 1e6, expected, 100 * (expected / one.seconds - 1),
+            ": taken" if one is best else "",
+        )  # fmt: skip

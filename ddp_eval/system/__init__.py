@@ -1,0 +1,1 @@
+"""This machine: files, processes, network, versions, and other libraries' noise."""

@@ -1,0 +1,1 @@
+"""Where each rank's time and bytes go. No torch at import."""

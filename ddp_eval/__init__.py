@@ -16,7 +16,7 @@ __all__ = ["UserError", "demo", "evaluate"]
 def __getattr__(name: str) -> Any:
     # torch and transformers load when they are needed: `--help` should not wait for them.
     if name == "evaluate":
-        from ddp_eval.run.runner import evaluate
+        from ddp_eval.api import evaluate
 
         return evaluate
     raise AttributeError(f"module {__name__} has no attribute {name}")

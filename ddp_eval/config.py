@@ -7,7 +7,6 @@ manifest as it is. It knows nothing of ranks, models or tasks. Flags that lm_eva
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -15,9 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ddp_eval import layout
-from ddp_eval.cli.values import read_args
 from ddp_eval.errors import UserError, one_line
-from ddp_eval.tasks.reasoning import read_think_end
+from ddp_eval.values import read_args
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
 DEFAULT_SEED = (0, 1234, 1234, 1234)
@@ -32,10 +30,6 @@ PROMPT_ARGS = (
     "think_end_token",
 )  # fmt: skip
 
-# Of no use to a caller of the API, who has a loaded model and a process of his own.
-_OF_COMMANDS = (
-    "model", "device", "fresh", "show_config", "trust_remote_code", "layout", "load", "preflight", "timeout", *TRACKER_FLAGS,
-)  # fmt: skip
 
 # fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
 NUMERICS = ("fast", "fp32", "alone")
@@ -200,21 +194,6 @@ def _check_numerics(level: str, dtype: Any, max_pack_tokens: int | None) -> None
         raise UserError("--numerics alone and --max_pack_tokens exclude each other: every input has a forward of its own")
 
 
-def config_from_options(tasks: list[Any], **options: Any) -> Config:
-    """A Config from the options that a caller of `evaluate` gave. Raises UserError for one that does not exist there."""
-    known = [field.name for field in dataclasses.fields(Config) if field.name not in {"tasks", *_OF_COMMANDS}]
-    for name in options:
-        if name in _OF_COMMANDS:
-            raise UserError(f"evaluate takes no option {name}, which is for the command: the model is loaded, the ranks have met")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-            raise UserError(f"evaluate takes no option {name}: {hint}")
-    from ddp_eval.cli import flags  # which knows Config
-
-    return Config(tasks=tasks, **flags.convert_options(options))
-
-
 def _check_at_least(flag: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise UserError(f"{flag} must be {least} or more, got {value}")
@@ -265,3 +244,16 @@ def _check_samples(samples: Any) -> None:
             raise UserError(f"--samples must name at least one document for task {task}")
         if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices):
             raise UserError(f"--samples must list whole document numbers from 0 for task {task}, got {indices}")
+
+
+ThinkEnd = str | int | None
+
+
+def read_think_end(model_args: Mapping[str, Any]) -> ThinkEnd:
+    """The end of thinking: a token id (digits count as one), a string, or None. Raises UserError for anything else."""
+    end = model_args.get("think_end_token")
+    if isinstance(end, str):
+        return int(end) if end.isdecimal() and len(end) < 20 else end or None
+    if end is not None and (isinstance(end, bool) or not isinstance(end, int)):
+        raise UserError(f"model_args think_end_token must be a string or a token id, got {end}")
+    return end

@@ -7,6 +7,8 @@ and keeps its traceback.
 
 import re
 
+import torch
+
 # What is said of short memory in errors that have no class of their own: by torch on a CPU, by CUDA and its libraries, and by
 # torch's compiler, whose errors quote others.
 _SHORT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|std::bad_alloc|STATUS_ALLOC_FAILED|CUDA.*out of memory", re.DOTALL)
@@ -18,7 +20,6 @@ class UserError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory did not do, or this machine's."""
-    import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -41,3 +42,18 @@ def printable(text: object, keep: str = "") -> str:
     keep: control characters that are left as they are, such as a table's line ends.
     """
     return _NOT_SHOWN.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], str(text))
+
+
+class OutOfRange(Exception):
+    """A request or prompt that the model has no row for. Whoever knows its task makes a sentence of it.
+
+    index: of the request, or, with `is_prompt`, of the prompt. token: the id; None where it is the length that is too much.
+    sentence: what is wrong, to be followed by where.
+    """
+
+    def __init__(self, index: int, is_prompt: bool, token: int | None, sentence: str) -> None:
+        super().__init__(sentence)
+        self.index = index
+        self.is_prompt = is_prompt
+        self.token = token
+        self.sentence = sentence

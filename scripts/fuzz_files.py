@@ -103,7 +103,7 @@ def main() -> int:
 def compare(place: Path, first: str = "run") -> Iterator[Callable[[], None]]:
     from ddp_eval.analysis.difference import compare_runs
     from ddp_eval.analysis.read import read_run
-    from ddp_eval.cli.compare import format_comparison, jsonable
+    from ddp_eval.analysis.verdict import format_comparison, jsonable
 
     def both() -> None:
         runs = read_run(place / first), read_run(place / "other")

@@ -14,12 +14,13 @@ import tiny_models
 import torch
 
 from ddp_eval import demo
+from ddp_eval.api import evaluate
 from ddp_eval.config import Config
 from ddp_eval.distributed.collectives import World
 from ddp_eval.errors import UserError
 from ddp_eval.output.write import read_scores
 from ddp_eval.run.manifest import describe_model, see_model
-from ddp_eval.run.runner import evaluate, run
+from ddp_eval.run.runner import run
 
 TASKS = ["demo_hellaswag", "demo_lambada"]
 

@@ -71,8 +71,8 @@ def as_seen(implementation: str, mask: object, length: int) -> torch.Tensor:
         zero = torch.tensor(0)
         seen = mask.mask_mod(zero, zero, index[:, None], index[None, :])
         # What the mask's blocks leave out is never looked at by the kernel, whatever the function says.
-        tree_attention = mask.to_dense()[0, 0].repeat_interleave(mask.BLOCK_SIZE[0], 0).repeat_interleave(mask.BLOCK_SIZE[1], 1)
-        return seen & tree_attention[:length, :length].bool()
+        blocks = mask.to_dense()[0, 0].repeat_interleave(mask.BLOCK_SIZE[0], 0).repeat_interleave(mask.BLOCK_SIZE[1], 1)
+        return seen & blocks[:length, :length].bool()
     assert mask.shape == (1, 1, length, length)
     if implementation == "sdpa":
         assert mask.dtype == torch.bool

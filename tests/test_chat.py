@@ -13,11 +13,11 @@ from lm_eval.models.utils import postprocess_generated_text
 from tiny_models import evaluate_with_lm_eval
 
 from ddp_eval import demo
-from ddp_eval.config import Config
+from ddp_eval.api import evaluate
+from ddp_eval.config import Config, read_think_end
 from ddp_eval.errors import UserError
-from ddp_eval.run.runner import evaluate
 from ddp_eval.tasks import harness
-from ddp_eval.tasks.reasoning import finish_answer, read_think_end
+from ddp_eval.tasks.reasoning import finish_answer
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 

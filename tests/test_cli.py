@@ -21,9 +21,9 @@ from lm_eval.utils import handle_arg_string
 
 from ddp_eval.cli import flags as cli
 from ddp_eval.cli.flags import build_parser, parse
-from ddp_eval.cli.values import convert_value, split_top_level
 from ddp_eval.config import DEFAULT_SEED, Config
 from ddp_eval.errors import UserError
+from ddp_eval.values import convert_value, split_top_level
 
 MODEL = ["--model_args", "pretrained=m"]
 BASE = [*MODEL, "--tasks", "t"]

@@ -17,10 +17,12 @@ from tiny_models import evaluate_with_lm_eval
 from ddp_eval import demo
 from ddp_eval.analysis import paired
 from ddp_eval.analysis.difference import answers_of, compare_runs
-from ddp_eval.analysis.read import document_metrics, read_run, shared_context
-from ddp_eval.cli.compare import main, why_not
+from ddp_eval.analysis.read import read_run
+from ddp_eval.analysis.verdict import why_not
+from ddp_eval.cli.compare import main
 from ddp_eval.errors import UserError
 from ddp_eval.output import write
+from ddp_eval.output.documents import document_metrics, shared_context
 
 
 def draw(count=400, seed=1):

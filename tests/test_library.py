@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from ddp_eval.api import evaluate
 from ddp_eval.cli import ls, validate
 from ddp_eval.errors import UserError
-from ddp_eval.run.runner import evaluate
 from ddp_eval.tasks import harness
 
 

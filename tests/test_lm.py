@@ -14,9 +14,9 @@ from lm_eval.tasks import TaskManager
 from test_evaluate import CHAT_TEMPLATE, answers_of, write_asking_task
 
 from ddp_eval import demo
+from ddp_eval.api import evaluate
 from ddp_eval.errors import UserError
 from ddp_eval.lm import DDPEvalLM, launch
-from ddp_eval.run.runner import evaluate
 
 
 @pytest.fixture(autouse=True)

@@ -25,8 +25,10 @@ from ddp_eval.packs.plan import build_pack, plan_packs, requests_from_lists
 from ddp_eval.placement import choose
 from ddp_eval.placement import memory as sizing
 from ddp_eval.placement.choose import Ranks, consider, fewest_local_layers, recommend
-from ddp_eval.placement.memory import GIB, ModelSizes, measure_model, usable_bytes
+from ddp_eval.placement.memory import ModelSizes, measure_model, usable_bytes
 from ddp_eval.placement.speed import CUDA_SPEEDS, Amount, Speeds, predict
+from ddp_eval.system import text as text_module
+from ddp_eval.system.text import GIB
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "num_key_value_heads": 8}
@@ -298,7 +300,7 @@ def test_memory_is_read():
 def test_sizes_for_people():
     """Catches 0.0 GiB for a small model."""
     sizes = [3 * 2**29, 2**30, 2**30 - 2**27, 5 * 2**20, 131.42 * 2**30]
-    assert [sizing.format_bytes(int(size)) for size in sizes] == ["1.5 GiB", "1.0 GiB", "896.0 MiB", "5.0 MiB", "131.4 GiB"]
+    assert [text_module.format_bytes(int(size)) for size in sizes] == ["1.5 GiB", "1.0 GiB", "896.0 MiB", "5.0 MiB", "131.4 GiB"]
 
 
 def test_the_text(capsys, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from ddp_eval.analysis import plots, report
 from ddp_eval.analysis.read import read_run
+from ddp_eval.cli import report as report_module
 from ddp_eval.errors import UserError
 
 pytest.importorskip("matplotlib")
@@ -76,7 +77,7 @@ def run_dirs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(run_dirs):
-    assert report.main([str(run_dirs[0]), str(run_dirs[1])]) == 0
+    assert report_module.main([str(run_dirs[0]), str(run_dirs[1])]) == 0
     return (run_dirs[0] / "report.html").read_text(encoding="utf-8")
 
 
@@ -208,4 +209,4 @@ def test_margins_of_equal_choices_have_a_place():
 def test_mistakes_have_a_sentence(tmp_path):
     """Catches a traceback for a directory that is no run, and a report written where it cannot be."""
     with pytest.raises(UserError, match="there is no run at"):
-        report.main([str(tmp_path / "nothing")])
+        report_module.main([str(tmp_path / "nothing")])

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from test_evaluate import answers_of, assert_same_outcome, write_asking_task, write_task
 from tiny_models import evaluate_with_lm_eval
 
+from ddp_eval.api import evaluate
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 from ddp_eval.errors import UserError
 from ddp_eval.packs.pairs import contexts_of, plan_pairs
 from ddp_eval.packs.plan import build_pack, halve, requests_from_lists
-from ddp_eval.run.runner import evaluate
 from ddp_eval.run.self_check import make_plan
 
 TASKS = ["demo_hellaswag", "demo_boolean_expressions", "demo_lambada"]

@@ -16,12 +16,14 @@ import torch
 import ddp_eval
 from ddp_eval.config import Config
 from ddp_eval.distributed.collectives import World, join_group
+from ddp_eval.engines.ops import peak
+from ddp_eval.packs import plan as plan_module
 from ddp_eval.packs.batches import Prompts, Settings, Sizes, plan_batches
 from ddp_eval.packs.plan import CostModel, plan_packs, plan_rows, requests_from_lists
 from ddp_eval.run import runner
 from ddp_eval.run.planning import TextDecision, describe_texts
 from ddp_eval.run.self_check import Decision
-from ddp_eval.telemetry import meter
+from ddp_eval.telemetry import meter, sampler
 from ddp_eval.telemetry import summary as telemetry
 from ddp_eval.telemetry.meter import Meter, Phases, process_age_s
 
@@ -67,13 +69,13 @@ REQUESTS = requests_from_lists([[1, 2, 3, 4], [1, 2, 5], [7, 8, 9, 10, 11, 12]],
 def test_padding_by_hand():
     """Catches a request that is read inside another's row counted as a row, and tiles that are not filled up."""
     rows, _ = plan_rows(REQUESTS, max_tokens=1000)
-    assert telemetry.fed_tokens(rows) == 2 * 5  # inputs 1 2 3 (1 2 is read inside) and 7 8 9 10 11
+    assert plan_module.fed_tokens(rows) == 2 * 5  # inputs 1 2 3 (1 2 is read inside) and 7 8 9 10 11
     alone, _ = plan_rows(REQUESTS, max_tokens=1, isolate=True)
-    assert telemetry.fed_tokens(alone) == 3 + 2 + 5
+    assert plan_module.fed_tokens(alone) == 3 + 2 + 5
     packs, _ = plan_packs(REQUESTS, CostModel(forward=1e9), 1000)
-    assert telemetry.fed_tokens(packs) == 3 + 5 and telemetry.fed_tokens(packs, lambda lengths: lengths + 120) == 128
+    assert plan_module.fed_tokens(packs) == 3 + 5 and plan_module.fed_tokens(packs, lambda lengths: lengths + 120) == 128
     nothing, _ = plan_rows(requests_from_lists([], []), max_tokens=10)
-    assert telemetry.fed_tokens(nothing) == 0
+    assert plan_module.fed_tokens(nothing) == 0
 
 
 def reports():
@@ -207,7 +209,7 @@ def test_one_by_one_shares_nothing(tiny_model):
 )  # fmt: skip
 def test_peaks_are_of_the_very_gpu(name, tflops):
     """Catches a GPU that takes another's figure because its name begins alike, a figure with sparsity, and a slice as a whole."""
-    assert telemetry.known_peak(name) == (tflops and pytest.approx(tflops * 1e12))
+    assert peak.known_peak(name) == (tflops and pytest.approx(tflops * 1e12))
 
 
 def test_advice_names_the_cause():
@@ -261,7 +263,7 @@ def test_the_sampler_samples_this_process():
     """Catches cores and bytes that are not this process's, and a sampler that costs more than it may."""
     world = World(0, 0, 1, torch.device("cpu"))
     block = np.ones(2**23)  # 64 MiB, held while sampled
-    with telemetry.Sampler(world, interval_s=0.05):
+    with sampler.Sampler(world.meter, world.device, interval_s=0.05):
         until = time.perf_counter() + 30
         while len(world.meter.samples) < 5 and time.perf_counter() < until:
             block[:1000].sum()
@@ -292,8 +294,8 @@ def test_gpu_figures_come_from_nvml(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="ab"))
     world = World(0, 0, 1, torch.device("cuda", 0))
-    assert telemetry._gpu_reader(world)() == [0.83, 2.0**31, 350.0]
+    assert sampler._gpu_reader(world.device)() == [0.83, 2.0**31, 350.0]
     fake.nvmlDeviceGetPowerUsage = power
-    assert telemetry._gpu_reader(world)() == [0.83, 2.0**31, None]
+    assert sampler._gpu_reader(world.device)() == [0.83, 2.0**31, None]
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert telemetry._gpu_reader(world)() == [None, None, None]
+    assert sampler._gpu_reader(world.device)() == [None, None, None]

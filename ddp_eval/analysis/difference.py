@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ddp_eval.analysis import paired
 from ddp_eval.analysis.matching import Pairing, align, numbered_tasks
 from ddp_eval.analysis.read import Documents, Requests, Run
+from ddp_eval.output.documents import TRANSFORMS
 
 NEAR_TIE_NATS = 0.01
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
@@ -160,7 +161,7 @@ def _compare_overall(a: Run, b: Run, shared: list[str], tasks: list[dict[str, An
     pooled: dict[str, list[tuple[str, Any]]] = {}
     for task in shared:
         for key, documents in _paired_documents(a, b, task).items():
-            if key.partition(",")[0] not in paired.TRANSFORMS and _is_aggregate(a, b, task, key):
+            if key.partition(",")[0] not in TRANSFORMS and _is_aggregate(a, b, task, key):
                 pooled.setdefault(key, []).append((task, documents))
     metrics = {}
     for key, parts in pooled.items():

@@ -10,27 +10,19 @@ Letters: n documents, C clusters, B resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from ddp_eval.output.documents import TRANSFORMS, FloatArray
+
 IntArray = npt.NDArray[np.int64]
 
 RESAMPLES = 10_000
 LEAST_CLUSTERS = 20  # resamples of fewer hold too few draws for an interval or a p-value
 _MOST_KINDS = 64  # of clusters alike: few kinds are drawn by multinomials, which is quicker than one by one
 _DRAWS_AT_ONCE = 2**22
-
-# metric -> what makes a score of Σ value / Σ weight; every other metric is a mean.
-TRANSFORMS: dict[str, Callable[[FloatArray], FloatArray]] = {
-    "perplexity": lambda ratio: np.exp(-ratio),
-    "word_perplexity": lambda ratio: np.exp(-ratio),
-    "byte_perplexity": lambda ratio: np.exp(-ratio),
-    "bits_per_byte": lambda ratio: -ratio / math.log(2),
-}
 
 
 def aggregate(metric: str, values: FloatArray, weights: FloatArray) -> float:

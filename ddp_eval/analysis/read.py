@@ -15,25 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval.analysis.paired import TRANSFORMS
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.output import lm_eval_names, write
+from ddp_eval.output.documents import arguments_of, document_metrics, shared_context
 from ddp_eval.system import read_back
 
 _LM_EVAL_SAMPLES = re.compile(r"samples_(?P<task>.+?)(?P<date>_\d{4}-\d\d-\d\dT[\d.-]+)?\.jsonl")
-# Fields of a document that hold what several questions may be about.
-_CONTEXT_FIELDS = (
-    "passage", "context", "article", "paragraph", "story",
-    "flores_passage",  # Belebele
-    "document_str",  # QA4MRE
-    "Context",  # ArabicMMLU
-    "narrative",  # MuSR
-    "abstract",  # Qasper
-    "background",  # EVALITA's admission tests
-    "support",  # SciQ
-    "scenario",  # ETHICS: virtue and deontology
-    "premise",  # XNLI, ANLI and the like: several hypotheses on one
-)  # fmt: skip
 # lm_eval's results.json -> where our manifest keeps the same.
 _LM_EVAL_FACTS = {
     "lm_eval_version": ("packages", "lm_eval"),
@@ -86,7 +73,7 @@ class Run:
     prompts: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
     contexts: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
-    write: dict[str, Any] = dataclasses.field(default_factory=dict)
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
     samples: dict[str, Path] = dataclasses.field(default_factory=dict)
     texts: dict[str, dict[tuple[int, int, int], str]] = dataclasses.field(default_factory=dict)
     documents: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
@@ -110,35 +97,6 @@ def read_run(path: str | Path) -> Run:
         return _read_lm_eval(place)
     except (OSError, ValueError) as error:  # the directory's own: its files are read by read_back
         raise UserError(f"the run in {path} cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from error
-
-
-def document_metrics(sample: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """(metric, value, weight) of one of lm_eval's samples: numbers, and for perplexities of sums (log-likelihood, words).
-
-    Other pairs, such as (gold, prediction) of an F1 over all documents, are no values of one document.
-    """
-    for metric in sample["metrics"]:
-        value = sample[metric]
-        if isinstance(value, (bool, int, float, np.number)):
-            yield metric, float(value), 1.0
-        elif metric in TRANSFORMS and isinstance(value, (list, tuple)) and len(value) == 2:
-            yield metric, float(value[0]), float(value[1])
-
-
-def arguments_of(sample: Mapping[str, Any]) -> list[list[Any]]:
-    """The arguments of each request of one of lm_eval's samples, which older versions wrote as lists."""
-    found = sample["arguments"]
-    each = found.values() if isinstance(found, dict) else found
-    return [list(one.values()) if isinstance(one, dict) else one for one in each]
-
-
-def shared_context(doc: Any) -> str | None:
-    """A hash of the passage that a document asks about; other documents may ask about the same one."""
-    if isinstance(doc, Mapping):
-        for field in _CONTEXT_FIELDS:
-            if isinstance(doc.get(field), str) and doc[field].strip():
-                return hashlib.sha256(doc[field].encode("utf-8", "surrogatepass")).hexdigest()
-    return None
 
 
 def content_of(sample: Mapping[str, Any]) -> str | None:
@@ -343,17 +301,17 @@ def _reported(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             for key, value in values.items()
             if "," in key and "_stderr," not in key and isinstance(value, (int, float)) and math.isfinite(value)
         }
-        for task, values in write.get("results", {}).items()
+        for task, values in results.get("results", {}).items()
     }
 
 
 def _manifest_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """What lm_eval's results.json says of the run, where our manifest has it."""
-    manifest: dict[str, Any] = {"config": {"model_args": write.get("config", {}).get("model_args") or {}}}
-    dtype = write.get("config", {}).get("model_dtype")
+    manifest: dict[str, Any] = {"config": {"model_args": results.get("config", {}).get("model_args") or {}}}
+    dtype = results.get("config", {}).get("model_dtype")
     if dtype:
         manifest["engine"] = {"dtype": dtype}
     for key, (section, name) in _LM_EVAL_FACTS.items():
-        if key in write:
-            manifest.setdefault(section, {})[name] = write[key]
+        if key in results:
+            manifest.setdefault(section, {})[name] = results[key]
     return manifest

@@ -5,7 +5,6 @@ Everything is in the file: styles, plots as SVG, samples as JSON. It asks nothin
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -17,37 +16,15 @@ import numpy as np
 from ddp_eval.analysis import plots
 from ddp_eval.analysis.difference import NEAR_TIE_NATS, answers_of, asks_twice, compare_runs
 from ddp_eval.analysis.matching import align
-from ddp_eval.analysis.paired import TRANSFORMS
-from ddp_eval.analysis.read import Numbering, Run, arguments_of, read_run, read_samples
-from ddp_eval.cli.compare import jsonable, list_notes
-from ddp_eval.cli.subcommand import SubcommandParser
-from ddp_eval.errors import UserError, printable
-from ddp_eval.system.files import replace_file
+from ddp_eval.analysis.read import Numbering, Run, read_samples
+from ddp_eval.analysis.verdict import jsonable, list_notes
+from ddp_eval.output.documents import TRANSFORMS, arguments_of
 from ddp_eval.system.read_back import read_json
 from ddp_eval.telemetry import summary
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _PROMPT_CHARACTERS = 6000  # of a longer prompt the end is shown
 _RIGHT_OR_WRONG = ("acc", "exact_match")  # metrics that say it of a document
-_ABOUT = """\
-Writes report.html into the directory of the first run: results, margins, where time and bytes went, samples
-(of runs with --log_samples), and with more runs their differences from the first."""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Write the report and say where it is. Raises UserError."""
-    options = _build_parser().parse_args(argv)
-    runs = [read_run(path) for path in options.runs]
-    if runs[0].kind != "ddp_eval" and not options.output:
-        raise UserError("the first run must be a directory of ddp_eval, or give --output FILE")
-    target = Path(options.output) if options.output else runs[0].path / "report.html"
-    page = render(runs, options.samples)
-    try:
-        replace_file(target, [page.encode("utf-8", errors="backslashreplace")])
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror or error}") from None
-    print(printable(f"ddp_eval: the report is in {target}"))
-    return 0
 
 
 def render(runs: Sequence[Run], most_samples: int) -> str:
@@ -269,11 +246,3 @@ def _script_json(value: Any) -> str:
 
 def _number(value: Any, form: str = ".4g") -> str:
     return "" if value is None else format(value, form)
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = SubcommandParser("report", _ABOUT)
-    parser.add_argument("runs", nargs="+", metavar="DIR", help="run directories; others than the first may be lm_eval's samples")
-    parser.add_argument("--output", "-o", metavar="FILE", help="where to write (default: report.html in the first directory)")
-    parser.add_argument("--samples", type=int, default=100, metavar="N", help="documents of each task to browse (default: 100)")
-    return parser

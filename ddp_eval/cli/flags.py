@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from ddp_eval import layout
-from ddp_eval.cli.values import TEXT_MODEL_ARGS, read_args, read_json_object
 from ddp_eval.config import DEFAULT_SEED, PROMPT_ARGS, Config, check_not_loaded
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.system import read_back
+from ddp_eval.values import TEXT_MODEL_ARGS, read_args, read_json_object
 
 _USAGE = "torchrun --nproc_per_node=N -m ddp_eval [run] [flags]"
 _ABOUT = """\

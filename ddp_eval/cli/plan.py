@@ -17,8 +17,9 @@ from ddp_eval.cli.subcommand import SubcommandParser
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.placement.choose import TYPICAL, Candidate, Ranks, consider, recommend, why_not
-from ddp_eval.placement.memory import GIB, format_bytes, measure_model, usable_bytes
-from ddp_eval.placement.speed import CUDA_SPEEDS, Amount, count_packs
+from ddp_eval.placement.memory import measure_model, usable_bytes
+from ddp_eval.placement.speed import CUDA_SPEEDS, Amount
+from ddp_eval.system.text import GIB, count_packs, format_bytes
 
 GPU = torch.device("cuda")  # what is planned for, whatever this machine has
 _ABOUT = """\

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_eval.cli.compare import NOT_AS_EXPECTED, add_expect, format_comparison, print_verdict, read_expectation, why_not
+from ddp_eval.analysis.verdict import NOT_AS_EXPECTED, format_comparison, print_verdict, read_expectation, why_not
+from ddp_eval.cli.compare import add_expect
 from ddp_eval.cli.subcommand import SubcommandParser
 from ddp_eval.config import PROMPT_ARGS, Config
 from ddp_eval.errors import UserError

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddp_eval.packs.batches import NO_TOKEN
-from ddp_eval.tasks.tokenizer_calls import decoder_of
+from ddp_eval.system.tokenizer_calls import decoder_of
 
 
 class StopRule:

@@ -22,7 +22,7 @@ from typing import Any
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.output import journal, lm_eval_names, status, write
-from ddp_eval.output.lock import Held, Lock
+from ddp_eval.output.lock import Held, Lock, OnWait, not_at_all
 from ddp_eval.system import digests, launch_id, machine
 from ddp_eval.system.files import read_object, replace_json
 from ddp_eval.system.read_back import Shape, read_json
@@ -126,10 +126,12 @@ class RunDirectory:
             self._lock.release()
 
 
-def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+def find_finished(
+    config: Config, is_same_model: Callable[[dict[str, Any]], bool], on_wait: OnWait = not_at_all
+) -> dict[str, Any] | None:
     """The results of the complete run that --output_path holds, if it is what these flags ask for and nobody asks to replace it.
 
-    is_same_model: whether the model's files are still those of a manifest.
+    is_same_model: whether the model's files are still those of a manifest. on_wait: see `Lock`.
     Raises UserError if it holds a complete run of other flags or another model, or one without the samples that are asked for.
     """
     if not config.output_path:
@@ -156,7 +158,7 @@ def find_finished(config: Config, is_same_model: Callable[[dict[str, Any]], bool
     if status.read_status(directory).get("state") != status.DONE or (directory / JOURNALS).exists():
         # One was killed in its last steps or before it replaced this run, or is at work to do either.
         with contextlib.suppress(OSError):
-            lock = _take_lock(directory, lambda: None)
+            lock = _take_lock(directory, lambda: None, on_wait)
             try:
                 if not os.path.isfile(directory / write.MANIFEST):
                     return None
@@ -197,17 +199,17 @@ def _say_other_versions(directory: Path, manifest: dict[str, Any]) -> None:
         log.warning("the run in %s was made with %s", directory, versions)
 
 
-def open_directory(config: Config, on_lost: Any) -> RunDirectory:
+def open_directory(config: Config, on_lost: Callable[[], None], on_wait: OnWait = not_at_all) -> RunDirectory:
     """Take --output_path for this run: lock it, clear what may be replaced, keep what can be resumed.
 
-    on_lost: called from a thread when the directory or its lock goes away.
+    on_lost: called from a thread when the directory or its lock goes away. on_wait: see `Lock`.
     Raises UserError if it cannot be written, belongs to another run at work, or holds what may not be replaced.
     """
     assert config.output_path
     path = write.make_directory(config.output_path)
     _refuse_odd_names(path)
     try:
-        lock = _take_lock(path, on_lost)
+        lock = _take_lock(path, on_lost, on_wait)
     except OSError as error:
         raise write.unwritable(config.output_path, error) from error
     obeyed = is_obeyed(path)
@@ -237,8 +239,8 @@ def _refuse_odd_names(directory: Path) -> None:
         write.refuse_odd_files(journals, (_RUN,))
 
 
-def _take_lock(directory: Path, on_lost: Any) -> Lock:
-    lock = Lock(directory / LOCK, on_lost)
+def _take_lock(directory: Path, on_lost: Callable[[], None], on_wait: OnWait) -> Lock:
+    lock = Lock(directory / LOCK, on_lost, on_wait)
     try:
         lock.acquire()
     except Held as held:

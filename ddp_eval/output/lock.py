@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddp_eval.distributed import watchdog
 from ddp_eval.errors import UserError
 from ddp_eval.system import read_back
 from ddp_eval.system.launch_id import slurm_job
@@ -31,15 +30,27 @@ _MAX_BYTES = 2**16
 DYING_S = 4.0  # workers whose launcher was killed end within a second or two
 
 
+# Called while a lock is waited for: with what it is about once, then with None again and again.
+OnWait = Callable[[str | None], None]
+
+
+def not_at_all(detail: str | None) -> None:
+    """An OnWait that does nothing."""
+
+
 class Held(Exception):
     """Another process that is alive holds the lock. The text names it."""
 
 
 class Lock:
-    """Holds `path` from `acquire` to `release`. on_lost: called, once, from a thread, if the file goes away meanwhile."""
+    """Holds `path` from `acquire` to `release`.
 
-    def __init__(self, path: Path, on_lost: Callable[[], None]) -> None:
+    on_lost: called, once, from a thread, if the file goes away meanwhile. on_wait: see `OnWait`.
+    """
+
+    def __init__(self, path: Path, on_lost: Callable[[], None], on_wait: OnWait = not_at_all) -> None:
         self.path = path
+        self._on_wait = on_wait
         self._on_lost = on_lost
         self._me = {**_describe_process(), "token": uuid.uuid4().hex}
         self._released = threading.Event()
@@ -54,7 +65,7 @@ class Lock:
             holder, seen = _read(self.path)
             if holder is None:
                 continue
-            watchdog.renew(
+            self._on_wait(
                 f"{self.path} is held by process {holder.get('pid')} on {holder.get('host')}: looking whether that lives"
             )
             if _is_alive_here(holder) is None:
@@ -66,7 +77,7 @@ class Lock:
                 raise Held(f"process {holder.get('pid')} on {holder.get('host')}{job}")
             if stale and self._take_over(holder):
                 break
-        watchdog.renew("")
+        self._on_wait("")
         self._beating.start()
 
     def release(self) -> None:
@@ -116,7 +127,7 @@ class Lock:
                 return False
             if time.monotonic() > deadline:
                 return seen is not None
-            watchdog.renew()
+            self._on_wait(None)
             time.sleep(0.2)
 
     def _take_over(self, holder: dict[str, Any]) -> bool:

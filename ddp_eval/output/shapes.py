@@ -15,12 +15,11 @@ from pydantic import AfterValidator, ConfigDict, Field, Strict
 from pydantic_core import PydanticCustomError
 from typing_extensions import NotRequired, Required, TypedDict
 
-from ddp_eval.analysis.paired import TRANSFORMS
-from ddp_eval.analysis.read import arguments_of
 from ddp_eval.config import Config
 from ddp_eval.errors import one_line
+from ddp_eval.output.documents import TRANSFORMS, arguments_of
+from ddp_eval.output.irregular import DOCUMENTS, REQUESTS
 from ddp_eval.system.read_back import MAX_NESTING, show
-from ddp_eval.tasks.irregular import DOCUMENTS, REQUESTS
 
 _fields = pydantic.with_config(ConfigDict(strict=True, extra="allow"))
 _MAX_GROUPS_SHOWN = 100_000
@@ -238,7 +237,7 @@ class _Telemetry(TypedDict):
 
 def _check_samples(measured: dict[str, Any]) -> dict[str, Any]:
     """The rows of each rank's samples have the columns that there are to be."""
-    from ddp_eval.telemetry.summary import COLUMNS
+    from ddp_eval.telemetry.sampler import COLUMNS
 
     if measured["sample_columns"] != list(COLUMNS):
         raise _wrong(f"sample_columns must be {', '.join(COLUMNS)}, got {show(measured['sample_columns'])}")

@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -636,3 +637,16 @@ def _gather_runs(values: IntArray, begins: IntArray, lengths: IntArray) -> IntAr
     """Concatenate values[begin : begin + length] for each pair."""
     offsets = _offsets(lengths)
     return values[np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])]
+
+
+def fed_tokens(plan: Plan, pad: Callable[[np.ndarray], np.ndarray] = np.asarray) -> int:
+    """Tokens that all forwards of a plan take, padding included. pad: from packs' tokens to the lengths that they are fed in."""
+    if not plan.num_packs:
+        return 0
+    if not plan.rows:
+        return int(pad(np.diff(plan.token_starts)).sum())
+    roots = np.flatnonzero(plan.shared == 0)
+    row_lengths = np.maximum.reduceat(plan.lengths, roots).astype(np.int64)
+    first_rows = np.searchsorted(roots, plan.item_starts[:-1])
+    rows = np.diff([*first_rows, len(roots)])
+    return int((rows * np.maximum.reduceat(row_lengths, first_rows)).sum())

@@ -14,16 +14,9 @@ from ddp_eval.engines import vllm
 from ddp_eval.engines.hf import checkpoint, quantization
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import LAYERS, REPLICAS, Layout
-from ddp_eval.placement.memory import (
-    ModelSizes,
-    check_possible,
-    format_bytes,
-    measure_model,
-    memory_of_rank,
-    rank_bytes,
-    stage_spans,
-)
+from ddp_eval.placement.memory import ModelSizes, check_possible, measure_model, memory_of_rank, rank_bytes, stage_spans
 from ddp_eval.placement.speed import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
+from ddp_eval.system.text import format_bytes
 
 # What is reckoned with while the work is not known yet.
 TYPICAL = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)

@@ -15,8 +15,8 @@ import torch
 from ddp_eval.engines.ops import tree_attention
 from ddp_eval.layout import LAYERS, REPLICAS, TENSOR, Layout
 from ddp_eval.system import machine
+from ddp_eval.system.text import GIB
 
-GIB = 2**30
 # Kept free of each GPU: CUDA's context and libraries, and what the allocator cannot hand out.
 _CONTEXT_BYTES, _ALLOCATOR_SHARE = GIB, 0.95
 # While the mask of sliding layers is made, for each pair of tokens: a difference of int64, and what is seen twice.
@@ -163,15 +163,6 @@ def check_possible(whole: Any, layout: Layout) -> None:
         check_model(whole, layout.ranks_per_replica)
     elif layout.kind != REPLICAS:
         stage_spans(whole, layout)
-
-
-def format_bytes(count: int) -> str:
-    """For people.
-
-    >>> format_bytes(3 * 2**29), format_bytes(5 * 2**20)
-    ('1.5 GiB', '5.0 MiB')
-    """
-    return f"{count / GIB:,.1f} GiB" if abs(count) >= GIB else f"{count / 2**20:.1f} MiB"
 
 
 def usable_bytes(card_bytes: int) -> int:

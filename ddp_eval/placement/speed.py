@@ -10,6 +10,7 @@ import dataclasses
 
 from ddp_eval.layout import LAYERS, TENSOR, Layout
 from ddp_eval.placement.memory import ModelSizes
+from ddp_eval.system.text import count_packs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +59,6 @@ class Prediction:
     @property
     def total_s(self) -> float:
         return self.load_s + self.run_s
-
-
-def count_packs(count: int) -> str:
-    """For people.
-
-    >>> count_packs(1), count_packs(3000)
-    ('1 pack', '3,000 packs')
-    """
-    return f"{count:,} pack{'' if count == 1 else 's'}"
 
 
 def predict(

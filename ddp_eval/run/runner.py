@@ -15,16 +15,12 @@ rank 0                                             ranks 1 … N-1
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import gc
 import logging
 import os
-import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,31 +28,30 @@ import torch
 
 from ddp_eval import demo
 from ddp_eval import layout as layouts
-from ddp_eval.cli import flags
-from ddp_eval.config import Config, config_from_options
+from ddp_eval.config import Config
 from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.collectives import World
 from ddp_eval.distributed.messages import Followers, Journals, Load, await_begin, next_work
 from ddp_eval.engines import Engine, vllm
-from ddp_eval.engines.hf import adapters, checkpoint, limits
+from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.engines.hf import engine as hf
-from ddp_eval.engines.hf.draws import loading_for
-from ddp_eval.engines.load import brings_code, lay_out, load_replica, wrap_model
+from ddp_eval.engines.load import brings_code, lay_out, load_replica
+from ddp_eval.engines.ops.peak import peak_flops
 from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import status, write
+from ddp_eval.output import documents, status, write
 from ddp_eval.output.directory import RunDirectory
+from ddp_eval.output.irregular import log_irregular
 from ddp_eval.output.lm_eval_names import SECTION, choose_names
 from ddp_eval.packs.batches import NO_TOKEN, Prompts
-from ddp_eval.packs.plan import Plan, Requests
+from ddp_eval.packs.plan import Plan, Requests, fed_tokens
 from ddp_eval.placement.choose import check_texts, choose_layout, consider, ranks_of
 from ddp_eval.placement.memory import measure_model
 from ddp_eval.placement.speed import Amount
 from ddp_eval.run import nan_retry
 from ddp_eval.run.execute import Gathered, fill_slots, fill_texts, run_plan
 from ddp_eval.run.manifest import (
-    describe_loaded_model,
     describe_run,
     describe_steady_model,
     is_same_model,
@@ -69,9 +64,9 @@ from ddp_eval.run.self_check import Decision, ScorePlan, make_plan
 from ddp_eval.run.try_layouts import Seated, load_together, measure_layouts
 from ddp_eval.system import hub, machine
 from ddp_eval.tasks import trackers
-from ddp_eval.tasks.irregular import log_irregular
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry import summary
+from ddp_eval.telemetry.sampler import Sampler
 
 log = logging.getLogger("ddp_eval")
 
@@ -85,7 +80,7 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
     inspect: given, before anything is scored, what `_lead` knows of model and prompts; may raise UserError to stop the run.
     Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must mend.
     """
-    with summary.Sampler(world):
+    with Sampler(world.meter, world.device):
         if not world.is_leader:
             watchdog.step(watchdog.WAITING)
             if (begin := await_begin(world)) is None:
@@ -104,74 +99,10 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
             return outcome
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:
-    """Evaluate a loaded model on lm_eval tasks, on all ranks of the process group that the caller is in (or on none).
-
-    Every rank calls it with its own copy of the model (plain, DDP-wrapped or compiled). The model's training flags, the random
-    state and the process group are left as they were.
-
-    model:      a transformers model, causal or an encoder-decoder, on this rank's device.
-    tokenizer:  its tokenizer; only rank 0 uses it.
-    tasks:      lm_eval task names or task configs.
-    options:    fields of `Config` that are not about loading a model or resuming: num_fewshot, limit, output_path, include_path,
-                model_args={"max_length": …}, … They are the command's flags, and errors call them so. log_samples=True puts
-                the samples into the result, too.
-
-    Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
-    """
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    settings, notes = flags.read_options(options)
-    config = config_from_options(names, **settings)
-    bare = _unwrap(model)
-    collectives.warn_of_no_group(config.output_path)
-    world = collectives.adopt_group(next(bare.parameters()).device, "ddp_eval.evaluate", _describe_call(bare, config))
-    speaking = watchdog.speaking() if world.is_leader else contextlib.nullcontext()
-    try:
-        with (
-            _as_it_was(bare),
-            loading_for(config.seed, world.is_leader),
-            contextlib.closing(wrap_model(bare, world.device)) as engine,
-            summary.Sampler(world),
-            speaking,
-        ):
-            bare.eval()
-            if not world.is_leader:
-                follow(world, lambda world, layout: engine)
-                return None
-            for note in notes:
-                log.warning("%s", note)
-            with Followers(world) as followers:
-                _prepare_output(config)
-                followers.load(layouts.WHOLE_COPIES)
-                seated = Seated(world, layouts.WHOLE_COPIES, engine)
-                return _lead(config, None, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))
-    finally:
-        collectives.release_group(world)
-        gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
-
-
-def _describe_call(model: Any, config: Config) -> dict[str, str]:
-    """What all ranks must give alike to `evaluate`, as texts. Where results go is rank 0's own matter."""
-
-    def name_of(task: Any) -> str:
-        if isinstance(task, (str, Path)):
-            return str(task)
-        return str(task.get("task") if isinstance(task, dict) else getattr(task, "task_name", type(task).__name__))
-
-    own = ("tasks", "output_path", "overwrite", "include_path", "log_samples", "write_out", "cache_requests")
-    options = {field.name: repr(getattr(config, field.name)) for field in dataclasses.fields(config) if field.name not in own}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {
-        "model": f"{type(model).__name__} with {parameters:,} parameters in {getattr(model, 'dtype', 'no one type')}",
-        "tasks": ", ".join(map(name_of, config.tasks)),
-        **options,
-    }
-
-
 def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspect | None) -> dict[str, Any]:
     """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
     watchdog.step(f"looking into the run directory {config.output_path or ''}".rstrip())
-    finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args))
+    finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args), watchdog.renew)
     if finished is not None:
         log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
         warn_of_not_finite(finished["ddp_eval"].get("not_finite", {}))
@@ -180,7 +111,7 @@ def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspe
     if not config.output_path:
         followers.begin(None)
         return _load_and_lead(config, None, world, followers, inspect)
-    directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)))
+    directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)), watchdog.renew)
     watchdog.of_run(directory.path)
     watchdog.before_leaving(directory.close)
     with contextlib.closing(directory):
@@ -240,11 +171,6 @@ def _source(config: Config) -> str:
     """Where the model comes from, for those who wait for it."""
     name = str(config.model_args.get("pretrained") or "")
     return name if not name or name == "demo" or os.path.isabs(name) else hub.describe_source(name)
-
-
-def _prepare_output(config: Config) -> None:
-    if config.output_path:
-        write.prepare_directory(config.output_path, config.overwrite)
 
 
 def _lead(
@@ -389,7 +315,7 @@ def _lead(
         outcome.results["ddp_eval"][SECTION] = choose_names(outcome.results)
 
     def measure() -> dict[str, Any]:
-        peak = summary.peak_flops(world.device, get_seated().engine.dtype)
+        peak = peak_flops(world.device, get_seated().engine.dtype)
         measured = summary.summarize(followers.measure(), {**facts, **costs, "peak": peak})
         world.meter.reset()
         return measured
@@ -400,7 +326,7 @@ def _lead(
         if config.output_path:
             watchdog.step("writing the results")
             if not config.predict_only:
-                write.write_documents(config.output_path, harness.describe_documents(samples))
+                write.write_documents(config.output_path, documents.describe_documents(samples))
             more = {name: outcome.prompts[name] for name in ("prompts_by_task", "documents_by_task")}
             more |= {"task_files": outcome.task_files, "resumed_packs": resumed[0]}
             manifest = describe_run(config, world, outcome.results, {**facts, **more}, get_digests())
@@ -487,7 +413,7 @@ def _describe_costs(plan: Plan, seated: Seated, model_config: Any) -> dict[str, 
     pair, read = hf.flops_of_pair_and_read(model_config.get_text_config())
     return {
         "weights_bytes": seated.engine.describe()["parameters"] * seated.engine.dtype.itemsize,
-        "fed_tokens": summary.fed_tokens(plan, pad),
+        "fed_tokens": fed_tokens(plan, pad),
         "ranks_per_replica": seated.world.ranks_per_replica,
         "flops_per_token": seated.engine.flops_per_token() / seated.world.ranks_per_replica,
         "flops_per_pair": pair / seated.world.ranks_per_replica,
@@ -519,38 +445,3 @@ def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:
         future.set_result(make())
     except BaseException as error:  # the waiting thread raises it
         future.set_exception(error)
-
-
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside DDP, torch.compile or PEFT wrappers. Raises UserError for sharded ones."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
-            model = model.module
-        elif type(model).__module__.startswith("peft."):
-            model = adapters.unwrap(model)
-        else:
-            break
-    if (
-        any(hasattr(parameter, "placements") for parameter in model.parameters())
-        or "FullyShardedDataParallel" in type(model).__name__
-    ):
-        raise UserError("the model is sharded over ranks (FSDP or tensor parallel): evaluate needs a whole copy on every rank")
-    return model
-
-
-@contextlib.contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """Put back every module's training flag and the random state of Python, numpy and torch."""
-    training = [(module, module.training) for module in model.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            for module, flag in training:
-                module.training = flag

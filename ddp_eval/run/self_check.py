@@ -8,18 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ddp_eval.distributed.collectives import LostContact
-from ddp_eval.engines import Engine
+from ddp_eval.engines import ROUNDING, Engine
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import IntArray, Plan, Requests, build_pack, plan_one_tree, plan_packs, plan_rows, requests_from_lists
 
 log = logging.getLogger("ddp_eval")
-
-# Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
-ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
 
 
 class Decision(NamedTuple):

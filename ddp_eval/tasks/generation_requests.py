@@ -14,9 +14,10 @@ import numpy as np
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import handle_arg_string
 
+from ddp_eval.config import read_think_end
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packs.batches import Prompts, Settings, as_bytes
-from ddp_eval.tasks.reasoning import finish_answer, read_think_end
+from ddp_eval.tasks.reasoning import finish_answer
 from ddp_eval.tasks.tokenization import Encoder
 
 MAX_GEN_TOKS = 256  # lm_eval's default

@@ -38,17 +38,15 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, hash_string, make_table, sanitize_model_name
 
 from ddp_eval import demo
-from ddp_eval.analysis.read import document_metrics, shared_context
 from ddp_eval.config import Config
 from ddp_eval.distributed import watchdog
-from ddp_eval.engines.hf.limits import OutOfRange
-from ddp_eval.errors import UserError, one_line
+from ddp_eval.errors import OutOfRange, UserError, one_line
+from ddp_eval.output import irregular
 from ddp_eval.output.write import Scores, Texts
 from ddp_eval.packs.batches import NO_TOKEN, Prompts
 from ddp_eval.packs.plan import Requests, concatenate
 from ddp_eval.system import environment, hub
 from ddp_eval.system.digests import as_record, digest_strings
-from ddp_eval.tasks import irregular
 from ddp_eval.tasks.generation_requests import Asked
 from ddp_eval.tasks.index import Leaf, check_once, drop_members, is_complete
 from ddp_eval.tasks.index_cache import reuse_index
@@ -196,26 +194,6 @@ def _hash_samples(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
         task: hash_string("".join(one["doc_hash"] + one["prompt_hash"] + one["target_hash"] for one in rows))
         for task, rows in samples.items()
     }
-
-
-def describe_documents(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of documents.parquet from lm_eval's samples: every metric of every document that is a number, or two."""
-    return [
-        {
-            "task": task,
-            "doc_id": sample["doc_id"],
-            "filter": sample["filter"],
-            "metric": metric,
-            "value": value,
-            "weight": weight,
-            "prompt_hash": sample["prompt_hash"],
-            "context_hash": shared_context(sample["doc"]),
-            "doc_hash": sample["doc_hash"],
-        }
-        for task, samples_of_task in samples.items()
-        for sample in samples_of_task
-        for metric, value, weight in document_metrics(sample)
-    ]
 
 
 def describe_prompts(instances: Sequence[Instance], tasks: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,8 @@ import transformers
 from lm_eval.models.utils import has_bos_prefix
 
 from ddp_eval import layout
-from ddp_eval.config import Config
+from ddp_eval.config import Config, read_think_end
 from ddp_eval.tasks.generation_requests import MAX_GEN_TOKS
-from ddp_eval.tasks.reasoning import read_think_end
 from ddp_eval.tasks.tokenization import Encoder
 
 _LOADS = "the model is loaded by then: give arguments to ddp_eval.lm.launch"

@@ -9,19 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ddp_eval.errors import UserError
-
-ThinkEnd = str | int | None
-
-
-def read_think_end(model_args: Mapping[str, Any]) -> ThinkEnd:
-    """The end of thinking: a token id (digits count as one), a string, or None. Raises UserError for anything else."""
-    end = model_args.get("think_end_token")
-    if isinstance(end, str):
-        return int(end) if end.isdecimal() and len(end) < 20 else end or None
-    if end is not None and (isinstance(end, bool) or not isinstance(end, int)):
-        raise UserError(f"model_args think_end_token must be a string or a token id, got {end}")
-    return end
+from ddp_eval.config import ThinkEnd
 
 
 def template_arguments(model_args: Mapping[str, Any]) -> dict[str, Any]:

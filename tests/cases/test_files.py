@@ -23,8 +23,8 @@ import pytest
 from ddp_eval.analysis import plots
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.read import read_run
+from ddp_eval.analysis.verdict import format_comparison
 from ddp_eval.cli import flags, reproduce
-from ddp_eval.cli.compare import format_comparison
 from ddp_eval.config import Config
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import UserError, printable

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
+from ddp_eval.api import config_from_options, evaluate
 from ddp_eval.cli import validate
-from ddp_eval.config import config_from_options
 from ddp_eval.errors import UserError
-from ddp_eval.run.runner import evaluate
 from ddp_eval.tasks import harness
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases

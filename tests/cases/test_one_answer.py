@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from ddp_eval.api import config_from_options
 from ddp_eval.cli import flags, plan, validate
-from ddp_eval.config import Config, config_from_options
+from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 from ddp_eval.lm import DDPEvalLM

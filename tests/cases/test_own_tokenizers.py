@@ -18,9 +18,9 @@ from test_tokenization import encode_with_lm_eval, rows_of
 
 import ddp_eval
 from ddp_eval.engines.hf import checkpoint
+from ddp_eval.system.tokenizer_calls import is_plain
 from ddp_eval.tasks import tokenization
 from ddp_eval.tasks.text_cuts import Cuts
-from ddp_eval.tasks.tokenizer_calls import is_plain
 
 # What an author may write; each does to a text or to ids what its counterpart in transformers does not.
 METHODS = {

@@ -25,7 +25,8 @@ from ddp_eval.analysis import report
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.matching import Identity, pair
 from ddp_eval.analysis.read import read_run
-from ddp_eval.cli.compare import list_notes, main
+from ddp_eval.analysis.verdict import list_notes
+from ddp_eval.cli.compare import main
 from ddp_eval.output import write
 
 TWO_FILTERS = """\

@@ -19,6 +19,7 @@ import transformers
 from case_tools import answers_of, by_lm_eval, write_task
 
 import ddp_eval
+from ddp_eval import errors
 from ddp_eval.cli import plan
 from ddp_eval.engines.hf import checkpoint, config_check, limits
 from ddp_eval.errors import UserError
@@ -174,7 +175,7 @@ def test_ids_at_the_edges() -> None:
         rows = limits.Limits(fed, predicted, None, None)
         try:
             limits._check_ids(requests_from_lists(tokens, targets), NO_PROMPTS, rows, is_pair)
-        except limits.OutOfRange as found:
+        except errors.OutOfRange as found:
             return found.index, found.token
         return None
 

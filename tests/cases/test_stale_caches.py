@@ -25,11 +25,10 @@ from lm_eval.tasks import _factory, _yaml_loader
 
 from ddp_eval.analysis.difference import differences
 from ddp_eval.analysis.read import Run
-from ddp_eval.config import config_from_options
+from ddp_eval.api import config_from_options, evaluate
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory
-from ddp_eval.run.runner import evaluate
 from ddp_eval.system import compile_cache
 from ddp_eval.tasks import harness
 from ddp_eval.tasks.task_sources import reading_anew

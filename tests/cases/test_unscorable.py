@@ -22,7 +22,8 @@ import ddp_eval
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.read import read_run
 from ddp_eval.lm import launch
-from ddp_eval.tasks import irregular, tokenization
+from ddp_eval.output import irregular
+from ddp_eval.tasks import tokenization
 from ddp_eval.tasks.tokenization import Encoder
 
 TOLERANCE_NATS = 1e-4

@@ -26,14 +26,15 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import handle_arg_string
 
 from ddp_eval import demo
+from ddp_eval.api import config_from_options
 from ddp_eval.cli import flags
-from ddp_eval.cli.values import convert_value
-from ddp_eval.config import Config, config_from_options
+from ddp_eval.config import Config
 from ddp_eval.distributed import collectives
 from ddp_eval.errors import UserError
 from ddp_eval.tasks import harness
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
+from ddp_eval.values import convert_value
 
 BASE = ["--model_args", "pretrained=m", "--tasks", "t"]
 WORDS = "-7 +7 7 007 none None NONE true False 1e3 -1e-3 1_000 0x10 inf nan - +-5 ² ٣ (1,) '7' </think> 1.2.3 b'x' a=b"

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddp_eval.engines import ROUNDING
 from ddp_eval.engines.hf import generate_one
 from ddp_eval.engines.ops import tree_attention
 from ddp_eval.engines.ops.masks import LayerRule, layer_rules
@@ -30,7 +31,6 @@ from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import one_line
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, Sizes, as_bytes, common
 from ddp_eval.packs.plan import IntArray
-from ddp_eval.run.self_check import ROUNDING
 
 if TYPE_CHECKING:
     from ddp_eval.engines.hf import engine as hf

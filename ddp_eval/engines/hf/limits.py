@@ -17,7 +17,7 @@ import torch
 
 from ddp_eval.engines import Engine
 from ddp_eval.engines.hf import checkpoint
-from ddp_eval.errors import UserError
+from ddp_eval.errors import OutOfRange, UserError
 from ddp_eval.packs.batches import Prompts
 from ddp_eval.packs.plan import Requests
 
@@ -39,21 +39,6 @@ class Limits(NamedTuple):
     predicted: int | None
     positions: int | None
     answer: int | None
-
-
-class OutOfRange(Exception):
-    """A request or prompt that the model has no row for. Whoever knows its task makes a sentence of it.
-
-    index: of the request, or, with `is_prompt`, of the prompt. token: the id; None where it is the length that is too much.
-    sentence: what is wrong, to be followed by where.
-    """
-
-    def __init__(self, index: int, is_prompt: bool, token: int | None, sentence: str) -> None:
-        super().__init__(sentence)
-        self.index = index
-        self.is_prompt = is_prompt
-        self.token = token
-        self.sentence = sentence
 
 
 def limits_of(model: Any, is_pair: bool = False) -> Limits:

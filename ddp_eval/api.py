@@ -1,0 +1,157 @@
+"""`ddp_eval.evaluate`: the evaluation of a loaded model, called on every rank of a training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import gc
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddp_eval import layout as layouts
+from ddp_eval.cli import flags
+from ddp_eval.config import TRACKER_FLAGS, Config
+from ddp_eval.distributed import collectives, watchdog
+from ddp_eval.distributed.messages import Followers
+from ddp_eval.engines.hf import adapters
+from ddp_eval.engines.hf.draws import loading_for
+from ddp_eval.engines.load import wrap_model
+from ddp_eval.errors import UserError
+from ddp_eval.output import write
+from ddp_eval.run.manifest import (
+    describe_loaded_model,
+)
+from ddp_eval.run.runner import _lead, follow, log
+from ddp_eval.run.try_layouts import Seated
+from ddp_eval.telemetry.sampler import Sampler
+
+
+def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:
+    """Evaluate a loaded model on lm_eval tasks, on all ranks of the process group that the caller is in (or on none).
+
+    Every rank calls it with its own copy of the model (plain, DDP-wrapped or compiled). The model's training flags, the random
+    state and the process group are left as they were.
+
+    model:      a transformers model, causal or an encoder-decoder, on this rank's device.
+    tokenizer:  its tokenizer; only rank 0 uses it.
+    tasks:      lm_eval task names or task configs.
+    options:    fields of `Config` that are not about loading a model or resuming: num_fewshot, limit, output_path, include_path,
+                model_args={"max_length": …}, … They are the command's flags, and errors call them so. log_samples=True puts
+                the samples into the result, too.
+
+    Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
+    """
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    settings, notes = flags.read_options(options)
+    config = config_from_options(names, **settings)
+    bare = _unwrap(model)
+    collectives.warn_of_no_group(config.output_path)
+    world = collectives.adopt_group(next(bare.parameters()).device, "ddp_eval.evaluate", _describe_call(bare, config))
+    speaking = watchdog.speaking() if world.is_leader else contextlib.nullcontext()
+    try:
+        with (
+            _as_it_was(bare),
+            loading_for(config.seed, world.is_leader),
+            contextlib.closing(wrap_model(bare, world.device)) as engine,
+            Sampler(world.meter, world.device),
+            speaking,
+        ):
+            bare.eval()
+            if not world.is_leader:
+                follow(world, lambda world, layout: engine)
+                return None
+            for note in notes:
+                log.warning("%s", note)
+            with Followers(world) as followers:
+                _prepare_output(config)
+                followers.load(layouts.WHOLE_COPIES)
+                seated = Seated(world, layouts.WHOLE_COPIES, engine)
+                return _lead(config, None, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))
+    finally:
+        collectives.release_group(world)
+        gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
+
+
+def _describe_call(model: Any, config: Config) -> dict[str, str]:
+    """What all ranks must give alike to `evaluate`, as texts. Where results go is rank 0's own matter."""
+
+    def name_of(task: Any) -> str:
+        if isinstance(task, (str, Path)):
+            return str(task)
+        return str(task.get("task") if isinstance(task, dict) else getattr(task, "task_name", type(task).__name__))
+
+    own = ("tasks", "output_path", "overwrite", "include_path", "log_samples", "write_out", "cache_requests")
+    options = {field.name: repr(getattr(config, field.name)) for field in dataclasses.fields(config) if field.name not in own}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "model": f"{type(model).__name__} with {parameters:,} parameters in {getattr(model, 'dtype', 'no one type')}",
+        "tasks": ", ".join(map(name_of, config.tasks)),
+        **options,
+    }
+
+
+def _prepare_output(config: Config) -> None:
+    if config.output_path:
+        write.prepare_directory(config.output_path, config.overwrite)
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside DDP, torch.compile or PEFT wrappers. Raises UserError for sharded ones."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            model = model.module
+        elif type(model).__module__.startswith("peft."):
+            model = adapters.unwrap(model)
+        else:
+            break
+    if (
+        any(hasattr(parameter, "placements") for parameter in model.parameters())
+        or "FullyShardedDataParallel" in type(model).__name__
+    ):
+        raise UserError("the model is sharded over ranks (FSDP or tensor parallel): evaluate needs a whole copy on every rank")
+    return model
+
+
+@contextlib.contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Put back every module's training flag and the random state of Python, numpy and torch."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            for module, flag in training:
+                module.training = flag
+
+
+def config_from_options(tasks: list[Any], **options: Any) -> Config:
+    """A Config from the options that a caller of `evaluate` gave. Raises UserError for one that does not exist there."""
+    known = [field.name for field in dataclasses.fields(Config) if field.name not in {"tasks", *_OF_COMMANDS}]
+    for name in options:
+        if name in _OF_COMMANDS:
+            raise UserError(f"evaluate takes no option {name}, which is for the command: the model is loaded, the ranks have met")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"evaluate takes no option {name}: {hint}")
+    from ddp_eval.cli import flags  # which knows Config
+
+    return Config(tasks=tasks, **flags.convert_options(options))
+
+
+# Of no use to a caller of the API, who has a loaded model and a process of his own.
+_OF_COMMANDS = (
+    "model", "device", "fresh", "show_config", "trust_remote_code", "layout", "load", "preflight", "timeout", *TRACKER_FLAGS,
+)  # fmt: skip

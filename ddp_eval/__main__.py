@@ -28,7 +28,7 @@ from ddp_eval.output import status
 from ddp_eval.tasks import trackers
 
 if TYPE_CHECKING:
-    from ddp_eval.distributed.collectives import World
+    from ddp_eval.distributed.world import World
     from ddp_eval.run.preflight import Passed
 
 _DEATH_S = 1.0
@@ -135,17 +135,19 @@ def _run(config: Config, notes: list[str], watching: watchdog.Watch, inspect: In
 
 
 def _join_and_run(config: Config, notes: list[str], watching: watchdog.Watch, inspect: Inspect | None) -> None:
-    from ddp_eval.distributed import collectives
+    from ddp_eval.distributed import collectives, launch_environment
+    from ddp_eval.distributed import world as world_module
+    from ddp_eval.distributed.store import common_store, report_once
     from ddp_eval.run import preflight
 
     try:
         trackers.check_installed(config)
         watchdog.step(watchdog.WAITING)
         checks = preflight.check_if_due(config)
-        world = collectives.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
-        store, local_ranks = collectives.common_store(world), collectives.local_ranks(world)
+        world = world_module.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
+        store, local_ranks = common_store(world), world_module.local_ranks(world)
         watching.join_ranks(
-            world.rank, store, world.pids, local_ranks, config.timeout, functools.partial(collectives.report_once, shared=True)
+            world.rank, store, world.pids, local_ranks, config.timeout, functools.partial(report_once, shared=True)
         )
         checks = checks or preflight.check_if_due(config)
         if checks is not None:
@@ -168,14 +170,14 @@ def _join_and_run(config: Config, notes: list[str], watching: watchdog.Watch, in
     except collectives.LostContact as error:
         # Ranks on the node of the one that died know more; the launcher may be a moment late to see it go.
         sentence = watching.await_death(_DEATH_S) or str(error)
-        collectives.report_once(sentence, shared=True)
+        report_once(sentence, shared=True)
         time.sleep(2)  # let the launcher see the rank that failed first go first
         watchdog.leave(1, status.FAILED, sentence, first_hand=False)
     except Exception as error:
-        collectives.report_once(watchdog.note_failure(collectives.launch_rank(), error))  # before other ranks see this one die
+        report_once(watchdog.note_failure(launch_environment.launch_rank(), error))  # before other ranks see this one die
         raise
     watching.stop()
-    collectives.leave_group(world)
+    world_module.leave_group(world)
     if results is not None:
         with contextlib.suppress(BrokenPipeError):  # whoever read it has gone; the run is in its directory
             _show(config, results)
@@ -197,17 +199,17 @@ def _show(config: Config, results: dict[str, Any]) -> None:
 
 def _report_checks(checks: Passed, speed: str, world: World) -> None:
     """The end of --preflight: a line for each node, printed by rank 0."""
-    from ddp_eval.distributed import collectives
+    from ddp_eval.distributed import world as world_module
 
-    collectives.leave_group(world)
+    world_module.leave_group(world)
     for line in checks.lines:
         print(line)
     print(f"ddp_eval: the node checks passed; {speed}")
 
 
 def _report_and_leave(error: UserError) -> NoReturn:
-    from ddp_eval.distributed.collectives import report_once
     from ddp_eval.distributed.meeting import NotMet
+    from ddp_eval.distributed.store import report_once
 
     report_once(str(error), shared=isinstance(error, NotMet))
     watchdog.leave(2, status.FAILED, str(error))

@@ -17,8 +17,9 @@ import torch
 from ddp_eval import layout as layouts
 from ddp_eval.cli import flags
 from ddp_eval.config import TRACKER_FLAGS, Config
-from ddp_eval.distributed import collectives, watchdog
+from ddp_eval.distributed import watchdog
 from ddp_eval.distributed.messages import Followers
+from ddp_eval.distributed.world import adopt_group, release_group, warn_of_no_group
 from ddp_eval.engines.hf import adapters
 from ddp_eval.engines.hf.draws import loading_for
 from ddp_eval.engines.load import wrap_model
@@ -51,8 +52,8 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     settings, notes = flags.read_options(options)
     config = config_from_options(names, **settings)
     bare = _unwrap(model)
-    collectives.warn_of_no_group(config.output_path)
-    world = collectives.adopt_group(next(bare.parameters()).device, "ddp_eval.evaluate", _describe_call(bare, config))
+    warn_of_no_group(config.output_path)
+    world = adopt_group(next(bare.parameters()).device, "ddp_eval.evaluate", _describe_call(bare, config))
     speaking = watchdog.speaking() if world.is_leader else contextlib.nullcontext()
     try:
         with (
@@ -74,7 +75,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
                 seated = Seated(world, layouts.WHOLE_COPIES, engine)
                 return _lead(config, None, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))
     finally:
-        collectives.release_group(world)
+        release_group(world)
         gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
 
 

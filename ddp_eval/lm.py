@@ -30,14 +30,15 @@ from lm_eval.models.utils import configure_pad_token
 from ddp_eval import layout as layouts
 from ddp_eval.cli import flags as cli
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives, watchdog
+from ddp_eval.distributed import launch_environment, watchdog
 from ddp_eval.distributed.messages import Followers
+from ddp_eval.distributed.world import adopt_group, check_in, choose_device, join_group, leave_group, occupy, release_group
 from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.output import write
 from ddp_eval.packs.batches import NO_PROMPTS, Prompts
-from ddp_eval.packs.plan import Requests
+from ddp_eval.packs.requests import Requests
 from ddp_eval.placement.choose import check_texts, choose_layout
 from ddp_eval.run import nan_retry
 from ddp_eval.run.execute import fill_slots, fill_texts, run_plan
@@ -137,7 +138,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         global _open_model
         if self._world.world_size > 1:
             _open_model = self
-            collectives.occupy(_OPEN_BY_NAME if self._by_name else _OPEN)
+            occupy(_OPEN_BY_NAME if self._by_name else _OPEN)
         atexit.register(self.close)
 
     @classmethod
@@ -156,15 +157,15 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         call = {name: repr(getattr(config, name)) for name in ("loader_args", "layout", "load", "device")}
         borrowed = dist.is_available() and dist.is_initialized()
         if borrowed:
-            world = collectives.adopt_group(collectives.choose_device(device, collectives.launch_local_rank()), caller, call)
+            world = adopt_group(choose_device(device, launch_environment.launch_local_rank()), caller, call)
         else:
-            world = collectives.join_group(device, config.timeout)
+            world = join_group(device, config.timeout)
         self._world, self._borrowed, self._followers = world, borrowed, Followers(world, stays=True)
         try:
             if not borrowed:
-                collectives.check_in(world.rank, world.world_size, caller, call)
+                check_in(world.rank, world.world_size, caller, call)
         except UserError:  # on all ranks
-            collectives.leave_group(world)
+            leave_group(world)
             raise
 
     def _take_over(self, device: str | None) -> bool:
@@ -172,7 +173,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         before = _open_model
         if before is None or not before._by_name:
             return False
-        chosen = collectives.choose_device(device, before._world.local_rank)
+        chosen = choose_device(device, before._world.local_rank)
         if chosen.type != before._world.device.type:
             raise UserError(
                 f"all models that lm_eval opens by name run on the first one's device, {before._world.device.type}, got {device}"
@@ -225,13 +226,13 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         self._quiet.close()
         if _open_model is not None:
             _open_model = None
-            collectives.occupy(_ENDED if self._by_name else None)
+            occupy(_ENDED if self._by_name else None)
         if self._world.is_leader:
             followers.__exit__(type(error), error, None)
         if self._borrowed:
-            collectives.release_group(self._world)
+            release_group(self._world)
         else:
-            collectives.leave_group(self._world)
+            leave_group(self._world)
 
     def __enter__(self) -> DDPEvalLM:
         return self

@@ -234,7 +234,8 @@ def measure_peak(model: Any) -> float:
 
 def count_useful(engine: Any, requests: Any) -> dict[str, float]:
     """Distinct tokens, visible pairs and reads of all requests as one prefix tree, and the operations they need."""
-    from ddp_eval.packs.plan import build_pack, plan_one_tree
+    from ddp_eval.packs.cut import plan_one_tree
+    from ddp_eval.packs.plan import build_pack
 
     tree = build_pack(plan_one_tree(requests)[0], 0)
     cost = engine.cost_model()

@@ -110,7 +110,9 @@ def requests_of(model: Any, tokenizer: Any, task: str, include_path: str | None)
 def run_variant(name: str, model: Any, device: Any, requests: Any) -> tuple[float, int]:
     """Seconds to plan and run, and tokens that went through the model."""
     from ddp_eval.engines.hf.engine import HFEngine
+    from ddp_eval.packs import cut
     from ddp_eval.packs import plan as packing
+    from ddp_eval.packs.rows import plan_rows
 
     with contextlib.closing(HFEngine(model, device, keep_attention=name == "few-shot")) as engine:
         shortcuts = engine._shortcuts  # the model is asked before the clock starts
@@ -119,15 +121,15 @@ def run_variant(name: str, model: Any, device: Any, requests: Any) -> tuple[floa
         started = time.perf_counter()
         if name in ("padded", "reads only"):
             few_reads, padding = max(1, 2**28 // engine.vocab_size), engine.cost_model().most_padding
-            plan, _ = packing.plan_rows(requests, engine.max_tokens(), few_reads, most_padding=padding)
+            plan, _ = plan_rows(requests, engine.max_tokens(), few_reads, most_padding=padding)
         elif name == "choices":
-            with unittest.mock.patch.object(packing, "_sort_and_share", share_contexts(packing._sort_and_share)):
-                plan, _ = packing.plan_packs(requests, engine.cost_model(), engine.max_tokens(), engine.max_reads())
+            with unittest.mock.patch.object(cut, "_sort_and_share", share_contexts(cut._sort_and_share)):
+                plan, _ = cut.plan_packs(requests, engine.cost_model(), engine.max_tokens(), engine.max_reads())
         elif name == "cost":
-            plan, _ = packing.plan_packs(requests, engine.cost_model(), engine.max_tokens(), engine.max_reads())
+            plan, _ = cut.plan_packs(requests, engine.cost_model(), engine.max_tokens(), engine.max_reads())
         else:
-            few = packing.CostModel(forward=1e30, dense=False)
-            plan, _ = packing.plan_packs(requests, few, 4096, max(1, 2**28 // engine.vocab_size))
+            few = cut.CostModel(forward=1e30, dense=False)
+            plan, _ = cut.plan_packs(requests, few, 4096, max(1, 2**28 // engine.vocab_size))
         for index in range(plan.num_packs):
             engine.collect(engine.launch(packing.build_pack(plan, index)))
         return time.perf_counter() - started, len(plan.tokens)

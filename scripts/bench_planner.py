@@ -30,7 +30,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from ddp_eval.packs.plan import CostModel, Pack
+    from ddp_eval.packs.cut import CostModel
+    from ddp_eval.packs.plan import Pack
 
 MILLIONS = [1, 4, 16, 64, 256]
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def make_requests(millions: float):
-    from ddp_eval.packs.plan import Requests
+    from ddp_eval.packs.requests import Requests
 
     random = np.random.default_rng(0)
     length = PREFIX + QUESTION + 1
@@ -81,7 +82,8 @@ def make_requests(millions: float):
 
 
 def measure(millions: float, dense: bool) -> dict:
-    from ddp_eval.packs.plan import CostModel, build_pack, plan_packs
+    from ddp_eval.packs.cut import CostModel, plan_packs
+    from ddp_eval.packs.plan import build_pack
 
     requests = make_requests(millions)
     cost = CostModel(

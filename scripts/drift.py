@@ -25,7 +25,7 @@ import transformers
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.read import read_run
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives
+from ddp_eval.distributed.world import join_group
 from ddp_eval.engines.hf.checkpoint import resolve_pretrained
 from ddp_eval.output import write
 from ddp_eval.run import runner
@@ -62,7 +62,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    world = collectives.join_group("cpu")
+    world = join_group("cpu")
     checkpoints = {"float32": options.model, "bfloat16": str(save_in_half(options.model, scratch / "half"))}
     places: dict[str, Path] = {}
     rows = []

@@ -113,7 +113,7 @@ def work(notes: Path) -> None:
     import lm_eval.evaluator
 
     from ddp_eval.cli import flags as cli
-    from ddp_eval.distributed import collectives
+    from ddp_eval.distributed.world import join_group, leave_group
     from ddp_eval.run import execute, runner
     from ddp_eval.tasks import harness
 
@@ -130,12 +130,12 @@ def work(notes: Path) -> None:
 
     if len(configs) == 1:
         execute._launch = launch_and_sample
-    world = collectives.join_group()
+    world = join_group()
     for config in configs:
         runner.run(config, world)
         gc.collect()  # modules and tasks refer to each other in circles
         samples.append(resident_mb())
-    collectives.leave_group(world)
+    leave_group(world)
     (notes / f"{world.rank}.json").write_text(json.dumps(samples))
 
 

@@ -16,7 +16,7 @@ import torch
 from ddp_eval import demo
 from ddp_eval.api import evaluate
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
 from ddp_eval.output.write import read_scores
 from ddp_eval.run.manifest import describe_model, see_model

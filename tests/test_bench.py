@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval.packs.plan import CostModel, requests_from_lists
+from ddp_eval.packs.cut import CostModel
+from ddp_eval.packs.requests import requests_from_lists
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench

@@ -19,7 +19,9 @@ from ddp_eval.engines.hf.engine import HFEngine
 from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 from ddp_eval.packs import batches
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, build_batch
-from ddp_eval.packs.plan import build_pack, plan_one_tree, requests_from_lists
+from ddp_eval.packs.cut import plan_one_tree
+from ddp_eval.packs.plan import build_pack
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import nan_retry
 from ddp_eval.run.self_check import Decision, make_plan
 
@@ -273,7 +275,7 @@ def _generate(model: Any, batch: Batch, tokenizer: Any) -> list[list[int]]:
 def test_a_finished_run_still_says_so(poisoned: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Catches metrics over NaN that the same command shows again, on its finished directory, as if nothing were wrong."""
     from ddp_eval.config import Config
-    from ddp_eval.distributed.collectives import join_group
+    from ddp_eval.distributed.world import join_group
     from ddp_eval.run import runner
 
     tokenizer = tiny_models.make_tokenizer(model_max_length=512)

@@ -13,7 +13,7 @@ import tiny_models
 import torch
 
 import ddp_eval
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import decode
 from ddp_eval.engines.hf.engine import HFEngine
 from ddp_eval.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from torch.utils import collect_env
 
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import join_group
+from ddp_eval.distributed.world import join_group
 from ddp_eval.run import runner
 from ddp_eval.system import environment
 

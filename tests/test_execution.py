@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.errors import UserError, is_out_of_memory
-from ddp_eval.packs.plan import Pack, build_pack, plan_one_tree, requests_from_lists
+from ddp_eval.packs.cut import plan_one_tree
+from ddp_eval.packs.plan import Pack, build_pack
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import execute
 
 CPU = torch.device("cpu")

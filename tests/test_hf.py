@@ -25,8 +25,10 @@ from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import logprobs, masks, tree_attention
 from ddp_eval.errors import UserError
-from ddp_eval.packs import plan as plan_module
-from ddp_eval.packs.plan import CostModel, Plan, Requests, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.packs.cut import CostModel, plan_packs
+from ddp_eval.packs.plan import Plan, build_pack, fed_tokens
+from ddp_eval.packs.requests import Requests, requests_from_lists
+from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import self_check
 from ddp_eval.run.self_check import check_packs, cut_packs, make_plan
 
@@ -551,7 +553,7 @@ def test_rows_are_cut_by_their_padding(tiny_model: Callable[..., Any], monkeypat
     engine = hf.HFEngine(tiny_model("llama"), CPU)
     requests = requests_from_lists([[number, length, *range(2, length)] for number in range(30) for length in (5, 50)], [2] * 60)
     plan = make_plan(engine, requests, packing=False, max_pack_tokens=None).plan
-    padding = plan_module.fed_tokens(plan) - len(plan.tokens)
+    padding = fed_tokens(plan) - len(plan.tokens)
     assert plan.rows and plan.num_packs > 1 and padding <= plan.num_packs * engine.cost_model().most_padding
     monkeypatch.setattr(engine, "keeps_apart", True)
     assert make_plan(engine, requests, packing=False, max_pack_tokens=None).plan.num_packs == 1

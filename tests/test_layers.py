@@ -9,10 +9,14 @@ import torch
 import transformers
 
 from ddp_eval.distributed import collectives
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, pipeline_parallel
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.errors import UserError
-from ddp_eval.packs.plan import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.packs.cut import CostModel, plan_packs
+from ddp_eval.packs.plan import build_pack
+from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.packs.rows import plan_rows
 
 SHAPE = {**tiny_models._SHAPE, "num_hidden_layers": 5}
 SMALL = tiny_models._SMALL
@@ -102,7 +106,7 @@ def run_engines(engines, plan):
 def load_stages(model_args, stages):
     config = checkpoint.load_config(model_args)
     device = torch.device("cpu")
-    worlds = [collectives.World(rank, rank, stages, device, ranks_per_replica=stages) for rank in range(stages)]
+    worlds = [World(rank, rank, stages, device, ranks_per_replica=stages) for rank in range(stages)]
     return [pipeline_parallel.load_layers_engine(model_args, config, world) for world in worlds]
 
 

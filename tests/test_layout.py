@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddp_eval.distributed import collectives
+from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
 from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout, fixed_layout, possible_layouts, split_layers
 
@@ -33,7 +34,7 @@ def test_ranks_that_do_not_divide():
 def test_packs_are_dealt_to_replicas():
     """Catches two ranks of one replica with different packs, and packs that fall between replicas."""
     device = torch.device("cpu")
-    worlds = [collectives.World(rank, rank, 6, device, ranks_per_replica=2) for rank in range(6)]
+    worlds = [World(rank, rank, 6, device, ranks_per_replica=2) for rank in range(6)]
     assert [(world.replica, world.place) for world in worlds] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     shares = [collectives.shard(world, 7) for world in worlds]
     assert shares[0::2] == shares[1::2] == [[0, 3, 6], [1, 4, 0], [2, 5, 1]]

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.output import write
 from ddp_eval.packs.batches import NO_TEXTS
-from ddp_eval.packs.plan import CostModel, plan_packs, requests_from_lists
+from ddp_eval.packs.cut import CostModel, plan_packs
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import resume
 from ddp_eval.run.manifest import describe_model, is_same_model, see_model
 from ddp_eval.run.resume import name_work

@@ -9,7 +9,8 @@ import torch
 from ddp_eval.config import Config
 from ddp_eval.engines.hf.engine import HFEngine
 from ddp_eval.errors import UserError
-from ddp_eval.packs.plan import build_pack, requests_from_lists
+from ddp_eval.packs.plan import build_pack
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run.self_check import make_plan
 
 

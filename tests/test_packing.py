@@ -11,20 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_eval.packs import plan as packing
-from ddp_eval.packs.plan import (
-    CostModel,
-    Pack,
-    Plan,
-    Requests,
-    build_pack,
-    concatenate,
-    halve,
-    pad_tail,
-    plan_packs,
-    plan_rows,
-    requests_from_lists,
-)
+from ddp_eval.packs.cut import CostModel, _Costs, plan_packs
+from ddp_eval.packs.plan import Pack, Plan, build_pack, halve, pad_tail
+from ddp_eval.packs.requests import Requests, concatenate, requests_from_lists
+from ddp_eval.packs.rows import plan_rows
 
 ONE_PACK = CostModel(forward=1e9)  # a forward so dear that everything goes into one
 NO_LIMIT = 10**6
@@ -297,7 +287,7 @@ def test_cut_is_the_cheapest_where_reads_count(requests: list[Request], cost: Co
 @given(families(), cost_models.filter(lambda cost: cost.token > 0), st.integers(1, 60), st.none() | st.integers(1, 12))
 def test_skipped_places_change_no_cut(requests: list[Request], cost: CostModel, max_tokens: int, max_reads: int | None) -> None:
     """Catches a place among the choices of a question that is skipped and would have been cut: other packs, other bits."""
-    every = unittest.mock.patch.object(packing._Costs, "places_to_cut", lambda self, *limits: np.arange(len(self) + 1))
+    every = unittest.mock.patch.object(_Costs, "places_to_cut", lambda self, *limits: np.arange(len(self) + 1))
     found, items = plan_packs(to_requests(requests), cost, max_tokens, max_reads)
     with every:
         expected, expected_items = plan_packs(to_requests(requests), cost, max_tokens, max_reads)

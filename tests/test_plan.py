@@ -15,20 +15,21 @@ import transformers
 from ddp_eval.cli import flags as cli
 from ddp_eval.cli import plan
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError
 from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout
-from ddp_eval.packs.plan import build_pack, plan_packs, requests_from_lists
+from ddp_eval.packs.cut import plan_packs
+from ddp_eval.packs.plan import build_pack
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.placement import choose
 from ddp_eval.placement import memory as sizing
 from ddp_eval.placement.choose import Ranks, consider, fewest_local_layers, recommend
 from ddp_eval.placement.memory import ModelSizes, measure_model, usable_bytes
 from ddp_eval.placement.speed import CUDA_SPEEDS, Amount, Speeds, predict
-from ddp_eval.system import text as text_module
-from ddp_eval.system.text import GIB
+from ddp_eval.system.text import GIB, format_bytes
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "num_key_value_heads": 8}
@@ -300,7 +301,7 @@ def test_memory_is_read():
 def test_sizes_for_people():
     """Catches 0.0 GiB for a small model."""
     sizes = [3 * 2**29, 2**30, 2**30 - 2**27, 5 * 2**20, 131.42 * 2**30]
-    assert [text_module.format_bytes(int(size)) for size in sizes] == ["1.5 GiB", "1.0 GiB", "896.0 MiB", "5.0 MiB", "131.4 GiB"]
+    assert [format_bytes(int(size)) for size in sizes] == ["1.5 GiB", "1.0 GiB", "896.0 MiB", "5.0 MiB", "131.4 GiB"]
 
 
 def test_the_text(capsys, tmp_path):
@@ -376,7 +377,7 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     model_args = {"pretrained": str(tiny_model_path("gpt2"))}
     model_config = checkpoint.load_config(model_args)
     weights = measure_model(checkpoint.whole_model(model_args, model_config), CPU).weights
-    world = collectives.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
+    world = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
 
     def chosen(memory, layout="auto", world=world, earlier=None):
         monkeypatch.setattr(choose, "memory_of_rank", lambda device, ranks_per_node: memory)
@@ -398,7 +399,7 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     assert chosen(8 * weights, "replicas", earlier="layers:2")[0] == WHOLE_COPIES
     assert chosen(8 * weights, earlier="layers:3")[0] == WHOLE_COPIES, "two ranks are no three"
     monkeypatch.setattr(checkpoint, "whole_model", None)
-    assert chosen(0, world=collectives.World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
+    assert chosen(0, world=World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
 
 
 @pytest.mark.parametrize("kind", tiny_models.CONFIGS)
@@ -416,7 +417,7 @@ def test_quantised_weights_are_left_alone(tiny_model_path):
     model_args = {"pretrained": str(tiny_model_path("llama"))}
     model_config = checkpoint.load_config(model_args)
     model_config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    world = collectives.World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
+    world = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
     assert choose.choose_layout(Config(model_args=model_args), model_config, world)[0] == WHOLE_COPIES
     with pytest.raises(UserError, match="--layout layers:2 cannot split quantised weights: give --layout replicas"):
         choose.choose_layout(Config(model_args=model_args, layout="layers:2"), model_config, world)

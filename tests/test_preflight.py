@@ -8,7 +8,7 @@ import torch
 
 from ddp_eval import demo
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives
+from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
 from ddp_eval.run import preflight
 from ddp_eval.system import network
@@ -109,7 +109,7 @@ def test_one_process(tmp_path):
 
 def test_one_rank_alone():
     """Catches "1 ranks"."""
-    world = collectives.World(0, 0, 1, torch.device("cpu"))
+    world = World(0, 0, 1, torch.device("cpu"))
     assert preflight.check_group(world).startswith("all-reduce over 1 rank by gloo in ")
 
 

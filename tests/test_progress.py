@@ -4,8 +4,8 @@ import io
 
 import torch
 
-from ddp_eval.distributed.collectives import World
 from ddp_eval.distributed.progress import Progress
+from ddp_eval.distributed.world import World
 
 
 def test_a_resume_runs_to_the_whole():

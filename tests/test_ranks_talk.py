@@ -14,13 +14,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_eval.distributed import collectives, meeting, watchdog
+from ddp_eval.distributed import meeting, watchdog
 from ddp_eval.distributed import messages as protocol
-from ddp_eval.distributed.collectives import LostContact, World, exchange_through
+from ddp_eval.distributed import store as store_module
+from ddp_eval.distributed.collectives import LostContact, exchange_through
 from ddp_eval.distributed.launch_environment import LaunchEnvironment
 from ddp_eval.distributed.messages import Followers, Journals, Work
+from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
-from ddp_eval.packs.plan import requests_from_lists
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import execute, self_check
 
 
@@ -73,12 +75,12 @@ def test_exchange_when_the_store_dies(monkeypatch):
     try:
         port = int(host.stdout.readline())
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=5))
-        monkeypatch.setattr(collectives, "_agent_store", lambda: store)
+        monkeypatch.setattr(store_module, "_agent_store", lambda: store)
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
         threading.Timer(0.5, host.kill).start()
         with pytest.raises(LostContact, match=r"^rank 1 lost contact with another rank while exchanging preflight/facts, after"):
-            collectives.exchange("preflight/facts", "{}", 30.0)
+            store_module.exchange("preflight/facts", "{}", 30.0)
     finally:
         host.kill()
         host.wait()
@@ -116,8 +118,8 @@ def test_report_when_the_store_is_gone(store, local_rank, shared, said, monkeypa
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setenv("RANK", "7")
     monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setattr(collectives, "_error_store", store)
-    collectives.report_once("what to do", shared=shared)
+    monkeypatch.setattr(store_module, "_error_store", store)
+    store_module.report_once("what to do", shared=shared)
     assert capsys.readouterr().err.count("ddp_eval: what to do") == said
 
 

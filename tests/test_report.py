@@ -14,7 +14,7 @@ import pytest
 
 from ddp_eval.analysis import plots, report
 from ddp_eval.analysis.read import read_run
-from ddp_eval.cli import report as report_module
+from ddp_eval.cli.report import main
 from ddp_eval.errors import UserError
 
 pytest.importorskip("matplotlib")
@@ -56,7 +56,7 @@ setTimeout(() => {
 def run_dirs(tmp_path_factory):
     """The demo in packs and in rows, a few documents."""
     from ddp_eval.config import Config
-    from ddp_eval.distributed.collectives import join_group
+    from ddp_eval.distributed.world import join_group
     from ddp_eval.run import runner
 
     place = tmp_path_factory.mktemp("runs")
@@ -77,7 +77,7 @@ def run_dirs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(run_dirs):
-    assert report_module.main([str(run_dirs[0]), str(run_dirs[1])]) == 0
+    assert main([str(run_dirs[0]), str(run_dirs[1])]) == 0
     return (run_dirs[0] / "report.html").read_text(encoding="utf-8")
 
 
@@ -209,4 +209,4 @@ def test_margins_of_equal_choices_have_a_place():
 def test_mistakes_have_a_sentence(tmp_path):
     """Catches a traceback for a directory that is no run, and a report written where it cannot be."""
     with pytest.raises(UserError, match="there is no run at"):
-        report_module.main([str(tmp_path / "nothing")])
+        main([str(tmp_path / "nothing")])

@@ -21,7 +21,8 @@ from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 from ddp_eval.errors import UserError
 from ddp_eval.packs.pairs import contexts_of, plan_pairs
-from ddp_eval.packs.plan import build_pack, halve, requests_from_lists
+from ddp_eval.packs.plan import build_pack, halve
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run.self_check import make_plan
 
 TASKS = ["demo_hellaswag", "demo_boolean_expressions", "demo_lambada"]
@@ -210,7 +211,7 @@ def test_which_models_are_encoder_decoders() -> None:
 def test_what_serves_no_encoder_decoder() -> None:
     """Catches an encoder-decoder handed to code that knows decoders alone."""
     from ddp_eval.config import Config
-    from ddp_eval.distributed.collectives import World
+    from ddp_eval.distributed.world import World
     from ddp_eval.placement.choose import choose_layout
 
     world, args = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2), {"pretrained": "m"}

@@ -15,11 +15,13 @@ import torch
 
 import ddp_eval
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World, join_group
+from ddp_eval.distributed.world import World, join_group
 from ddp_eval.engines.ops import peak
-from ddp_eval.packs import plan as plan_module
 from ddp_eval.packs.batches import Prompts, Settings, Sizes, plan_batches
-from ddp_eval.packs.plan import CostModel, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.packs.cut import CostModel, plan_packs
+from ddp_eval.packs.plan import fed_tokens
+from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import runner
 from ddp_eval.run.planning import TextDecision, describe_texts
 from ddp_eval.run.self_check import Decision
@@ -69,13 +71,13 @@ REQUESTS = requests_from_lists([[1, 2, 3, 4], [1, 2, 5], [7, 8, 9, 10, 11, 12]],
 def test_padding_by_hand():
     """Catches a request that is read inside another's row counted as a row, and tiles that are not filled up."""
     rows, _ = plan_rows(REQUESTS, max_tokens=1000)
-    assert plan_module.fed_tokens(rows) == 2 * 5  # inputs 1 2 3 (1 2 is read inside) and 7 8 9 10 11
+    assert fed_tokens(rows) == 2 * 5  # inputs 1 2 3 (1 2 is read inside) and 7 8 9 10 11
     alone, _ = plan_rows(REQUESTS, max_tokens=1, isolate=True)
-    assert plan_module.fed_tokens(alone) == 3 + 2 + 5
+    assert fed_tokens(alone) == 3 + 2 + 5
     packs, _ = plan_packs(REQUESTS, CostModel(forward=1e9), 1000)
-    assert plan_module.fed_tokens(packs) == 3 + 5 and plan_module.fed_tokens(packs, lambda lengths: lengths + 120) == 128
+    assert fed_tokens(packs) == 3 + 5 and fed_tokens(packs, lambda lengths: lengths + 120) == 128
     nothing, _ = plan_rows(requests_from_lists([], []), max_tokens=10)
-    assert plan_module.fed_tokens(nothing) == 0
+    assert fed_tokens(nothing) == 0
 
 
 def reports():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
 from ddp_eval.run.runner import run
 from ddp_eval.tasks import trackers

@@ -13,12 +13,15 @@ import torch
 import transformers
 
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines import vllm
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import UserError
 from ddp_eval.packs import batches
-from ddp_eval.packs.plan import CostModel, build_pack, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.packs.cut import CostModel, plan_packs
+from ddp_eval.packs.plan import build_pack
+from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.packs.rows import plan_rows
 from ddp_eval.placement.choose import choose_layout
 from ddp_eval.run.planning import plan_texts
 from ddp_eval.tasks.generation_requests import Asked

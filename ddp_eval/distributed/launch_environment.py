@@ -134,3 +134,18 @@ def drop_empty() -> None:
 def without(*names: str) -> str:
     """The words in front of a command that hide these variables from it."""
     return "env " + " ".join(f"-u {name}" for name in names)
+
+
+def launch_rank() -> int:
+    """This process's rank as the launcher set it; 0 without a launcher. Needs no process group."""
+    return whole_number("RANK", 0)
+
+
+def launch_local_rank() -> int:
+    """This process's rank on its node as the launcher set it; 0 without a launcher. Needs no process group."""
+    return whole_number("LOCAL_RANK", 0)
+
+
+def spans_nodes() -> bool:
+    """Whether torchrun started ranks on several nodes. Needs no process group."""
+    return whole_number("GROUP_WORLD_SIZE", 1) > 1

@@ -13,11 +13,12 @@ import numpy as np
 
 from ddp_eval.config import Config
 from ddp_eval.distributed import collectives, watchdog
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 from ddp_eval.packs.batches import NO_TEXTS, TextPlan
-from ddp_eval.packs.plan import IntArray, Plan
+from ddp_eval.packs.plan import Plan
+from ddp_eval.packs.requests import IntArray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,9 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from ddp_eval.distributed import watchdog
-from ddp_eval.distributed.collectives import Tally, World
+from ddp_eval.distributed.contact import naming_lost_ranks
+from ddp_eval.distributed.store import common_store
+from ddp_eval.distributed.world import World
 
 
 class Progress:
@@ -103,3 +105,21 @@ class Progress:
             file=self._stream,
             flush=True,
         )
+
+
+class Tally:
+    """A count that all ranks add to and the leader reads, without any rank waiting for another."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self._key = f"ddp_eval/tally/{name}"
+        self._store = common_store(world)
+        self._total = 0
+
+    def add(self, amount: int) -> None:
+        with naming_lost_ranks("telling its progress"):
+            self._total = self._store.add(self._key, amount) if self._store is not None else self._total + amount
+
+    def read(self) -> int:
+        with contextlib.suppress(RuntimeError):  # a store that is gone ends the run elsewhere
+            self._total = self._store.add(self._key, 0) if self._store is not None else self._total
+        return int(self._total)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.packs.batches import Batch, Settings, Sizes
-from ddp_eval.packs.plan import CostModel, Pack
+from ddp_eval.packs.cut import CostModel
+from ddp_eval.packs.plan import Pack
 
 
 class Engine(Protocol):

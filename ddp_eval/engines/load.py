@@ -9,7 +9,7 @@ import torch
 
 from ddp_eval import layout
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
 from ddp_eval.engines.hf import checkpoint, draws, engine
 from ddp_eval.layout import Layout

@@ -28,13 +28,14 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.config import PROMPT_ARGS
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, engine
 from ddp_eval.engines.hf.draws import loading
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, Sizes
-from ddp_eval.packs.plan import CostModel, Pack
+from ddp_eval.packs.cut import CostModel
+from ddp_eval.packs.plan import Pack
 
 # model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
 _OWN_ARGS = (*PROMPT_ARGS, "pretrained", "max_gen_toks", "device", "backend")

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval.packs.plan import IntArray, digest_arrays
+from ddp_eval.packs.plan import digest_arrays
+from ddp_eval.packs.requests import IntArray
 
 NO_TOKEN = -1  # the end of an answer at which the model's scores were NaN or infinite, so that there was nothing to choose
 LEAST_SHARED = 32  # tokens that make prompts a family

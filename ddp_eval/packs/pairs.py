@@ -16,7 +16,8 @@ import itertools
 
 import numpy as np
 
-from ddp_eval.packs.plan import IntArray, Pack, Plan, Requests, assemble
+from ddp_eval.packs.plan import Pack, Plan, assemble
+from ddp_eval.packs.requests import IntArray, Requests
 
 
 def plan_pairs(requests: Requests, max_tokens: int, max_reads: int | None = None, share: bool = True) -> tuple[Plan, IntArray]:

@@ -9,7 +9,7 @@ import torch
 
 from ddp_eval import layout as layouts
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines import vllm
 from ddp_eval.engines.hf import checkpoint, quantization
 from ddp_eval.errors import UserError, one_line

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ddp_eval.distributed import collectives, watchdog
-from ddp_eval.distributed.collectives import World
 from ddp_eval.distributed.messages import Journals, Work
 from ddp_eval.distributed.progress import Progress
+from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.output import journal

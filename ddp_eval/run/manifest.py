@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import adapters, checkpoint, model_files
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.system import digests, machine

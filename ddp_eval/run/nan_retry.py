@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ddp_eval.engines import Engine
-from ddp_eval.packs.plan import IntArray, Plan, Requests, plan_rows
+from ddp_eval.packs.plan import Plan
+from ddp_eval.packs.requests import IntArray, Requests
+from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run.self_check import Decision
 
 log = logging.getLogger("ddp_eval")

@@ -13,7 +13,7 @@ from ddp_eval.engines import Engine
 from ddp_eval.engines.hf import limits
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packs.batches import Prompts, Settings, TextPlan, plan_batches
-from ddp_eval.packs.plan import IntArray
+from ddp_eval.packs.requests import IntArray
 
 log = logging.getLogger("ddp_eval")
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed import collectives, launch_environment, store
+from ddp_eval.distributed.world import World, choose_device
 from ddp_eval.engines.hf import model_files
 from ddp_eval.errors import UserError
 from ddp_eval.output import write
@@ -48,8 +48,8 @@ class Passed:
 
 def check_if_due(config: Config) -> Passed | None:
     """Check the nodes if there are several or --preflight asks for it; None if not, or if ranks have no common store yet."""
-    wanted = config.preflight or collectives.spans_nodes()
-    return check_nodes(config) if wanted and collectives.can_exchange() else None
+    wanted = config.preflight or launch_environment.spans_nodes()
+    return check_nodes(config) if wanted and store.can_exchange() else None
 
 
 def check_nodes(config: Config) -> Passed:
@@ -67,7 +67,7 @@ def check_nodes(config: Config) -> Passed:
         _exchange("end", {})  # nobody takes its port or marker away before all have probed
     warnings, problems = judge_probes(facts, probes)
     _raise_problems(problems)
-    if collectives.launch_rank() == 0:
+    if launch_environment.launch_rank() == 0:
         for warning in warnings:
             log.warning("%s", warning)
     return Passed(describe_nodes(facts))
@@ -136,7 +136,7 @@ def _local_facts(config: Config) -> dict[str, Any]:
     """What this rank sees; "problems" are for its user."""
     problems: list[str] = []
     facts = {
-        "rank": collectives.launch_rank(),
+        "rank": launch_environment.launch_rank(),
         "node": node_name(),
         "machine": network.machine(),
         "address": network.gloo_address(),
@@ -150,7 +150,7 @@ def _local_facts(config: Config) -> dict[str, Any]:
             facts[name] = look(config)
         except UserError as error:
             problems.append(str(error))
-    if config.output_path and collectives.launch_local_rank() == 0:
+    if config.output_path and launch_environment.launch_local_rank() == 0:
         problems += _try_output(Path(config.output_path))
     return {**facts, "problems": problems}
 
@@ -164,7 +164,7 @@ def _look_at_gpu(config: Config) -> dict[str, Any] | None:
     """The GPU of this rank, tried out; None on the CPU. Raises UserError."""
     import torch
 
-    device = collectives.choose_device(config.device, collectives.launch_local_rank())
+    device = choose_device(config.device, launch_environment.launch_local_rank())
     if device.type == "cpu":
         return None
     try:
@@ -186,7 +186,7 @@ def _look_at_model(config: Config) -> dict[str, Any]:
         return {}
     name = checkpoint.resolve_pretrained(config.model_args)
     if not os.path.isdir(name):
-        if collectives.launch_local_rank() != 0:
+        if launch_environment.launch_local_rank() != 0:
             return {}
         return {"revision": getattr(checkpoint.load_config(config.loader_args), "_commit_hash", None)}
     try:
@@ -219,7 +219,7 @@ def _try_output(path: Path) -> list[str]:
 
 def _leave_marker(config: Config, stack: contextlib.ExitStack) -> str | None:
     """On rank 0: a file that every node should see, removed with its directory, if that is new, at the end; its path."""
-    if not config.output_path or collectives.launch_rank() != 0:
+    if not config.output_path or launch_environment.launch_rank() != 0:
         return None
     directory = Path(config.output_path).absolute()
     marker = directory / f".preflight-{uuid.uuid4().hex}{write.TEMPORARY_SUFFIX}"
@@ -241,7 +241,7 @@ def _probe(facts: Sequence[dict[str, Any]], mine: dict[str, Any]) -> dict[str, A
     """What this rank finds out about others: nodes reach each other in a ring. The time comes first, while all are in step."""
     now = time.time()
     unreachable, sees_marker = None, True
-    if collectives.launch_local_rank() == 0:
+    if launch_environment.launch_local_rank() == 0:
         others = _next_node(facts, mine)
         if others and not network.can_reach(others["address"], others["port"]):
             unreachable = f"node {others['node']} at {others['address']}"
@@ -313,7 +313,7 @@ def _shared_gpus(facts: Sequence[dict[str, Any]]) -> list[str]:
 
 def _exchange(name: str, mine: dict[str, Any]) -> list[dict[str, Any]]:
     """What every rank has to say, in rank order. Raises UserError, naming the ranks that have said nothing."""
-    texts = collectives.exchange(f"preflight/{name}", json.dumps(mine), EXCHANGE_S)
+    texts = store.exchange(f"preflight/{name}", json.dumps(mine), EXCHANGE_S)
     silent = [rank for rank, text in enumerate(texts) if text is None]
     if silent:
         raise UserError(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.output.journal import Found, work_key
 from ddp_eval.packs.batches import TextPlan
 from ddp_eval.packs.plan import Plan

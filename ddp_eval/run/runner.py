@@ -29,9 +29,9 @@ import torch
 from ddp_eval import demo
 from ddp_eval import layout as layouts
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives, watchdog
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed import store, watchdog
 from ddp_eval.distributed.messages import Followers, Journals, Load, await_begin, next_work
+from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine, vllm
 from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.engines.hf import engine as hf
@@ -45,7 +45,8 @@ from ddp_eval.output.directory import RunDirectory
 from ddp_eval.output.irregular import log_irregular
 from ddp_eval.output.lm_eval_names import SECTION, choose_names
 from ddp_eval.packs.batches import NO_TOKEN, Prompts
-from ddp_eval.packs.plan import Plan, Requests, fed_tokens
+from ddp_eval.packs.plan import Plan, fed_tokens
+from ddp_eval.packs.requests import Requests
 from ddp_eval.placement.choose import check_texts, choose_layout, consider, ranks_of
 from ddp_eval.placement.memory import measure_model
 from ddp_eval.placement.speed import Amount
@@ -122,7 +123,7 @@ def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspe
 def _lose_directory(path: str) -> None:
     """From the thread that keeps the lock: the run directory is no longer ours to write to."""
     watchdog.of_run(None)
-    collectives.report_once(f"--output_path {path} was deleted or taken over by another run: this one ends; start it again")
+    store.report_once(f"--output_path {path} was deleted or taken over by another run: this one ends; start it again")
     watchdog.leave(2, status.FAILED, "")
 
 

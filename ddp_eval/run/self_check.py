@@ -12,8 +12,11 @@ import numpy.typing as npt
 from ddp_eval.distributed.collectives import LostContact
 from ddp_eval.engines import ROUNDING, Engine
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
+from ddp_eval.packs.cut import plan_one_tree, plan_packs
 from ddp_eval.packs.pairs import plan_pairs
-from ddp_eval.packs.plan import IntArray, Plan, Requests, build_pack, plan_one_tree, plan_packs, plan_rows, requests_from_lists
+from ddp_eval.packs.plan import Plan, build_pack
+from ddp_eval.packs.requests import IntArray, Requests, requests_from_lists
+from ddp_eval.packs.rows import plan_rows
 
 log = logging.getLogger("ddp_eval")
 

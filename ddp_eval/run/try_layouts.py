@@ -11,19 +11,19 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ddp_eval.distributed import collectives
-from ddp_eval.distributed.collectives import World
 from ddp_eval.distributed.messages import Followers
+from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
 from ddp_eval.engines.load import lay_out
 from ddp_eval.errors import UserError
 from ddp_eval.layout import TENSOR, Layout
-from ddp_eval.packs.plan import Plan
+from ddp_eval.packs.plan import Plan, take_packs
 from ddp_eval.placement.choose import Candidate
 from ddp_eval.placement.memory import ModelSizes
 from ddp_eval.run.execute import run_plan
@@ -94,29 +94,6 @@ class Measured(NamedTuple):
     flops: float
     sent: float
     predicted_s: float
-
-
-def take_packs(plan: Plan, indices: list[int]) -> Plan:
-    """A plan of only those packs, in that order."""
-
-    def runs(values: Any, starts: Any) -> Any:
-        return np.concatenate([values[starts[index] : starts[index + 1]] for index in indices])
-
-    def offsets(starts: Any) -> Any:
-        return np.concatenate([[0], np.cumsum(np.diff(starts)[indices])]).astype(np.int64)
-
-    return Plan(
-        tokens=runs(plan.tokens, plan.token_starts),
-        token_starts=offsets(plan.token_starts),
-        item_starts=offsets(plan.item_starts),
-        target_starts=offsets(plan.target_starts),
-        shared=runs(plan.shared, plan.item_starts),
-        lengths=runs(plan.lengths, plan.item_starts),
-        num_targets=runs(plan.num_targets, plan.item_starts),
-        targets=runs(plan.targets, plan.target_starts),
-        num_requests=plan.num_requests[indices],
-        rows=plan.rows,
-    )
 
 
 def measure_layouts(

@@ -44,7 +44,7 @@ from ddp_eval.errors import OutOfRange, UserError, one_line
 from ddp_eval.output import irregular
 from ddp_eval.output.write import Scores, Texts
 from ddp_eval.packs.batches import NO_TOKEN, Prompts
-from ddp_eval.packs.plan import Requests, concatenate
+from ddp_eval.packs.requests import Requests, concatenate
 from ddp_eval.system import environment, hub
 from ddp_eval.system.digests import as_record, digest_strings
 from ddp_eval.tasks.generation_requests import Asked

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_eval.packs.plan import Requests
+from ddp_eval.packs.requests import Requests
 from ddp_eval.system.tokenizer_calls import encode_batch, encode_each, is_plain
 from ddp_eval.tasks.text_cuts import Cuts
 from ddp_eval.tasks.token_pool import BATCH, Ids, Pair, PairMaker, PartsDiffer, TokenPool

@@ -22,7 +22,7 @@ from launch import QUICK, launch, launching, wait_for
 
 from ddp_eval.cli import flags as cli
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives
+from ddp_eval.distributed.world import join_group
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory as run_directory
 from ddp_eval.output import journal, status, write
@@ -146,7 +146,7 @@ def test_every_mistake_then_the_right_command(tasks: Path, tmp_path: Path, monke
     load = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
     output = tmp_path / "run"
-    world = collectives.join_group("cpu")
+    world = join_group("cpu")
 
     def run(words: str) -> None:
         try:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.packs.batches import NO_TEXTS
-from ddp_eval.packs.plan import plan_rows, requests_from_lists
+from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import resume
 
 PACKAGE = Path(resume.__file__).parent

@@ -22,7 +22,7 @@ from ddp_eval import demo
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.read import read_run
 from ddp_eval.cli import flags as cli
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory, lm_eval_names
 from ddp_eval.output import write as results

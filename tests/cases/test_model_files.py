@@ -17,11 +17,12 @@ import torch
 
 from ddp_eval.cli import reproduce
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, model_files
 from ddp_eval.errors import UserError
 from ddp_eval.packs.batches import NO_TEXTS
-from ddp_eval.packs.plan import CostModel, plan_packs, requests_from_lists
+from ddp_eval.packs.cut import CostModel, plan_packs
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import manifest, preflight, runner
 from ddp_eval.run.manifest import describe_model, is_same_model, see_model
 from ddp_eval.run.resume import name_work

@@ -18,7 +18,7 @@ import tiny_models
 import torch
 
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, draws, quantization
 from ddp_eval.errors import UserError
 from ddp_eval.run.runner import run

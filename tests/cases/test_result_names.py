@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import adapters
 from ddp_eval.run import manifest
 from ddp_eval.run.runner import run

@@ -169,7 +169,7 @@ def test_no_id_at_all(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
 def test_ids_at_the_edges() -> None:
     """Catches an off-by-one at either end, and the last token of a causal request taken for one that is fed."""
     from ddp_eval.packs.batches import NO_PROMPTS
-    from ddp_eval.packs.plan import requests_from_lists
+    from ddp_eval.packs.requests import requests_from_lists
 
     def first(tokens: list[list[int]], targets: list[int], fed: int, predicted: int, is_pair: bool = False) -> Any:
         rows = limits.Limits(fed, predicted, None, None)

@@ -15,7 +15,7 @@ import torch
 
 from ddp_eval.cli import flags
 from ddp_eval.config import DEFAULT_SEED, Config
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf.draws import Loading, loading, loading_for
 from ddp_eval.errors import UserError
 from ddp_eval.run.runner import run

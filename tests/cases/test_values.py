@@ -29,7 +29,7 @@ from ddp_eval import demo
 from ddp_eval.api import config_from_options
 from ddp_eval.cli import flags
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives
+from ddp_eval.distributed import world
 from ddp_eval.errors import UserError
 from ddp_eval.tasks import harness
 from ddp_eval.tasks.tokenization import Encoder
@@ -134,9 +134,9 @@ def test_a_gpu_where_there_is_none(device: str, monkeypatch: pytest.MonkeyPatch)
     """Catches lm_eval's silent change to the CPU, which may take days, taken over here: the flag is refused as it was typed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=f"^--device {device} was asked for, but torch sees no CUDA device here: leave it out"):
-        collectives.choose_device(device, 0)
+        world.choose_device(device, 0)
     with pytest.raises(UserError, match=r"^--device must be cuda or cpu, got cuda:first$"):
-        collectives.choose_device("cuda:first", 0)
+        world.choose_device("cuda:first", 0)
 
 
 CACHE_WORDS = {

@@ -16,20 +16,20 @@ import transformers
 
 import ddp_eval
 from ddp_eval import demo
-from ddp_eval.distributed import collectives
+from ddp_eval.distributed import progress
 
 TASKS = ["demo_hellaswag", "demo_lambada", "demo_wikitext"]
 
 
 def watch_tallies():
     """What the progress bar reads from now on."""
-    read, values = collectives.Tally.read, []
+    read, values = progress.Tally.read, []
 
     def read_and_note(tally):
         values.append(read(tally))
         return values[-1]
 
-    collectives.Tally.read = read_and_note
+    progress.Tally.read = read_and_note
     return values
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ddp_eval.distributed import collectives
+from ddp_eval.distributed import collectives, progress, store
+from ddp_eval.distributed.world import join_group, leave_group
 
 FLOATS = np.array([-0.0, np.nan, -np.inf, 5e-324, -1.0 / 3.0])
 
@@ -20,7 +21,7 @@ def rows_of(rank, counts):
 
 def count(world):
     """What the leader reads after each rank has added its number plus one to one tally and ten to another."""
-    first, second = collectives.Tally(world, "first"), collectives.Tally(world, "second")
+    first, second = progress.Tally(world, "first"), progress.Tally(world, "second")
     first.add(world.rank + 1)
     second.add(10)
     deadline = time.monotonic() + 10  # no rank waits for another
@@ -44,7 +45,7 @@ def exchange(world):
 
 
 def main():
-    world = collectives.join_group("cpu")
+    world = join_group("cpu")
     counts = ([2, 0, 5], [0, 0, 0], [1, 1, 1], [0, 0, 4])
     got = {
         "rank": [world.rank, world.world_size, world.is_leader],
@@ -58,8 +59,8 @@ def main():
         name: [used["calls"], used["sent_bytes"], used["received_bytes"]] for name, used in world.meter.collectives.items()
     }
     Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(got))
-    collectives.report_once("all ranks say this")
-    collectives.leave_group(world)
+    store.report_once("all ranks say this")
+    leave_group(world)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from pathlib import Path
 import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
 
 from ddp_eval.cli import flags as cli
-from ddp_eval.distributed import collectives
+from ddp_eval.distributed.world import join_group, leave_group
 from ddp_eval.run import runner
 
 
 def main():
     command_lines = [cli.parse(flags)[0] for flags in json.loads(Path(sys.argv[1]).read_text())]
-    world = collectives.join_group()
+    world = join_group()
     if world.is_leader:
         import lm_eval.evaluator
 
@@ -25,7 +25,7 @@ def main():
     for config in command_lines:
         results = runner.run(config, world)
         assert (results is None) == (world.rank > 0)
-    collectives.leave_group(world)
+    leave_group(world)
 
 
 if __name__ == "__main__":

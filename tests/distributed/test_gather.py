@@ -10,8 +10,8 @@ import pytest
 import torch
 from launch import launch
 
-from ddp_eval.distributed import collectives
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed import collectives, progress, store, world
+from ddp_eval.distributed.world import World
 
 PROGRAM = (str(Path(__file__).with_name("gather_main.py")),)
 
@@ -97,10 +97,10 @@ def test_one_rank_needs_no_group(alone, capsys):
     assert collectives.shard(alone, 3) == [0, 1, 2]
     assert collectives.shard(alone, 0) == []
     collectives.send_message(alone, "nobody listens")
-    tally = collectives.Tally(alone, "alone")
+    tally = progress.Tally(alone, "alone")
     tally.add(2)
     tally.add(3)
     assert tally.read() == 5
-    collectives.report_once("said once")
+    store.report_once("said once")
     assert capsys.readouterr().err == "ddp_eval: said once\n"
-    collectives.leave_group(alone)
+    world.leave_group(alone)

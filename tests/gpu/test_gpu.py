@@ -8,11 +8,13 @@ import torch
 
 from ddp_eval import demo
 from ddp_eval.config import Config
-from ddp_eval.distributed.collectives import World
 from ddp_eval.distributed.messages import Work
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf import engine as hf
+from ddp_eval.packs import cut, rows
 from ddp_eval.packs import plan as packing
+from ddp_eval.packs.requests import Requests, requests_from_lists
 from ddp_eval.run import execute, preflight
 from ddp_eval.run.self_check import check_packs
 
@@ -25,7 +27,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def requests() -> packing.Requests:
+def requests() -> Requests:
     """Questions behind a shared prefix, with short choices, longer than one tile of flex_attention."""
     generator = np.random.default_rng(0)
     sequences, num_targets = [], []
@@ -35,7 +37,7 @@ def requests() -> packing.Requests:
             choice = generator.integers(1, 2000, 7).tolist()
             sequences += [prefix + choice, prefix + choice[:3]]
             num_targets += [5, 2]
-    return packing.requests_from_lists(sequences, num_targets)
+    return requests_from_lists(sequences, num_targets)
 
 
 def load(dtype: str, **model_args: object) -> hf.HFEngine:
@@ -57,8 +59,8 @@ def test_packs_equal_plain_rows(requests, dtype, model_args, implementation):
     engine = load(dtype, **model_args)
     assert engine.tree_attention == implementation
     assert check_packs(engine, requests) is None
-    packed = score(engine, *packing.plan_packs(requests, engine.cost_model(), max_tokens=512))
-    plain = score(engine, *packing.plan_rows(requests, max_tokens=1))
+    packed = score(engine, *cut.plan_packs(requests, engine.cost_model(), max_tokens=512))
+    plain = score(engine, *rows.plan_rows(requests, max_tokens=1))
     np.testing.assert_allclose(packed, plain, atol=1e-3 if dtype == "float32" else 0.5)
 
 
@@ -74,17 +76,17 @@ def test_packs_equal_plain_rows(requests, dtype, model_args, implementation):
 def test_chains_equal_plain_rows(requests, dtype, model_args):
     """A pack without branches, which has no mask: positions or padding that the kernels read otherwise."""
     engine = load(dtype, **model_args)
-    chains = packing.plan_packs(requests, engine.cost_model(), max_tokens=1)
+    chains = cut.plan_packs(requests, engine.cost_model(), max_tokens=1)
     assert all(packing.build_pack(chains[0], index).is_chain for index in range(chains[0].num_packs))
-    plain = score(engine, *packing.plan_rows(requests, max_tokens=1))
+    plain = score(engine, *rows.plan_rows(requests, max_tokens=1))
     np.testing.assert_allclose(score(engine, *chains), plain, atol=1e-3 if dtype == "float32" else 0.5)
 
 
 def cut_packs(requests, max_tokens):
-    return packing.plan_packs(requests, packing.CostModel(dense=False), max_tokens)
+    return cut.plan_packs(requests, cut.CostModel(dense=False), max_tokens)
 
 
-@pytest.mark.parametrize(("planner", "max_tokens"), [(packing.plan_rows, 1), (cut_packs, 1), (cut_packs, 400)])
+@pytest.mark.parametrize(("planner", "max_tokens"), [(rows.plan_rows, 1), (cut_packs, 1), (cut_packs, 400)])
 def test_a_launch_waits_for_nothing(requests, planner, max_tokens):
     """A value asked of the device within a launch: the next pack is then prepared only when this one is done."""
     engine = load("bfloat16")
@@ -104,7 +106,7 @@ def test_a_launch_waits_for_nothing(requests, planner, max_tokens):
 def test_results_do_not_wait_for_the_next_pack(requests):
     """Results fetched behind the pack that was launched meanwhile: the device then idles until another is launched."""
     engine = load("bfloat16")
-    plan, _ = packing.plan_packs(requests, engine.cost_model(), max_tokens=200)
+    plan, _ = cut.plan_packs(requests, engine.cost_model(), max_tokens=200)
     alone = [engine.collect(engine.launch(packing.build_pack(plan, index)))[0] for index in range(2)]
     first, second = (engine.launch(packing.build_pack(plan, index)) for index in range(2))
     torch.cuda._sleep(2 * 10**9)  # cycles, about a second: the rest of the second pack
@@ -116,7 +118,7 @@ def test_results_do_not_wait_for_the_next_pack(requests):
 def test_packs_launched_ahead_keep_their_results(requests):
     """Results of two packs under way at once that are swapped, or overwritten by the later one."""
     engine = load("float32")
-    plan, _ = packing.plan_packs(requests, engine.cost_model(), max_tokens=200)
+    plan, _ = cut.plan_packs(requests, engine.cost_model(), max_tokens=200)
     assert engine.launches_ahead and plan.num_packs > 2
     world = World(0, 0, 1, engine.device)
     gathered = execute.run_plan(world, engine, Work(plan, np.arange(plan.num_packs), "ahead", phase="measure"))
@@ -129,7 +131,7 @@ def test_packs_are_halved_when_memory_is_short():
     engine = load("float32")  # with a dense mask, whose size goes by the square of the pack
     generator = np.random.default_rng(0)
     sequences = [generator.integers(1, 2000, 200).tolist() for _ in range(40)]
-    plan, _ = packing.plan_one_tree(packing.requests_from_lists(sequences, [5] * 40))
+    plan, _ = cut.plan_one_tree(requests_from_lists(sequences, [5] * 40))
     pack = packing.build_pack(plan, 0)
     assert engine.tree_attention == "sdpa" and not pack.is_chain
     world = World(0, 0, 1, engine.device)
@@ -165,7 +167,7 @@ def test_same_scores_as_on_the_cpu(requests):
     on_gpu = load("float32")
     args = {"pretrained": "demo", "dtype": "float32"}
     on_cpu = hf.load_engine(args, checkpoint.load_config(args), torch.device("cpu"))
-    plan = packing.plan_packs(requests, on_cpu.cost_model(), max_tokens=2048)
+    plan = cut.plan_packs(requests, on_cpu.cost_model(), max_tokens=2048)
     np.testing.assert_allclose(score(on_gpu, *plan), score(on_cpu, *plan), atol=1e-3)
 
 

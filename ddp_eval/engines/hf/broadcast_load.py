@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ddp_eval.distributed import collectives
-from ddp_eval.distributed.collectives import World
 from ddp_eval.distributed.messages import next_work
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.errors import UserError, is_out_of_memory
 

@@ -30,7 +30,7 @@ from ddp_eval.engines.ops.masks import LayerRule, layer_rules
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import one_line
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, Sizes, as_bytes, common
-from ddp_eval.packs.plan import IntArray
+from ddp_eval.packs.requests import IntArray
 
 if TYPE_CHECKING:
     from ddp_eval.engines.hf import engine as hf

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, generate_one
 from ddp_eval.engines.hf.draws import ForwardDraws
 from ddp_eval.engines.ops import logprobs as readout
@@ -28,7 +28,8 @@ from ddp_eval.engines.ops import tree_attention as blocks
 from ddp_eval.engines.ops.last_layer import LastLayer
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.batches import Batch, Settings, Sizes
-from ddp_eval.packs.plan import CostModel, Pack, pad_tail
+from ddp_eval.packs.cut import CostModel
+from ddp_eval.packs.plan import Pack, pad_tail
 from ddp_eval.system import compile_cache
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts

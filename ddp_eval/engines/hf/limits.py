@@ -19,7 +19,7 @@ from ddp_eval.engines import Engine
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import OutOfRange, UserError
 from ddp_eval.packs.batches import Prompts
-from ddp_eval.packs.plan import Requests
+from ddp_eval.packs.requests import Requests
 
 log = logging.getLogger("ddp_eval")
 

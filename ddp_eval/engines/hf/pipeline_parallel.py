@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.distributed import collectives
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, engine
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError, is_out_of_memory

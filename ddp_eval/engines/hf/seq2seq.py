@@ -21,8 +21,9 @@ from ddp_eval.engines.ops import logprobs as readout
 from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.packs.batches import LEAST_BATCH, Batch, Settings, Sizes
+from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.pairs import contexts_of
-from ddp_eval.packs.plan import CostModel, Pack
+from ddp_eval.packs.plan import Pack
 
 PADDING = 0  # any token does: the encoder's mask hides it, and causal decoders never look behind a continuation's end
 

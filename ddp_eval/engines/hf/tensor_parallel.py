@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ddp_eval.distributed.collectives import World
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, engine
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError

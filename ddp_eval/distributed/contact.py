@@ -1,0 +1,28 @@
+"""Losing other ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from ddp_eval.distributed.launch_environment import launch_rank
+from ddp_eval.distributed.meeting import LostContact
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(doing: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    except LostContact:
+        raise
+    except RuntimeError as error:
+        rank = dist.get_rank() if dist.is_initialized() else launch_rank()
+        elapsed_s = time.monotonic() - started
+        reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)
+        raise LostContact(
+            f"rank {rank} lost contact with another rank while {doing}, after {elapsed_s:.0f} s: {reason}"
+        ) from error

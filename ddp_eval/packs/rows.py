@@ -1,0 +1,83 @@
+"""Plain rows: one request each, batched by length, without a shared prefix."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ddp_eval.packs.cut import _sort_and_share
+from ddp_eval.packs.plan import Plan, _empty_plan, assemble
+from ddp_eval.packs.requests import IntArray, Requests, _offsets
+
+
+def plan_rows(
+    requests: Requests,
+    max_tokens: int,
+    max_reads: int | None = None,
+    isolate: bool = False,
+    most_padding: int | None = None,
+) -> tuple[Plan, IntArray]:
+    """Cut `requests` into batches of plain rows of near-equal length, for models that cannot take a tree.
+
+    A request that continues or lies within the one before it shares its row; nothing else is shared.
+    max_tokens: the most that a batch holds once every row is padded to its longest, max_reads: likewise for its reads.
+    isolate: batch only rows of one length, with no longer request in a row, for models whose numbers depend on the longest.
+    most_padding: tokens by which all rows of a batch together may be lengthened, if that matters.
+    Returns as `plan_packs`.
+    """
+    order, item_of_request, shared = _sort_and_share(requests)
+    if not len(order):
+        return _empty_plan(rows=True), item_of_request
+    lengths = (np.diff(requests.starts)[order] - 1).astype(np.int64)
+
+    # The row laid so far ends where the latest item with tokens of its own ends.
+    latest = np.maximum.accumulate(np.where(lengths > shared, np.arange(len(order)), 0))
+    continues = (lengths == shared) | (shared == np.concatenate([[-1], lengths[latest[:-1]]]))
+    if isolate:
+        continues &= lengths == np.concatenate([[-1], lengths[:-1]])
+    continues[0] = False
+    shared[~continues] = 0
+    row_bounds = np.append(np.flatnonzero(~continues), len(order))
+    row_lengths = np.maximum.reduceat(lengths, row_bounds[:-1])
+    row_reads = np.add.reduceat(requests.num_targets[order].astype(np.int64), row_bounds[:-1])
+
+    by_length = np.argsort(row_lengths, kind="stable")
+    batch_bounds = _batch_rows(row_lengths[by_length], row_reads[by_length], max_tokens, max_reads, isolate, most_padding)
+    item_order = np.concatenate([np.arange(row_bounds[row], row_bounds[row + 1]) for row in by_length])
+    rank_of_item = np.empty_like(item_order)
+    rank_of_item[item_order] = np.arange(len(item_order))
+    items_per_row = np.diff(row_bounds)[by_length]
+    bounds = _offsets(items_per_row)[batch_bounds]
+    return assemble(
+        requests, order[item_order], rank_of_item[item_of_request], shared[item_order], bounds,
+        np.arange(len(bounds) - 1), rows=True,
+    )  # fmt: skip
+
+
+def _batch_rows(
+    row_lengths: IntArray,
+    row_reads: IntArray,
+    max_tokens: int,
+    max_reads: int | None,
+    one_length: bool,
+    most_padding: int | None,
+) -> IntArray:
+    """Split rows of ascending length into batches within the limits. Returns the bounds, in rows.
+
+    A batch's logits are computed for every row at every column where any row is read: about rows times the columns from the
+    first read to the longest row's end.
+    """
+    bounds, tokens, reads, first_read = [0], 0, 0, 0
+    for row, (length, count) in enumerate(zip(row_lengths.tolist(), row_reads.tolist(), strict=True)):
+        rows = row + 1 - bounds[-1]
+        too_long = rows * length > max_tokens
+        too_padded = most_padding is not None and rows * length - (tokens + length) > most_padding
+        columns = min(reads + count, length - min(first_read, length - count)) if rows > 1 else count
+        too_many = max_reads is not None and rows * columns > max_reads
+        other_length = one_length and row > 0 and length != row_lengths[row - 1]
+        if row > bounds[-1] and (too_long or too_padded or too_many or other_length):
+            bounds.append(row)
+            tokens = reads = 0
+        first_read = length - count if row == bounds[-1] else min(first_read, length - count)
+        tokens += length
+        reads += count
+    return np.array([*bounds, len(row_lengths)], dtype=np.int64)

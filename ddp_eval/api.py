@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +29,11 @@ from ddp_eval.output import write
 from ddp_eval.run.manifest import (
     describe_loaded_model,
 )
-from ddp_eval.run.runner import _lead, follow, log
+from ddp_eval.run.runner import _lead, follow
 from ddp_eval.run.try_layouts import Seated
 from ddp_eval.telemetry.sampler import Sampler
+
+log = logging.getLogger("ddp_eval")
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:

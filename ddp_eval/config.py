@@ -133,7 +133,7 @@ class Config:
         _check_whole("max_length", self.model_args.get("max_length"), 1)
         _check_whole("max_gen_toks", self.model_args.get("max_gen_toks"), 1)
         _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
-        _check_thinking(self.model_args)
+        check_thinking(self.model_args)
         _check_trackers(self)
         if self.cache_requests not in (None, *CACHE_REQUESTS):
             raise UserError(
@@ -204,7 +204,7 @@ def _check_whole(name: str, value: Any, least: int) -> None:
         raise UserError(f"{name} in --model_args must be a whole number of {least} or more, got {value}")
 
 
-def _check_thinking(model_args: dict[str, Any]) -> None:
+def check_thinking(model_args: dict[str, Any]) -> None:
     """lm_eval's rules: a model that is to think must have its thoughts cut off, or no answer would be found."""
     end = read_think_end(model_args)
     wanted, more = model_args.get("enable_thinking"), model_args.get("chat_template_args")

@@ -105,34 +105,3 @@ def possible_layouts(world_size: int) -> list[Layout]:
     """Every layout that divides `world_size` ranks into replicas, the smallest replicas first."""
     splits = [count for count in range(2, world_size + 1) if world_size % count == 0]
     return [WHOLE_COPIES, *(Layout(kind, count) for count in splits for kind in (TENSOR, LAYERS))]
-
-
-def split_layers(weights: list[float], last_extra: float, stages: int) -> list[range]:
-    """Which layers each stage holds, so that the dearest stage is as cheap as can be (earlier stages larger among equals).
-
-    weights: the cost of each layer. last_extra: what the last stage does beside its layers (the head).
-    Raises UserError when there are more stages than layers.
-    """
-    count = len(weights)
-    if stages > count:
-        raise UserError(f"--layout layers:{stages} splits a model of {count} layers into more parts than it has layers")
-    sums = [0.0]
-    for weight in weights:
-        sums.append(sums[-1] + weight)
-    # best[s][i]: the least that the dearest of s stages over the first i layers can cost.
-    best = [[float("inf")] * (count + 1) for _ in range(stages + 1)]
-    cut = [[0] * (count + 1) for _ in range(stages + 1)]
-    best[0][0] = 0.0
-    for stage in range(1, stages + 1):
-        extra = last_extra if stage == stages else 0.0
-        for stop in range(stage, count + 1):
-            for start in range(stop - 1, stage - 2, -1):
-                dearest = max(best[stage - 1][start], sums[stop] - sums[start] + extra)
-                if dearest <= best[stage][stop] * (1 - 1e-9) or best[stage][stop] == float("inf"):
-                    best[stage][stop], cut[stage][stop] = dearest, start
-    spans: list[range] = []
-    stop = count
-    for stage in range(stages, 0, -1):
-        spans.append(range(cut[stage][stop], stop))
-        stop = cut[stage][stop]
-    return spans[::-1]

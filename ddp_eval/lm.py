@@ -36,7 +36,7 @@ from ddp_eval.distributed.world import adopt_group, check_in, choose_device, joi
 from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
-from ddp_eval.output import write
+from ddp_eval.output import tables
 from ddp_eval.packs.batches import NO_PROMPTS, Prompts
 from ddp_eval.packs.requests import Requests
 from ddp_eval.placement.choose import check_texts, choose_layout
@@ -49,7 +49,8 @@ from ddp_eval.run.runner import follow, run_aside, trial_of
 from ddp_eval.run.self_check import make_plan
 from ddp_eval.run.try_layouts import Seated
 from ddp_eval.system.quiet import less_chatter, one_rank_speaks
-from ddp_eval.tasks.harness import Answers, _LeaderLM, _sum_by_owner, max_length_of
+from ddp_eval.tasks.collector import Answers, RequestCollector, sum_by_owner
+from ddp_eval.tasks.harness import max_length_of
 from ddp_eval.tasks.hflm_members import HFLMMembers
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
@@ -91,7 +92,7 @@ def launch(**arguments: Any) -> DDPEvalLM | None:
 
 
 @register_model("ddp_eval")
-class DDPEvalLM(HFLMMembers, _LeaderLM):
+class DDPEvalLM(HFLMMembers, RequestCollector):
     """A model whose requests all ranks of torchrun answer. To be closed, by `close`, a with block, or the end of the program.
 
     It has the members of lm_eval's HFLM (hflm_members.py), and answers requests that lm_eval or anybody else has made, in any
@@ -265,7 +266,7 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
             return [(-np.inf, False) for _ in requests]
         with watchdog.speaking():
             scored, flags, _, _ = self._run(encoded.requests, NO_PROMPTS)
-        sums, _ = _sum_by_owner(encoded, scored, len(requests))
+        sums, _ = sum_by_owner(encoded, scored, len(requests))
         greedy = np.ones(len(requests), dtype=bool)
         np.logical_and.at(greedy, encoded.owner, flags)
         sums[encoded.empty], greedy[encoded.empty] = -np.inf, False  # nothing to predict never wins
@@ -335,5 +336,5 @@ class DDPEvalLM(HFLMMembers, _LeaderLM):
         return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
 
 
-def _warn_of_nan(scores: write.Scores, texts: write.Texts) -> None:
-    warn_of_not_finite(write.find_not_finite(scores, texts))
+def _warn_of_nan(scores: tables.Scores, texts: tables.Texts) -> None:
+    warn_of_not_finite(tables.find_not_finite(scores, texts))

@@ -123,7 +123,7 @@ def run_variant(name: str, model: Any, device: Any, requests: Any) -> tuple[floa
             few_reads, padding = max(1, 2**28 // engine.vocab_size), engine.cost_model().most_padding
             plan, _ = plan_rows(requests, engine.max_tokens(), few_reads, most_padding=padding)
         elif name == "choices":
-            with unittest.mock.patch.object(cut, "_sort_and_share", share_contexts(cut._sort_and_share)):
+            with unittest.mock.patch.object(cut, "sort_and_share", share_contexts(cut.sort_and_share)):
                 plan, _ = cut.plan_packs(requests, engine.cost_model(), engine.max_tokens(), engine.max_reads())
         elif name == "cost":
             plan, _ = cut.plan_packs(requests, engine.cost_model(), engine.max_tokens(), engine.max_reads())

@@ -25,7 +25,7 @@ import numpy as np
 from bench_ranks import scoring_s  # beside this file
 from sides import cut
 
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 from ddp_eval.system import machine
 
 # ranks, flags, whether its numbers must be those of one rank to the bit
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, python: str, ranks: int, flags: list[str], 
         "phases_s": found["ddp_eval"]["phases_s"],
         "packs": found["ddp_eval"]["packs"],
         "metrics": found["results"],
-        "scores": write.read_scores(path / write.SCORES),
+        "scores": tables.read_scores(path / tables.SCORES),
         "engine": found["ddp_eval"]["engine"]["name"],
     }
 

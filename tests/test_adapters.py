@@ -18,7 +18,7 @@ from ddp_eval.api import evaluate
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
-from ddp_eval.output.write import read_scores
+from ddp_eval.output.tables import read_scores
 from ddp_eval.run.manifest import describe_model, see_model
 from ddp_eval.run.runner import run
 

@@ -19,8 +19,8 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_arg_string
 
-from ddp_eval.cli import flags as cli
 from ddp_eval.cli.flags import build_parser, parse
+from ddp_eval.cli.model_args import _IGNORED_MODEL_ARGS, _KNOWN_MODEL_ARGS, _OPTIONAL_MODEL_ARGS, _REFUSED_MODEL_ARGS
 from ddp_eval.config import DEFAULT_SEED, Config
 from ddp_eval.errors import UserError
 from ddp_eval.values import convert_value, split_top_level
@@ -502,8 +502,8 @@ def test_every_model_arg_of_lm_eval_is_known() -> None:
     """Catches an argument of lm_eval's HF backend that nobody has decided on: served, ignored, or refused with a reason."""
     theirs = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
     by_flag = {"parallelize", "tp_plan", "trust_remote_code", "device"}
-    served = {*cli._KNOWN_MODEL_ARGS, *cli._OPTIONAL_MODEL_ARGS}
-    decided = (served, set(cli._IGNORED_MODEL_ARGS), set(cli._REFUSED_MODEL_ARGS), by_flag)
+    served = {*_KNOWN_MODEL_ARGS, *_OPTIONAL_MODEL_ARGS}
+    decided = (served, set(_IGNORED_MODEL_ARGS), set(_REFUSED_MODEL_ARGS), by_flag)
     assert theirs <= set().union(*decided)
     assert sum(map(len, decided)) == len(set().union(*decided)), "each in one place"
     # what HFLM hands on to transformers

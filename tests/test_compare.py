@@ -21,7 +21,7 @@ from ddp_eval.analysis.read import read_run
 from ddp_eval.analysis.verdict import why_not
 from ddp_eval.cli.compare import main
 from ddp_eval.errors import UserError
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 from ddp_eval.output.documents import document_metrics, shared_context
 
 
@@ -135,7 +135,7 @@ def write_run(place: Path, nats=NATS, right=RIGHT, manifest=None, context=None, 
     """A run directory by the functions that write real ones."""
     place.mkdir()
     keys = sorted(nats)
-    scores = write.Scores(
+    scores = tables.Scores(
         task=["t"] * len(keys),
         doc_id=[doc for doc, _ in keys],
         idx=[idx for _, idx in keys],
@@ -143,13 +143,13 @@ def write_run(place: Path, nats=NATS, right=RIGHT, manifest=None, context=None, 
         is_greedy=[nats[key] > -1.5 for key in keys],
         num_tokens=[1] * len(keys),
     )
-    write.write_scores(place, scores)
+    tables.write_scores(place, scores)
     rows = [
         {"task": "t", "doc_id": doc, "filter": "none", "metric": metric, "value": value, "weight": 1.0}
         | {"prompt_hash": f"{prompt}{doc}", "context_hash": context}
         for doc, value in right.items()
     ]
-    write.write_documents(place, rows)
+    tables.write_documents(place, rows)
     mean = sum(right.values()) / len(right)
     write.write_run(
         place, {"results": {"t": {"alias": "t", f"{metric},none": mean}}}, manifest or {"engine": {"dtype": "float32"}}
@@ -227,8 +227,8 @@ def test_other_texts_are_not_within(tmp_path, capsys):
     """Catches a CI check that passes though every generated answer is another, beside log-probabilities that are alike."""
     for side, text in (("a", "one"), ("b", "eins")):
         write_run(tmp_path / side)
-        write.write_texts(
-            tmp_path / side, write.Texts(["g"] * 2, [0, 1], [0] * 2, [0] * 2, [text] * 2, [1] * 2, [False] * 2, [False] * 2)
+        tables.write_texts(
+            tmp_path / side, tables.Texts(["g"] * 2, [0, 1], [0] * 2, [0] * 2, [text] * 2, [1] * 2, [False] * 2, [False] * 2)
         )
     a, b = (str(tmp_path / side) for side in "ab")
     assert main([a, b, "--expect", "within", "1e-4"]) == 3

@@ -14,7 +14,7 @@ import torch
 
 import ddp_eval
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import decode
+from ddp_eval.engines.hf import decode, sampling
 from ddp_eval.engines.hf.engine import HFEngine
 from ddp_eval.errors import UserError
 from ddp_eval.packs import batches
@@ -156,7 +156,7 @@ def test_draws_follow_the_distribution(tiny_model: Callable[..., Any]) -> None:
     """Catches a token that can never be drawn, or one that is cut off by top_k and is."""
     model = tiny_model("llama")
     settings = Settings((), {"do_sample": True, "temperature": 1.0, "top_k": 3, "top_p": 1.0})
-    chooser = decode.Chooser(model, settings, 1)
+    chooser = sampling.Chooser(model, settings, 1)
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.25, 0.1]])).repeat(4000, 1)
     logits[:, 4] = -20.0
     draws = (np.arange(4000) + 0.5) / 4000

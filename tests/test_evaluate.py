@@ -22,7 +22,7 @@ from tiny_models import evaluate_with_lm_eval
 import ddp_eval
 from ddp_eval.api import evaluate
 from ddp_eval.errors import UserError
-from ddp_eval.output.write import read_scores
+from ddp_eval.output.tables import read_scores
 
 TOLERANCE_NATS = 1e-4
 CHAT_TEMPLATE = (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from ddp_eval.engines.hf.decode import grow_tree
+from ddp_eval.engines.hf.kv_slots import grow_tree
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
 from ddp_eval.packs.batches import LEAST_SHARED, Prompts, Settings, Sizes, build_batch, plan_batches

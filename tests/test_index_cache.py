@@ -21,7 +21,7 @@ import pytest
 from lm_eval.tasks import TaskManager, _index, _yaml_loader, manager
 
 from ddp_eval.errors import UserError
-from ddp_eval.tasks import harness, index_cache
+from ddp_eval.tasks import harness, index_cache, select
 from ddp_eval.tasks.index_cache import reuse_index
 
 FILES = {
@@ -117,7 +117,7 @@ def test_lm_evals_own_folder(parsed: list[str], caplog: pytest.LogCaptureFixture
         parsed.clear()
         caplog.clear()
         with pytest.raises(UserError) as refused:
-            harness.validate_tasks(tasks, None)
+            select.validate_tasks(tasks, None)
         messages = [record.getMessage() for record in caplog.records if record.name.startswith(("lm_eval", "ddp_eval"))]
         return len(parsed), messages, str(refused.value)
 
@@ -156,11 +156,11 @@ def test_tables_are_the_same(folder: Path, parsed: list[str], monkeypatch: pytes
     kinds = ("tasks", "groups", "subtasks", "tags")
     with monkeypatch.context() as patch:
         patch.setattr(harness, "reuse_index", contextlib.nullcontext)
-        plain = [harness.list_tasks(what, None) for what in kinds]
+        plain = [select.list_tasks(what, None) for what in kinds]
     assert "lm_eval/tasks/a/one.yaml" in plain[0] and "multiple_choice" in plain[2]
     for _ in ("cold", "warm"):
         parsed.clear()
-        assert [harness.list_tasks(what, None) for what in kinds] == plain
+        assert [select.list_tasks(what, None) for what in kinds] == plain
     assert set(parsed) & {os.path.basename(name) for name in FILES} == UNREADABLE, "the demo's are parsed each time"
 
 

@@ -7,8 +7,9 @@ import torch
 
 from ddp_eval.distributed import collectives
 from ddp_eval.distributed.world import World
+from ddp_eval.engines.hf.pipeline_parallel import split_layers
 from ddp_eval.errors import UserError
-from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout, fixed_layout, possible_layouts, split_layers
+from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout, fixed_layout, possible_layouts
 
 
 def test_words_become_layouts():

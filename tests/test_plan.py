@@ -16,7 +16,7 @@ from ddp_eval.cli import flags as cli
 from ddp_eval.cli import plan
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import checkpoint
+from ddp_eval.engines.hf import checkpoint, costs
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError
@@ -141,10 +141,10 @@ def test_only_routed_experts_are_shared_out(kind):
     sizes = {name: weight.numel() for name, weight in whole.model.layers.named_parameters()}
     routed = sum(size for name, size in sizes.items() if re.search(r"(mlp|feed_forward)\.experts\.", name))
     layer = whole.model.layers[0]
-    assert routed and hf.active_parameters(layer, config) == sum(sizes.values()) - routed * 3 / 4
+    assert routed and costs.active_parameters(layer, config) == sum(sizes.values()) - routed * 3 / 4
     feed_forward = layer.feed_forward if kind == "Llama4Text" else layer.mlp
     others = sum(weight.numel() for weight in feed_forward.parameters()) - routed
-    assert hf.active_parameters(feed_forward, config) == others + routed / 4, "also of the module alone"
+    assert costs.active_parameters(feed_forward, config) == others + routed / 4, "also of the module alone"
 
 
 # GiB of weights and of the largest pack: of 8,192 tokens, 0.6 for its mask; Gemma 2 is eager, 4 for the scores of 4,096 tokens.

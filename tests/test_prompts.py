@@ -29,7 +29,7 @@ from lm_eval.tasks import TaskManager
 from test_chat import CHATML, GEMMA, LLAMA3
 
 from ddp_eval.config import Config
-from ddp_eval.tasks import harness
+from ddp_eval.tasks import collector, harness
 from ddp_eval.tasks.lm_eval_patches import keep_examples
 from ddp_eval.tasks.templates import TemplateCache
 from ddp_eval.tasks.tokenization import Encoder
@@ -131,7 +131,7 @@ def built_by_ddp_eval(model: Any, tokenizer: Any, tasks: list[Any], include_path
     config = Config(tasks=tasks, bootstrap_iters=0, **options)
     paths = [] if include_path is None else [str(include_path)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Collected) as collected:
-        patch.setattr(harness._LeaderLM, "_score_instances", collect)
+        patch.setattr(collector.RequestCollector, "_score_instances", collect)
         patch.setattr(harness, "is_complete", lambda tasks, index: True)  # else lm_eval's own 14,000 task files are read
         encoder = Encoder(tokenizer, 2048)
         harness.evaluate_tasks(config, encoder, model.config, lambda *asked: None, lambda *kept: None, Phases(), paths)  # type: ignore

@@ -61,7 +61,7 @@ def describe(documents, targets="{{answer}}"):
     """What the manifest says of a task of these documents, two requests each, that all ask the same."""
     from lm_eval.api.instance import Instance
 
-    from ddp_eval.tasks.harness import describe_prompts
+    from ddp_eval.tasks.fingerprints import describe_prompts
 
     pairs = [(doc_id, doc, idx) for doc_id, doc in enumerate(documents) for idx in range(2)]
     instances = [Instance("loglikelihood", doc, ("ask", str(idx)), idx, ("t", doc_id, 1)) for doc_id, doc, idx in pairs]

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from ddp_eval.errors import UserError
-from ddp_eval.output import write
-from ddp_eval.output.write import Scores, prepare_directory, read_scores, write_run, write_scores
+from ddp_eval.output import tables, write
+from ddp_eval.output.tables import Scores, read_scores, write_scores
+from ddp_eval.output.write import prepare_directory, write_run
 from ddp_eval.system import machine
 from ddp_eval.system.digests import digest_directory, digest_strings
 from ddp_eval.system.machine import git_commit
@@ -185,9 +186,9 @@ def test_scores_bytes_depend_on_content_alone(tmp_path):
     """Would catch lists and numpy arrays of the same numbers, or no rows at all, written under another schema."""
     write_example(tmp_path)
     first = (tmp_path / "scores.parquet").read_bytes()
-    again = write._encode_scores(read_scores(tmp_path / "scores.parquet"))
+    again = tables._encode_scores(read_scores(tmp_path / "scores.parquet"))
     assert hashlib.sha256(first).hexdigest() == hashlib.sha256(again).hexdigest()
-    (tmp_path / "none.parquet").write_bytes(write._encode_scores(Scores([], [], [], [], [], [])))
+    (tmp_path / "none.parquet").write_bytes(tables._encode_scores(Scores([], [], [], [], [], [])))
     assert len(read_scores(tmp_path / "none.parquet")) == 0
 
 
@@ -349,9 +350,9 @@ def test_import_is_light():
 
 def test_numbers_that_are_none_are_counted():
     """Would catch a NaN or an infinity that vanishes in a mean, and one that is reported under another request."""
-    scores, no_texts = example_scores(), write.Texts([], [], [], [], [], [], [], [])
-    assert write.find_not_finite(scores, no_texts) == {"arc": {"requests": 1, "first": [[0, 1]]}}
+    scores, no_texts = example_scores(), tables.Texts([], [], [], [], [], [], [], [])
+    assert tables.find_not_finite(scores, no_texts) == {"arc": {"requests": 1, "first": [[0, 1]]}}
     many = Scores(["a"] * 8, [3] * 8, range(8), [math.inf] * 4 + [-math.inf] * 4, [False] * 8, [1] * 8)
-    assert write.find_not_finite(many, no_texts) == {"a": {"requests": 8, "first": [[3, idx] for idx in range(5)]}}
-    texts = write.Texts(["b"] * 2, [4, 5], [0, 1], [0] * 2, ["x"] * 2, [1] * 2, [False] * 2, [False, True])
-    assert write.find_not_finite(scores, texts)["b"] == {"requests": 1, "first": [[5, 1]]}
+    assert tables.find_not_finite(many, no_texts) == {"a": {"requests": 8, "first": [[3, idx] for idx in range(5)]}}
+    texts = tables.Texts(["b"] * 2, [4, 5], [0, 1], [0] * 2, ["x"] * 2, [1] * 2, [False] * 2, [False, True])
+    assert tables.find_not_finite(scores, texts)["b"] == {"requests": 1, "first": [[5, 1]]}

@@ -13,7 +13,7 @@ import pytest
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import journal, status, write
+from ddp_eval.output import journal, status, tables, write
 from ddp_eval.output.directory import find_finished, open_directory
 from ddp_eval.output.journal import Journal, work_key
 
@@ -53,7 +53,7 @@ def unfinished(config):
     own = Journal(directory.journals / "a.journal", KEY, "cpu")
     own.append(1, np.array([-1.5]), np.array([True]))
     own.close()
-    write.write_scores(directory.path, write.Scores([], [], [], [], [], []))
+    tables.write_scores(directory.path, tables.Scores([], [], [], [], [], []))
     directory.close()
     return directory.path
 
@@ -88,7 +88,7 @@ def test_unfinished_work_is_found(config, opening, unfinished):
     """Catches work that is thrown away or refused when the same command comes again, killed within its metrics too."""
     directory = opening(config())
     assert packs_in(directory) == [1]
-    assert (directory.path / write.SCORES).exists()
+    assert (directory.path / tables.SCORES).exists()
 
 
 @pytest.mark.parametrize("changes", [{"log_samples": True}, {"timeout": 5.0}, {"bootstrap_iters": 0}, {"overwrite": True}])
@@ -114,7 +114,7 @@ def test_starting_over(changes, config, opening, unfinished):
     """Catches packs of a run that was to be forgotten, and scores of it that outlive it."""
     directory = opening(config(**changes))
     assert packs_in(directory) == []
-    assert not (directory.path / write.SCORES).exists()
+    assert not (directory.path / tables.SCORES).exists()
 
 
 LAUNCHERS = {
@@ -335,7 +335,7 @@ def test_killed_right_behind_the_manifest(state, config, finished):
 def test_files_without_a_journal_are_refused(config, tmp_path):
     """Catches somebody's scores overwritten because they lack a manifest."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / write.SCORES).write_text("mine")
+    (tmp_path / "run" / tables.SCORES).write_text("mine")
     with pytest.raises(UserError, match=r"already holds an unfinished run of .* \(it has no journal to resume from\)"):
         open_directory(config(), lambda: None)
 

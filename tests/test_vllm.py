@@ -144,7 +144,7 @@ def save_model(directory, broken=None):
 @pytest.fixture(scope="module")
 def scores_of(tmp_path_factory):
     """scores_of(ranks, engine, more model_args) -> the scores of a small run."""
-    from ddp_eval.output import write
+    from ddp_eval.output import tables, write
 
     model = tmp_path_factory.mktemp("model")
     save_model(model)
@@ -155,7 +155,7 @@ def scores_of(tmp_path_factory):
         line = f"--model {engine} --model_args pretrained={model},dtype=float32{extra} {tasks} --output_path {path}"
         finished = launch(ranks, *shlex.split(line), program=QUICK, timeout_s=900)
         assert finished.returncode == 0, str(finished)
-        return write.read_scores(path / write.SCORES), json.loads((path / write.MANIFEST).read_text())
+        return tables.read_scores(path / tables.SCORES), json.loads((path / write.MANIFEST).read_text())
 
     return run
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ddp_eval.distributed import watchdog
 from ddp_eval.distributed.watchdog import Watch, _Beats
-from ddp_eval.tasks import bootstrap, harness, lm_eval_patches
+from ddp_eval.tasks import bootstrap, collector, lm_eval_patches
 
 
 class Hanging(Exception):
@@ -138,8 +138,8 @@ def test_between_keeps_the_documents():
     def fail():
         raise RuntimeError("the loader has failed")
 
-    with pytest.raises(harness._Scoring, match="the loader has failed"):
-        list(lm_eval_patches._between(harness._unharmed(fail), range(3)))
+    with pytest.raises(collector.ScoringFailed, match="the loader has failed"):
+        list(lm_eval_patches._between(collector.as_scoring_error(fail), range(3)))
 
 
 def test_dead_sibling_is_named(monkeypatch):

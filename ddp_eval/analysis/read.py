@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddp_eval.errors import UserError, one_line
-from ddp_eval.output import lm_eval_names, write
+from ddp_eval.output import lm_eval_names, tables, write
 from ddp_eval.output.documents import arguments_of, document_metrics, shared_context
 from ddp_eval.system import read_back
 
@@ -143,20 +143,20 @@ def _read_ours(place: Path) -> Run:
     run = Run(place, "ddp_eval", manifest=read_back.read_json(place / write.MANIFEST, shapes.MANIFEST, place))
     run.results = read_back.read_json(place / write.RESULTS, shapes.RESULTS, place)
     run.reported = _reported(run.results)
-    scores = _read_table(place, write.SCORES)
+    scores = _read_table(place, tables.SCORES)
     columns = [scores[name].values for name in ("doc_id", "idx", "loglikelihood", "is_greedy")]
     for task, chosen in _rows_by_text(scores["task"]):
         run.requests[task] = sort_requests(place, *(column[chosen] for column in columns))
-    if os.path.lexists(place / write.TEXTS):
-        texts = _read_table(place, write.TEXTS)
+    if os.path.lexists(place / tables.TEXTS):
+        texts = _read_table(place, tables.TEXTS)
         for task, *key, text in _rows(texts, "task", "doc_id", "idx", "repeat", "text"):
             of_task = run.texts.setdefault(task, {})
             if tuple(key) in of_task:
-                raise UserError(f"{place / write.TEXTS}: document {key[0]} of the task {task} is there twice")
+                raise UserError(f"{place / tables.TEXTS}: document {key[0]} of the task {task} is there twice")
             of_task[key[0], key[1], key[2]] = text
     rows: DocumentRows = {}
-    if os.path.lexists(place / write.DOCUMENTS):
-        documents = _read_table(place, write.DOCUMENTS, ("doc_hash",))  # which older versions did not write
+    if os.path.lexists(place / tables.DOCUMENTS):
+        documents = _read_table(place, tables.DOCUMENTS, ("doc_hash",))  # which older versions did not write
         for known in _rows(documents, "task", "doc_id", "prompt_hash", "context_hash", "doc_hash"):
             _note_document(run, *known)
         for task, metric, kept, *row in _rows(documents, "task", "metric", "filter", "doc_id", "value", "weight"):
@@ -172,7 +172,7 @@ def _read_ours(place: Path) -> Run:
 
 
 def _read_table(place: Path, name: str, optional: Sequence[str] = ()) -> dict[str, read_back.Column]:
-    return read_back.read_table(place / name, write.schema_of(name), place, optional)
+    return read_back.read_table(place / name, tables.schema_of(name), place, optional)
 
 
 def _rows(table: Mapping[str, read_back.Column], *names: str) -> Iterator[tuple[Any, ...]]:

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     if options.what is None:
         parser.print_help()
         return 0
-    from ddp_eval.tasks.harness import list_tasks
+    from ddp_eval.tasks.select import list_tasks
 
     print(printable(list_tasks(options.what, options.include_path), keep="\n"))
     return 0

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     tasks = [name.strip() for word in options.tasks for name in word.split(",") if name.strip()]
     if not tasks:
         raise UserError("--tasks must name at least one task")
-    from ddp_eval.tasks.harness import validate_tasks
+    from ddp_eval.tasks.select import validate_tasks
 
     print(f"Validating tasks: {tasks}")
     count, unsafe = validate_tasks(tasks, options.include_path)

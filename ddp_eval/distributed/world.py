@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +16,14 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from ddp_eval.distributed import launch_environment, meeting, watchdog
-from ddp_eval.distributed.collectives import log
 from ddp_eval.distributed.contact import naming_lost_ranks
 from ddp_eval.distributed.launch_environment import whole_number
 from ddp_eval.distributed.meeting import exchange_through
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.telemetry.meter import Meter, process_age_s
+
+log = logging.getLogger("ddp_eval")
+
 
 JOIN_TIMEOUT_S = 1800.0
 
@@ -181,7 +184,7 @@ def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any])
 
     def notify(missing: list[int], waited_s: float) -> None:
         if missing and rank < 2 and patience.is_due(waited_s):
-            absent = _name_some(missing)
+            absent = name_some(missing)
             watchdog.notice(f"rank {rank} is waiting for {absent} to call {caller} too (at most {limit_s:.0f} s)", waited_s)
 
     store = dist.distributed_c10d._get_default_store()
@@ -190,7 +193,7 @@ def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any])
     absent = [other for other, text in enumerate(texts) if text is None]
     if absent:
         # A rank that has not heard of rank 0 knows nothing of the others.
-        named = _name_some([0] if absent[0] == 0 else absent)
+        named = name_some([0] if absent[0] == 0 else absent)
         raise UserError(
             f"every rank of the process group must call {caller}, at the same time: {named} did not within {limit_s:.0f} s of "
             f"rank {rank}'s call (the group's timeout is {group_s:.0f} s)"
@@ -205,7 +208,7 @@ def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any])
                 )
 
 
-def _name_some(ranks: Sequence[int]) -> str:
+def name_some(ranks: Sequence[int]) -> str:
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:8])) + more
 

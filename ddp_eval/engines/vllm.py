@@ -29,7 +29,7 @@ import torch
 
 from ddp_eval.config import PROMPT_ARGS
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import checkpoint, engine
+from ddp_eval.engines.hf import checkpoint, costs
 from ddp_eval.engines.hf.draws import loading
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
@@ -226,7 +226,7 @@ class VllmEngine:
         return CostModel(forward=1024.0, token=1.0, pair=0.0, read=0.0, dense=False)
 
     def flops_per_token(self) -> float:
-        return 2.0 * engine.active_parameters(self.whole, self._config)
+        return 2.0 * costs.active_parameters(self.whole, self._config)
 
     def launch(self, pack: Pack) -> Queued:
         return Queued(pack)

@@ -180,11 +180,11 @@ def plan_batches(prompts: Prompts, sizes: Sizes, alone: Sequence[bool]) -> tuple
     new_number[flat] = np.arange(len(items))
     plan = TextPlan(
         tokens=np.concatenate([np.zeros(0, dtype=np.int32), *own]).astype(np.int32),
-        starts=_offsets([len(part) for part in own]),
+        starts=offsets_of([len(part) for part in own]),
         shared=np.array(shared, dtype=np.int32),
         limits=np.array([limits[item] for item in flat], dtype=np.int32),
         seeds=np.array([seeds[item] for item in flat], dtype=np.uint64),
-        item_starts=_offsets([len(batches[index]) for index in order]),
+        item_starts=offsets_of([len(batches[index]) for index in order]),
         kinds=np.array([kinds[batches[index][0]] for index in order], dtype=np.int32),
         slots=np.array([facts[index].slots for index in order], dtype=np.int32),
         prefix=np.array([facts[index].prefix for index in order], dtype=np.int32),
@@ -271,7 +271,7 @@ def _cut(members: list[int], most: int) -> list[list[int]]:
     return [members[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
-def _offsets(lengths: Sequence[int]) -> IntArray:
+def offsets_of(lengths: Sequence[int]) -> IntArray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval.packs.plan import Plan, _empty_plan, assemble
+from ddp_eval.packs.plan import Plan, assemble, empty_plan
 from ddp_eval.packs.requests import IntArray, Requests
 
 
@@ -46,9 +46,9 @@ def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: 
     max_tokens, max_reads: the most that one pack holds; a request beyond them gets a pack of its own.
     Returns the plan, its packs in ascending order of cost, and (N,) int64: the item that answers each request.
     """
-    order, item_of_request, shared = _sort_and_share(requests)
+    order, item_of_request, shared = sort_and_share(requests)
     if not len(order):
-        return _empty_plan(rows=False), item_of_request
+        return empty_plan(rows=False), item_of_request
     lengths = (np.diff(requests.starts)[order] - 1).astype(np.int64)
     bounds, pack_costs = _cut(_Costs(lengths, shared, requests.num_targets[order], cost), max_tokens, max_reads)
     shared[bounds[:-1]] = 0
@@ -58,12 +58,12 @@ def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: 
 
 def plan_one_tree(requests: Requests) -> tuple[Plan, IntArray]:
     """All of `requests`, of which there is one or more, in a single pack, whatever it costs. Returns as `plan_packs`."""
-    order, item_of_request, shared = _sort_and_share(requests)
+    order, item_of_request, shared = sort_and_share(requests)
     whole, only = np.array([0, len(order)]), np.zeros(1, dtype=np.int64)
     return assemble(requests, order, item_of_request, shared, whole, only, rows=False)
 
 
-def _sort_and_share(requests: Requests) -> tuple[IntArray, IntArray, IntArray]:
+def sort_and_share(requests: Requests) -> tuple[IntArray, IntArray, IntArray]:
     """Order the distinct requests so that those that share a prefix stand together.
 
     Returns order (M,), the request behind each item; item_of_request (N,); shared (M,), how many leading input tokens each item

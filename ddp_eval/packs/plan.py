@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ddp_eval.packs.requests import IntArray, Requests, _gather_runs, _offsets
+from ddp_eval.packs.requests import IntArray, Requests, gather_runs, offsets_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _take_items(pack: Pack, first: int, stop: int) -> Pack:
     kept = np.zeros(len(pack), dtype=bool)
     for last in np.unique(positions):
         kept |= (index <= last) & (last < pack.end)
-    kept_before = _offsets(kept)
+    kept_before = offsets_of(kept)
     reads, answer_reads = np.unique(kept_before[positions], return_inverse=True)
     return Pack(
         tokens=pack.tokens[kept],
@@ -212,35 +212,35 @@ def assemble(
     order: (M,) the request behind each item. item_of_request: (N,). shared: (M,) input tokens in common with the item before.
     """
     if not len(order):
-        return _empty_plan(rows), item_of_request
+        return empty_plan(rows), item_of_request
     sizes = np.diff(bounds)[groups]
-    moved = _gather_runs(np.arange(len(order)), bounds[:-1][groups], sizes)
+    moved = gather_runs(np.arange(len(order)), bounds[:-1][groups], sizes)
     order, shared = order[moved], shared[moved]
     new_place = np.empty_like(moved)
     new_place[moved] = np.arange(len(moved))
     item_of_request = new_place[item_of_request]
 
-    item_starts = _offsets(sizes)
+    item_starts = offsets_of(sizes)
     begins, stops = requests.starts[:-1][order], requests.starts[1:][order]
     lengths = stops - begins - 1
     num_targets = requests.num_targets[order]
     copies = np.bincount(item_of_request, minlength=len(order))
     plan = Plan(
-        tokens=_gather_runs(requests.tokens, begins + shared, lengths - shared),
-        token_starts=_offsets(lengths - shared)[item_starts],
+        tokens=gather_runs(requests.tokens, begins + shared, lengths - shared),
+        token_starts=offsets_of(lengths - shared)[item_starts],
         item_starts=item_starts,
-        target_starts=_offsets(num_targets)[item_starts],
+        target_starts=offsets_of(num_targets)[item_starts],
         shared=shared.astype(np.int32),
         lengths=lengths.astype(np.int32),
         num_targets=num_targets.astype(np.int32),
-        targets=_gather_runs(requests.tokens, stops - num_targets, num_targets.astype(np.int64)),
+        targets=gather_runs(requests.tokens, stops - num_targets, num_targets.astype(np.int64)),
         num_requests=np.add.reduceat(copies, item_starts[:-1]).astype(np.int32),
         rows=rows,
     )
     return plan, item_of_request
 
 
-def _empty_plan(rows: bool) -> Plan:
+def empty_plan(rows: bool) -> Plan:
     none, zero = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
     return Plan(none, zero, zero, zero, none, none, none, none, none, rows)
 

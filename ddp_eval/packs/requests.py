@@ -30,8 +30,8 @@ class Requests:
         """The requests at `indices`, in that order."""
         lengths = np.diff(self.starts)[indices]
         return Requests(
-            tokens=_gather_runs(self.tokens, self.starts[:-1][indices], lengths),
-            starts=_offsets(lengths),
+            tokens=gather_runs(self.tokens, self.starts[:-1][indices], lengths),
+            starts=offsets_of(lengths),
             num_targets=self.num_targets[indices],
         )
 
@@ -51,15 +51,15 @@ def requests_from_lists(sequences: list[list[int]], num_targets: list[int]) -> R
     """`Requests` from plain lists, for tests and small callers."""
     lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
     flat = np.array([token for sequence in sequences for token in sequence], dtype=np.int32)
-    return Requests(flat, _offsets(lengths), np.array(num_targets, dtype=np.int32))
+    return Requests(flat, offsets_of(lengths), np.array(num_targets, dtype=np.int32))
 
 
-def _offsets(lengths: IntArray) -> IntArray:
+def offsets_of(lengths: IntArray) -> IntArray:
     """(n,) lengths -> (n+1,) int64 offsets, 0 first."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _gather_runs(values: IntArray, begins: IntArray, lengths: IntArray) -> IntArray:
+def gather_runs(values: IntArray, begins: IntArray, lengths: IntArray) -> IntArray:
     """Concatenate values[begin : begin + length] for each pair."""
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     return values[np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ddp_eval.packs.cut import _sort_and_share
-from ddp_eval.packs.plan import Plan, _empty_plan, assemble
-from ddp_eval.packs.requests import IntArray, Requests, _offsets
+from ddp_eval.packs.cut import sort_and_share
+from ddp_eval.packs.plan import Plan, assemble, empty_plan
+from ddp_eval.packs.requests import IntArray, Requests, offsets_of
 
 
 def plan_rows(
@@ -24,9 +24,9 @@ def plan_rows(
     most_padding: tokens by which all rows of a batch together may be lengthened, if that matters.
     Returns as `plan_packs`.
     """
-    order, item_of_request, shared = _sort_and_share(requests)
+    order, item_of_request, shared = sort_and_share(requests)
     if not len(order):
-        return _empty_plan(rows=True), item_of_request
+        return empty_plan(rows=True), item_of_request
     lengths = (np.diff(requests.starts)[order] - 1).astype(np.int64)
 
     # The row laid so far ends where the latest item with tokens of its own ends.
@@ -46,7 +46,7 @@ def plan_rows(
     rank_of_item = np.empty_like(item_order)
     rank_of_item[item_order] = np.arange(len(item_order))
     items_per_row = np.diff(row_bounds)[by_length]
-    bounds = _offsets(items_per_row)[batch_bounds]
+    bounds = offsets_of(items_per_row)[batch_bounds]
     return assemble(
         requests, order[item_order], rank_of_item[item_of_request], shared[item_order], bounds,
         np.arange(len(bounds) - 1), rows=True,

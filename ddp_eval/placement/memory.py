@@ -60,7 +60,7 @@ class ModelSizes:
 
 def measure_model(whole: Any, device: torch.device) -> ModelSizes:
     """The sizes of a transformers model on the meta device, when it runs on `device`."""
-    from ddp_eval.engines.hf import engine
+    from ddp_eval.engines.hf import costs
 
     config = whole.config.get_text_config()
     layers = _layers(whole, int(getattr(config, "num_hidden_layers", 0)))
@@ -74,7 +74,7 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
     hidden = int(config.hidden_size)
     head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    attention = engine.choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
+    attention = costs.choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
     return ModelSizes(
         layers=layer_bytes,
         embedding=embedding_bytes,
@@ -83,14 +83,14 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
         vectors=sum(weight.nbytes for weight in whole.parameters() if weight.dim() < 2),
         tied=tied,
         value_bytes=next(whole.parameters()).element_size(),
-        active=[engine.active_parameters(layer, config) for layer in layers] or [engine.active_parameters(whole, config)],
+        active=[costs.active_parameters(layer, config) for layer in layers] or [costs.active_parameters(whole, config)],
         hidden=hidden,
         inner=_inner_width(config, hidden),
         attended=(heads + 2 * kv_heads) * head_dim,
         vocab=int(config.vocab_size),
-        largest_pack=engine.largest_pack(config, attention, device),
+        largest_pack=costs.largest_pack(config, attention, device),
         mask=0 if attention == tree_attention.NAME else _MASK_BYTES,
-        scores=engine.SCORE_BYTES * heads if attention == "eager" else 0,
+        scores=costs.SCORE_BYTES * heads if attention == "eager" else 0,
     )
 
 

@@ -34,13 +34,13 @@ from ddp_eval.distributed.messages import Followers, Journals, Load, await_begin
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine, vllm
 from ddp_eval.engines.hf import checkpoint, limits
-from ddp_eval.engines.hf import engine as hf
+from ddp_eval.engines.hf.costs import flops_of_pair_and_read, pad_lengths
 from ddp_eval.engines.load import brings_code, lay_out, load_replica
 from ddp_eval.engines.ops.peak import peak_flops
 from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import documents, status, write
+from ddp_eval.output import documents, status, tables, write
 from ddp_eval.output.directory import RunDirectory
 from ddp_eval.output.irregular import log_irregular
 from ddp_eval.output.lm_eval_names import SECTION, choose_names
@@ -151,7 +151,7 @@ def _load_and_lead(
 
     # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
     with world.meter.phases("start"):
-        from ddp_eval.tasks import harness  # noqa: F401
+        from ddp_eval.tasks import collector  # noqa: F401
 
     loader = threading.Thread(target=load, daemon=True)
     loader.start()
@@ -191,7 +191,7 @@ def _lead(
     go_on: called often while the prompts are built; may raise what another thread failed of.
     inspect: given {"model": digests, "packages": versions, and `harness.describe_prompts`} before anything is scored.
     """
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import collector, harness
 
     world, phases = followers.world, followers.world.meter.phases
     model_args = config.model_args
@@ -218,7 +218,7 @@ def _lead(
             watchdog.step("reading the model's files")
             inspect({"model": get_digests(), "packages": machine.describe_packages(), **prompts})
 
-    def score(requests: Requests, prompts: Prompts) -> harness.Answers:
+    def score(requests: Requests, prompts: Prompts) -> collector.Answers:
         if len(prompts):
             check_texts(config, followers.layout, prompts.tasks[0])
         watchdog.step("loading the model", detail=_source(config))
@@ -298,13 +298,13 @@ def _lead(
         answers = [texts[item] for item in generation.item_of_prompt.tolist()]
         return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
 
-    def keep(scores: write.Scores, texts: write.Texts) -> None:
-        facts["not_finite"] = write.find_not_finite(scores, texts)
+    def keep(scores: tables.Scores, texts: tables.Texts) -> None:
+        facts["not_finite"] = tables.find_not_finite(scores, texts)
         warn_of_not_finite(facts["not_finite"])
         if config.output_path:
-            write.write_scores(config.output_path, scores)
+            tables.write_scores(config.output_path, scores)
             if len(texts):
-                write.write_texts(config.output_path, texts)
+                tables.write_texts(config.output_path, texts)
 
     outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look, go_on)
     samples = outcome.results.pop("samples")
@@ -327,7 +327,7 @@ def _lead(
         if config.output_path:
             watchdog.step("writing the results")
             if not config.predict_only:
-                write.write_documents(config.output_path, documents.describe_documents(samples))
+                tables.write_documents(config.output_path, documents.describe_documents(samples))
             more = {name: outcome.prompts[name] for name in ("prompts_by_task", "documents_by_task")}
             more |= {"task_files": outcome.task_files, "resumed_packs": resumed[0]}
             manifest = describe_run(config, world, outcome.results, {**facts, **more}, get_digests())
@@ -410,8 +410,8 @@ def _describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
 
 def _describe_costs(plan: Plan, seated: Seated, model_config: Any) -> dict[str, Any]:
     """What telemetry reckons shares with. flops_per_…: of one rank, which has its part in every token of its replica."""
-    pad = functools.partial(hf.pad_lengths, seated.engine.describe().get("attention"))
-    pair, read = hf.flops_of_pair_and_read(model_config.get_text_config())
+    pad = functools.partial(pad_lengths, seated.engine.describe().get("attention"))
+    pair, read = flops_of_pair_and_read(model_config.get_text_config())
     return {
         "weights_bytes": seated.engine.describe()["parameters"] * seated.engine.dtype.itemsize,
         "fed_tokens": fed_tokens(plan, pad),

@@ -18,7 +18,7 @@ from ddp_eval.tasks.generation_requests import MAX_GEN_TOKS
 from ddp_eval.tasks.tokenization import Encoder
 
 _LOADS = "the model is loaded by then: give arguments to ddp_eval.lm.launch"
-_BY_COST = "packs are sized by cost, not by a batch size: there is none to find"
+BY_COST = "packs are sized by cost, not by a batch size: there is none to find"
 _LOOPS = "generation is a loop of its own over all ranks: call generate_until"
 _ABSENT = {
     "accelerator": "torchrun starts the ranks, and torch.distributed joins them, not accelerate",
@@ -27,8 +27,8 @@ _ABSENT = {
     "_create_model": _LOADS,
     "_create_tokenizer": _LOADS,
     "_get_accelerate_args": _LOADS,
-    "_detect_batch_size": _BY_COST,
-    "_batch_scheduler": _BY_COST,
+    "_detect_batch_size": BY_COST,
+    "_batch_scheduler": BY_COST,
     "_model_generate": _LOOPS,
     "_select_cont_toks": "logits exist only where an answer is read: call loglikelihood or _loglikelihood_tokens",
 }

@@ -25,7 +25,7 @@ from ddp_eval.config import Config
 from ddp_eval.distributed.world import join_group
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import journal, status, write
+from ddp_eval.output import journal, status, tables, write
 from ddp_eval.output.directory import RunDirectory, open_directory
 from ddp_eval.run import runner
 from ddp_eval.tasks import harness
@@ -103,7 +103,7 @@ def test_finished_work_binds(opening: Callable[..., RunDirectory], kept: str) ->
         own.append(0, np.array([-1.0]), np.array([True]))
         own.close()
     else:
-        write.write_scores(directory.path, write.Scores([], [], [], [], [], []))
+        tables.write_scores(directory.path, tables.Scores([], [], [], [], [], []))
     kill(directory)
     with pytest.raises(UserError, match=r"already holds an unfinished run of .* \(there num_fewshot was null, here it is 1\)"):
         opening(num_fewshot=1)

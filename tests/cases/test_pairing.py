@@ -27,7 +27,7 @@ from ddp_eval.analysis.matching import Identity, pair
 from ddp_eval.analysis.read import read_run
 from ddp_eval.analysis.verdict import list_notes
 from ddp_eval.cli.compare import main
-from ddp_eval.output import write
+from ddp_eval.output import tables
 
 TWO_FILTERS = """\
 task: two_filters
@@ -220,7 +220,7 @@ def test_runs_of_older_versions(sides: Any) -> None:
     """Catches runs whose documents.parquet tells nothing of documents: prompts must do, and few-shot examples may differ."""
     by_us, by_lm_eval = sides
     place = by_us("old", ["demo_hellaswag"], samples={"demo_hellaswag": [2, 5, 8]}, num_fewshot=0)
-    file = place / write.DOCUMENTS
+    file = place / tables.DOCUMENTS
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).drop_columns(["doc_hash"]), file)
     misnumbered = by_lm_eval("theirs", ["demo_hellaswag"], samples={"demo_hellaswag": [8, 2, 5]}, num_fewshot=0)
     found, notes = compared(place, misnumbered)

@@ -30,7 +30,7 @@ from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory
 from ddp_eval.system import compile_cache
-from ddp_eval.tasks import harness
+from ddp_eval.tasks import fingerprints, harness
 from ddp_eval.tasks.task_sources import reading_anew
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
@@ -66,7 +66,7 @@ class _Stop(Exception):
 def prompts(folder: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """prompts(**options) -> the contexts that an evaluation of the task would score."""
     built: list[Any] = []
-    describe = harness.describe_prompts
+    describe = fingerprints.describe_prompts
 
     def describe_and_keep(instances: Any, tasks: Any) -> Any:
         built[:] = instances
@@ -75,7 +75,7 @@ def prompts(folder: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
     def stop(*unused: Any) -> Any:
         raise _Stop
 
-    monkeypatch.setattr(harness, "describe_prompts", describe_and_keep)
+    monkeypatch.setattr(fingerprints, "describe_prompts", describe_and_keep)
 
     def build(**options: Any) -> list[str]:
         config = config_from_options(["edited"], include_path=str(folder), **options)

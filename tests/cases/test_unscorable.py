@@ -235,7 +235,7 @@ def test_long_continuations_count_whole(tiny_model: Callable[..., Any], tiny_tok
     windows = answers_of(ours)
     assert whole[0, 1][0] < whole[0, 0][0] and windows[0, 1][0] < windows[0, 0][0]
     assert ours["samples"]["odd"][0]["acc"] == 1.0
-    from ddp_eval.output.write import read_scores
+    from ddp_eval.output.tables import read_scores
 
     scored = read_scores(tmp_path / "out" / "scores.parquet").num_tokens.tolist()
     context = len(tiny_tokenizer.encode("Once"))

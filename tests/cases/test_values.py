@@ -31,7 +31,7 @@ from ddp_eval.cli import flags
 from ddp_eval.config import Config
 from ddp_eval.distributed import world
 from ddp_eval.errors import UserError
-from ddp_eval.tasks import harness
+from ddp_eval.tasks import fingerprints, harness
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 from ddp_eval.values import convert_value
@@ -208,7 +208,7 @@ class _Asked(LM):
     """A model that lm_eval asks, and that answers nothing."""
 
     def loglikelihood(self, requests: Any) -> Any:
-        raise _Stop(harness.describe_prompts(requests, {})["prompts_sha256"])
+        raise _Stop(fingerprints.describe_prompts(requests, {})["prompts_sha256"])
 
     loglikelihood_rolling = generate_until = loglikelihood
 

@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from launch import QUICK, launch
 
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 
 sys.path.append(str(Path(__file__).parent.parent))
 from test_evaluate import write_task
@@ -42,8 +42,8 @@ def run(tmp_path_factory):
             finished = launch(ranks, *flags.split(), "--layout", layout, "--output_path", str(path), program=QUICK, timeout_s=200)
             assert finished.returncode == 0, str(finished)
             facts = json.loads((path / write.RESULTS).read_text())["ddp_eval"]
-            scores = path / write.SCORES
-            done[ranks, layout] = write.read_scores(scores), scores.read_bytes(), facts, finished
+            scores = path / tables.SCORES
+            done[ranks, layout] = tables.read_scores(scores), scores.read_bytes(), facts, finished
         return done[ranks, layout]
 
     return go

@@ -8,7 +8,7 @@ import pytest
 from launch import QUICK, launch, launching, wait_for
 
 from ddp_eval.cli.compare import main as compare
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 
 TASKS = Path(__file__).resolve().parents[1] / "generation_tasks"
 FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
@@ -27,7 +27,7 @@ def test_texts_on_any_number_of_ranks(ranks, run_on, capsys):
     """Catches draws by rank, batches cut by the number of ranks, answers that change places, and a rank without a tokenizer."""
     alone, many = run_on(0), run_on(ranks)
     for name in RUNS:
-        for file in (write.TEXTS, write.SCORES):
+        for file in (tables.TEXTS, tables.SCORES):
             assert (alone[name] / file).read_bytes() == (many[name] / file).read_bytes(), (name, file)
         reports = [json.loads((directory[name] / write.RESULTS).read_text())["results"] for directory in (alone, many)]
         assert reports[0] == reports[1]
@@ -65,6 +65,6 @@ def test_texts_after_a_kill(run_on, tmp_path):
     assert finished.returncode == 0, str(finished)
     assert "resuming: " in "".join(finished.sentences())
     alone = run_on(0)["mixed"]
-    for file in (write.TEXTS, write.SCORES):
+    for file in (tables.TEXTS, tables.SCORES):
         assert (alone / file).read_bytes() == (path / file).read_bytes()
     assert json.loads((path / write.MANIFEST).read_text())["resumed_packs"] > 0

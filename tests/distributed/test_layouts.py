@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 from launch import QUICK, launch
 
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 
 TASKS = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy --limit 4 --max_pack_tokens 512"
 
@@ -38,12 +38,12 @@ def run(tmp_path_factory):
 def scores(outcome):
     path, finished = outcome
     assert finished.returncode == 0, str(finished)
-    return write.read_scores(path / write.SCORES)
+    return tables.read_scores(path / tables.SCORES)
 
 
 def score_bytes(outcome):
     scores(outcome)
-    return (outcome[0] / write.SCORES).read_bytes()
+    return (outcome[0] / tables.SCORES).read_bytes()
 
 
 @pytest.mark.parametrize(

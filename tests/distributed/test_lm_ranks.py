@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from launch import QUICK, launch
 
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 
 MAIN = (str(Path(__file__).with_name("lm_main.py")),)
 
@@ -21,9 +21,9 @@ def command(tmp_path_factory):
     flags = ("--model_args", "pretrained=demo", *tasks, "--limit", 3, "--device", "cpu", "-o", path)
     finished = launch(0, *flags, program=QUICK)
     assert finished.returncode == 0, str(finished)
-    rows = pyarrow.parquet.read_table(path / write.TEXTS).to_pylist()
+    rows = pyarrow.parquet.read_table(path / tables.TEXTS).to_pylist()
     texts = {task: [row["text"] for row in rows if row["task"] == task] for task in lm_main.GENERATING}
-    return json.loads((path / write.RESULTS).read_text()), write.read_scores(path / write.SCORES), texts
+    return json.loads((path / write.RESULTS).read_text()), tables.read_scores(path / tables.SCORES), texts
 
 
 @pytest.mark.parametrize("how", ["object", *(pytest.param(how, marks=pytest.mark.slow) for how in ("name", "borrowed"))])

@@ -9,7 +9,7 @@ import transformers
 import transformers.initialization
 from launch import launch
 
-from ddp_eval.output import write
+from ddp_eval.output import tables
 
 CAPPED = (str(Path(__file__).with_name("capped_main.py")),)
 WIDTH, INNER, LAYERS = 2048, 8192, 18  # 67 M weights a layer: 4.8 GB in float32
@@ -60,4 +60,4 @@ def test_a_model_larger_than_a_rank(tmp_path):
     print(f"weights {whole / 1e9:.2f} GB; peak of one rank {peak[0] / 1e9:.2f} GB, of two {[p / 1e9 for p in peaks.values()]}")
     assert max(peaks.values()) < 0.6 * peak[0]
     assert len(peaks) == 2
-    assert (two / "run" / write.SCORES).read_bytes() == (one / "run" / write.SCORES).read_bytes()
+    assert (two / "run" / tables.SCORES).read_bytes() == (one / "run" / tables.SCORES).read_bytes()

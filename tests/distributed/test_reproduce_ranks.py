@@ -9,7 +9,7 @@ import pytest
 from launch import QUICK, launch
 
 from ddp_eval import demo
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 
 TASK = """\
 task: expressions
@@ -94,7 +94,7 @@ def test_reproduced_elsewhere_on_another_number_of_ranks(earlier, tmp_path):
     assert finished.returncode == 0, str(finished)
     assert "identical: every request has the same bits" in finished.stdout
     assert "ranks.world_size: 3 | 2" in finished.stdout
-    scores = [(place / write.SCORES).read_bytes() for place in (earlier[0] / "run", tmp_path / "again")]
+    scores = [(place / tables.SCORES).read_bytes() for place in (earlier[0] / "run", tmp_path / "again")]
     assert scores[0] == scores[1]
 
 

@@ -13,7 +13,7 @@ import pytest
 from launch import QUICK, ROOT, launch, launching, wait_for
 
 from ddp_eval.distributed.watchdog import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from ddp_eval.output import status, write
+from ddp_eval.output import status, tables
 
 FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
 # Six requests in a pack each.
@@ -63,7 +63,7 @@ def check_resumes(path, undisturbed, ranks=0, program=QUICK, packs=None):
     (said,) = [line for line in finished.sentences() if "resuming" in line]
     if packs:
         assert f"resuming: {packs} of 6 packs are done ({packs} of 6 requests), {6 - packs} packs are left" in said, str(finished)
-    assert (path / write.SCORES).read_bytes() == (undisturbed / write.SCORES).read_bytes()
+    assert (path / tables.SCORES).read_bytes() == (undisturbed / tables.SCORES).read_bytes()
     assert status.read_status(path)["state"] == status.DONE
     names = sorted(entry.name for entry in path.iterdir())
     assert names == sorted(entry.name for entry in undisturbed.iterdir())
@@ -132,7 +132,7 @@ def test_elastic_restart(stuck, tmp_path, undisturbed):
         finished = running.finish(START_S)
     assert finished.returncode == 0, str(finished)
     assert len([line for line in finished.sentences() if "resuming: " in line]) == 1, str(finished)
-    assert (tmp_path / "run" / write.SCORES).read_bytes() == (undisturbed / write.SCORES).read_bytes()
+    assert (tmp_path / "run" / tables.SCORES).read_bytes() == (undisturbed / tables.SCORES).read_bytes()
 
 
 def test_stuck_rank_is_named(stuck, tmp_path):

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from launch import launch
 
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 
 # Of torchrun; compared with 0, plain Python. `test_the_command` runs on two ranks too.
 RANKS = [1, pytest.param(2, marks=pytest.mark.slow), 3, 4]
@@ -45,7 +45,7 @@ def manifest_but_ranks(directory):
 def test_scores_do_not_depend_on_ranks(ranks, run, run_on):
     """Catches prompts drawn by rank, packs cut by rank, a request lost or counted twice, and results put into the wrong slot."""
     one, many = run_on(0)[run], run_on(ranks)[run]
-    assert (many / write.SCORES).read_bytes() == (one / write.SCORES).read_bytes()
+    assert (many / tables.SCORES).read_bytes() == (one / tables.SCORES).read_bytes()
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -75,7 +75,7 @@ def test_the_runs_are_what_they_are_called(run_on):
     assert manifests["rows"]["layout_of_requests"] == "rows"
     assert manifests["one pack"]["packs"] == 1 < manifests["one pack"]["requests"]
     assert manifests["one request"]["requests"] == 1
-    scores = write.read_scores(run_on(0)["all"] / write.SCORES)
+    scores = tables.read_scores(run_on(0)["all"] / tables.SCORES)
     assert None in scores.is_greedy, "rolling requests are neither greedy nor not"
     assert {"demo_hellaswag", "demo_mmlu_philosophy", "demo_lambada", "demo_boolean_expressions"} <= set(scores.task)
 
@@ -85,7 +85,7 @@ def test_the_command(run_on, tmp_path):
     finished = launch(2, *shlex.split(RUNS["all"]), "--output_path", tmp_path / "run")
     assert finished.returncode == 0, str(finished)
     one, many = run_on(0)["all"], tmp_path / "run"
-    assert (many / write.SCORES).read_bytes() == (one / write.SCORES).read_bytes()
+    assert (many / tables.SCORES).read_bytes() == (one / tables.SCORES).read_bytes()
     assert manifest_but_ranks(many) == manifest_but_ranks(one)
     assert results_but_times(many)["results"] == results_but_times(one)["results"]
     assert len(re.findall(r"demo_hellaswag ", finished.stdout)) == 1, str(finished)

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 from launch import QUICK, ROOT, launch
 
-from ddp_eval.output import write
+from ddp_eval.output import tables
 
 TASKS = ["--tasks", "demo_hellaswag", "demo_wikitext", "--limit", "4", "--max_pack_tokens", "512"]
 
@@ -52,4 +52,4 @@ def test_layers_over_two_hosts(ranks_each, layout, tmp_path):
             agent.terminate()
             agent.wait(30)
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
-    assert (tmp_path / "two" / write.SCORES).read_bytes() == (tmp_path / "one" / write.SCORES).read_bytes()
+    assert (tmp_path / "two" / tables.SCORES).read_bytes() == (tmp_path / "one" / tables.SCORES).read_bytes()

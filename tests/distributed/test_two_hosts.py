@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launch import QUICK, ROOT, launch, launching
 
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 
 RUN = ("--model_args", "pretrained=demo", "--tasks", "demo", "--limit", "3", "--max_pack_tokens", "1024")
 RESOLVER = str(Path(__file__).with_name("no_resolver.conf"))
@@ -72,7 +72,7 @@ def test_same_bits(hosts, tmp_path):
             assert finished.returncode == 0, str(finished)
     plain = launch(1, *RUN, "--output_path", tmp_path / "plain", program=QUICK)
     assert plain.returncode == 0, str(plain)
-    assert (tmp_path / "run" / write.SCORES).read_bytes() == (tmp_path / "plain" / write.SCORES).read_bytes()
+    assert (tmp_path / "run" / tables.SCORES).read_bytes() == (tmp_path / "plain" / tables.SCORES).read_bytes()
     assert '"world_size": 4' in (tmp_path / "run" / write.MANIFEST).read_text()
 
 

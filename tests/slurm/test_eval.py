@@ -4,7 +4,7 @@ import pytest
 from jobs import QUICK, RUN, logs
 from launch import launch
 
-from ddp_eval.output import write
+from ddp_eval.output import tables, write
 
 pytestmark = pytest.mark.slurm
 
@@ -18,7 +18,7 @@ def plain_scores(tmp_path_factory, cluster):
     place = tmp_path_factory.mktemp("plain") / "run"
     finished = launch(2, *RUN, "--output_path", place, program=(str(QUICK),))
     assert finished.returncode == 0, str(finished)
-    return (place / write.SCORES).read_bytes()
+    return (place / tables.SCORES).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_same_bits_as_torchrun(options, ranks, plain_scores, cluster, evaluate, 
     """Catches ranks that don't find each other, that take the node for the whole world, and a script that fails in silence."""
     job = evaluate(options, *RUN, "--output_path", tmp_path / "run", **LEFTOVERS)
     assert cluster.finish(job) == "COMPLETED", job.words() + logs(tmp_path / "run")
-    assert (tmp_path / "run" / write.SCORES).read_bytes() == plain_scores
+    assert (tmp_path / "run" / tables.SCORES).read_bytes() == plain_scores
     assert f'"world_size": {ranks}' in (tmp_path / "run" / write.MANIFEST).read_text()
     first, *_, last = [line for line in job.words().splitlines() if f"ddp_eval: job {job.number}: " in line]
     assert "start on n" in first, job.words()

@@ -10,7 +10,7 @@ import pytest
 from jobs import QUICK, logs, packs_done
 from launch import launch
 
-from ddp_eval.output import status, write
+from ddp_eval.output import status, tables
 
 pytestmark = pytest.mark.slurm
 
@@ -26,7 +26,7 @@ def plain_scores(tmp_path_factory, cluster):
     place = tmp_path_factory.mktemp("plain") / "run"
     finished = launch(2, *RUN, "--output_path", place, program=(str(SLOW),))
     assert finished.returncode == 0, str(finished)
-    return (place / write.SCORES).read_bytes()
+    return (place / tables.SCORES).read_bytes()
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def check_done(cluster, plain_scores, tmp_path):
 
     def check(job, restarts, said):
         assert cluster.finish(job) == "COMPLETED", job.words() + logs(tmp_path / "run")
-        assert (tmp_path / "run" / write.SCORES).read_bytes() == plain_scores
+        assert (tmp_path / "run" / tables.SCORES).read_bytes() == plain_scores
         assert status.read_status(tmp_path / "run")["state"] == status.DONE
         assert cluster.facts(job)["Restarts"] == str(restarts), job.words()
         for words in said:

@@ -13,7 +13,7 @@ from jobs import QUICK, edit, packs_done
 from launch import ROOT, launch
 
 from ddp_eval import demo
-from ddp_eval.output import status, write
+from ddp_eval.output import status, tables
 
 pytestmark = pytest.mark.slurm
 
@@ -98,7 +98,7 @@ def test_array(cluster, sweep, tmp_path):
     )  # fmt: skip
     assert plain.returncode == 0, str(plain)
     for model in ("one", "two"):
-        assert (out / model / "logic" / write.SCORES).read_bytes() == (tmp_path / "plain" / write.SCORES).read_bytes()
+        assert (out / model / "logic" / tables.SCORES).read_bytes() == (tmp_path / "plain" / tables.SCORES).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import math
 import unittest.mock
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, generate_one
+from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
 from ddp_eval.engines.ops import logprobs as readout
 from ddp_eval.engines.ops import masks as attention
@@ -31,14 +31,6 @@ from ddp_eval.packs.batches import Batch, Settings, Sizes
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack, pad_tail
 from ddp_eval.system import compile_cache
-
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
-
-# flex_attention works on tiles of this many tokens; equal lengths also spare its compiler.
-FLEX_STEP = 128
-# Of eager attention, for each head and each pair of tokens of a pack: scores, and their softmax in float32 on its way back.
-SCORE_BYTES = 8
-_MOST_SCORE_BYTES = {"cuda": 2**32, "cpu": 2**30}  # in one layer
 
 
 class HFEngine:
@@ -269,9 +261,9 @@ class HFEngine:
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """Whether batches serve these settings of generation. Raises ValueError for those that transformers refuses."""
-        from ddp_eval.engines.hf import decode
+        from ddp_eval.engines.hf import sampling
 
-        return decode.Chooser(self.model, settings, pad).is_served
+        return sampling.Chooser(self.model, settings, pad).is_served
 
     def generation_sizes(self) -> Sizes:
         """By the memory that keys and values take, 1 GiB on a CPU and 8 on a GPU, and by how many rows fill the device."""
@@ -445,80 +437,8 @@ def _agree(parts: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> bool
     return off <= allowed / 4 * largest and torch.allclose(parts, whole, rtol=allowed, atol=allowed * largest, equal_nan=True)
 
 
-def pad_lengths(implementation: str | None, lengths: onednn_linear.Count) -> onednn_linear.Count:
-    """The lengths that packs of so many tokens are fed with, by their attention implementation."""
-    if implementation == "flex_attention":
-        return -(-lengths // FLEX_STEP) * FLEX_STEP
-    return onednn_linear.to_grid(lengths) if implementation == blocks.NAME else lengths
-
-
-def largest_pack(config: Any, tree_attention: str, device: torch.device) -> int:
-    """Tokens of the largest pack worth planning; a longer request still gets a pack of its own.
-
-    By the model's shape and the kind of device alone, so that every machine cuts alike. Dense masks on the CPU pay L², the
-    scores of eager attention take heads x L².
-    """
-    most = 8192 if device.type == "cuda" or tree_attention == blocks.NAME else 4096
-    if tree_attention != "eager":
-        return most
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
-    pairs = _MOST_SCORE_BYTES["cuda" if device.type == "cuda" else "cpu"] // (SCORE_BYTES * heads)
-    return min(most, math.isqrt(pairs))
-
-
-def choose_attention(model: Any, plain: str, device: torch.device) -> str:
-    """The attention implementation that is fastest for trees, where the model came with sdpa; else what it came with.
-
-    On the CPU: blocks.py. On CUDA in half precision: flex_attention, which skips what the tree masks (H100, Llama 8 B in
-    bfloat16, packs of 8192 tokens: 58% of the card's matrix rate, as much as plain causal rows; sdpa with a mask 41%).
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    if plain != "sdpa":
-        return plain
-    if device.type == "cpu":
-        AttentionInterface.register(blocks.NAME, blocks.attend)
-        AttentionMaskInterface.register(blocks.NAME, sdpa_mask)
-        faster = blocks.NAME
-    elif model.dtype != torch.float32 and getattr(model, "_supports_flex_attn", False):
-        faster = "flex_attention"
-    else:
-        return plain
-    # A model with attention code of its own keeps what it has, with a warning in transformers' log and no error.
-    model.set_attn_implementation(faster)
-    taken: str = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation(plain)
-    return taken
-
-
 def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -> HFEngine:
     """Load a replica's weights onto `device`. Raises UserError for unusable files, arguments or too little memory."""
     return HFEngine(
         checkpoint.load_weights(model_args, config, device), device, keep_attention="attn_implementation" in model_args
     )
-
-
-def flops_of_pair_and_read(config: Any) -> tuple[float, float]:
-    """Floating-point operations of a token that sees another, in all layers, and of the head at one read."""
-    layers = int(getattr(config, "num_hidden_layers", 1))
-    heads = int(getattr(config, "num_attention_heads", 1))
-    hidden = int(getattr(config, "hidden_size", 1))
-    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-    return 4.0 * heads * head_dim * layers, 2.0 * hidden * int(config.vocab_size)
-
-
-def active_parameters(model: Any, config: Any) -> float:
-    """Weights that one token's forward multiplies with: all but embeddings and head, experts by the share that is routed to.
-
-    Routed experts lie below `experts` (Mixtral, Qwen 2, 3, DeepSeek, Llama 4, gpt-oss; transformers 5.23); `shared_expert`,
-    `shared_experts` and the router run for every token. model: the whole of it, or a module of one of its layers.
-    """
-    experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), None)
-    routed = getattr(config, "num_experts_per_tok", None)
-    share = routed / experts if experts and routed else 1.0
-    has_ends = hasattr(model, "get_input_embeddings")
-    ends = (model.get_input_embeddings(), model.get_output_embeddings()) if has_ends else ()
-    skipped = {id(weight) for end in ends if end is not None for weight in end.parameters()}
-    counted = [(name, weight.numel()) for name, weight in model.named_parameters() if id(weight) not in skipped]
-    return float(sum(size * (share if "experts" in name.split(".") else 1.0) for name, size in counted))

@@ -12,7 +12,7 @@ from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings
 
 if TYPE_CHECKING:
-    from ddp_eval.engines.hf import engine as hf
+    from ddp_eval.engines.hf.causal_model import CausalModel
 
 
 def prepare_config(model: Any, settings: Settings, max_length: int, pad: int | None) -> tuple[Any, dict[str, Any]]:
@@ -44,7 +44,7 @@ def _greedy_or_not(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def answer_all(
-    engine: hf.HFEngine, batch: Batch, rule: StopRule, pad: int | None, tell: Callable[[int, int], None]
+    engine: CausalModel, batch: Batch, rule: StopRule, pad: int | None, tell: Callable[[int, int], None]
 ) -> list[list[int]]:
     """Every answer of a causal model.
 

@@ -27,10 +27,9 @@ import torch
 
 from ddp_eval.distributed import collectives
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import checkpoint, engine
+from ddp_eval.engines.hf import checkpoint, costs, engine
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError, is_out_of_memory
-from ddp_eval.layout import split_layers
 from ddp_eval.packs.plan import Pack
 from ddp_eval.system.read_back import open_regular, parse_json
 
@@ -92,7 +91,7 @@ def plan_stages(whole: Any, stages: int) -> list[Stage]:
     if kind not in MODEL_TYPES:
         raise UserError(f"--layout layers cannot split {kind} models: it knows how to for {', '.join(MODEL_TYPES)}")
     config = whole.config.get_text_config()
-    weights = [engine.active_parameters(layer, config) for layer in _layers(whole.base_model)]
+    weights = [costs.active_parameters(layer, config) for layer in _layers(whole.base_model)]
     head = float(config.hidden_size * config.vocab_size) * TYPICAL_READ_SHARE
     spans = split_layers(weights, head, stages)
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -262,3 +261,34 @@ class LayersEngine(engine.HFEngine):
         if self.stage.is_last:
             return super()._read_off(values, hidden, pack)
         return logprobs.Launched(pack, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+
+
+def split_layers(weights: list[float], last_extra: float, stages: int) -> list[range]:
+    """Which layers each stage holds, so that the dearest stage is as cheap as can be (earlier stages larger among equals).
+
+    weights: the cost of each layer. last_extra: what the last stage does beside its layers (the head).
+    Raises UserError when there are more stages than layers.
+    """
+    count = len(weights)
+    if stages > count:
+        raise UserError(f"--layout layers:{stages} splits a model of {count} layers into more parts than it has layers")
+    sums = [0.0]
+    for weight in weights:
+        sums.append(sums[-1] + weight)
+    # best[s][i]: the least that the dearest of s stages over the first i layers can cost.
+    best = [[float("inf")] * (count + 1) for _ in range(stages + 1)]
+    cut = [[0] * (count + 1) for _ in range(stages + 1)]
+    best[0][0] = 0.0
+    for stage in range(1, stages + 1):
+        extra = last_extra if stage == stages else 0.0
+        for stop in range(stage, count + 1):
+            for start in range(stop - 1, stage - 2, -1):
+                dearest = max(best[stage - 1][start], sums[stop] - sums[start] + extra)
+                if dearest <= best[stage][stop] * (1 - 1e-9) or best[stage][stop] == float("inf"):
+                    best[stage][stop], cut[stage][stop] = dearest, start
+    spans: list[range] = []
+    stop = count
+    for stage in range(stages, 0, -1):
+        spans.append(range(cut[stage][stop], stop))
+        stop = cut[stage][stop]
+    return spans[::-1]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines.hf import checkpoint, engine, generate_one
+from ddp_eval.engines.hf import checkpoint, costs, generate_one
 from ddp_eval.engines.ops import logprobs as readout
 from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.engines.stop_strings import StopRule
@@ -92,7 +92,7 @@ class Seq2SeqEngine:
 
     def flops_per_token(self) -> float:
         """Of a token in the mean: the encoder or the decoder, taken for half of the layers each."""
-        return engine.active_parameters(self.model, self.config)
+        return costs.active_parameters(self.model, self.config)
 
     def launch(self, pack: Pack) -> readout.Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""

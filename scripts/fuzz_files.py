@@ -40,9 +40,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 ROOT = Path(__file__).resolve().parent.parent
+GENERATION_TASKS = ROOT / "tests" / "support" / "generation_tasks"
 RUN_TASKS = ("demo_boolean_expressions", "demo_lambada", "demo_mmlu", "demo_wikitext", "gen_story")
 FLAGS = [
-    "--model_args", "pretrained=demo", "--tasks", *RUN_TASKS, "--include_path", str(ROOT / "tests" / "generation_tasks"),
+    "--model_args", "pretrained=demo", "--tasks", *RUN_TASKS, "--include_path", str(GENERATION_TASKS),
     "--limit", "3", "--log_samples", "--device", "cpu",
 ]  # fmt: skip
 CONFIG = """\

@@ -5,23 +5,19 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
 import types
-from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
-from ddp_eval.packs.cut import CostModel
-from ddp_eval.packs.requests import requests_from_lists
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench
 import bench_ablation
 import bench_generation
 import bench_ranks
+import numpy as np
+import pytest
 import sides
+import torch
+
+from ddp_eval.packs.cut import CostModel
+from ddp_eval.packs.requests import requests_from_lists
 
 
 def test_useful_work_of_many_requests_by_hand():

@@ -6,17 +6,14 @@ import argparse
 import math
 import os
 import sys
-from pathlib import Path
 
-import pytest
-
-from ddp_eval import demo
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench
 import commands
+import pytest
 import run_command
 import sides
+
+from ddp_eval import demo
 
 
 def arguments(**more):

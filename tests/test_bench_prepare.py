@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
+import bench_prepare
 import pytest
 import transformers
+from bench_tokenization import collect_requests
 from lm_eval.models.huggingface import HFLM
+from places import GENERATION_TASKS
 
 from ddp_eval import demo
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import bench_prepare
-from bench_tokenization import collect_requests
-
-GENERATION = Path(__file__).parent / "generation_tasks"
 
 
 def arguments(**more):
@@ -140,7 +135,7 @@ def test_lm_eval_encodes_every_kind_of_request_without_a_forward(tiny_model_path
     for tasks, path, count in (
         ("demo_boolean_expressions+demo_lambada:6", demo.TASKS_PATH, 4 * 2 + 2 * 2),  # a context with and without its answers
         ("demo_wikitext:3", demo.TASKS_PATH, 2),
-        ("gen_boolean:6", str(GENERATION), 4),  # once to sort, once to run
+        ("gen_boolean:6", str(GENERATION_TASKS), 4),  # once to sort, once to run
     ):
         encoded.clear()
         found = bench_prepare.prepare_by_lm_eval(

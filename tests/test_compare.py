@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from places import GENERATION_TASKS
 from tiny_models import evaluate_with_lm_eval
 
 from ddp_eval import demo
@@ -356,7 +357,7 @@ def test_files_that_lm_eval_wrote(tmp_path, tiny_model, tiny_tokenizer, capsys):
     """Catches a reader of files as we think they are: here lm_eval's own tracker has written them, of choices, sums and texts."""
     import ddp_eval
 
-    own_tasks = str(Path(__file__).with_name("generation_tasks"))
+    own_tasks = str(GENERATION_TASKS)
     tasks = ["demo_boolean_expressions", "demo_wikitext", "gen_boolean"]
     model, tracker = tiny_model("llama"), EvaluationTracker(output_path=str(tmp_path / "theirs"))
     manager = TaskManager(include_path=[demo.TASKS_PATH, own_tasks], include_defaults=False)

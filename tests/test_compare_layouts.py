@@ -1,12 +1,8 @@
 """scripts/compare_layouts.py: what counts as the numbers of one rank."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from compare_layouts import compare
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from places import GENERATION_TASKS
 
 import ddp_eval
 from ddp_eval.distributed.world import World
@@ -21,7 +22,7 @@ from ddp_eval.packs import batches
 from ddp_eval.packs.batches import Prompts, Settings, build_batch, plan_batches
 from ddp_eval.run import execute
 
-TASKS = str(Path(__file__).with_name("generation_tasks"))
+TASKS = str(GENERATION_TASKS)
 CPU = torch.device("cpu")
 
 

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT, SCRIPTS
 
 from ddp_eval import demo
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "ddp_eval" / "demo" / "data"
-SCRIPT = ROOT / "scripts" / "make_demo_model.py"
+SCRIPT = SCRIPTS / "make_demo_model.py"
 
 
 @pytest.fixture(scope="module")

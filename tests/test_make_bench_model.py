@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import make_bench_model
 import pytest
 import torch
 import transformers
 
 from ddp_eval import demo
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-import make_bench_model
 
 SCRIPT = make_bench_model.__file__
 

@@ -6,12 +6,12 @@ import functools
 import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from places import GENERATION_TASKS
 
 import ddp_eval
 from ddp_eval.config import Config
@@ -64,7 +64,7 @@ def test_the_process_is_as_old_as_it_is():
     assert 0.03 < process_age_s() - age_s < 4
 
 
-GENERATION = str(Path(__file__).with_name("generation_tasks"))
+GENERATION = str(GENERATION_TASKS)
 REQUESTS = requests_from_lists([[1, 2, 3, 4], [1, 2, 5], [7, 8, 9, 10, 11, 12]], [1, 1, 2])
 
 

@@ -3,7 +3,6 @@
 import json
 import shlex
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from launch import QUICK, launch
 
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
@@ -26,9 +26,6 @@ from ddp_eval.placement.choose import choose_layout
 from ddp_eval.run.planning import plan_texts
 from ddp_eval.tasks.generation_requests import Asked
 from ddp_eval.tasks.tokenization import Encoder
-
-sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-from launch import QUICK, launch
 
 LETTERS = (5, 6, 7, 8)
 

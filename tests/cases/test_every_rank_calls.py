@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
 from launch import launch
+from places import PROGRAMS
 
-MAIN = (str(Path(__file__).with_name("calls_main.py")),)
+MAIN = (str(PROGRAMS / "calls_main.py"),)
 GROUP_S = 7  # the group's timeout in calls_main.py
 
 

@@ -13,12 +13,15 @@ import threading
 import time
 from pathlib import Path
 
+import damage_files
+import fuzz_files
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from places import ROOT
 
 from ddp_eval.analysis import plots
 from ddp_eval.analysis.difference import compare_runs
@@ -32,12 +35,6 @@ from ddp_eval.output import directory as run_directory
 from ddp_eval.output import journal, lock, status
 from ddp_eval.system import read_back
 from ddp_eval.system.files import replace_json
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import damage_files  # noqa: E402
-import fuzz_files  # noqa: E402
 
 GIB = 2**30
 

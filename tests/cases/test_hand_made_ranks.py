@@ -6,27 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import hand_made_main
+import launch as processes
 import pytest
 
 from ddp_eval.lm import launch
 
-TESTS = Path(__file__).resolve().parents[1]
 
-
-@pytest.fixture
-def helpers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in ("cases", "distributed"):
-        monkeypatch.syspath_prepend(str(TESTS / folder))
-
-
-@pytest.mark.usefixtures("helpers")
 def test_two_ranks_answer_as_one(tiny_model_path: Callable[[str], Path], tmp_path: Path) -> None:
     """Catches a second call that finds the other ranks gone, an empty one that they wait for, and answers that change places."""
-    import hand_made_main
-    import launch as processes
-
     model, out = str(tiny_model_path("llama")), tmp_path / "out.json"
-    finished = processes.launch(2, model, out, program=(str(TESTS / "cases" / "hand_made_main.py"),))
+    finished = processes.launch(2, model, out, program=(hand_made_main.__file__,))
     assert finished.returncode == 0, str(finished)
     alone = launch(pretrained=model, device="cpu")
     assert alone is not None

@@ -18,6 +18,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from places import GENERATION_TASKS
 
 import ddp_eval
 from ddp_eval import demo
@@ -361,7 +362,7 @@ def test_options_as_text(
     made = harness.TaskManager
     monkeypatch.setattr(harness, "TaskManager", lambda **options: made(**{**options, "include_defaults": False}))
     model = tiny_model("llama")
-    path = str(Path(__file__).resolve().parents[1] / "generation_tasks")
+    path = str(GENERATION_TASKS)
 
     def run(**options: Any) -> dict[str, Any]:
         given = {"include_path": path, "bootstrap_iters": 0, "limit": 2, "log_samples": True, **options}

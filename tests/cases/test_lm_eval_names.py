@@ -17,6 +17,7 @@ import lm_eval.tasks
 import lm_eval.utils
 import pytest
 import torch
+from places import GENERATION_TASKS, ROOT
 
 from ddp_eval import demo
 from ddp_eval.analysis.difference import compare_runs
@@ -28,8 +29,7 @@ from ddp_eval.output import directory, lm_eval_names
 from ddp_eval.output import write as results
 from ddp_eval.run.runner import run
 
-ROOT = Path(__file__).resolve().parents[2]
-GENERATION = str(ROOT / "tests" / "generation_tasks")
+GENERATION = str(GENERATION_TASKS)
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
 
 # What is not as lm_eval writes it. Patterns of places in results_<date>.json and in the samples. README has the same rows.

@@ -16,15 +16,13 @@ import pytest
 import safetensors.torch
 import tiny_models
 import torch
+from launch import QUICK, launch
 
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, draws, quantization
 from ddp_eval.errors import UserError
 from ddp_eval.run.runner import run
-
-sys.path.append(str(Path(__file__).parent.parent / "distributed"))
-from launch import QUICK, launch
 
 NEW_TOKENS = ["<one>", "<two>", "<three>"]
 SEEDS = (0, 1234, 1234, 1234)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
 from launch import launch
+from places import PROGRAMS
 
 from ddp_eval import demo
 
-MAIN = (str(Path(__file__).with_name("lives_main.py")),)
+MAIN = (str(PROGRAMS / "lives_main.py"),)
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,12 @@ import os
 import re
 import shutil
 import socket
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
 from launch import launch, launching
+from places import PROGRAMS
 
 from ddp_eval import demo
 from ddp_eval.distributed import meeting, watchdog
@@ -27,7 +23,7 @@ from ddp_eval.output import lock
 
 NOTICE_S = 1.0  # as in waiting_main.py, whose import would hide lm_eval's tasks from every test in this process
 
-MAIN = (str(Path(__file__).with_name("waiting_main.py")),)
+MAIN = (str(PROGRAMS / "waiting_main.py"),)
 DEMO = ("--model_args", "pretrained=demo", "--tasks", "demo_lambada", "--limit", "2", "--device", "cpu")
 HOST = re.escape(socket.gethostname())
 

@@ -2,12 +2,12 @@
 
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 from launch import launch
+from places import PROGRAMS
 
-MANY_RUNS = (str(Path(__file__).with_name("many_runs.py")),)
+MANY_RUNS = (str(PROGRAMS / "many_runs.py"),)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """`ddp_eval.evaluate` inside a training script: on all ranks of its own group, around its own DDP model."""
 
 import json
-from pathlib import Path
 
 import pytest
 from launch import launch
+from places import PROGRAMS
 
-PROGRAM = (str(Path(__file__).with_name("api_main.py")),)
+PROGRAM = (str(PROGRAMS / "api_main.py"),)
 
 
 def run_on(ranks, place):

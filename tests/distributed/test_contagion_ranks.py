@@ -1,19 +1,15 @@
 """A request that overflows to NaN among others, on several ranks: it alone is lost, in every layout, with the same bits."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from launch import QUICK, launch
+from test_evaluate import write_task
 
 from ddp_eval.output import tables, write
-
-sys.path.append(str(Path(__file__).parent.parent))
-from test_evaluate import write_task
 
 BAD = 33  # "@", whose embedding is NaN
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]

@@ -5,15 +5,15 @@ import os
 import re
 import signal
 import socket
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 from launch import QUICK, launch, launching, wait_for
+from places import PROGRAMS
 
 from ddp_eval.output import status
 
-FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
+FAULTY = (str(PROGRAMS / "faulty_main.py"),)
 END_S = 25  # torchrun itself would give a rank that does not end 30 s
 
 # Three requests in a pack each: two packs for each of two ranks.

@@ -2,18 +2,18 @@
 
 import json
 import pickle
-from pathlib import Path
 
 import gather_main
 import numpy as np
 import pytest
 import torch
 from launch import launch
+from places import PROGRAMS
 
 from ddp_eval.distributed import collectives, progress, store, world
 from ddp_eval.distributed.world import World
 
-PROGRAM = (str(Path(__file__).with_name("gather_main.py")),)
+PROGRAM = (str(PROGRAMS / "gather_main.py"),)
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,16 @@
 
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 from launch import QUICK, launch, launching, wait_for
+from places import GENERATION_TASKS, PROGRAMS
 
 from ddp_eval.cli.compare import main as compare
 from ddp_eval.output import tables, write
 
-TASKS = Path(__file__).resolve().parents[1] / "generation_tasks"
-FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
-COMMON = f"--model_args pretrained=demo --include_path {TASKS} --bootstrap_iters 0 "
+FAULTY = (str(PROGRAMS / "faulty_main.py"),)
+COMMON = f"--model_args pretrained=demo --include_path {GENERATION_TASKS} --bootstrap_iters 0 "
 RUNS = {
     # 3 batches of the drawn task, 2 of the others, and packs
     "mixed": COMMON + "--tasks gen_boolean gen_drawn gen_story demo_lambada --limit 24 --log_samples",

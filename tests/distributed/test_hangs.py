@@ -4,14 +4,14 @@ import os
 import re
 import signal
 import socket
-from pathlib import Path
 
 import pytest
 from launch import launch, launching, wait_for
+from places import PROGRAMS
 
 from ddp_eval.output import status
 
-HANGING = (str(Path(__file__).with_name("hanging_main.py")),)
+HANGING = (str(PROGRAMS / "hanging_main.py"),)
 RUN = ("--model_args", "pretrained=demo", "--tasks", "demo", "--timeout", "8")
 
 

@@ -2,18 +2,18 @@
 
 import json
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
 from launch import QUICK, launch
+from places import PROGRAMS
 
 from ddp_eval.output import tables, write
 
 TASKS = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy --limit 4 --max_pack_tokens 512"
 
-UNLOADABLE = (str(Path(__file__).with_name("unloadable_main.py")),)
+UNLOADABLE = (str(PROGRAMS / "unloadable_main.py"),)
 WAYS = (("send", "sent"), ("receive", "received"))  # of hidden states
 
 

@@ -1,16 +1,16 @@
 """`ddp_eval.lm`: lm_eval leads, two ranks compute, and the numbers are the command's."""
 
 import json
-from pathlib import Path
 
 import lm_main
 import pyarrow.parquet
 import pytest
 from launch import QUICK, launch
+from places import PROGRAMS
 
 from ddp_eval.output import tables, write
 
-MAIN = (str(Path(__file__).with_name("lm_main.py")),)
+MAIN = (str(PROGRAMS / "lm_main.py"),)
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from launch import QUICK, launch
+from places import GENERATION_TASKS, PROGRAMS
 
-BROADCAST = (str(Path(__file__).with_name("broadcast_main.py")),)
+BROADCAST = (str(PROGRAMS / "broadcast_main.py"),)
 TASKS = ("--tasks", "demo_hellaswag,demo_lambada", "--limit", "8", "--max_pack_tokens", "600")
-STORIES = ("--include_path", Path(__file__).resolve().parents[1] / "generation_tasks", "--tasks", "gen_story,gen_boolean")
+STORIES = ("--include_path", GENERATION_TASKS, "--tasks", "gen_story,gen_boolean")
 
 
 def bits_of(path, program, model, *flags, file="scores.parquet"):

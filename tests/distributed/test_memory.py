@@ -1,17 +1,16 @@
 """A model larger than a rank's memory, over two ranks."""
 
-from pathlib import Path
-
 import pytest
 import tiny_models
 import torch
 import transformers
 import transformers.initialization
 from launch import launch
+from places import PROGRAMS
 
 from ddp_eval.output import tables
 
-CAPPED = (str(Path(__file__).with_name("capped_main.py")),)
+CAPPED = (str(PROGRAMS / "capped_main.py"),)
 WIDTH, INNER, LAYERS = 2048, 8192, 18  # 67 M weights a layer: 4.8 GB in float32
 
 

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import QUICK, ROOT, launch, launching, wait_for
+from launch import QUICK, launch, launching, wait_for
+from places import PROGRAMS, ROOT
 
 from ddp_eval.distributed.watchdog import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from ddp_eval.output import status, tables
 
-FAULTY = (str(Path(__file__).with_name("faulty_main.py")),)
+FAULTY = (str(PROGRAMS / "faulty_main.py"),)
 # Six requests in a pack each.
 RUN = ("--model_args", "pretrained=demo", "--tasks", "demo_lambada", "--limit", "6", "--max_pack_tokens", "1")
 STOP_S = 15

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import tiny_models
-from launch import QUICK, ROOT, launch
+from launch import QUICK, launch
+from places import ROOT
 
 from ddp_eval.output import tables
 

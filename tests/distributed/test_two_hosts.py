@@ -7,15 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from launch import QUICK, ROOT, launch, launching
+from launch import QUICK, launch, launching
+from places import ROOT
 
 from ddp_eval.output import tables, write
 
 RUN = ("--model_args", "pretrained=demo", "--tasks", "demo", "--limit", "3", "--max_pack_tokens", "1024")
-RESOLVER = str(Path(__file__).with_name("no_resolver.conf"))
+RESOLVER = str(ROOT / "tests" / "support" / "no_resolver.conf")
 EXEC = ("-c", "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])")
 # With a resolver that refuses at once: one that is out of reach costs half a minute for each name.
 NAMED_HOST = 'echo "$0" > /proc/sys/kernel/hostname && mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'

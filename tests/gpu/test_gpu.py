@@ -1,10 +1,9 @@
 """The CUDA paths: flex_attention, masked sdpa and chains against plain rows, launches that wait for nothing, short memory."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from places import GENERATION_TASKS
 
 from ddp_eval import demo
 from ddp_eval.config import Config
@@ -18,7 +17,7 @@ from ddp_eval.packs.requests import Requests, requests_from_lists
 from ddp_eval.run import execute, preflight
 from ddp_eval.run.self_check import check_packs
 
-TEXTS = str(Path(__file__).resolve().parents[1] / "generation_tasks")
+TEXTS = str(GENERATION_TASKS)
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,12 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests" / "distributed"))  # launch.py
-
-from cluster import Cluster, Job, running_cluster  # noqa: E402
-from jobs import QUICK, edit  # noqa: E402
+from cluster import Cluster, Job, running_cluster
+from jobs import QUICK, edit
+from places import ROOT
 
 
 @pytest.fixture(scope="session")

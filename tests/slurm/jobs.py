@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from places import PROGRAMS
+
 from ddp_eval.output import journal
 
-ROOT = Path(__file__).resolve().parents[2]
-QUICK = ROOT / "tests" / "distributed" / "quick_main.py"
+QUICK = PROGRAMS / "quick_main.py"
 
 RUN = ("--model_args", "pretrained=demo", "--tasks", "demo", "--limit", "3", "--max_pack_tokens", "1024", "--device", "cpu")
 

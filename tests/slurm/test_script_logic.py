@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from jobs import ROOT
+from places import ROOT
 
 from ddp_eval.output import status
 from ddp_eval.system import launch_id

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from jobs import ROOT
+from places import ROOT
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 from jobs import QUICK, edit, packs_done
-from launch import ROOT, launch
+from launch import launch
+from places import ROOT
 
 from ddp_eval import demo
 from ddp_eval.output import status, tables

@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
 import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
 import torch.distributed as dist
 import transformers

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from places import PROGRAMS, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMAND = ("-m", "ddp_eval")
-QUICK = (str(Path(__file__).with_name("quick_main.py")),)
+QUICK = (str(PROGRAMS / "quick_main.py"),)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 _MARK = "DDP_EVAL_TEST_LAUNCH"

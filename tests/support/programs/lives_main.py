@@ -10,8 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
-
 import lm_eval
 import quick_main
 import torch

@@ -11,9 +11,6 @@ directory_later  it answers after 4 s
 import os
 import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from quick_main import main
 

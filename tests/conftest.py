@@ -19,6 +19,7 @@ import pytest
 import tiny_models
 import torch
 
+pytest.register_assert_rewrite("engine_runs", "lm_eval_answers")
 torch.set_num_threads(1)
 # A test must fail for the change that it is run on: not because the machine is busy, nor for an example drawn by chance.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)

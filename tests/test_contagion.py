@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from test_evaluate import answers_of, write_asking_task, write_task
+from lm_eval_answers import answers_of
+from task_files import write_generation_task, write_pairs_task
 from tiny_models import evaluate_with_lm_eval
 
 import ddp_eval
@@ -51,7 +52,7 @@ def test_a_request_keeps_its_nan_to_itself(poisoned: Any, tmp_path: Path, caplog
     tokenizer = tiny_models.make_tokenizer(model_max_length=512)
     bad = tokenizer.decode([BAD])
     texts = [f"One of the words {'and' if number != 3 else bad} number {number}" for number in range(9)]
-    path = write_task(tmp_path / "tasks", [{"context": text, "continuation": " of the end"} for text in texts])
+    path = write_pairs_task(tmp_path / "tasks", [{"context": text, "continuation": " of the end"} for text in texts])
     assert BAD in tokenizer.encode(texts[3]) and not any(BAD in tokenizer.encode(text) for text in texts[:3] + texts[4:])
     from lm_eval.tasks import TaskManager
 
@@ -221,7 +222,7 @@ def test_such_answers_are_counted(numerics: str, poisoned: Any, tmp_path: Path, 
 
     tokenizer = tiny_models.make_tokenizer(model_max_length=512)
     texts = [f"Say the words {'and' if number != 1 else tokenizer.decode([BAD])} number {number}" for number in range(3)]
-    path = write_asking_task(tmp_path / "tasks", texts, {"until": ["zzzz"], "max_gen_toks": 5})
+    path = write_generation_task(tmp_path / "tasks", texts, {"until": ["zzzz"], "max_gen_toks": 5})
     run = ddp_eval.evaluate(
         poisoned, tokenizer, ["pairs"], include_path=path, bootstrap_iters=0, numerics=numerics, output_path=tmp_path / "run"
     )
@@ -281,7 +282,7 @@ def test_a_finished_run_still_says_so(poisoned: Any, tmp_path: Path, caplog: pyt
     tokenizer = tiny_models.make_tokenizer(model_max_length=512)
     for part in (poisoned, tokenizer):
         part.save_pretrained(tmp_path / "model")
-    path = write_task(tmp_path / "tasks", [{"context": f"A word {tokenizer.decode([BAD])}", "continuation": " of it"}])
+    path = write_pairs_task(tmp_path / "tasks", [{"context": f"A word {tokenizer.decode([BAD])}", "continuation": " of it"}])
     flags: dict[str, Any] = {"model_args": {"pretrained": str(tmp_path / "model")}, "tasks": ["pairs"], "include_path": path}
     for _ in range(2):
         caplog.clear()

@@ -8,7 +8,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,15 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from chat_templates import CHAT_TEMPLATE
+from lm_eval_answers import TOLERANCE_NATS, answers_of, assert_same_outcome
+from task_files import write_pairs_task
 from tiny_models import evaluate_with_lm_eval
 
 import ddp_eval
 from ddp_eval.api import evaluate
 from ddp_eval.errors import UserError
 from ddp_eval.output.tables import read_scores
-
-TOLERANCE_NATS = 1e-4
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -51,41 +48,6 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return results
 
     return run
-
-
-def answers_of(samples: list[dict[str, Any]]) -> dict[tuple[int, int], Any]:
-    """(document, choice) -> log-probability and flag, or the bare sum of a rolling request."""
-    found = {}
-    for sample in samples:
-        for index, (answer,) in enumerate(sample["resps"]):
-            found[sample["doc_id"], index] = answer
-    return found
-
-
-def assert_same_outcome(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Equal prompts to the byte, log-probabilities within the tolerance, equal flags and metrics."""
-    assert set(ours["samples"]) == set(theirs["samples"])
-    for task, samples in theirs["samples"].items():
-        mine = ours["samples"][task]
-        assert [sample["arguments"] for sample in mine] == [sample["arguments"] for sample in samples]
-        assert [sample["target"] for sample in mine] == [sample["target"] for sample in samples]
-        got, expected = answers_of(mine), answers_of(samples)
-        assert list(got) == list(expected)
-        for key, answer in expected.items():
-            if isinstance(answer, tuple):
-                assert got[key][0] == pytest.approx(answer[0], abs=TOLERANCE_NATS), (task, key)
-                assert got[key][1] == answer[1], (task, key)
-            else:
-                # A sum over hundreds of tokens at several nats each: one wrong token is far more than this.
-                assert got[key] == pytest.approx(answer, rel=1e-6), (task, key)
-    for part in ("results", "groups"):
-        assert set(ours.get(part, {})) == set(theirs.get(part, {}))
-        for task, metrics in theirs.get(part, {}).items():
-            for name, value in metrics.items():
-                close = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-                assert ours[part][task][name] == close, (task, name)
-    for part in ("n-samples", "versions", "n-shot", "higher_is_better", "group_subtasks"):
-        assert ours[part] == theirs[part], part
 
 
 TASKS = ["demo_boolean_expressions", "demo_hellaswag", "demo_lambada", "demo_mmlu"]
@@ -286,50 +248,13 @@ def test_chat_prompts(options: dict[str, Any], run: Callable[..., Any], tiny_mod
     assert ours["system_instruction"] == options.get("system_instruction")
 
 
-def write_task(directory: Path, rows: list[dict[str, str]], more: str = "") -> str:
-    """A task that scores `continuation` behind `context` for each of `rows`; returns its --include_path. more: lines of YAML."""
-    directory.mkdir()
-    (directory / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    (directory / "utils.py").write_text(
-        "import json, pathlib\n"
-        "import datasets\n"
-        "def load(**unused):\n"
-        "    rows = json.loads((pathlib.Path(__file__).parent / 'rows.json').read_text(encoding='utf-8'))\n"
-        "    return datasets.DatasetDict({'test': datasets.Dataset.from_list(rows)})\n"
-    )
-    (directory / "pairs.yaml").write_text(
-        "task: pairs\n"
-        "dataset_path: json\n"
-        "custom_dataset: !function utils.load\n"
-        "output_type: loglikelihood\n"
-        "test_split: test\n"
-        "target_delimiter: ''\n"
-        "doc_to_text: '{{context}}'\n"
-        "doc_to_target: '{{continuation}}'\n"
-        "metric_list:\n"
-        "  - metric: acc\n"
-        "    aggregation: mean\n"
-        "    higher_is_better: true\n" + more
-    )
-    return str(directory)
-
-
-def write_asking_task(directory: Path, texts: Sequence[str], settings: dict[str, Any], more: str = "") -> str:
-    """As `write_task`, a task that has an answer generated behind each of `texts`. settings: its generation_kwargs."""
-    path = write_task(directory, [{"context": text, "continuation": "x"} for text in texts], more)
-    task = directory / "pairs.yaml"
-    text = task.read_text().replace("output_type: loglikelihood", "output_type: generate_until")
-    task.write_text(text.replace("metric: acc", "metric: exact_match") + f"generation_kwargs: {json.dumps(settings)}\n")
-    return path
-
-
 def test_answer_that_is_begun_for_the_model(run: Callable[..., Any], tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     """Catches a turn closed, or a second one opened, where a task's `gen_prefix` is to be continued."""
     from lm_eval.tasks import TaskManager
 
     tokenizer = tiny_models.make_tokenizer(chat_template=CHAT_TEMPLATE)
     rows = [{"context": "What is it?", "continuation": "a cat"}]
-    path = write_task(tmp_path / "tasks", rows, more="gen_prefix: 'It is'\n")
+    path = write_pairs_task(tmp_path / "tasks", rows, more="gen_prefix: 'It is'\n")
     options: dict[str, Any] = {"apply_chat_template": True, "fewshot_as_multiturn": True}
     manager = TaskManager(include_path=path, include_defaults=False)
     theirs = evaluate_with_lm_eval(tiny_model("llama"), tokenizer, ["pairs"], task_manager=manager, **options)
@@ -343,7 +268,7 @@ def test_empty_continuation(
 ) -> None:
     """Catches a crash, as in lm_eval, or another request's answer, where there is nothing to predict."""
     rows = [{"context": "first", "continuation": " one"}, {"context": "nothing", "continuation": ""}]
-    path = write_task(tmp_path / "tasks", [*rows, {"context": "last", "continuation": " one"}])
+    path = write_pairs_task(tmp_path / "tasks", [*rows, {"context": "last", "continuation": " one"}])
     with caplog.at_level(logging.WARNING, logger="ddp_eval"):
         ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path)
     answers = answers_of(ours["samples"]["pairs"])
@@ -361,7 +286,7 @@ def test_only_empty_continuations(
     run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     """Catches a plan of no packs that breaks further on."""
-    path = write_task(tmp_path / "tasks", [{"context": "nothing", "continuation": ""}])
+    path = write_pairs_task(tmp_path / "tasks", [{"context": "nothing", "continuation": ""}])
     ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path)
     assert answers_of(ours["samples"]["pairs"]) == {(0, 0): (-math.inf, False)}
     assert ours["ddp_eval"]["packs"] == 0
@@ -373,7 +298,7 @@ def test_continuation_longer_than_the_window(
     """Catches a crash, as in lm_eval, more tokens than the model can see, and tokens of a continuation that are not counted."""
     long = " many words in a row" * 10
     rows = [{"context": "short", "continuation": long}, {"context": long, "continuation": " end"}]
-    path = write_task(tmp_path / "tasks", rows)
+    path = write_pairs_task(tmp_path / "tasks", rows)
     with caplog.at_level(logging.WARNING, logger="ddp_eval"):
         ours = run(tiny_model("llama"), tiny_tokenizer, ["pairs"], include_path=path, model_args={"max_length": 16})
     answers = answers_of(ours["samples"]["pairs"])
@@ -405,7 +330,7 @@ def test_greedy_continuations_are_told(
     usable = [tiny_tokenizer(context + text).input_ids == [*tokens, token] for text, token in zip(texts, likeliest, strict=True)]
     assert usable[0] and sum(usable) > 5
     candidates = [{"context": context, "continuation": text} for text, fits in zip(texts, usable, strict=True) if fits]
-    ours = run(model, tiny_tokenizer, ["pairs"], include_path=write_task(tmp_path / "tasks", candidates))
+    ours = run(model, tiny_tokenizer, ["pairs"], include_path=write_pairs_task(tmp_path / "tasks", candidates))
     answers = answers_of(ours["samples"]["pairs"])
     values = [answers[doc, 0][0] for doc in range(len(candidates))]
     assert values == sorted(values, reverse=True)

@@ -19,6 +19,18 @@ import safetensors.torch
 import tiny_models
 import torch
 import transformers
+from engine_runs import (
+    CPU,
+    ONE_PACK,
+    TOLERANCE_NATS,
+    Request,
+    assert_equal_answers,
+    continue_greedily,
+    grow_tree,
+    load,
+    run,
+    to_requests,
+)
 from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
 
 from ddp_eval.engines.hf import checkpoint
@@ -26,74 +38,11 @@ from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import logprobs, masks, tree_attention
 from ddp_eval.errors import UserError
 from ddp_eval.packs.cut import CostModel, plan_packs
-from ddp_eval.packs.plan import Plan, build_pack, fed_tokens
-from ddp_eval.packs.requests import Requests, requests_from_lists
+from ddp_eval.packs.plan import build_pack, fed_tokens
+from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import self_check
 from ddp_eval.run.self_check import check_packs, cut_packs, make_plan
-
-CPU = torch.device("cpu")
-TOLERANCE_NATS = 1e-4
-ONE_PACK = CostModel(forward=1e12)
-
-Request = tuple[list[int], int]  # tokens, how many of the last are scored
-
-
-def load(path: Path, **model_args: Any) -> hf.HFEngine:
-    args = {"pretrained": str(path), "dtype": "float32", **model_args}
-    return hf.load_engine(args, checkpoint.load_config(args), CPU)
-
-
-def grow_tree(
-    model: Any, seed: int, count: int = 14, longest_prefix: int = 20, longest_tail: int = 9
-) -> tuple[list[Request], list[tuple[float, bool]]]:
-    """`count` random requests that branch off from earlier ones, or repeat or end within them; and their answers by hand.
-
-    Some continue as the model itself would, so that greedy ones are among them.
-    """
-    random = np.random.default_rng(seed)
-
-    def draw(least: int, most: int) -> list[int]:
-        return random.integers(0, VOCAB_SIZE, random.integers(least, most + 1)).tolist()
-
-    requests: list[Request] = []
-    for index in range(count):
-        tokens = draw(2, longest_prefix)
-        if requests and index % 5:
-            earlier = requests[random.integers(len(requests))][0]
-            tokens = earlier[: random.integers(1, len(earlier) + 1)] + draw(0, longest_tail)
-        if index % 3 == 0:
-            num_targets = int(random.integers(1, 4))
-            tokens = continue_greedily(model, tokens, num_targets)
-        else:
-            tokens = tokens if len(tokens) > 1 else tokens + draw(1, 1)
-            num_targets = int(random.integers(1, min(len(tokens), 6)))
-        requests.append((tokens, num_targets))
-    return requests, [tiny_models.score_plainly(model, *request) for request in requests]
-
-
-def continue_greedily(model: Any, tokens: list[int], count: int) -> list[int]:
-    for _ in range(count):
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
-        tokens = [*tokens, int(logits[0, -1].argmax())]
-    return tokens
-
-
-def to_requests(requests: list[Request]) -> Requests:
-    return requests_from_lists([tokens for tokens, _ in requests], [count for _, count in requests])
-
-
-def run(engine: hf.HFEngine, plan: Plan, item_of_request: np.ndarray) -> list[tuple[float, bool]]:
-    done = [engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)]
-    sums, greedy = (np.concatenate(column)[item_of_request].tolist() for column in zip(*done, strict=True))
-    return list(zip(sums, greedy, strict=True))
-
-
-def assert_equal_answers(got: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
-    assert [value for value, _ in got] == pytest.approx([value for value, _ in expected], abs=TOLERANCE_NATS)
-    assert [flag for _, flag in got] == [flag for _, flag in expected]
-    assert {True, False} == {flag for _, flag in expected}, "the requests test no flag"
 
 
 @pytest.mark.parametrize("implementation", [None, "sdpa", "eager"], ids=str)

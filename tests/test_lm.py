@@ -10,8 +10,10 @@ from typing import Any
 import lm_eval
 import pytest
 import tiny_models
+from chat_templates import CHAT_TEMPLATE
 from lm_eval.tasks import TaskManager
-from test_evaluate import CHAT_TEMPLATE, answers_of, write_asking_task
+from lm_eval_answers import answers_of
+from task_files import write_generation_task
 
 from ddp_eval import demo
 from ddp_eval.api import evaluate
@@ -52,7 +54,7 @@ def by_us(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
 def test_texts_and_repeats(lm: DDPEvalLM, tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     """Catches a repeated request answered once, twice alike, or drawn otherwise than in a run."""
     settings = {"until": ["\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
-    path = write_asking_task(tmp_path / "tasks", ["What is it?", "the end of"], settings, more="repeats: 3\n")
+    path = write_generation_task(tmp_path / "tasks", ["What is it?", "the end of"], settings, more="repeats: 3\n")
     theirs = by_lm_eval(lm, path, ["pairs"])
     ours = by_us(tiny_model("llama"), ["pairs"], tokenizer=lm.tokenizer, include_path=path)
     answers = [one["resps"] for one in theirs["samples"]["pairs"]]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from engine_runs import assert_equal_answers, grow_tree, load, run, to_requests
 
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
@@ -87,8 +88,6 @@ def test_packs_lengthened_to_the_grid_give_the_same_answers(
     kind: str, tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches padding that a real token sees, or that is read, or a mask cut for the pack as it was."""
-    from test_hf import assert_equal_answers, grow_tree, load, run, to_requests
-
     monkeypatch.setattr(onednn_linear, "FINE", 32)
     monkeypatch.setattr(onednn_linear, "MOST_ADDED", 1.0)
     engine = load(tiny_model_path(kind))

@@ -21,12 +21,12 @@ import lm_eval
 import numpy as np
 import pytest
 import tiny_models
+from chat_templates import CHATML, GEMMA, LLAMA3
 from hypothesis import given, settings
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_chat import CHATML, GEMMA, LLAMA3
 
 from ddp_eval.config import Config
 from ddp_eval.tasks import collector, harness

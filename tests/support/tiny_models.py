@@ -186,6 +186,20 @@ def word_piece() -> tuple[Tokenizer, Any]:
     return tokenizer, trainer
 
 
+def make_joining_tokenizer(**options: Any) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE in which "Answer" is one token and "Ans" two; `<s>` 0, `</s>` 1."""
+    merges = [("A", "n"), ("s", "w"), ("sw", "e"), ("swe", "r"), ("An", "swer")]
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{"bos_token": "<s>", "eos_token": "</s>", "model_max_length": 2048, **options}
+    )
+    assert len(made.encode("Answer")) == 1 and len(made.encode("Ans")) == 2
+    return made
+
+
 def score_plainly(model: Any, sequence: Sequence[int], num_targets: int) -> tuple[float, bool]:
     """The log-probability in nats of a sequence's last tokens and whether each was the argmax: one plain forward, by hand."""
     tokens = torch.tensor([list(sequence)], device=model.device)

@@ -39,6 +39,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XDG_CACHE_HOME"] = home.name
 
 
+@pytest.fixture
+def no_lm_eval_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the test lm_eval's index of its own 14,000 task files, which takes 8 s to read: it knows those of --include_path."""
+    from ddp_eval.tasks import harness
+
+    task_manager = harness.TaskManager
+    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A byte-level BPE tokenizer for the tiny models. Tests may not change it."""

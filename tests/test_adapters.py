@@ -22,15 +22,9 @@ from ddp_eval.output.tables import read_scores
 from ddp_eval.run.manifest import describe_model, see_model
 from ddp_eval.run.runner import run
 
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
+
 TASKS = ["demo_hellaswag", "demo_lambada"]
-
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval.tasks import harness
-
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 def save_adapter(model_path: Path, directory: Path, kind: str = "lora", seed: int = 1, **model_options: Any) -> Path:

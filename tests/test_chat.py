@@ -22,14 +22,10 @@ from ddp_eval.tasks.reasoning import finish_answer
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
+
 EXTRA = CHATML + "{{ tools_note | default('') }}"
 TASKS = ["demo_mmlu_global_facts", "demo_lambada", "demo_hellaswag"]
-
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 def prompts_of(results: dict[str, Any]) -> dict[str, list[Any]]:

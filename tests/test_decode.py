@@ -34,12 +34,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    from ddp_eval.tasks import harness
-
-    load = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
-
+def evaluate(no_lm_eval_index: None) -> Callable[..., Any]:
     def run(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
         tokenizer = tiny_models.make_tokenizer(model_max_length=2048)
         options = {"include_path": TASKS, "bootstrap_iters": 0, "log_samples": True, **options}

@@ -27,14 +27,7 @@ from ddp_eval.api import evaluate
 from ddp_eval.errors import UserError
 from ddp_eval.output.tables import read_scores
 
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm_eval's index of its own 14,000 task files takes seconds to read, and no test here needs one of them."""
-    from ddp_eval.tasks import harness
-
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
 
 
 @pytest.fixture

@@ -14,11 +14,7 @@ from ddp_eval.cli import ls, validate
 from ddp_eval.errors import UserError
 from ddp_eval.tasks import harness
 
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,7 @@ from ddp_eval.api import evaluate
 from ddp_eval.errors import UserError
 from ddp_eval.lm import DDPEvalLM, launch
 
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval.tasks import harness
-
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
 
 
 @pytest.fixture

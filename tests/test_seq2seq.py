@@ -26,6 +26,8 @@ from ddp_eval.packs.plan import build_pack, halve
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run.self_check import make_plan
 
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
+
 TASKS = ["demo_hellaswag", "demo_boolean_expressions", "demo_lambada"]
 
 
@@ -33,14 +35,6 @@ TASKS = ["demo_hellaswag", "demo_boolean_expressions", "demo_lambada"]
 def model_of() -> Callable[[str], Any]:
     made: dict[str, Any] = {}
     return lambda kind: made.setdefault(kind, made.get(kind) or tiny_models.make_model(kind))
-
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval.tasks import harness
-
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 def run(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from ddp_eval.errors import UserError
 from ddp_eval.run.runner import run
 from ddp_eval.tasks import trackers
 
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
+
 WANDB = """
 __version__ = "0.20.0"
 calls = []
@@ -72,14 +74,6 @@ class Trace:
     def __init__(self, messages, metadata):
         self.messages = messages
 """
-
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval.tasks import harness
-
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 @pytest.fixture

@@ -353,14 +353,11 @@ def test_a_loaded_model_is_no_name(tiny_model: Callable[..., Any], tiny_tokenize
         assert "must be a path or a name, got a " in text and "ddp_eval.evaluate(model, tokenizer, tasks=[...])" in text
 
 
+@pytest.mark.usefixtures("no_lm_eval_index")
 def test_options_as_text(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """Catches an AttributeError over gen_kwargs="…", which simple_evaluate takes, None where it takes that, and other numbers."""
-    from ddp_eval.tasks import harness
-
-    made = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: made(**{**options, "include_defaults": False}))
     model = tiny_model("llama")
     path = str(GENERATION_TASKS)
 

@@ -45,7 +45,7 @@ OTHER_VALUES = {
 
 
 @pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+def tasks_of_the_tests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides know the tests' tasks alone; nobody needs a launcher's variables of whoever runs the tests."""
     from ddp_eval.tasks import harness
 

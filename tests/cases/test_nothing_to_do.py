@@ -52,9 +52,7 @@ FILES = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    load = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
+def folder(tmp_path: Path, no_lm_eval_index: None) -> Path:
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     return tmp_path

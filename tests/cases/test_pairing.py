@@ -29,6 +29,8 @@ from ddp_eval.analysis.verdict import list_notes
 from ddp_eval.cli.compare import main
 from ddp_eval.output import tables
 
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
+
 TWO_FILTERS = """\
 task: two_filters
 dataset_path: json
@@ -45,14 +47,6 @@ filter_list:
   - {{name: word, filter: [{{function: regex, regex_pattern: "(\\\\w+)"}}, {{function: take_first}}]}}
 metric_list: [{{metric: exact_match}}]
 """
-
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval.tasks import harness
-
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 @pytest.fixture

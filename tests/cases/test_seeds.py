@@ -22,6 +22,8 @@ from ddp_eval.run.runner import run
 from ddp_eval.tasks.generation_requests import Asked
 from ddp_eval.tasks.tokenization import Encoder
 
+pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
+
 GENERATORS = ("random", "numpy", "torch", "fewshot")
 _DRAW = (random.random, np.random.rand, lambda: float(torch.rand(1)))
 
@@ -43,14 +45,6 @@ def _task(slot: int) -> dict[str, Any]:
         "doc_to_text": "{{text}} {{drawn}}", "doc_to_target": " yes", "num_fewshot": 3 if slot == 3 else 0,
         "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval.tasks import harness
-
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 @pytest.fixture(autouse=True)

@@ -310,11 +310,9 @@ def edit_json(path, **changes):
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd, place):
+def run_here(monkeypatch, capfd, place, no_lm_eval_index):
     """Run a command line in this process, in the directory of the task files, with `os._exit` as an exception."""
     import transformers
-
-    from ddp_eval.tasks import harness
 
     def run(arguments):
         def leave(code):
@@ -329,7 +327,6 @@ def run_here(monkeypatch, capfd, place):
         monkeypatch.setattr(sys, "argv", ["ddp_eval", *arguments])
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back what the command changes for the life of its process
         monkeypatch.setenv("TQDM_DISABLE", "1")
-        monkeypatch.setattr(harness, "TaskManager", _without_index(harness.TaskManager))
         monkeypatch.chdir(place / "tasks")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         capfd.readouterr()
@@ -346,11 +343,6 @@ def run_here(monkeypatch, capfd, place):
     transformers.utils.logging.enable_progress_bar()
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
-
-
-def _without_index(task_manager):
-    """lm_eval's index of its own tasks takes 8 s to read."""
-    return lambda **settings: task_manager(**{**settings, "include_defaults": False})
 
 
 def _wait_for_threads(others, timeout_s=60):

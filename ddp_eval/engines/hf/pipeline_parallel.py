@@ -33,7 +33,8 @@ from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
 from ddp_eval.system.read_back import open_regular, parse_json
 
-# Models whose forward is known to be: embed, one layer after another on one hidden state, norm, head (tests/test_layers.py).
+# Models whose forward is known to be: embed, one layer after another on one hidden state, norm, head; tested in
+# tests/engines/test_pipeline_parallel.py.
 MODEL_TYPES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "qwen2_moe",
     "qwen3_moe", "phi3", "olmo2", "starcoder2", "smollm3", "granite",

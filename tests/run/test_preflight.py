@@ -1,4 +1,4 @@
-"""Node checks: what ranks' facts lead to. Real nodes are in tests/slurm and tests/distributed/test_two_hosts.py."""
+"""Node checks: what ranks' facts lead to. Real nodes are in tests/slurm and tests/ranks/test_two_hosts.py."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Batches cut from prompts, stop strings, prompts and seeds from lm_eval's requests: by hand and over random prompts."""
+"""Batches cut from prompts: by hand and over random prompts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,8 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
-import pytest
-import tiny_models
 
-from ddp_eval.engines.hf.kv_slots import grow_tree
-from ddp_eval.engines.stop_strings import StopRule
-from ddp_eval.errors import UserError
 from ddp_eval.packs.batches import LEAST_SHARED, Prompts, Settings, Sizes, build_batch, plan_batches
-from ddp_eval.tasks.generation_requests import Asked
-from ddp_eval.tasks.tokenization import Encoder
 
 GREEDY, DRAWN = Settings(("\n",), {"do_sample": False}), Settings(("\n",), {"do_sample": True, "temperature": 1.0})
 SIZES = Sizes(slot_tokens=10_000, most_slots=4, queue=8)
@@ -91,71 +84,3 @@ def test_equal_greedy_requests_are_answered_once() -> None:
     assert plan.num_items == 4
     assert len(set(items[:3].tolist())) == 1
     assert len(set(items.tolist())) == 4
-
-
-@hypothesis.given(lists_of_tokens)
-def test_a_tree_holds_every_prompt(lists: list[list[int]]) -> None:
-    """Catches a token that is laid down twice, that sees what is not before it, or does not see what is."""
-    tree = grow_tree([np.array(tokens) for tokens in lists])
-    index = np.arange(len(tree.tokens))
-    for tokens, path in zip(lists, tree.paths, strict=True):
-        assert tree.tokens[path].tolist() == tokens
-        assert tree.depth[path].tolist() == list(range(len(tokens)))
-        sees = (index <= path[-1]) & (path[-1] < tree.end)
-        assert np.flatnonzero(sees).tolist() == path.tolist()
-    assert len(tree.tokens) == len({tuple(tokens[:end]) for tokens in lists for end in range(1, len(tokens) + 1)})
-
-
-def test_stop_strings_across_tokens(tiny_tokenizer: Any) -> None:
-    """Catches a stop string that is only found as whole tokens, in the prompt, or once it is long past."""
-    from lm_eval.models.utils_hf import MultiTokenEOSCriteria
-
-    until = ["the qu", "s", "</s>", ". "]
-    rule = StopRule(tiny_tokenizer, until)
-    text = tiny_tokenizer("a dog and the quick fox ran. it was </s> over.")["input_ids"]
-    import torch
-
-    for end in range(1, len(text) + 1):
-        answer = torch.tensor([[5, 6, 7, *text[:end]]])
-        wanted = any(MultiTokenEOSCriteria(stop, tiny_tokenizer, 3, 1)(answer, None) for stop in until)
-        assert rule.ends([text[:end]]) == [wanted]
-
-
-def ask(pairs: list[tuple[str, dict[str, Any]]], seed: int | None = 1234, max_length: int = 512, **more: Any) -> Asked:
-    encoder = Encoder(tiny_models.make_tokenizer(), max_length)
-    return Asked(encoder, pairs, ["task"] * len(pairs), seed, **more)
-
-
-def test_prompts_lose_their_left_end() -> None:
-    """Catches a prompt that leaves no room for its answer, or loses its right end."""
-    text = "the cat sat on the mat and looked at the dog, who ran away over the hills and far away " * 3
-    asked = ask([(text, {"max_gen_toks": 24}), ("short", {"max_new_tokens": 24})], max_length=64)
-    whole = tiny_models.make_tokenizer()(text)["input_ids"]
-    assert asked.prompts.tokens[0].tolist() == whole[-40:]
-    assert asked.truncated == [0]
-    assert list(asked.prompts.limits) == [24, 24]
-    assert len(asked.prompts.settings) == 1
-    with pytest.raises(UserError, match="leaves no room for its prompts in the model's 64"):
-        ask([(text, {"max_gen_toks": 64})], max_length=64)
-
-
-def test_seeds_are_of_the_request() -> None:
-    """Catches draws that depend on place or company, and repeats that draw the same."""
-    drawn, greedy = {"do_sample": True, "temperature": 0.7}, {"temperature": 0.0}
-    first = ask([("a", drawn), ("b", drawn), ("a", drawn), ("c", greedy)]).prompts.seeds
-    second = ask([("c", greedy), ("a", drawn), ("a", drawn), ("b", drawn)]).prompts.seeds
-    assert [first[0], first[2], first[1], first[3]] == [second[1], second[2], second[3], second[0]]
-    assert len(set(first)) == 4
-    assert first[3] == 0
-    assert set(first[:3]).isdisjoint(ask([("a", drawn), ("b", drawn), ("a", drawn)], seed=1).prompts.seeds)
-    assert set(first[:3]).isdisjoint(ask([("a", {**drawn, "top_k": 3}), ("b", {**drawn, "top_k": 3})]).prompts.seeds)
-
-
-@pytest.mark.parametrize(("end", "wanted"), [(None, "one thinks so"), ("so", "two"), (399, "two")])
-def test_answers_are_read_as_lm_eval_does(end: Any, wanted: str) -> None:
-    """Catches thinking that is kept, a stop string within it that cuts it, and one that stays at the end."""
-    tokenizer = tiny_models.make_tokenizer()
-    answer = tokenizer("one thinks so")["input_ids"]
-    answer += [end] if isinstance(end, int) else []
-    answer += tokenizer(" two\n more")["input_ids"] if end else tokenizer("\n")["input_ids"]
-    assert ask([("a", {"until": ["\n"]})], think_end_token=end).read(0, answer) == wanted

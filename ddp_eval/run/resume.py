@@ -27,7 +27,7 @@ log = logging.getLogger("ddp_eval")
 # reason. A change in a report need not undo hours of packs.
 _CODE = (
     "distributed", "engines", "errors.py", "layout.py", "packs", "run/execute.py", "run/self_check.py",
-    "tasks/tokenizer_calls.py",
+    "system/tokenizer_calls.py",
 )  # fmt: skip
 # What else computes, where it is installed: adapters, quantised layers, kernels, and the text in which stop strings are sought.
 _PACKAGES = (

@@ -4,46 +4,42 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
+import ddp_eval
 from ddp_eval.distributed.world import World
 from ddp_eval.packs.batches import NO_TEXTS
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import resume
 
-PACKAGE = Path(resume.__file__).parent
-STARTS = (*PACKAGE.glob("engines/**/*.py"), PACKAGE / "execution.py")
+PACKAGE = Path(ddp_eval.__file__).parent
+STARTS = (*PACKAGE.glob("engines/**/*.py"), PACKAGE / "run" / "execute.py", PACKAGE / "run" / "self_check.py")
 # Modules that engines and execution use and that decide no number, each with what makes sure of it.
 NO_NUMBERS = {
-    "cli.py": "reads flags",
-    "compile_cache.py": "where torch keeps compiled kernels",
     "config.py": "flags of an unfinished run are compared one by one",
     "demo/__init__.py": "the files of the demo model have digests, as those of any model",
-    "digests.py": "digests are in the key themselves",
-    "files.py": "reads and writes files of the run directory",
-    "hub.py": "advice in error messages",
-    "interfaces.py": "network addresses",
-    "journal.py": "its format has a version of its own, and each record a checksum",
-    "launch_environment.py": "reads what the launcher says of ranks",
-    "lm_eval_names.py": "other names of files that were written",
-    "machine.py": "the hardware is every journal's origin, and another one is reported",
-    "meeting.py": "how ranks find each other",
-    "meter.py": "measures time and bytes",
-    "model_files.py": "says which files have digests, and these are in the key",
-    "preflight.py": "checks nodes before any work",
-    "processes.py": "process ids",
-    "progress.py": "the progress line",
-    "read_back.py": "refuses files, and gives the others as they are",
-    "restart.py": "which launch this is",
-    "results.py": "writes what was computed",
-    "status.py": "status.json",
-    "thinking.py": "cuts the texts of answers, whose tokens the journals hold",
+    "output/journal.py": "its format has a version of its own, and each record a checksum",
+    "output/lm_eval_names.py": "other names of files that were written",
+    "output/status.py": "status.json",
+    "output/tables.py": "writes what was computed",
+    "output/write.py": "writes what was computed",
+    "run/preflight.py": "checks nodes before any work",
+    "system/compile_cache.py": "where torch keeps compiled kernels",
+    "system/digests.py": "digests are in the key themselves",
+    "system/files.py": "reads and writes files of the run directory",
+    "system/hub.py": "advice in error messages",
+    "system/launch_id.py": "which launch this is",
+    "system/machine.py": "the hardware is every journal's origin, and another one is reported",
+    "system/network.py": "network addresses",
+    "system/processes.py": "process ids",
+    "system/read_back.py": "refuses files, and gives the others as they are",
+    "telemetry/meter.py": "measures time and bytes",
     "values.py": "reads flags",
-    "watch.py": "timeouts and messages",
 }
 
 
@@ -74,13 +70,18 @@ def _used() -> set[str]:
         if path not in found:
             found.add(path)
             todo += _imported(path)
-    return {path.relative_to(PACKAGE).as_posix() for path in found}
+    return _names(found)
+
+
+def _names(paths: Iterable[Path]) -> set[str]:
+    """Places in the package, without those of an __init__.py that holds nothing but a docstring."""
+    return {path.relative_to(PACKAGE).as_posix() for path in paths if len(ast.parse(path.read_text(encoding="utf-8")).body) > 1}
 
 
 def test_every_module_that_decides_numbers_is_in_the_key() -> None:
     """Catches a module that engines or execution came to use, whose change would mix old packs with new ones in a resume."""
-    covered = {path.relative_to(PACKAGE).as_posix() for name in resume._CODE for path in _modules(PACKAGE / name)}
-    assert {"pairing.py", "engines/readout.py", "attention.py"} <= covered & _used()
+    covered = _names(path for name in resume._CODE for path in _modules(PACKAGE / name))
+    assert {"packs/pairs.py", "engines/ops/logprobs.py", "engines/ops/masks.py"} <= covered & _used()
     assert _used() - covered == set(NO_NUMBERS), "put new modules into resume._CODE, or here with the reason"
     assert covered <= _used(), "in the key and used by nobody"
 

@@ -18,7 +18,7 @@ from ddp_eval.output.lock import Held, Lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from ddp_eval.lock import Lock
+from ddp_eval.output.lock import Lock
 Lock(Path(sys.argv[1]), lambda: None).acquire()
 print("held", flush=True)
 time.sleep(60)

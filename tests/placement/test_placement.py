@@ -194,9 +194,11 @@ def test_a_pack_by_hand(whole_of, tmp_path):
 MEASURED = """
 import re, torch
 from transformers import AutoModelForCausalLM, Gemma2Config
-from ddp_eval.engines.hf import HFEngine
-from ddp_eval.packing import build_pack, plan_one_tree, requests_from_lists
-from ddp_eval.sizing import measure_model, pack_bytes
+from ddp_eval.engines.hf.engine import HFEngine
+from ddp_eval.packs.cut import plan_one_tree
+from ddp_eval.packs.plan import build_pack
+from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.placement.memory import measure_model, pack_bytes
 def high_water():  # of this program alone, in KiB: ru_maxrss begins with that of the process that started it
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 device = torch.device("cpu")

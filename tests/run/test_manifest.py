@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import ddp_eval
 from ddp_eval.distributed.world import World
-from ddp_eval.output import write
 from ddp_eval.packs.batches import NO_TEXTS
 from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.requests import requests_from_lists
@@ -114,15 +114,18 @@ def test_key_of_a_copy(key, checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "matters"),
-    [("attention.py", True), ("engines/hf.py", True), ("engines/readout.py", True), ("report.py", False), ("plan.py", False)],
+    [
+        *(("engines/ops/masks.py", True), ("engines/hf/engine.py", True), ("engines/ops/logprobs.py", True)),
+        *(("analysis/report.py", False), ("cli/plan.py", False)),
+    ],
 )
 def test_key_of_other_code(module, matters, key, checkpoint, tmp_path, monkeypatch):
     """Catches packs of two versions of an engine mixed in one run, and hours lost because a report was mended."""
     folder = checkpoint()
     before = key(folder)
     package = tmp_path / "ddp_eval"
-    shutil.copytree(Path(write.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(digests, "__file__", str(package / "digests.py"))
+    shutil.copytree(Path(ddp_eval.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(ddp_eval, "__file__", str(package / "__init__.py"))
     assert key(folder) == before
     with open(package / module, "a") as file:
         file.write("# mended\n")
@@ -131,5 +134,5 @@ def test_key_of_other_code(module, matters, key, checkpoint, tmp_path, monkeypat
 
 def test_code_that_is_named_exists():
     """Catches a module that was renamed and no longer counts."""
-    package = Path(write.__file__).parent
+    package = Path(ddp_eval.__file__).parent
     assert all((package / name).exists() for name in resume._CODE)

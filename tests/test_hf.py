@@ -21,6 +21,7 @@ import torch
 import transformers
 from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
 
+from ddp_eval.engines import Capabilities
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import logprobs, masks, tree_attention
@@ -555,7 +556,7 @@ def test_rows_are_cut_by_their_padding(tiny_model: Callable[..., Any], monkeypat
     plan = make_plan(engine, requests, packing=False, max_pack_tokens=None).plan
     padding = fed_tokens(plan) - len(plan.tokens)
     assert plan.rows and plan.num_packs > 1 and padding <= plan.num_packs * engine.cost_model().most_padding
-    monkeypatch.setattr(engine, "keeps_apart", True)
+    monkeypatch.setattr(engine, "capabilities", Capabilities(rows_are_independent=True))
     assert make_plan(engine, requests, packing=False, max_pack_tokens=None).plan.num_packs == 1
     engine.close()
 

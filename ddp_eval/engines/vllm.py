@@ -29,6 +29,7 @@ import torch
 
 from ddp_eval.config import PROMPT_ARGS
 from ddp_eval.distributed.world import World
+from ddp_eval.engines import Capabilities, Engine
 from ddp_eval.engines.hf import checkpoint, costs
 from ddp_eval.engines.hf.draws import loading
 from ddp_eval.engines.stop_strings import StopRule
@@ -175,29 +176,24 @@ class Queued:
     pack: Pack
 
 
-class VllmEngine:
-    """One vLLM engine, or one rank's part of it; see `engines.Engine` for what each member means."""
+class VllmEngine(Engine):
+    """One vLLM engine, or one rank's part of it.
 
-    takes_pairs = False
-    keeps_apart = True
-    why_not_packs: str | None = None
-    tree_attention = plain_attention = ""
-    why_not_batches: str | None = None
-    most_new_tokens: int | None = None  # of a checkpoint, vLLM's server obeys it and LLM.generate does not
-    isolates_requests = False
-    largest_tree: int | None = None
-    longest_reach: int | None = None
+    `most_new_tokens` stays None: a checkpoint's own limit on answers is applied by vLLM's server, not by LLM.generate.
+    """
 
     def __init__(self, llm: Any, world: World, config: Any, whole: Any) -> None:
         self._llm = llm
         self._config = config.get_text_config()
         self.whole = whole
         self._class = type(whole).__name__
-        self.dtype: torch.dtype = llm.llm_engine.model_config.dtype
         self._caches = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
-        self.bears_results = world.place == 0
-        self.on_trial = False
-        self.launches_ahead = False
+        self.capabilities = Capabilities(reports_results=world.place == 0, rows_are_independent=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._llm.llm_engine.model_config.dtype
+        return dtype
 
     @property
     def vocab_size(self) -> int:
@@ -218,9 +214,6 @@ class VllmEngine:
     def max_tokens(self) -> int:
         return 16384
 
-    def max_reads(self) -> int | None:
-        return None
-
     def cost_model(self) -> CostModel:
         """In tokens. A pack is as many prompts as vLLM can have under way at once; large ones keep it full."""
         return CostModel(forward=1024.0, token=1.0, pair=0.0, read=0.0, dense=False)
@@ -232,7 +225,6 @@ class VllmEngine:
         return Queued(pack)
 
     def collect(self, launched: Queued) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
         from vllm import SamplingParams
 
         pack = launched.pack

@@ -49,7 +49,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     if work.attention == engine.plain_attention:  # a caller's ranks may each have come with another
         engine.tree_attention = work.attention
     rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
-    journals = work.journals if engine.bears_results else None
+    journals = work.journals if engine.capabilities.reports_results else None
     packs, batches = _my_units(world, work)
     num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])
     left = int(num_requests[work.left].sum())
@@ -60,13 +60,13 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
         try:
             with phases(work.phase):
                 for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
-                    if engine.bears_results:
+                    if engine.capabilities.reports_results:
                         if divided > 1:
                             halved.append(np.array([[index, divided]]))
                         lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
                         answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
                 for index, pieces in _run_packs(world, engine, work, packs, progress, own):
-                    if not engine.bears_results:
+                    if not engine.capabilities.reports_results:
                         continue
                     rows += [_result_rows(*piece) for piece in pieces]
                     if len(pieces) > 1:
@@ -102,7 +102,7 @@ def _run_batches(
         watchdog.step(watchdog.PACKS)
         for what in ("computed_tokens", "text_tokens"):
             world.meter.count(what, tokens)
-        if engine.bears_results:
+        if engine.capabilities.reports_results:
             progress.add(requests, tokens)
 
     for index in mine:
@@ -154,7 +154,7 @@ def _run_packs(
     finished pack out of the journal for the length of another.
     Yields the pack's number and its results: one, or one for each piece that it had to run in.
     """
-    plan, ahead = work.plan, engine.launches_ahead
+    plan, ahead = work.plan, engine.capabilities.launches_ahead
 
     def collect(index: int, pieces: list[Any]) -> tuple[int, list[Result]]:
         results = [(piece.pack, *engine.collect(piece)) for piece in pieces]
@@ -168,7 +168,7 @@ def _run_packs(
             counts = {"requests": requests, "computed_tokens": tokens, "visible_pairs": pairs, "reads": reads, "packs": 1}
             for what, amount in counts.items():
                 world.meter.count(what, amount)
-        if engine.bears_results:
+        if engine.capabilities.reports_results:
             progress.add(requests, tokens)
         return index, results
 

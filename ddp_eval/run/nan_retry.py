@@ -34,7 +34,7 @@ def isolate(
     Returns all items' scores, and how many of them are numbers now.
     """
     broken = np.flatnonzero(np.isnan(scored[0]))
-    if decision.plan.rows or engine.keeps_apart or not len(broken):
+    if decision.plan.rows or engine.capabilities.rows_are_independent or not len(broken):
         return scored, 0
     sums, greedy = scored[0].copy(), scored[1].copy()
     log.warning("%d of %d distinct requests came out NaN in packs with others: trying them by themselves", len(broken), len(sums))

@@ -206,8 +206,12 @@ class LayersEngine(engine.HFEngine):
         super().__init__(model, world.device, keep_attention, whole)
         self.world = world
         self.stage = stage
-        self.bears_results = stage.is_last
-        self.launches_ahead = True  # a launch posts a receive
+        self.capabilities = dataclasses.replace(
+            self.capabilities,
+            reports_results=stage.is_last,
+            launches_ahead=True,  # a launch posts a receive
+            serves_generation=False,
+        )
         self._incoming: collectives.Incoming | None = None
         self._sent: collections.deque[collectives.Outgoing] = collections.deque()
 

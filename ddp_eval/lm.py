@@ -34,12 +34,13 @@ from ddp_eval.distributed import launch_environment, watchdog
 from ddp_eval.distributed.messages import Followers
 from ddp_eval.distributed.world import adopt_group, check_in, choose_device, join_group, leave_group, occupy, release_group
 from ddp_eval.engines.hf import checkpoint, limits
-from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.output import tables
 from ddp_eval.packs.batches import NO_PROMPTS, Prompts
 from ddp_eval.packs.requests import Requests
 from ddp_eval.placement.choose import check_texts, choose_layout
+from ddp_eval.placement.kinds import kind_of
+from ddp_eval.placement.load import lay_out, load_replica
 from ddp_eval.run import nan_retry
 from ddp_eval.run.execute import fill_slots, fill_texts, run_plan
 from ddp_eval.run.manifest import model_info
@@ -210,7 +211,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         laid_out = lay_out(world, layout)
         self._seated = Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
         if why and world.world_size > 1:
-            log.warning("layout %s: %s (%s)", layout, layout.sentence(world.world_size), why)
+            log.warning("layout %s: %s (%s)", layout, kind_of(layout).sentence(world.world_size), why)
         super().__init__(encoder, model_config, self._run, _warn_of_nan, None, config, Phases())
         self._keep_members(config, model_config, laid_out.device, self._given)
 

@@ -27,13 +27,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.config import PROMPT_ARGS
+from ddp_eval import layout as layouts
+from ddp_eval.config import PROMPT_ARGS, Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Capabilities, Engine
 from ddp_eval.engines.hf import checkpoint, costs
 from ddp_eval.engines.hf.draws import loading
+from ddp_eval.engines.registry import EngineSpec
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
+from ddp_eval.layout import Layout
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, Sizes
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
@@ -64,9 +67,37 @@ def ranks_per_engine(model_args: dict[str, Any]) -> int:
     return size
 
 
-def longest_input(model_args: dict[str, Any], default: int) -> int:
-    """Input tokens of the longest request: vLLM wants room for one more. max_length is another name for max_model_len."""
-    return int(model_args.get("max_model_len") or default) - 1
+class VllmSpec(EngineSpec):
+    """vLLM splits its engines itself, as tensor_parallel_size says."""
+
+    own_layout = True
+    seeds_generators = True
+
+    def longest_input(self, model_args: dict[str, Any], default: int) -> int:
+        """vLLM wants room for one token more. max_length is another name for max_model_len."""
+        return int(model_args.get("max_model_len") or default) - 1
+
+    def layout_of(self, config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
+        for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
+            if config.model_args.get(name):
+                raise UserError(
+                    f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run"
+                )
+        if checkpoint.is_seq2seq(config.model_args, model_config):
+            raise UserError("encoder-decoders are not for --model vllm: give --model hf")
+        check_installed()
+        if config.layout not in (layouts.AUTO, layouts.REPLICAS):
+            raise UserError(f"--layout {config.layout} is not for --model vllm: give tensor_parallel_size=K in --model_args")
+        ranks = ranks_per_engine(config.model_args)
+        layout = Layout(layouts.TENSOR, ranks) if ranks > 1 else layouts.WHOLE_COPIES
+        layouts.check_division(layout, world.world_size)
+        return layout, "tensor_parallel_size"
+
+    def load(self, config: Config, model_config: Any, world: World) -> Engine:
+        return load_vllm_engine(config.loader_args, model_config, world)
+
+
+SPEC = VllmSpec()
 
 
 @dataclasses.dataclass

@@ -38,11 +38,12 @@ from ddp_eval.errors import UserError
 from ddp_eval.output import tables
 from ddp_eval.packs.batches import NO_PROMPTS, Prompts
 from ddp_eval.packs.requests import Requests
+from ddp_eval.packs.results import fill_slots
 from ddp_eval.placement.choose import check_texts, choose_layout
 from ddp_eval.placement.kinds import kind_of
 from ddp_eval.placement.load import lay_out, load_replica
 from ddp_eval.run import nan_retry
-from ddp_eval.run.execute import fill_slots, fill_texts, run_plan
+from ddp_eval.run.execute import fill_texts, run_plan
 from ddp_eval.run.manifest import model_info
 from ddp_eval.run.planning import plan_texts
 from ddp_eval.run.resume import warn_of_not_finite
@@ -324,9 +325,9 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         trees = seated.engine.tree_attention
         with followers.working_on(decision.plan, texts=generation.plan, tokenizer=decoder, attention=trees) as work:
             gathered = run_plan(seated.world, seated.engine, work)
-        sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
-        (sums, greedy), _ = nan_retry.isolate(
-            (sums, greedy), requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
+        results, differing = fill_slots(gathered.results, decision.plan.num_items)
+        results, _ = nan_retry.isolate(
+            results, requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
         )
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
         if len(gathered.halved):
@@ -334,7 +335,8 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         if differing or texts_differing:
             log.warning("work that ran on two ranks differs: are the ranks' GPUs or threads not alike?")
         answers = [texts[item] for item in np.asarray(generation.item_of_prompt).tolist()]
-        return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
+        results = results[decision.item_of_request]
+        return results["logprob"], results["greedy"], answers, generation.limits
 
 
 def _warn_of_nan(scores: tables.Scores, texts: tables.Texts) -> None:

@@ -87,8 +87,8 @@ def to_requests(requests: list[Request]) -> Requests:
 
 def run(engine: hf.HFEngine, plan: Plan, item_of_request: np.ndarray) -> list[tuple[float, bool]]:
     done = [engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)]
-    sums, greedy = (np.concatenate(column)[item_of_request].tolist() for column in zip(*done, strict=True))
-    return list(zip(sums, greedy, strict=True))
+    results = np.concatenate(done)[item_of_request]
+    return list(zip(results["logprob"].tolist(), results["greedy"].tolist(), strict=True))
 
 
 def assert_equal_answers(got: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
@@ -197,8 +197,8 @@ def test_results_set_out_behind_their_own_forward(monkeypatch: pytest.MonkeyPatc
     pack = build_pack(plan_packs(to_requests([([1, 2, 3], 2)]), ONE_PACK, 60)[0], 0)
     launched = logprobs.send_back(pack, OnGpu([-1.0, -2.0]), OnGpu([True, True]))  # type: ignore[arg-type]
     assert happened == [("copy", "cpu", True), ("copy", "cpu", True), ("record", "stream of cuda:0")]
-    sums, greedy = logprobs.sum_answers(launched)
-    assert happened[3:] == ["synchronize"] and (sums.tolist(), greedy.tolist()) == ([-3.0], [True])
+    results = logprobs.sum_answers(launched)
+    assert happened[3:] == ["synchronize"] and results.tolist() == [(0, -3.0, True)]
 
 
 def test_hits_are_argmax() -> None:
@@ -360,7 +360,7 @@ def test_dynamic_rope_does_not_remember() -> None:
     random = np.random.default_rng(0)
     requests = to_requests([(random.integers(0, VOCAB_SIZE, length).tolist(), 3) for length in (60, 100, 120)])
     plan, _ = plan_rows(requests, max_tokens=1)
-    forwards = [lambda index=index: engine.collect(engine.launch(build_pack(plan, index)))[0][0] for index in range(3)]
+    forwards = [lambda index=index: engine.collect(engine.launch(build_pack(plan, index)))["logprob"][0] for index in range(3)]
     upwards = [forward() for forward in forwards]
     downwards = [forward() for forward in forwards[::-1]]
     assert upwards == downwards[::-1]

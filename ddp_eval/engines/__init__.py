@@ -7,13 +7,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ddp_eval.packs.batches import LEAST_BATCH, Batch, Settings, Sizes
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
+from ddp_eval.packs.results import Results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Engine(abc.ABC):
         """Start a pack. Returns what `collect` takes; its `pack` says which one it is."""
 
     @abc.abstractmethod
-    def collect(self, launched: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
+    def collect(self, launched: Any) -> Results:
+        """(items,) RESULT of a pack that was launched, as `make_results` makes them."""
 
     @property
     def why_not_batches(self) -> str | None:

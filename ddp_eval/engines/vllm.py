@@ -40,6 +40,7 @@ from ddp_eval.layout import Layout
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, Sizes
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
+from ddp_eval.packs.results import Results, make_results
 
 # model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
 _OWN_ARGS = (*PROMPT_ARGS, "pretrained", "max_gen_toks", "device", "backend")
@@ -255,7 +256,7 @@ class VllmEngine(Engine):
     def launch(self, pack: Pack) -> Queued:
         return Queued(pack)
 
-    def collect(self, launched: Queued) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def collect(self, launched: Queued) -> Results:
         from vllm import SamplingParams
 
         pack = launched.pack
@@ -274,9 +275,7 @@ class VllmEngine(Engine):
         logprobs, hits = np.zeros(len(pack.answer_items)), np.zeros(len(pack.answer_items), dtype=bool)
         for prompt, output in zip(prompts, outputs, strict=True):
             _read_off(prompt, output, logprobs, hits)
-        count = len(pack.items)
-        sums = np.bincount(pack.answer_items, weights=logprobs, minlength=count).astype(np.float64)
-        return sums, np.equal(np.bincount(pack.answer_items, weights=~hits, minlength=count), 0)
+        return make_results(pack, logprobs, hits)
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know,

@@ -46,13 +46,14 @@ from ddp_eval.output.lm_eval_names import SECTION, choose_names
 from ddp_eval.packs.batches import NO_TOKEN, Prompts
 from ddp_eval.packs.plan import Plan, fed_tokens
 from ddp_eval.packs.requests import Requests
+from ddp_eval.packs.results import Results, fill_slots
 from ddp_eval.placement.choose import check_texts, choose_layout, consider, ranks_of
 from ddp_eval.placement.kinds import kind_of
 from ddp_eval.placement.load import brings_code, lay_out, load_replica
 from ddp_eval.placement.memory import measure_model
 from ddp_eval.placement.speed import Amount
 from ddp_eval.run import nan_retry
-from ddp_eval.run.execute import Gathered, fill_slots, fill_texts, run_plan
+from ddp_eval.run.execute import Gathered, fill_texts, run_plan
 from ddp_eval.run.manifest import (
     describe_run,
     describe_steady_model,
@@ -271,11 +272,11 @@ def _lead(
             gathered = run_plan(seated.world, seated.engine, work)
         costs.update(_describe_answered(generation, prompts, gathered.lengths))
         if found:
-            earlier = found.rows, found.halved, found.lengths, found.answers
+            earlier = found.results, found.halved, found.lengths, found.answers
             gathered = Gathered(*(np.concatenate(parts) for parts in zip(earlier, gathered, strict=True)))
-        sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
-        (sums, greedy), facts["saved_from_nan"] = nan_retry.isolate(
-            (sums, greedy), requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
+        results, differing = fill_slots(gathered.results, decision.plan.num_items)
+        results, facts["saved_from_nan"] = nan_retry.isolate(
+            results, requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
         )
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
         resumed.append(len(done))
@@ -296,7 +297,8 @@ def _lead(
         facts["repeated_packs_differ_nats"] = differing
         facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
         answers = [texts[item] for item in generation.item_of_prompt.tolist()]
-        return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
+        results = results[decision.item_of_request]
+        return results["logprob"], results["greedy"], answers, generation.limits
 
     def keep(scores: tables.Scores, texts: tables.Texts) -> None:
         facts["not_finite"] = tables.find_not_finite(scores, texts)
@@ -371,15 +373,14 @@ def trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
     if seated.world.ranks_per_replica == 1:
         return None
 
-    return lambda plan: run_aside(followers, seated, plan, "trial")[0]
+    return lambda plan: run_aside(followers, seated, plan, "trial")["logprob"]
 
 
-def run_aside(followers: Followers, seated: Seated, plan: Plan, phase: str) -> nan_retry.Scored:
-    """Have all ranks run a small plan beside the run's own. Returns its items' sums and flags."""
+def run_aside(followers: Followers, seated: Seated, plan: Plan, phase: str) -> Results:
+    """Have all ranks run a small plan beside the run's own. Returns the results of its items, in their order."""
     with followers.working_on(plan, phase=phase, attention=seated.engine.tree_attention) as work:
-        rows = run_plan(seated.world, seated.engine, work).rows
-    sums, greedy, _ = fill_slots(rows, plan.num_items)
-    return sums, greedy
+        gathered = run_plan(seated.world, seated.engine, work).results
+    return fill_slots(gathered, plan.num_items)[0]
 
 
 def _measure(config: Config, model_config: Any, followers: Followers, seated: Seated, plan: Plan) -> list[dict[str, Any]]:

@@ -173,6 +173,6 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
 
 
 def _score_alone(engine: Engine, plan: Plan) -> npt.NDArray[np.float64]:
-    sums = [engine.collect(engine.launch(build_pack(plan, index)))[0] for index in range(plan.num_packs)]
+    sums = [engine.collect(engine.launch(build_pack(plan, index)))["logprob"] for index in range(plan.num_packs)]
     scores: npt.NDArray[np.float64] = np.concatenate(sums)
     return scores

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ddp_eval.engines import Engine
 from ddp_eval.engines.hf import generate_one
 from ddp_eval.engines.ops import logprobs
+from ddp_eval.packs.results import Results
 
 
 class TransformersEngine(Engine):
@@ -51,5 +50,5 @@ class TransformersEngine(Engine):
     def most_new_tokens(self) -> int | None:
         return generate_one.most_new_tokens(self.model)
 
-    def collect(self, launched: logprobs.Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def collect(self, launched: logprobs.Launched) -> Results:
         return logprobs.sum_answers(launched)

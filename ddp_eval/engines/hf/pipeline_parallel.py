@@ -21,8 +21,6 @@ import functools
 import re
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ddp_eval.distributed import collectives
@@ -31,6 +29,7 @@ from ddp_eval.engines.hf import checkpoint, costs, engine
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
+from ddp_eval.packs.results import NO_RESULTS, Results
 from ddp_eval.system.read_back import open_regular, parse_json
 
 # Models whose forward is known to be: embed, one layer after another on one hidden state, norm, head (tests/test_layers.py).
@@ -232,11 +231,11 @@ class LayersEngine(engine.HFEngine):
         hidden = torch.empty((*self.input_shape(pack), self.config.hidden_size), dtype=self.dtype, device=self.device)
         return Expected(pack, collectives.Incoming(self.world, hidden, self.world.rank - 1))
 
-    def collect(self, launched: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def collect(self, launched: Any) -> Results:
         self._incoming = launched.incoming
         with engine.without_halves(self.world, launched.pack):
             result = super().launch(launched.pack)
-            return super().collect(result) if self.stage.is_last else (np.zeros(0), np.zeros(0, dtype=bool))
+            return super().collect(result) if self.stage.is_last else NO_RESULTS
 
     def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """On the last stage as of the whole model. On the others the hidden states go on, and one zero each stands for them."""

@@ -15,6 +15,7 @@ import torch
 
 from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.packs.plan import Pack
+from ddp_eval.packs.results import Results, make_results
 
 LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
 
@@ -42,16 +43,11 @@ def send_back(pack: Pack, logprobs: torch.Tensor, hits: torch.Tensor) -> Launche
     return launched
 
 
-def sum_answers(launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """(items,) log-probabilities in nats, added up in float64, and (items,) whether every scored token was the argmax."""
+def sum_answers(launched: Launched) -> Results:
+    """(items,) RESULT: log-probabilities in nats, added up in float64, and whether every scored token was the argmax."""
     if launched.arrived is not None:
         launched.arrived.synchronize()
-    logprobs = launched.logprobs.numpy().astype(np.float64)
-    hits = launched.hits.numpy()
-    owner, count = launched.pack.answer_items, len(launched.pack.items)
-    sums = np.bincount(owner, weights=logprobs, minlength=count).astype(np.float64)
-    misses = np.bincount(owner, weights=~hits, minlength=count)
-    return sums, np.equal(misses, 0)
+    return make_results(launched.pack, launched.logprobs.numpy().astype(np.float64), launched.hits.numpy())
 
 
 def head_rows(vocabulary: int) -> int:

@@ -195,7 +195,7 @@ def test_results_set_out_behind_their_own_forward(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     pack = build_pack(plan_packs(to_requests([([1, 2, 3], 2)]), ONE_PACK, 60)[0], 0)
-    launched = logprobs.send_back(pack, OnGpu([-1.0, -2.0]), OnGpu([True, True]))  # type: ignore[arg-type]
+    launched = logprobs.send_back(pack, logprobs.TokenScores(OnGpu([-1.0, -2.0]), OnGpu([True, True])))  # type: ignore[arg-type]
     assert happened == [("copy", "cpu", True), ("copy", "cpu", True), ("record", "stream of cuda:0")]
     results = logprobs.sum_answers(launched)
     assert happened[3:] == ["synchronize"] and results.tolist() == [(0, -3.0, True)]

@@ -316,15 +316,14 @@ class HFEngine(TransformersEngine):
         order = np.argsort(pack.answer_reads, kind="stable")
         reads, targets, items = pack.answer_reads[order], pack.answer_targets[order], pack.answer_items[order]
         edges = np.searchsorted(reads, np.arange(0, len(values) + step, step))
-        logprobs, hits = [], []
+        parts = []
         for first, (start, stop) in zip(range(0, len(values), step), itertools.pairwise(edges.tolist()), strict=True):
             rows = values[first : first + step]
             logits = self._head(rows) if hidden else rows
             wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
-            logprobs.append(readout.log_softmax_at(logits, *wanted))
-            hits.append(readout.find_hits(logits, *wanted, items[start:stop]))
+            parts.append(readout.score_tokens(logits, *wanted, items[start:stop]))
         back = self._to_device(np.argsort(order, kind="stable"))
-        return readout.send_back(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
+        return readout.send_back(pack, readout.join_scores(parts, back))
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array.astype(np.int64, copy=False))

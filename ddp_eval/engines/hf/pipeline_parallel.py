@@ -263,7 +263,7 @@ class LayersEngine(engine.HFEngine):
     def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> logprobs.Launched:
         if self.stage.is_last:
             return super()._read_off(values, hidden, pack)
-        return logprobs.Launched(pack, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+        return logprobs.Launched(pack, logprobs.nan_scores(0))
 
 
 def split_layers(weights: list[float], last_extra: float, stages: int) -> list[range]:

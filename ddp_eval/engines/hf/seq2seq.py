@@ -105,9 +105,7 @@ class Seq2SeqEngine(TransformersEngine):
         """logits: (A, V), in the order of the pack's answers."""
         rows = torch.arange(len(logits), device=self.device)
         targets = torch.from_numpy(pack.answer_targets).to(self.device)
-        logprobs = readout.log_softmax_at(logits, rows, targets)
-        hits = readout.find_hits(logits, rows, targets, pack.answer_items)
-        return readout.send_back(pack, logprobs, hits)
+        return readout.send_back(pack, readout.score_tokens(logits, rows, targets, pack.answer_items))
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """Never in batches. Raises ValueError for settings that transformers refuses."""

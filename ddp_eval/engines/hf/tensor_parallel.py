@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, engine
 from ddp_eval.engines.ops import logprobs
@@ -103,5 +101,4 @@ class TensorEngine(engine.HFEngine):
         except Exception:
             if not self.on_trial:
                 raise
-            answers = len(pack.answer_reads)
-            return logprobs.Launched(pack, torch.full((answers,), torch.nan), torch.zeros(answers, dtype=torch.bool))
+            return logprobs.Launched(pack, logprobs.nan_scores(len(pack.answer_reads)))

@@ -23,7 +23,7 @@ from ddp_eval.distributed.messages import Followers
 from ddp_eval.distributed.world import adopt_group, release_group, warn_of_no_group
 from ddp_eval.engines.hf import adapters
 from ddp_eval.engines.hf.draws import loading_for
-from ddp_eval.engines.load import wrap_model
+from ddp_eval.engines.hf.load import wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.output import write
 from ddp_eval.run.manifest import (

@@ -31,6 +31,26 @@ PROMPT_ARGS = (
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineName:
+    """What --model may name.
+
+    module: holds the engine's `SPEC` (engines/registry.py), and is imported when a run asks for it.
+    packages: that it needs beside this package's own; a run directory records their versions.
+    batches_itself: it forms its own batches of what it is given, so that no request can have a forward to itself.
+    """
+
+    module: str
+    packages: tuple[str, ...] = ()
+    batches_itself: bool = False
+
+
+# A new engine: its module, a line here, and its packages as an extra in setup.cfg.
+ENGINES = {
+    "hf": EngineName("ddp_eval.engines.hf.load"),
+    "vllm": EngineName("ddp_eval.engines.vllm", packages=("vllm",), batches_itself=True),
+}
+
 # fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
 NUMERICS = ("fast", "fp32", "alone")
 
@@ -112,10 +132,7 @@ class Config:
             object.__setattr__(self, "seed", (self.seed,) * len(DEFAULT_SEED))
         if self.fewshot_as_multiturn is None and self.apply_chat_template:
             object.__setattr__(self, "fewshot_as_multiturn", True)
-        if self.model not in ("hf", "vllm"):
-            raise UserError(f"--model must be hf or vllm, got {self.model}")
-        if self.model == "vllm" and self.numerics == "alone":
-            raise UserError("--numerics alone is not for --model vllm, which batches requests as they come: give --model hf")
+        _check_engine(self.model, self.numerics)
         _check_mappings(self)
         check_not_loaded(self.model_args)
         for flag in ("model_args", "metadata", "gen_kwargs"):
@@ -183,6 +200,14 @@ def _check_mappings(config: Config) -> None:
         value = getattr(config, flag)
         if not isinstance(value, Mapping):
             raise UserError(f"--{flag} must be a mapping, or key=value pairs, got {one_line(repr(value), 80)}")
+
+
+def _check_engine(name: str, numerics: str) -> None:
+    if name not in ENGINES:
+        *others, last = ENGINES
+        raise UserError(f"--model must be {', '.join(others)} or {last}, got {name}")
+    if ENGINES[name].batches_itself and numerics == "alone":
+        raise UserError(f"--numerics alone is not for --model {name}, which batches requests as they come: give --model hf")
 
 
 def _check_numerics(level: str, dtype: Any, max_pack_tokens: int | None) -> None:

@@ -6,7 +6,8 @@ A replica is one whole copy of the model on neighbouring ranks, so that it stays
                              replica   0   0   1   1   2   2
                              place     0   1   0   1   0   1     which part of the copy
 
-Pure arithmetic: no torch, no ranks of its own, so that the command line can be checked before anything loads.
+Only the words are here, so that the command line can be checked before anything loads: no torch, no ranks. What a kind of layout
+means (memory, time, loading) stands in its class in placement/.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from ddp_eval.errors import UserError
 
 REPLICAS, TENSOR, LAYERS = "replicas", "tensor", "layers"
 AUTO, MEASURE = "auto", "measure"
-FORMS = "auto, measure, replicas, tensor:K or layers:K"
+# Every kind of layout, and its class (placement/kinds.py). Replicas of one rank, then those of several, in the order in which
+# they are listed and tried. A new kind: its module in placement/, a line here, and the help of --layout.
+KINDS = {
+    REPLICAS: ("data_parallel", "DataParallel"),
+    TENSOR: ("tensor_parallel", "TensorParallel"),
+    LAYERS: ("pipeline_parallel", "PipelineParallel"),
+}
+SPLIT_KINDS = tuple(kind for kind in KINDS if kind != REPLICAS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """kind: REPLICAS, TENSOR or LAYERS; ranks_per_replica: 1 exactly with REPLICAS."""
+    """kind: of KINDS; ranks_per_replica: 1 exactly with REPLICAS."""
 
     kind: str
     ranks_per_replica: int
@@ -41,52 +49,19 @@ class Layout:
         """
         return ranks_per_node % self.ranks_per_replica == 0
 
-    def sentence(self, world_size: int) -> str:
-        """For the one line that a run says of its layout."""
-        copies = self.replicas(world_size)
-        of_what = {REPLICAS: "on a rank each", TENSOR: "each matrix split", LAYERS: "the layers split"}[self.kind]
-        over = "" if self.kind == REPLICAS else f" over {self.ranks_per_replica} ranks"
-        return f"{copies} {'copy' if copies == 1 else 'copies'} of the model, {of_what}{over}"
-
 
 WHOLE_COPIES = Layout(REPLICAS, 1)
 
 
 def check_words(words: str) -> None:
-    """Raise UserError unless `words` is one of the forms that --layout takes; `tensor` and `layers` may leave K open."""
+    """Raise UserError unless `words` is one of the forms that --layout takes; a kind that splits may leave K open."""
     kind, colon, count = words.partition(":")
     if kind in (AUTO, MEASURE, REPLICAS) and not colon:
         return
-    if kind in (TENSOR, LAYERS) and (not colon or (count.isdecimal() and int(count) >= 2)):
+    if kind in SPLIT_KINDS and (not colon or (count.isdecimal() and int(count) >= 2)):
         return
-    raise UserError(f"--layout must be {FORMS} with K of 2 or more, got {words}")
-
-
-def fixed_layout(words: str, world_size: int, ranks_per_node: int) -> Layout | None:
-    """The layout that `words` name, None where it depends on the model: `auto`, `measure` and `layers` with no number.
-
-    `tensor` with no number takes all ranks of a node. Raises UserError when the ranks do not divide into replicas.
-    """
-    check_words(words)
-    kind, _, count = words.partition(":")
-    if kind == REPLICAS:
-        return WHOLE_COPIES
-    if kind == TENSOR and not count:
-        count = str(ranks_per_node)
-        if ranks_per_node < 2:
-            return WHOLE_COPIES
-    if kind in (AUTO, MEASURE) or not count:
-        return None
-    check_division(Layout(kind, int(count)), world_size)
-    return Layout(kind, int(count))
-
-
-def again(earlier: str, world_size: int) -> Layout | None:
-    """The layout that another start has written down; None where these ranks do not divide into its replicas."""
-    try:
-        return fixed_layout(earlier, world_size, world_size)
-    except (UserError, ValueError):  # a number of thousands of digits, which Python does not read
-        return None
+    *forms, last = AUTO, MEASURE, REPLICAS, *(f"{kind}:K" for kind in SPLIT_KINDS)
+    raise UserError(f"--layout must be {', '.join(forms)} or {last} with K of 2 or more, got {words}")
 
 
 def check_division(layout: Layout, world_size: int) -> None:
@@ -104,4 +79,4 @@ def check_division(layout: Layout, world_size: int) -> None:
 def possible_layouts(world_size: int) -> list[Layout]:
     """Every layout that divides `world_size` ranks into replicas, the smallest replicas first."""
     splits = [count for count in range(2, world_size + 1) if world_size % count == 0]
-    return [WHOLE_COPIES, *(Layout(kind, count) for count in splits for kind in (TENSOR, LAYERS))]
+    return [WHOLE_COPIES, *(Layout(kind, count) for count in splits for kind in SPLIT_KINDS)]

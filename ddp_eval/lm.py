@@ -34,14 +34,16 @@ from ddp_eval.distributed import launch_environment, watchdog
 from ddp_eval.distributed.messages import Followers
 from ddp_eval.distributed.world import adopt_group, check_in, choose_device, join_group, leave_group, occupy, release_group
 from ddp_eval.engines.hf import checkpoint, limits
-from ddp_eval.engines.load import lay_out, load_replica
 from ddp_eval.errors import UserError
 from ddp_eval.output import tables
 from ddp_eval.packs.batches import NO_PROMPTS, Prompts
 from ddp_eval.packs.requests import Requests
+from ddp_eval.packs.results import fill_slots
 from ddp_eval.placement.choose import check_texts, choose_layout
+from ddp_eval.placement.kinds import kind_of
+from ddp_eval.placement.load import lay_out, load_replica
 from ddp_eval.run import nan_retry
-from ddp_eval.run.execute import fill_slots, fill_texts, run_plan
+from ddp_eval.run.execute import fill_texts, run_plan
 from ddp_eval.run.manifest import model_info
 from ddp_eval.run.planning import plan_texts
 from ddp_eval.run.resume import warn_of_not_finite
@@ -210,7 +212,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         laid_out = lay_out(world, layout)
         self._seated = Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
         if why and world.world_size > 1:
-            log.warning("layout %s: %s (%s)", layout, layout.sentence(world.world_size), why)
+            log.warning("layout %s: %s (%s)", layout, kind_of(layout).sentence(world.world_size), why)
         super().__init__(encoder, model_config, self._run, _warn_of_nan, None, config, Phases())
         self._keep_members(config, model_config, laid_out.device, self._given)
 
@@ -323,9 +325,9 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         trees = seated.engine.tree_attention
         with followers.working_on(decision.plan, texts=generation.plan, tokenizer=decoder, attention=trees) as work:
             gathered = run_plan(seated.world, seated.engine, work)
-        sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
-        (sums, greedy), _ = nan_retry.isolate(
-            (sums, greedy), requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
+        results, differing = fill_slots(gathered.results, decision.plan.num_items)
+        results, _ = nan_retry.isolate(
+            results, requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
         )
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
         if len(gathered.halved):
@@ -333,7 +335,8 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         if differing or texts_differing:
             log.warning("work that ran on two ranks differs: are the ranks' GPUs or threads not alike?")
         answers = [texts[item] for item in np.asarray(generation.item_of_prompt).tolist()]
-        return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
+        results = results[decision.item_of_request]
+        return results["logprob"], results["greedy"], answers, generation.limits
 
 
 def _warn_of_nan(scores: tables.Scores, texts: tables.Texts) -> None:

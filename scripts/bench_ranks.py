@@ -105,7 +105,8 @@ def measure_start(module: str, flags: list[str]) -> dict[str, Any]:
 
 
 def format_report(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> str:
-    from ddp_eval.system.machine import describe_hardware, describe_packages
+    from ddp_eval.output.versions import describe_packages
+    from ddp_eval.system.machine import describe_hardware
 
     keys = [key for key in next(iter(runs.values()))[0] if key != "packs"]
     medians = {name: {key: statistics.median(run[key] for run in seen) for key in keys} for name, seen in runs.items()}

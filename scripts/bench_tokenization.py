@@ -143,7 +143,8 @@ def collect_requests(
 
 
 def format_report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
-    from ddp_eval.system.machine import describe_hardware, describe_packages
+    from ddp_eval.output.versions import describe_packages
+    from ddp_eval.system.machine import describe_hardware
 
     packages = ", ".join(f"{name} {version}" for name, version in describe_packages().items())
     total = {name: sum(row[name] for row in rows) for name in ("requests", "tokens", "differing", "lm_eval_s", "ours_s")}

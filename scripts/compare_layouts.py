@@ -25,7 +25,7 @@ import numpy as np
 from bench_ranks import scoring_s  # beside this file
 from sides import cut
 
-from ddp_eval.output import tables, write
+from ddp_eval.output import tables, versions, write
 from ddp_eval.system import machine
 
 # ranks, flags, whether its numbers must be those of one rank to the bit
@@ -56,7 +56,7 @@ def main() -> int:
         "command": " ".join(["python", "scripts/compare_layouts.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "hardware": machine.describe_hardware(),
-        "packages": machine.describe_packages(),
+        "packages": versions.describe_packages(),
         "git": machine.git_commit(os.path.dirname(os.path.abspath(__file__))),
         "rows": rows,
     }

@@ -152,7 +152,7 @@ def damage_journal(data: bytes, rng: random.Random) -> bytes:
         "<QIIB", rng.choice((0, 1, 2, 3, 2**40, 2**64 - 1)), rng.choice(counts), rng.choice(counts), rng.randrange(4)
     )
     body = rng.choice(
-        (b"", struct.pack("<4i", -1, 3, 5, 6), struct.pack("<4i", 1, 1, -7, 2**31 - 1), bytes(9 * rng.randrange(1, 9)))
+        (b"", struct.pack("<4i", -1, 3, 5, 6), struct.pack("<4i", 1, 1, -7, 2**31 - 1), bytes(17 * rng.randrange(1, 9)))
     )
     body = body[: rng.randrange(len(body) + 1)] if rng.randrange(2) else body
     stop = start if rng.randrange(2) else len(data)

@@ -27,7 +27,7 @@ from ddp_eval.analysis.read import read_run
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import join_group
 from ddp_eval.engines.hf.checkpoint import resolve_pretrained
-from ddp_eval.output import write
+from ddp_eval.output import versions, write
 from ddp_eval.run import runner
 from ddp_eval.system import machine
 
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "model": Path(options.model).name,
         "tasks": options.tasks,
         "limit": options.limit,
-        "packages": machine.describe_packages(),
+        "packages": versions.describe_packages(),
         "hardware": machine.describe_hardware(),
         "rows": rows,
     }

@@ -193,7 +193,8 @@ def journals(place: Path) -> Iterator[Callable[[], None]]:
     def read() -> None:
         with contextlib.suppress(journal.OtherWork):
             found = journal.read_journals(place / "journals", KEY, np.array([0, 3, 4, 9]), np.array([0, 2, 3]))
-            assert not found.rows.size or 0 <= found.rows[:, 0].min() <= found.rows[:, 0].max() < 9
+            items = found.results["item"]
+            assert not items.size or 0 <= items.min() <= items.max() < 9
             assert found.lengths[:, 1].sum() == len(found.answers)
 
     yield read
@@ -343,11 +344,12 @@ def make_journal(place: Path) -> None:
     import numpy as np
 
     from ddp_eval.output.journal import Journal
+    from ddp_eval.packs.results import RESULT
 
     place.mkdir(exist_ok=True)
     own = Journal(place / "a.journal", KEY, "cpu")
-    for pack, count in enumerate((3, 1, 5)):
-        own.append(pack, np.arange(count) - 1.5, np.arange(count) > 1)
+    for pack, (start, count) in enumerate(((0, 3), (3, 1), (4, 5))):
+        own.append(pack, np.array([(start + item, item - 1.5, item > 1) for item in range(count)], dtype=RESULT))
     own.append_texts(3, [[5, 6, 7], [8]])
     own.append_texts(4, [[9]])
     own.close()

@@ -217,7 +217,8 @@ def note_seconds(lm: Any, calls: Sequence[str], spent: list[float]) -> None:
 
 
 def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> dict[str, Any]:
-    from ddp_eval.system.machine import describe_hardware, describe_packages
+    from ddp_eval.output.versions import describe_packages
+    from ddp_eval.system.machine import describe_hardware
 
     commit = subprocess.run(
         ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"], capture_output=True, text=True

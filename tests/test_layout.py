@@ -9,7 +9,8 @@ from ddp_eval.distributed import collectives
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf.pipeline_parallel import split_layers
 from ddp_eval.errors import UserError
-from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout, fixed_layout, possible_layouts
+from ddp_eval.layout import KINDS, LAYERS, TENSOR, WHOLE_COPIES, Layout, possible_layouts
+from ddp_eval.placement.kinds import Kind, fixed_layout, kind_of
 
 
 def test_words_become_layouts():
@@ -22,6 +23,15 @@ def test_words_become_layouts():
     assert [fixed_layout(words, 8, 8) for words in ("auto", "measure", "layers")] == [None] * 3
     assert str(Layout(LAYERS, 4)) == "layers:4"
     assert possible_layouts(4) == [WHOLE_COPIES, *(Layout(kind, count) for count in (2, 4) for kind in (TENSOR, LAYERS))]
+
+
+def test_every_kind_has_its_class():
+    """Catches a kind that the command line takes and that nothing stands behind, and a sentence that is wrong."""
+    for name in KINDS:
+        assert isinstance(kind_of(Layout(name, 2)), Kind)
+    assert kind_of(WHOLE_COPIES).sentence(6) == "6 copies of the model, on a rank each"
+    assert kind_of(Layout(TENSOR, 3)).sentence(6) == "2 copies of the model, each matrix split over 3 ranks"
+    assert kind_of(Layout(LAYERS, 6)).sentence(6) == "1 copy of the model, the layers split over 6 ranks"
 
 
 def test_ranks_that_do_not_divide():

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import pickle
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -129,9 +130,13 @@ class Outgoing:
             self._done.synchronize()
 
 
-def all_gather_rows(world: World, rows: npt.NDArray[np.int64], failed: bool = False) -> npt.NDArray[np.int64]:
-    """Bring the (n, C) rows of every rank, n differing, to all of them, in the order of ranks.
+Rows = TypeVar("Rows", bound=npt.NDArray[Any])
 
+
+def all_gather_rows(world: World, rows: Rows, failed: bool = False) -> Rows:
+    """Bring the rows of every rank, their number differing, to all of them, in the order of ranks.
+
+    rows: (n, …) of any type that is plain bytes, structured ones included, the same on all ranks.
     A rank that has nothing to give because it failed says so, and LostContact is raised on all: nobody waits for it.
     """
     if world.world_size == 1:
@@ -141,11 +146,13 @@ def all_gather_rows(world: World, rows: npt.NDArray[np.int64], failed: bool = Fa
             sizes = _all_gather(world, torch.tensor([-1 if failed else len(rows)]), "size")
         if int(sizes.min()) < 0:
             raise LostContact(f"rank {int(sizes.argmin())} failed while it ran its packs")
-        padded = torch.zeros((int(sizes.max()), rows.shape[1]), dtype=torch.int64)
-        padded[: len(rows)] = torch.from_numpy(rows)
+        row_bytes = rows.dtype.itemsize * math.prod(rows.shape[1:])
+        padded = np.zeros((int(sizes.max()), row_bytes), dtype=np.uint8)
+        padded[: len(rows)] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).reshape(-1, row_bytes)
         with world.meter.phases("gather"):
-            blocks = _all_gather(world, padded, "rows").numpy()
-    return np.concatenate([block[:size] for block, size in zip(blocks, sizes.flatten().tolist(), strict=True)])
+            blocks = _all_gather(world, torch.from_numpy(padded), "rows").numpy()
+    gathered = np.concatenate([block[:size] for block, size in zip(blocks, sizes.flatten().tolist(), strict=True)])
+    return gathered.reshape(-1).view(rows.dtype).reshape(-1, *rows.shape[1:])  # type: ignore[return-value]
 
 
 def _all_gather(world: World, tensor: torch.Tensor, what: str) -> torch.Tensor:

@@ -1,74 +1,126 @@
-"""What runs packs: transformers (hf, tensor, layers, seq2seq) or vLLM."""
+"""What runs packs: transformers (engines/hf) or vLLM. `registry.py` finds an engine by its name."""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from ddp_eval.packs.batches import Batch, Settings, Sizes
+from ddp_eval.packs.batches import LEAST_BATCH, Batch, Settings, Sizes
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
+from ddp_eval.packs.results import Results
 
 
-class Engine(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What is true of a loaded engine for as long as it lives. The defaults describe a causal model on one rank.
+
+    reports_results: False on the ranks of a replica that only help: what they collect does not count.
+    launches_ahead: `launch` returns before the work is done, so that the next can be launched before this is collected.
+    is_encoder_decoder: its packs are those of packs/pairs.py.
+    rows_are_independent: each request of a pack has a row of its own, so that no NaN of others can reach it, and no padding.
+    needs_equal_lengths: a request's numbers depend on how long the others in its forward are: rows must be of one length.
+    serves_generation: it answers with texts, too (`generate`).
+    max_tree_tokens: the most tokens of a pack in which the model uses the positions that it is given; None: any number.
+    longest_reach: the widest window or chunk of its layers, in tokens; None if all attend to everything.
+    """
+
+    reports_results: bool = True
+    launches_ahead: bool = False
+    is_encoder_decoder: bool = False
+    rows_are_independent: bool = False
+    needs_equal_lengths: bool = False
+    serves_generation: bool = True
+    max_tree_tokens: int | None = None
+    longest_reach: int | None = None
+
+
+class Engine(abc.ABC):
     """One replica of a model, or this rank's part of one.
 
+    An engine must say what it is (`describe`, `dtype`, `vocab_size`), what a pack costs (`max_tokens`, `cost_model`,
+    `flops_per_token`) and run one (`launch`, `collect`). Everything else has a default: one that scores and no more replaces
+    `capabilities` by serves_generation=False.
+
     whole: the whole replica's model, on the meta device where this rank holds a part of it.
-    bears_results: False on the ranks of a replica that only help: what they collect does not count.
-    launches_ahead: `launch` returns before the work is done, so that the next can be launched before this is collected.
-    on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN.
-    takes_pairs: an encoder-decoder, whose packs are those of pairing.py.
     why_not_packs: why only rows must be run, or None.
     tree_attention, plain_attention: the attention implementations of trees, and of all else; empty where there is none to choose.
-    keeps_apart: each request of a pack has a row of its own, so that no NaN of others can reach it, and no padding.
-    isolates_requests: a request's numbers depend on how long the others in its forward are.
-    largest_tree: the most tokens of a pack in which the model goes by the positions that it is given; None: any number.
-    longest_reach: the widest window or chunk of its layers, in tokens.
-    why_not_batches: why texts must be generated one by one, or None.
-    most_new_tokens: the limit on answers that the checkpoint sets, and that goes before the tasks' own; None: there is none.
-    check_settings: whether batches serve these settings of generation; raises ValueError for those that cannot be meant.
-    generate: the tokens of each answer of a batch; tells of requests done and tokens computed meanwhile.
-    flops_per_token: floating-point operations of the whole replica's layers, without attention and head.
+    on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN: the other ranks wait for them.
     """
 
     whole: Any
-    bears_results: bool
-    launches_ahead: bool
-    takes_pairs: bool
-    keeps_apart: bool
-    on_trial: bool
-    why_not_packs: str | None
-    tree_attention: str
-    plain_attention: str
+    capabilities = Capabilities()
+    why_not_packs: str | None = None
+    tree_attention: str = ""
+    plain_attention: str = ""
+    on_trial: bool = False
 
     @property
-    def why_not_batches(self) -> str | None: ...
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+
     @property
-    def most_new_tokens(self) -> int | None: ...
-    @property
-    def isolates_requests(self) -> bool: ...
-    @property
-    def largest_tree(self) -> int | None: ...
-    @property
-    def longest_reach(self) -> int | None: ...
-    @property
+    @abc.abstractmethod
     def vocab_size(self) -> int: ...
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What decides the numbers beside weights and requests. Has "name", "class", "parameters" and "dtype"."""
+
+    @abc.abstractmethod
+    def max_tokens(self) -> int:
+        """The most tokens of a pack worth planning; a longer request still gets a pack of its own."""
+
+    def max_reads(self) -> int | None:
+        """The most scored positions of a pack; None: any number."""
+        return None
+
+    @abc.abstractmethod
+    def cost_model(self) -> CostModel:
+        """What a pack costs, in any one unit."""
+
+    @abc.abstractmethod
+    def flops_per_token(self) -> float:
+        """Floating-point operations of the whole replica's layers, without attention and head."""
+
+    @abc.abstractmethod
+    def launch(self, pack: Pack) -> Any:
+        """Start a pack. Returns what `collect` takes; its `pack` says which one it is."""
+
+    @abc.abstractmethod
+    def collect(self, launched: Any) -> Results:
+        """(items,) RESULT of a pack that was launched, as `make_results` makes them."""
+
     @property
-    def dtype(self) -> torch.dtype: ...
-    def describe(self) -> dict[str, Any]: ...
-    def max_tokens(self) -> int: ...
-    def max_reads(self) -> int | None: ...
-    def cost_model(self) -> CostModel: ...
-    def flops_per_token(self) -> float: ...
-    def launch(self, pack: Pack) -> Any: ...
-    def collect(self, launched: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]: ...
-    def check_settings(self, settings: Settings, pad: int | None) -> bool: ...
-    def generation_sizes(self) -> Sizes: ...
-    def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]: ...
+    def why_not_batches(self) -> str | None:
+        """Why texts must be generated one by one, or None."""
+        return None
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        """The limit on answers that the checkpoint sets, and that goes before the tasks' own; None: there is none."""
+        return None
+
+    def check_settings(self, settings: Settings, pad: int | None) -> bool:
+        """Whether batches serve these settings of generation. Raises ValueError for those that cannot be meant."""
+        return True
+
+    def generation_sizes(self) -> Sizes:
+        """How much may be decoded together: one prompt at a time, if nothing else is said."""
+        return Sizes(1, 1, LEAST_BATCH)
+
+    def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]:
+        """The tokens of each answer of a batch. tell: called now and then with (requests done, tokens computed)."""
+        raise NotImplementedError(f"{type(self).__name__} does not generate")
+
+    def close(self) -> None:
+        """Give the model back as it came."""
+        return
 
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.

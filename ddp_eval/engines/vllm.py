@@ -27,15 +27,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.config import PROMPT_ARGS
+from ddp_eval import layout as layouts
+from ddp_eval.config import PROMPT_ARGS, Config
 from ddp_eval.distributed.world import World
+from ddp_eval.engines import Capabilities, Engine
 from ddp_eval.engines.hf import checkpoint, costs
 from ddp_eval.engines.hf.draws import loading
+from ddp_eval.engines.registry import EngineSpec
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
+from ddp_eval.layout import Layout
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, Sizes
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
+from ddp_eval.packs.results import Results, make_results
 
 # model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
 _OWN_ARGS = (*PROMPT_ARGS, "pretrained", "max_gen_toks", "device", "backend")
@@ -63,9 +68,37 @@ def ranks_per_engine(model_args: dict[str, Any]) -> int:
     return size
 
 
-def longest_input(model_args: dict[str, Any], default: int) -> int:
-    """Input tokens of the longest request: vLLM wants room for one more. max_length is another name for max_model_len."""
-    return int(model_args.get("max_model_len") or default) - 1
+class VllmSpec(EngineSpec):
+    """vLLM splits its engines itself, as tensor_parallel_size says."""
+
+    own_layout = True
+    seeds_generators = True
+
+    def longest_input(self, model_args: dict[str, Any], default: int) -> int:
+        """vLLM wants room for one token more. max_length is another name for max_model_len."""
+        return int(model_args.get("max_model_len") or default) - 1
+
+    def layout_of(self, config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
+        for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
+            if config.model_args.get(name):
+                raise UserError(
+                    f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run"
+                )
+        if checkpoint.is_seq2seq(config.model_args, model_config):
+            raise UserError("encoder-decoders are not for --model vllm: give --model hf")
+        check_installed()
+        if config.layout not in (layouts.AUTO, layouts.REPLICAS):
+            raise UserError(f"--layout {config.layout} is not for --model vllm: give tensor_parallel_size=K in --model_args")
+        ranks = ranks_per_engine(config.model_args)
+        layout = Layout(layouts.TENSOR, ranks) if ranks > 1 else layouts.WHOLE_COPIES
+        layouts.check_division(layout, world.world_size)
+        return layout, "tensor_parallel_size"
+
+    def load(self, config: Config, model_config: Any, world: World) -> Engine:
+        return load_vllm_engine(config.loader_args, model_config, world)
+
+
+SPEC = VllmSpec()
 
 
 @dataclasses.dataclass
@@ -175,29 +208,24 @@ class Queued:
     pack: Pack
 
 
-class VllmEngine:
-    """One vLLM engine, or one rank's part of it; see `engines.Engine` for what each member means."""
+class VllmEngine(Engine):
+    """One vLLM engine, or one rank's part of it.
 
-    takes_pairs = False
-    keeps_apart = True
-    why_not_packs: str | None = None
-    tree_attention = plain_attention = ""
-    why_not_batches: str | None = None
-    most_new_tokens: int | None = None  # of a checkpoint, vLLM's server obeys it and LLM.generate does not
-    isolates_requests = False
-    largest_tree: int | None = None
-    longest_reach: int | None = None
+    `most_new_tokens` stays None: a checkpoint's own limit on answers is applied by vLLM's server, not by LLM.generate.
+    """
 
     def __init__(self, llm: Any, world: World, config: Any, whole: Any) -> None:
         self._llm = llm
         self._config = config.get_text_config()
         self.whole = whole
         self._class = type(whole).__name__
-        self.dtype: torch.dtype = llm.llm_engine.model_config.dtype
         self._caches = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
-        self.bears_results = world.place == 0
-        self.on_trial = False
-        self.launches_ahead = False
+        self.capabilities = Capabilities(reports_results=world.place == 0, rows_are_independent=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._llm.llm_engine.model_config.dtype
+        return dtype
 
     @property
     def vocab_size(self) -> int:
@@ -218,9 +246,6 @@ class VllmEngine:
     def max_tokens(self) -> int:
         return 16384
 
-    def max_reads(self) -> int | None:
-        return None
-
     def cost_model(self) -> CostModel:
         """In tokens. A pack is as many prompts as vLLM can have under way at once; large ones keep it full."""
         return CostModel(forward=1024.0, token=1.0, pair=0.0, read=0.0, dense=False)
@@ -231,8 +256,7 @@ class VllmEngine:
     def launch(self, pack: Pack) -> Queued:
         return Queued(pack)
 
-    def collect(self, launched: Queued) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
+    def collect(self, launched: Queued) -> Results:
         from vllm import SamplingParams
 
         pack = launched.pack
@@ -251,9 +275,7 @@ class VllmEngine:
         logprobs, hits = np.zeros(len(pack.answer_items)), np.zeros(len(pack.answer_items), dtype=bool)
         for prompt, output in zip(prompts, outputs, strict=True):
             _read_off(prompt, output, logprobs, hits)
-        count = len(pack.items)
-        sums = np.bincount(pack.answer_items, weights=logprobs, minlength=count).astype(np.float64)
-        return sums, np.equal(np.bincount(pack.answer_items, weights=~hits, minlength=count), 0)
+        return make_results(pack, logprobs, hits)
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know,

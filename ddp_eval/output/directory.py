@@ -23,7 +23,8 @@ from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.output import journal, lm_eval_names, status, write
 from ddp_eval.output.lock import Held, Lock, OnWait, not_at_all
-from ddp_eval.system import digests, launch_id, machine
+from ddp_eval.output.versions import describe_packages
+from ddp_eval.system import digests, launch_id
 from ddp_eval.system.files import read_object, replace_json
 from ddp_eval.system.read_back import Shape, read_json
 
@@ -192,7 +193,7 @@ def _changed_task_file(manifest: dict[str, Any]) -> str:
 
 def _say_other_versions(directory: Path, manifest: dict[str, Any]) -> None:
     """A complete run is what it is; with which software it was made, one line says where that is another now."""
-    before, now = manifest.get("packages"), machine.describe_packages()
+    before, now = manifest.get("packages"), describe_packages()
     others = [name for name in now if isinstance(before, dict) and before.get(name, now[name]) != now[name]]
     if isinstance(before, dict) and others:
         versions = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in others)

@@ -7,7 +7,7 @@ the end of a file that nobody goes on with:
     record   unit (uint64), count (uint32), pieces (uint32), kind (uint8), body, checksum
     record   …
 
-    kind SCORES: count items; float64 sums, then uint8 greedy flags.
+    kind SCORES: count items, each a RESULT (packs/results.py).
     kind TEXTS: count int32 numbers; the lengths of a batch's answers, then their tokens. Batches are numbered behind the packs.
 
 The key names the work to the bit: plan, weights and software (`work_key`). Every checksum is keyed by it and covers all that
@@ -28,17 +28,18 @@ import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ddp_eval.errors import UserError
+from ddp_eval.packs.results import NO_RESULTS, RESULT, Results
 from ddp_eval.system.files import sync_directory
 from ddp_eval.system.read_back import open_regular
 
 SUFFIX = ".journal"
-MAGIC = b"ddp_eval journal 2\n"
+MAGIC = b"ddp_eval journal 3\n"
 SYNC_S = 3.0  # a lost node loses at most what was finished in this time, and the packs in hand
 
 _KEY_BYTES = 32
@@ -48,7 +49,7 @@ _RECORD = struct.Struct("<QIIB")
 SCORES, TEXTS = 0, 1
 _MAX_HEADER_BYTES = 2**17
 _MAX_RECORD_BYTES = 2**29  # of a pack's scores or a batch's tokens
-_COUNT_BYTES = {SCORES: 9, TEXTS: 4}
+_DTYPES = {SCORES: RESULT, TEXTS: np.dtype("<i4")}
 
 
 def work_key(facts: Mapping[str, Any]) -> bytes:
@@ -75,17 +76,16 @@ class Journal:
         self._failure: UserError | None = None
         self._syncer = threading.Thread(target=self._keep_synced, daemon=True)
 
-    def append(self, pack: int, sums: npt.NDArray[np.float64], greedy: npt.NDArray[np.bool_], pieces: int = 1) -> None:
+    def append(self, pack: int, results: Results, pieces: int = 1) -> None:
         """Add one finished pack. When this returns, the death of this process no longer loses it.
 
-        pieces: in how many it ran, for lack of memory.
+        results: of all its items, in their order. pieces: in how many it ran, for lack of memory.
         """
-        content = sums.astype("<f8").tobytes() + greedy.astype(np.uint8).tobytes()
-        self._add(_RECORD.pack(pack, len(sums), pieces, SCORES) + content)
+        self._add(_RECORD.pack(pack, len(results), pieces, SCORES) + results.tobytes())
 
     def append_texts(self, unit: int, answers: Sequence[Sequence[int]], pieces: int = 1) -> None:
         """Add one finished batch of generation: the tokens of every answer. Otherwise as `append`."""
-        numbers = np.array([*map(len, answers), *itertools.chain(*answers)], dtype="<i4")
+        numbers = np.array([*map(len, answers), *itertools.chain(*answers)], dtype=_DTYPES[TEXTS])
         self._add(_RECORD.pack(unit, len(numbers), pieces, TEXTS) + numbers.tobytes())
 
     def _add(self, body: bytes) -> None:
@@ -165,7 +165,7 @@ class Found:
     """What journals hold of one plan.
 
     packs:    ascending indices of finished packs, each once.
-    rows:     (items, 3) int64: item, the bits of its float64 sum, its greedy flag; a pack that several files hold comes as often.
+    results:  (items,) RESULT; a pack that several files hold comes as often.
     halved:   (k, 2) int64, packs that ran in several pieces, and in how many.
     lengths:  (n, 2) int64, item of generation and tokens of its answer, as often as there are records of it.
     answers:  (sum of lengths, 1) int64, the tokens of these answers.
@@ -174,7 +174,7 @@ class Found:
     """
 
     packs: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
+    results: Results
     halved: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     answers: npt.NDArray[np.int64]
@@ -182,8 +182,84 @@ class Found:
     notes: list[str]
 
 
+class Record(NamedTuple):
+    """A finished unit of work. kind: SCORES or TEXTS, which says what `values` are. stop: where the next record starts."""
+
+    unit: int
+    pieces: int
+    kind: int
+    values: Any
+    stop: int
+
+
 class OtherWork(Exception):
     """A journal is whole and belongs to other work: another plan, other weights or other software."""
+
+
+class _Starts(NamedTuple):
+    """Of the plan that a key names: where each pack's items start, and those of each batch of generation."""
+
+    packs: npt.NDArray[np.integer]
+    texts: npt.NDArray[np.integer]
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.packs) - 1
+
+    def items_of(self, unit: int, kind: int) -> npt.NDArray[np.integer] | None:
+        """The items of a unit, None where there is no such unit of that kind. Batches are numbered behind the packs."""
+        starts, index = (self.packs, unit) if kind == SCORES else (self.texts, unit - self.num_packs)
+        return np.arange(starts[index], starts[index + 1]) if 0 <= index < len(starts) - 1 else None
+
+
+class _Read:
+    """What has been read of one plan so far."""
+
+    def __init__(self, starts: _Starts) -> None:
+        self._starts = starts
+        self._packs: set[int] = set()
+        self._halved: dict[int, int] = {}
+        self._origins: set[str] = set()
+        self._results = [NO_RESULTS]
+        self._lengths = [np.zeros((0, 2), dtype=np.int64)]
+        self._answers = [np.zeros((0, 1), dtype=np.int64)]
+        self.notes: list[str] = []
+
+    def add(self, record: Record, origin: str) -> bool:
+        """Take a record, if it can be one of this plan's."""
+        items = self._starts.items_of(record.unit, record.kind)
+        if items is None or not (self._add_results if record.kind == SCORES else self._add_answers)(items, record.values):
+            return False
+        self._packs.add(record.unit)
+        if record.pieces > 1:
+            self._halved.setdefault(record.unit, record.pieces)
+        self._origins.add(origin)
+        return True
+
+    def _add_results(self, items: npt.NDArray[np.integer], results: Results) -> bool:
+        if not np.array_equal(results["item"], items) or results["greedy"].view(np.uint8).max(initial=0) > 1:
+            return False
+        self._results.append(results)
+        return True
+
+    def _add_answers(self, items: npt.NDArray[np.integer], numbers: npt.NDArray[np.integer]) -> bool:
+        sizes, tokens = np.split(numbers.astype(np.int64), [len(items)])
+        if len(sizes) != len(items) or sizes.min(initial=0) < 0 or sizes.sum() != len(tokens):
+            return False
+        self._lengths.append(np.stack([items, sizes], axis=1))
+        self._answers.append(tokens[:, None])
+        return True
+
+    def found(self) -> Found:
+        return Found(
+            packs=np.array(sorted(self._packs), dtype=np.int64),
+            results=np.concatenate(self._results),
+            halved=np.array(sorted(self._halved.items()), dtype=np.int64).reshape(-1, 2),
+            lengths=np.concatenate(self._lengths),
+            answers=np.concatenate(self._answers),
+            origins=sorted(self._origins),
+            notes=self.notes,
+        )
 
 
 def read_journals(
@@ -195,54 +271,35 @@ def read_journals(
     text_starts:  (G+1,) where the items of each batch of generation start; None if there are none.
     Raises OtherWork if a file holds finished packs under another key; UserError if a file cannot be read.
     """
-    packs: set[int] = set()
-    blocks, notes = [np.zeros((0, 3), dtype=np.int64)], []
-    lengths, answers = [np.zeros((0, 2), dtype=np.int64)], [np.zeros((0, 1), dtype=np.int64)]
-    text_starts = np.zeros(1, dtype=np.int64) if text_starts is None else text_starts
-    num_packs = len(item_starts) - 1
-    origins: set[str] = set()
-    halved: dict[int, int] = {}
+    read = _Read(_Starts(item_starts, np.zeros(1, dtype=np.int64) if text_starts is None else text_starts))
     for path in sorted(directory.glob(f"*{SUFFIX}")):
         with _opened(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            header = decode_header(file.read(_MAX_HEADER_BYTES))
-            if header is None:
-                notes.append(f"the journal {path.name} has no whole header and is dropped ({size} bytes)")
-                continue
-            its_key, origin, start = header
-            if its_key != key:
-                if _holds_record(file):
-                    raise OtherWork(path.name)
-                continue
-            stop, whole = start, 0
-            for pack, pieces, numbers, greedy, after in _read_records(file, start, key):
-                if greedy is not None and pack < num_packs and len(numbers) == item_starts[pack + 1] - item_starts[pack]:
-                    items = np.arange(item_starts[pack], item_starts[pack + 1])
-                    blocks.append(np.stack([items, numbers, greedy.astype(np.int64)], axis=1))
-                elif greedy is None and num_packs <= pack < num_packs + len(text_starts) - 1:
-                    items = np.arange(text_starts[pack - num_packs], text_starts[pack - num_packs + 1])
-                    sizes, tokens = np.split(numbers, [len(items)])
-                    if len(sizes) != len(items) or sizes.min(initial=0) < 0 or sizes.sum() != len(tokens):
-                        break
-                    lengths.append(np.stack([items, sizes], axis=1))
-                    answers.append(tokens[:, None])
-                else:
-                    break
-                packs.add(pack)
-                if pieces > 1:
-                    halved.setdefault(pack, pieces)
-                origins.add(origin)
-                stop, whole = after, whole + 1
-            if stop < size:
-                notes.append(
-                    f"the last {size - stop} bytes of the journal {path.name} are torn or corrupt and dropped; "
-                    f"{whole} packs before them are kept"
-                )
-    in_pieces = np.array(sorted(halved.items()), dtype=np.int64).reshape(-1, 2)
-    return Found(
-        np.array(sorted(packs), dtype=np.int64), np.concatenate(blocks), in_pieces, np.concatenate(lengths),
-        np.concatenate(answers), sorted(origins), notes,
-    )  # fmt: skip
+            _read_journal(file, path.name, key, read)
+    return read.found()
+
+
+def _read_journal(file: BinaryIO, name: str, key: bytes, read: _Read) -> None:
+    """Add to `read` what one file holds, up to the first record that is not whole, or not of this plan."""
+    size = os.fstat(file.fileno()).st_size
+    header = decode_header(file.read(_MAX_HEADER_BYTES))
+    if header is None:
+        read.notes.append(f"the journal {name} has no whole header and is dropped ({size} bytes)")
+        return
+    its_key, origin, stop = header
+    if its_key != key:
+        if _holds_record(file):
+            raise OtherWork(name)
+        return
+    whole = 0
+    for record in _read_records(file, stop, key):
+        if not read.add(record, origin):
+            break
+        stop, whole = record.stop, whole + 1
+    if stop < size:
+        read.notes.append(
+            f"the last {size - stop} bytes of the journal {name} are torn or corrupt and dropped; "
+            f"{whole} packs before them are kept"
+        )
 
 
 def holds_work(directory: Path) -> bool:
@@ -282,33 +339,24 @@ def decode_header(data: bytes) -> tuple[bytes, str, int] | None:
     return key, data[fixed:stop].decode("utf-8", "replace"), stop + _CHECKSUM_BYTES
 
 
-def decode_records(
-    data: bytes, start: int, key: bytes
-) -> Iterator[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.uint8] | None, int]]:
-    """Each record from `start` on, up to the first that is not whole: unit, pieces, numbers, flags, where it stops.
-
-    Numbers and flags of scores: the bits of the sums, and whether greedy. Of texts: lengths and tokens, and None.
-    """
+def decode_records(data: bytes, start: int, key: bytes) -> Iterator[Record]:
+    """Each record from `start` on, up to the first that is not whole."""
     return _read_records(io.BytesIO(data), start, key)
 
 
-def _read_records(
-    file: BinaryIO, start: int, key: bytes
-) -> Iterator[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.uint8] | None, int]]:
+def _read_records(file: BinaryIO, start: int, key: bytes) -> Iterator[Record]:
     """`decode_records` of a file, one record in memory at a time: what a damaged length says may be any number."""
     file.seek(start)
     while len(head := file.read(_RECORD.size)) == _RECORD.size:
-        pack, count, pieces, kind = _RECORD.unpack(head)
-        num_bytes = _COUNT_BYTES.get(kind, 0) * count
+        unit, count, pieces, kind = _RECORD.unpack(head)
+        num_bytes = _DTYPES[kind].itemsize * count if kind in _DTYPES else 0
         if num_bytes > _MAX_RECORD_BYTES:
             return
         values = file.read(num_bytes)
-        if len(values) < num_bytes or file.read(_CHECKSUM_BYTES) != _checksum(key, head + values) or kind not in _COUNT_BYTES:
+        if len(values) < num_bytes or file.read(_CHECKSUM_BYTES) != _checksum(key, head + values) or kind not in _DTYPES:
             return
-        numbers = np.frombuffer(values, dtype="<i4" if kind == TEXTS else "<i8", count=count).astype(np.int64)
-        greedy = None if kind == TEXTS else np.frombuffer(values, dtype=np.uint8, count=count, offset=8 * count)
         start += _RECORD.size + num_bytes + _CHECKSUM_BYTES
-        yield pack, pieces, numbers, greedy, start
+        yield Record(unit, pieces, kind, np.frombuffer(values, dtype=_DTYPES[kind], count=count), start)
 
 
 @contextlib.contextmanager

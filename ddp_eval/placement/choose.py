@@ -10,12 +10,13 @@ import torch
 from ddp_eval import layout as layouts
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import vllm
+from ddp_eval.engines import registry
 from ddp_eval.engines.hf import checkpoint, quantization
 from ddp_eval.errors import UserError, one_line
-from ddp_eval.layout import LAYERS, REPLICAS, Layout
-from ddp_eval.placement.memory import ModelSizes, check_possible, measure_model, memory_of_rank, rank_bytes, stage_spans
-from ddp_eval.placement.speed import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds, predict
+from ddp_eval.layout import WHOLE_COPIES, Layout
+from ddp_eval.placement.kinds import fixed_layout, kept_layout, kind_of
+from ddp_eval.placement.memory import ModelSizes, measure_model, memory_of_rank
+from ddp_eval.placement.speed import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds
 from ddp_eval.system.text import format_bytes
 
 # What is reckoned with while the work is not known yet.
@@ -67,14 +68,15 @@ def consider(whole: Any, ranks: Ranks, amount: Amount = TYPICAL) -> list[Candida
 
 
 def _consider_one(whole: Any, sizes: ModelSizes, layout: Layout, ranks: Ranks, amount: Amount) -> Candidate:
+    kind = kind_of(layout)
     try:
-        check_possible(whole, layout)
+        kind.check(whole)
     except UserError as error:
         return Candidate(layout, impossible=str(error).partition(" ")[2].partition(" ")[2])
-    spans = stage_spans(whole, layout)
-    needs = rank_bytes(sizes, layout, spans, ranks.max_tokens or sizes.largest_pack)
+    spans = kind.spans(whole)
+    needs = kind.rank_bytes(sizes, spans, ranks.max_tokens or sizes.largest_pack)
     weights, room = max(needs, key=sum)
-    prediction = predict(sizes, layout, spans, ranks.world_size, ranks.ranks_per_node, amount, ranks.speeds)
+    prediction = kind.predict(sizes, spans, ranks.world_size, ranks.ranks_per_node, amount, ranks.speeds)
     return Candidate(layout, None, weights, room, ranks.memory - weights - room, prediction)
 
 
@@ -96,13 +98,16 @@ def _across_nodes(candidate: Candidate) -> bool:
     return candidate.prediction is not None and not candidate.prediction.is_local
 
 
-def fewest_local_layers(candidates: list[Candidate], ranks_per_node: int) -> Candidate:
-    """lm_eval's parallelize=True: the layers over as few ranks of a node as will hold them; a whole copy where one will do."""
+def fewest_local(kind: str, candidates: list[Candidate], ranks_per_node: int) -> Candidate:
+    """A layout of this kind over as few ranks of a node as will hold the model; a whole copy where one will do.
+
+    With layers, what lm_eval's parallelize=True does.
+    """
     local = [
         candidate
         for candidate in candidates
         if candidate.impossible is None
-        and candidate.layout.kind in (REPLICAS, LAYERS)
+        and candidate.layout.kind in (layouts.REPLICAS, kind)
         and candidate.layout.is_local(ranks_per_node)
     ]
     return next((candidate for candidate in local if candidate.fits), local[-1])
@@ -122,10 +127,14 @@ def choose_layout(config: Config, model_config: Any, world: World, earlier: str 
     be: a clock or the memory free today might choose another, whose numbers must not be mixed with those.
     Raises UserError when the ranks do not divide into replicas, or the model cannot be laid out as asked.
     """
-    layout, why = _choose(config, model_config, world, earlier)
+    spec = registry.spec_of(config.model)
+    if spec.own_layout:
+        layout, why = spec.layout_of(config, model_config, world)
+    else:
+        layout, why = _choose(config, model_config, world, earlier)
     if config.load == "broadcast" and (whole_only := _why_whole_only(config, model_config)):
         raise UserError(f"--load broadcast cannot send {whole_only}: give --load disk")
-    if config.load == "broadcast" and (layout.kind != REPLICAS or config.layout == layouts.MEASURE or config.model != "hf"):
+    if config.load == "broadcast" and (layout != WHOLE_COPIES or config.layout == layouts.MEASURE or spec.own_layout):
         raise UserError(f"--load broadcast sends whole copies of a hf model, and this is {layout}: give --load disk")
     return layout, why
 
@@ -135,20 +144,20 @@ def why_not(config: Config, model_config: Any, layout: Layout, generating: str |
 
     generating: a task that generates text, None where none does.
     """
-    if layout.kind == REPLICAS:
+    if layout == WHOLE_COPIES:
         return None
     if whole_only := _why_whole_only(config, model_config):
         return f"nothing but whole copies serves {whole_only}"
     if config.load == "broadcast":
         return "--load broadcast sends whole copies"
-    if generating is not None and layout.kind == LAYERS:
+    if generating is not None and not kind_of(layout).serves_generation:
         return f"the task {generating} generates text, which this does not serve"
     return None
 
 
 def check_texts(config: Config, layout: Layout | None, generating: str) -> None:
     """Raise UserError where the layout does not serve tasks that generate text, of which `generating` is one."""
-    if layout is not None and layout.kind == LAYERS:
+    if layout is not None and not kind_of(layout).serves_generation:
         raise UserError(
             f"the task {generating} generates text, which --layout {layout} does not serve: give --layout "
             "replicas, or --layout tensor:K for a model that is too large for one rank"
@@ -158,29 +167,27 @@ def check_texts(config: Config, layout: Layout | None, generating: str) -> None:
 
 
 def _choose(config: Config, model_config: Any, world: World, earlier: str | None) -> tuple[Layout, str]:
-    if config.model == "vllm":
-        return _choose_for_vllm(config, model_config, world), "tensor_parallel_size"
-    fixed = layouts.fixed_layout(config.layout, world.world_size, world.ranks_per_node)
-    if fixed is None and earlier and (kept := layouts.again(earlier, world.world_size)):
+    fixed = fixed_layout(config.layout, world.world_size, world.ranks_per_node)
+    if fixed is None and earlier and (kept := kept_layout(earlier, world.world_size)):
         return kept, "as in the work that this resumes"
-    if fixed == layouts.WHOLE_COPIES or (fixed is None and world.world_size == 1):
-        return layouts.WHOLE_COPIES, "as asked" if fixed else "one rank"
+    if fixed == WHOLE_COPIES or (fixed is None and world.world_size == 1):
+        return WHOLE_COPIES, "as asked" if fixed else "one rank"
     whole_only = _why_whole_only(config, model_config)
     if fixed is not None:
         if whole_only:
             raise UserError(f"--layout {fixed} cannot split {whole_only}: give --layout replicas")
-        check_possible(checkpoint.whole_model(config.loader_args, model_config), fixed)
+        kind_of(fixed).check(checkpoint.whole_model(config.loader_args, model_config))
         return fixed, "as asked"
     if whole_only and config.layout == layouts.MEASURE:
         raise UserError(f"--layout measure is not for {whole_only}, which only whole copies serve: give --layout replicas")
     if whole_only:
-        return layouts.WHOLE_COPIES, f"nothing else serves {whole_only}"
+        return WHOLE_COPIES, f"nothing else serves {whole_only}"
     try:
         candidates = consider(checkpoint.whole_model(config.loader_args, model_config), ranks_of(config, world))
     except (UserError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        return layouts.WHOLE_COPIES, f"what it takes cannot be worked out: {one_line(error)}"
-    if config.layout == layouts.LAYERS:
-        chosen = fewest_local_layers(candidates, world.ranks_per_node)
+        return WHOLE_COPIES, f"what it takes cannot be worked out: {one_line(error)}"
+    if config.layout in layouts.SPLIT_KINDS:
+        chosen = fewest_local(config.layout, candidates, world.ranks_per_node)
         return chosen.layout, f"the fewest ranks that hold the model: {say_memory(chosen)}"
     chosen = recommend(candidates)
     return chosen.layout, f"{'the quickest that fits' if chosen.fits else 'nothing fits, this lacks least'}: {say_memory(chosen)}"
@@ -193,22 +200,6 @@ def _why_whole_only(config: Config, model_config: Any) -> str | None:
     if config.model_args.get("peft"):
         return "a model with an adapter"
     return "an encoder-decoder" if checkpoint.is_seq2seq(config.model_args, model_config) else None
-
-
-def _choose_for_vllm(config: Config, model_config: Any, world: World) -> Layout:
-    """vLLM splits its engines itself, as tensor_parallel_size says."""
-    for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
-        if config.model_args.get(name):
-            raise UserError(f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run")
-    if checkpoint.is_seq2seq(config.model_args, model_config):
-        raise UserError("encoder-decoders are not for --model vllm: give --model hf")
-    vllm.check_installed()
-    if config.layout not in (layouts.AUTO, layouts.REPLICAS):
-        raise UserError(f"--layout {config.layout} is not for --model vllm: give tensor_parallel_size=K in --model_args")
-    ranks = vllm.ranks_per_engine(config.model_args)
-    layout = Layout(layouts.TENSOR, ranks) if ranks > 1 else layouts.WHOLE_COPIES
-    layouts.check_division(layout, world.world_size)
-    return layout
 
 
 def ranks_of(config: Config, world: World) -> Ranks:

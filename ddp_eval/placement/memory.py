@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ddp_eval.engines.ops import tree_attention
-from ddp_eval.layout import LAYERS, REPLICAS, TENSOR, Layout
 from ddp_eval.system import machine
 from ddp_eval.system.text import GIB
 
@@ -111,29 +110,6 @@ def _inner_width(config: Any, hidden: int) -> int:
     return max(dense, routed * one + int(getattr(config, "shared_expert_intermediate_size", None) or 0)) if routed else dense
 
 
-def rank_bytes(sizes: ModelSizes, layout: Layout, spans: list[range] | None, max_tokens: int) -> list[tuple[int, int]]:
-    """(bytes of weights, bytes of room for a pack) of each place in a replica.
-
-    spans: for LAYERS, which layers each stage holds. max_tokens: the budget of a pack.
-    """
-    if layout.kind == LAYERS:
-        assert spans is not None
-        last = len(spans) - 1
-        return [
-            (
-                sum(sizes.layers[span.start : span.stop])
-                + sizes.rest
-                + (sizes.embedding if place == 0 else 0)
-                + ((sizes.embedding if sizes.tied else sizes.head) if place == last else 0),
-                pack_bytes(sizes, max_tokens, 1, has_head=place == last, in_flight=6),
-            )
-            for place, span in enumerate(spans)
-        ]
-    ranks = layout.ranks_per_replica
-    share = -(-(sizes.weights - sizes.vectors) // ranks) + sizes.vectors
-    return [(share, pack_bytes(sizes, max_tokens, ranks))] * ranks
-
-
 def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = True, in_flight: int = 0) -> int:
     """Room that the forward of one pack takes. ranks: over how many its matrices are split; in_flight: hidden states kept."""
     from ddp_eval.engines.ops.logprobs import head_rows
@@ -144,25 +120,6 @@ def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = 
     logits = reads * sizes.vocab * (sizes.value_bytes + 2 * 4) if has_head else 0
     pairs = max_tokens**2 * (sizes.mask + -(-sizes.scores // ranks))
     return max_tokens * per_token * sizes.value_bytes + pairs + logits
-
-
-def stage_spans(whole: Any, layout: Layout) -> list[range] | None:
-    """Which layers each stage of `layout` holds; None for other kinds. Raises UserError where the model cannot be cut so."""
-    if layout.kind != LAYERS:
-        return None
-    from ddp_eval.engines.hf.pipeline_parallel import plan_stages
-
-    return [stage.layers for stage in plan_stages(whole, layout.ranks_per_replica)]
-
-
-def check_possible(whole: Any, layout: Layout) -> None:
-    """Raise UserError, before any weight is read, when the model cannot be laid out so."""
-    if layout.kind == TENSOR:
-        from ddp_eval.engines.hf.tensor_parallel import check_model
-
-        check_model(whole, layout.ranks_per_replica)
-    elif layout.kind != REPLICAS:
-        stage_spans(whole, layout)
 
 
 def usable_bytes(card_bytes: int) -> int:

@@ -7,10 +7,9 @@ itself against them (`--layout measure` prints both).
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
-from ddp_eval.layout import LAYERS, TENSOR, Layout
 from ddp_eval.placement.memory import ModelSizes
-from ddp_eval.system.text import count_packs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,45 +60,45 @@ class Prediction:
         return self.load_s + self.run_s
 
 
-def predict(
-    sizes: ModelSizes,
-    layout: Layout,
-    spans: list[range] | None,
-    world_size: int,
-    ranks_per_node: int,
-    amount: Amount,
-    speeds: Speeds,
-) -> Prediction:
-    """Seconds that `amount` of work takes. spans: for LAYERS, the layers of each stage."""
-    replicas, ranks = layout.replicas(world_size), layout.ranks_per_replica
-    packs = max(1, -(-amount.packs // replicas))  # of the busiest replica
-    tokens, reads = amount.tokens / max(1, amount.packs), amount.reads / max(1, amount.packs)
-    head = 2.0 * sizes.hidden * sizes.vocab * reads
-    layers = [2.0 * active * tokens for active in sizes.active]
-    one_pack_s = (sum(layers) + head) / speeds.flops
-    part = sizes.weights / ranks
-    load_s = part * min(ranks, ranks_per_node) / speeds.load + part / speeds.copy
-    is_local = layout.is_local(ranks_per_node)
-    link = speeds.link if is_local else speeds.node_link
-    perfect_s = amount.packs * one_pack_s / world_size
+class RunCost(NamedTuple):
+    """Of the busiest replica: seconds of the run, and bytes that each token costs a link. why: for people."""
 
-    if layout.kind == LAYERS:
-        assert spans is not None
-        stages_s = [sum(layers[span.start : span.stop]) / speeds.flops for span in spans]
-        stages_s[-1] += head / speeds.flops
-        link_bytes = float(sizes.hidden * sizes.value_bytes)
-        slowest_s = max(*stages_s, link_bytes * tokens / link)
-        run_s = sum(stages_s) + (packs - 1) * slowest_s
-        uneven = slowest_s * ranks / one_pack_s - 1
-        why = f"{count_packs(ranks - 1)} to fill and drain {ranks} stages, the slowest {uneven:.0%} over even"
-    elif layout.kind == TENSOR:
-        link_bytes = 2 * len(layers) * 2 * (ranks - 1) / ranks * float(sizes.hidden * sizes.value_bytes)
-        link_s = link_bytes * tokens / link + 2 * len(layers) * speeds.latency_s
-        run_s = packs * (one_pack_s / ranks + link_s)
-        why = f"{2 * len(layers)} all-reduces a pack, {link_bytes / 1e6:.2f} MB of them a token"
-    else:
-        link_bytes = 0.0
-        run_s = packs * one_pack_s
-        why = f"{count_packs(packs)} on the busiest rank"
-    where = "" if is_local else "; some copies lie across nodes"
-    return Prediction(load_s, run_s, max(0.0, 1 - perfect_s / run_s), link_bytes, is_local, why + where)
+    run_s: float
+    link_bytes_per_token: float
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The packs of the busiest replica, and what one of them takes in the mean.
+
+    tokens: of a pack. layers, head: floating-point operations of a pack in each layer, and in the head.
+    flops, link, latency_s: as in `Speeds`; `link` is the slower one where a replica lies across nodes.
+    """
+
+    packs: int
+    tokens: float
+    layers: list[float]
+    head: float
+    flops: float
+    link: float
+    latency_s: float
+
+    @property
+    def pack_s(self) -> float:
+        """Seconds of a pack on one rank that holds the whole model."""
+        return (sum(self.layers) + self.head) / self.flops
+
+    @classmethod
+    def of(cls, sizes: ModelSizes, amount: Amount, replicas: int, is_local: bool, speeds: Speeds) -> Workload:
+        """is_local: every replica stays within a node."""
+        tokens, reads = amount.tokens / max(1, amount.packs), amount.reads / max(1, amount.packs)
+        return cls(
+            packs=max(1, -(-amount.packs // replicas)),
+            tokens=tokens,
+            layers=[2.0 * active * tokens for active in sizes.active],
+            head=2.0 * sizes.hidden * sizes.vocab * reads,
+            flops=speeds.flops,
+            link=speeds.link if is_local else speeds.node_link,
+            latency_s=speeds.latency_s,
+        )

@@ -20,6 +20,7 @@ from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.output import journal
 from ddp_eval.packs.batches import Batch, build_batch
 from ddp_eval.packs.plan import Pack, build_pack, halve
+from ddp_eval.packs.results import NO_RESULTS, Results
 from ddp_eval.run import preflight
 from ddp_eval.system import machine
 
@@ -27,12 +28,12 @@ from ddp_eval.system import machine
 class Gathered(NamedTuple):
     """What all ranks have brought.
 
-    rows:    (n, 3) int64, see `_result_rows`; items that ran on two ranks are in it twice.
+    results: (n,) RESULT; items that ran on two ranks are in it twice.
     halved:  (k, 2) int64, packs that did not fit the memory of their rank and the number of pieces they ran in.
     lengths: (n, 2) int64, items of generation and the tokens of their answers; (sum, 1) int64 `answers`: these tokens.
     """
 
-    rows: np.ndarray
+    results: Results
     halved: np.ndarray
     lengths: np.ndarray
     answers: np.ndarray
@@ -48,8 +49,8 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     engine.on_trial = work.phase == "trial"
     if work.attention == engine.plain_attention:  # a caller's ranks may each have come with another
         engine.tree_attention = work.attention
-    rows, halved, lengths, answers = _nothing(3), _nothing(2), _nothing(2), _nothing(1)
-    journals = work.journals if engine.bears_results else None
+    results, halved, lengths, answers = [NO_RESULTS], _nothing(2), _nothing(2), _nothing(1)
+    journals = work.journals if engine.capabilities.reports_results else None
     packs, batches = _my_units(world, work)
     num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])
     left = int(num_requests[work.left].sum())
@@ -60,26 +61,26 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
         try:
             with phases(work.phase):
                 for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
-                    if engine.bears_results:
+                    if engine.capabilities.reports_results:
                         if divided > 1:
                             halved.append(np.array([[index, divided]]))
                         lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
                         answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
-                for index, pieces in _run_packs(world, engine, work, packs, progress, own):
-                    if not engine.bears_results:
+                for index, found, pieces in _run_packs(world, engine, work, packs, progress, own):
+                    if not engine.capabilities.reports_results:
                         continue
-                    rows += [_result_rows(*piece) for piece in pieces]
-                    if len(pieces) > 1:
-                        halved.append(np.array([[index, len(pieces)]]))
+                    results.append(found)
+                    if pieces > 1:
+                        halved.append(np.array([[index, pieces]]))
                 progress.push()
         except BaseException:
             if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
                 with contextlib.suppress(collectives.LostContact):
-                    collectives.all_gather_rows(world, rows[0], failed=True)
+                    collectives.all_gather_rows(world, NO_RESULTS, failed=True)
             raise
         watchdog.step(watchdog.WAITING)
         with phases("gather"):
-            mine = [np.concatenate(part) for part in (rows, halved, lengths, answers)]
+            mine = [np.concatenate(part) for part in (results, halved, lengths, answers)]
             return Gathered(*(collectives.all_gather_rows(world, part) for part in mine))
 
 
@@ -102,7 +103,7 @@ def _run_batches(
         watchdog.step(watchdog.PACKS)
         for what in ("computed_tokens", "text_tokens"):
             world.meter.count(what, tokens)
-        if engine.bears_results:
+        if engine.capabilities.reports_results:
             progress.add(requests, tokens)
 
     for index in mine:
@@ -142,25 +143,21 @@ def _generate(
         batch, pieces = dataclasses.replace(batch, slots=batch.slots // 2), pieces * 2
 
 
-Result = tuple[Pack, np.ndarray, np.ndarray]  # a pack, its items' sums in nats and flags
-
-
 def _run_packs(
     world: World, engine: Engine, work: Work, mine: list[int], progress: Progress, own: journal.Journal | None
-) -> Iterator[tuple[int, list[Result]]]:
+) -> Iterator[tuple[int, Results, int]]:
     """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
 
     Where a launch returns at once, the next is launched before one is collected. On the CPU, where it computes, that would keep a
     finished pack out of the journal for the length of another.
-    Yields the pack's number and its results: one, or one for each piece that it had to run in.
+    Yields the pack's number, the results of its items, and in how many pieces it had to run.
     """
-    plan, ahead = work.plan, engine.launches_ahead
+    plan, ahead = work.plan, engine.capabilities.launches_ahead
 
-    def collect(index: int, pieces: list[Any]) -> tuple[int, list[Result]]:
-        results = [(piece.pack, *engine.collect(piece)) for piece in pieces]
+    def collect(index: int, pieces: list[Any]) -> tuple[int, Results, int]:
+        results = np.concatenate([engine.collect(piece) for piece in pieces])
         if own is not None:
-            sums, greedy = (np.concatenate(parts) for parts in list(zip(*results, strict=True))[1:])
-            own.append(index, sums, greedy, len(results))
+            own.append(index, results, len(pieces))
         requests, tokens = int(plan.num_requests[index]), sum(len(piece.pack) for piece in pieces)
         if work.phase == "forward":
             packs = [piece.pack for piece in pieces]
@@ -168,9 +165,9 @@ def _run_packs(
             counts = {"requests": requests, "computed_tokens": tokens, "visible_pairs": pairs, "reads": reads, "packs": 1}
             for what, amount in counts.items():
                 world.meter.count(what, amount)
-        if engine.bears_results:
+        if engine.capabilities.reports_results:
             progress.add(requests, tokens)
-        return index, results
+        return index, results, len(pieces)
 
     under_way = None
     for index in mine:
@@ -233,29 +230,6 @@ def _launch(world: World, engine: Engine, pack: Pack) -> list[Any]:
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     return [piece for half in halve(pack) for piece in _launch(world, engine, half)]
-
-
-def _result_rows(pack: Pack, sums: np.ndarray, greedy: np.ndarray) -> np.ndarray:
-    """(items, 3) int64: item, the bits of its float64 sum, its flag. One type, so that one collective carries all of it."""
-    return np.stack([np.arange(pack.items.start, pack.items.stop), sums.view(np.int64), greedy.astype(np.int64)], axis=1)
-
-
-def fill_slots(rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Put gathered rows into their slots.
-
-    Returns (count,) sums, (count,) flags, and by how many nats items that ran twice differ: 0 unless the ranks' hardware or
-    thread counts do; the lowest rank's result stands. Raises RuntimeError if an item has no result.
-    """
-    items, bits = rows[:, 0], rows[:, 1].copy()
-    seen = np.zeros(count, dtype=bool)
-    seen[items] = True
-    if not seen.all():
-        lost = np.flatnonzero(~seen)
-        raise RuntimeError(f"{len(lost)} of {count} items came back from no rank, the first of them item {lost[0]}")
-    first = np.unique(items, return_index=True)[1]
-    sums, greedy = bits[first].view(np.float64), rows[first, 2].astype(bool)
-    differing = bits[first][items] != bits  # the bits: a NaN equals itself
-    return sums, greedy, float(np.abs(sums[items[differing]] - bits[differing].view(np.float64)).max(initial=0.0))
 
 
 def fill_texts(lengths: np.ndarray, answers: np.ndarray, count: int) -> tuple[list[list[int]], int]:

@@ -15,6 +15,7 @@ from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import adapters, checkpoint, model_files
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.output import versions
 from ddp_eval.system import digests, machine
 
 log = logging.getLogger("ddp_eval")
@@ -37,7 +38,7 @@ def describe_run(
         **facts,
         "ranks": {"world_size": world.world_size, "device": world.device.type},
         "seeds": dict(zip(("random", "numpy", "torch", "fewshot"), config.seed, strict=True)),
-        "packages": machine.describe_packages(),
+        "packages": versions.describe_packages(),
         "hardware": machine.describe_hardware(),
         "git": machine.git_commit(os.path.dirname(__file__)),
     }

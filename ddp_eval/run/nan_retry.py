@@ -10,11 +10,11 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from ddp_eval.engines import Engine
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
+from ddp_eval.packs.results import Results
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run.self_check import Decision
 
@@ -22,40 +22,41 @@ log = logging.getLogger("ddp_eval")
 
 SAMPLE = 256  # items that are run again at first: where none of them comes out right, the model itself is broken, and no more are
 
-Scored = tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]  # (items,) sums in nats, and whether greedy
-
 
 def isolate(
-    scored: Scored, requests: Requests, decision: Decision, engine: Engine, run: Callable[[Plan], Scored]
-) -> tuple[Scored, int]:
+    results: Results, requests: Requests, decision: Decision, engine: Engine, run: Callable[[Plan], Results]
+) -> tuple[Results, int]:
     """Score the items that came out NaN in packs again, each in a row of its own.
 
-    decision: how `requests` were cut. run: scores a plan on all ranks.
-    Returns all items' scores, and how many of them are numbers now.
+    results: (items,) RESULT, in their order. decision: how `requests` were cut. run: scores a plan on all ranks.
+    Returns all items' results, and how many of them are numbers now.
     """
-    broken = np.flatnonzero(np.isnan(scored[0]))
-    if decision.plan.rows or engine.keeps_apart or not len(broken):
-        return scored, 0
-    sums, greedy = scored[0].copy(), scored[1].copy()
-    log.warning("%d of %d distinct requests came out NaN in packs with others: trying them by themselves", len(broken), len(sums))
+    broken = np.flatnonzero(np.isnan(results["logprob"]))
+    if decision.plan.rows or engine.capabilities.rows_are_independent or not len(broken):
+        return results, 0
+    results = results.copy()
+    log.warning(
+        "%d of %d distinct requests came out NaN in packs with others: trying them by themselves", len(broken), len(results)
+    )
     request_of_item = np.unique(decision.item_of_request, return_index=True)[1]
 
     def again(items: IntArray) -> None:
         chosen = requests.select(request_of_item[items])
         plan, item_of_request = plan_rows(chosen, engine.max_tokens(), engine.max_reads(), isolate=True)
-        new_sums, new_greedy = run(plan)
-        sums[items], greedy[items] = new_sums[item_of_request], new_greedy[item_of_request]
+        found = run(plan)[item_of_request]
+        found["item"] = items  # of that plan, they had other numbers
+        results[items] = found
 
     some = broken[np.linspace(0, len(broken) - 1, min(SAMPLE, len(broken))).astype(np.int64)]
     again(some)
     rest = np.setdiff1d(broken, some)
-    if len(rest) and np.isnan(sums[some]).all():
+    if len(rest) and np.isnan(results["logprob"][some]).all():
         log.warning(
             "none of %d came out otherwise: the model is at fault, and %d others are left as they are", len(some), len(rest)
         )
     elif len(rest):
         again(rest)
-    saved = int((~np.isnan(sums[broken])).sum())
+    saved = int((~np.isnan(results["logprob"][broken])).sum())
     if saved:
         log.warning("%d of them have numbers by themselves", saved)
-    return (sums, greedy), saved
+    return results, saved

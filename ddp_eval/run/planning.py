@@ -39,13 +39,18 @@ def plan_texts(engine: Engine, prompts: Prompts, pad: int | None, why_alone: str
     """
     if not len(prompts):
         return TextDecision(*plan_batches(prompts, engine.generation_sizes(), ()), None, ())
+    if not engine.capabilities.serves_generation:
+        raise UserError(
+            f"the task {prompts.tasks[0]} generates text, which the engine {engine.describe()['name']} does not serve"
+        )
     most = engine.most_new_tokens
     if most is not None:
         log.warning(
             "the model's generation_config limits answers to %d tokens, before what the tasks ask for, as with lm_eval", most
         )
         prompts = dataclasses.replace(prompts, limits=[most] * len(prompts))
-    prompts = limits.shorten_answers(prompts, limits.limits_of(engine.whole, engine.takes_pairs), engine.takes_pairs)
+    is_pair = engine.capabilities.is_encoder_decoder
+    prompts = limits.shorten_answers(prompts, limits.limits_of(engine.whole, is_pair), is_pair)
     tasks = {kind: task for kind, task in reversed(list(zip(prompts.kinds, prompts.tasks, strict=True)))}
     served = [_is_served(engine, settings, pad, tasks.get(kind)) for kind, settings in enumerate(prompts.settings)]
     why = why_alone or engine.why_not_batches

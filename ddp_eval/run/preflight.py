@@ -28,8 +28,8 @@ from ddp_eval.distributed import collectives, launch_environment, store
 from ddp_eval.distributed.world import World, choose_device
 from ddp_eval.engines.hf import model_files
 from ddp_eval.errors import UserError
-from ddp_eval.output import write
-from ddp_eval.system import digests, machine, network
+from ddp_eval.output import versions, write
+from ddp_eval.system import digests, network
 from ddp_eval.system.read_back import open_regular
 
 EXCHANGE_S = 300.0  # nodes start Python from slow disks at different speeds
@@ -141,7 +141,7 @@ def _local_facts(config: Config) -> dict[str, Any]:
         "machine": network.machine(),
         "address": network.gloo_address(),
         "interfaces": network.describe(),
-        "versions": machine.describe_packages() | {"ddp_eval's code": digests.digest_code()},
+        "versions": versions.describe_packages() | {"ddp_eval's code": digests.digest_code()},
         "gpu": None,
         "model": None,
     }

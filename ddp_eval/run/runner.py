@@ -32,26 +32,28 @@ from ddp_eval.config import Config
 from ddp_eval.distributed import store, watchdog
 from ddp_eval.distributed.messages import Followers, Journals, Load, await_begin, next_work
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import Engine, vllm
+from ddp_eval.engines import Engine, registry
 from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.engines.hf.costs import flops_of_pair_and_read, pad_lengths
-from ddp_eval.engines.load import brings_code, lay_out, load_replica
 from ddp_eval.engines.ops.peak import peak_flops
 from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import documents, status, tables, write
+from ddp_eval.output import documents, status, tables, versions, write
 from ddp_eval.output.directory import RunDirectory
 from ddp_eval.output.irregular import log_irregular
 from ddp_eval.output.lm_eval_names import SECTION, choose_names
 from ddp_eval.packs.batches import NO_TOKEN, Prompts
 from ddp_eval.packs.plan import Plan, fed_tokens
 from ddp_eval.packs.requests import Requests
+from ddp_eval.packs.results import Results, fill_slots
 from ddp_eval.placement.choose import check_texts, choose_layout, consider, ranks_of
+from ddp_eval.placement.kinds import kind_of
+from ddp_eval.placement.load import brings_code, lay_out, load_replica
 from ddp_eval.placement.memory import measure_model
 from ddp_eval.placement.speed import Amount
 from ddp_eval.run import nan_retry
-from ddp_eval.run.execute import Gathered, fill_slots, fill_texts, run_plan
+from ddp_eval.run.execute import Gathered, fill_texts, run_plan
 from ddp_eval.run.manifest import (
     describe_run,
     describe_steady_model,
@@ -63,7 +65,7 @@ from ddp_eval.run.planning import TextDecision, describe_texts, plan_texts
 from ddp_eval.run.resume import name_work, tell_found, warn_of_not_finite
 from ddp_eval.run.self_check import Decision, ScorePlan, make_plan
 from ddp_eval.run.try_layouts import Seated, load_together, measure_layouts
-from ddp_eval.system import hub, machine
+from ddp_eval.system import hub
 from ddp_eval.tasks import trackers
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry import summary
@@ -196,8 +198,7 @@ def _lead(
     world, phases = followers.world, followers.world.meter.phases
     model_args = config.model_args
     max_length = harness.max_length_of(model_args, model_config, tokenizer)
-    if config.model == "vllm":
-        max_length = vllm.longest_input(model_args, max_length)
+    max_length = registry.spec_of(config.model).longest_input(model_args, max_length)
     try:
         encoder = Encoder(
             tokenizer,
@@ -216,7 +217,7 @@ def _lead(
     def look(prompts: dict[str, Any]) -> None:
         if inspect is not None:
             watchdog.step("reading the model's files")
-            inspect({"model": get_digests(), "packages": machine.describe_packages(), **prompts})
+            inspect({"model": get_digests(), "packages": versions.describe_packages(), **prompts})
 
     def score(requests: Requests, prompts: Prompts) -> collector.Answers:
         if len(prompts):
@@ -228,7 +229,7 @@ def _lead(
         if config.numerics == "fp32" and engine.dtype != torch.float32:
             raise UserError(f"--numerics fp32 needs a model in float32, this one is in {engine.dtype}")
         if seated.why and world.world_size > 1:
-            log.warning("layout %s: %s (%s)", seated.layout, seated.layout.sentence(world.world_size), seated.why)
+            log.warning("layout %s: %s (%s)", seated.layout, kind_of(seated.layout).sentence(world.world_size), seated.why)
         limits.check_requests(requests, prompts, engine, model_args)
         watchdog.step("planning")
         with phases("plan"):
@@ -271,11 +272,11 @@ def _lead(
             gathered = run_plan(seated.world, seated.engine, work)
         costs.update(_describe_answered(generation, prompts, gathered.lengths))
         if found:
-            earlier = found.rows, found.halved, found.lengths, found.answers
+            earlier = found.results, found.halved, found.lengths, found.answers
             gathered = Gathered(*(np.concatenate(parts) for parts in zip(earlier, gathered, strict=True)))
-        sums, greedy, differing = fill_slots(gathered.rows, decision.plan.num_items)
-        (sums, greedy), facts["saved_from_nan"] = nan_retry.isolate(
-            (sums, greedy), requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
+        results, differing = fill_slots(gathered.results, decision.plan.num_items)
+        results, facts["saved_from_nan"] = nan_retry.isolate(
+            results, requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
         )
         texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
         resumed.append(len(done))
@@ -296,7 +297,8 @@ def _lead(
         facts["repeated_packs_differ_nats"] = differing
         facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
         answers = [texts[item] for item in generation.item_of_prompt.tolist()]
-        return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
+        results = results[decision.item_of_request]
+        return results["logprob"], results["greedy"], answers, generation.limits
 
     def keep(scores: tables.Scores, texts: tables.Texts) -> None:
         facts["not_finite"] = tables.find_not_finite(scores, texts)
@@ -371,15 +373,14 @@ def trial_of(followers: Followers, seated: Seated) -> ScorePlan | None:
     if seated.world.ranks_per_replica == 1:
         return None
 
-    return lambda plan: run_aside(followers, seated, plan, "trial")[0]
+    return lambda plan: run_aside(followers, seated, plan, "trial")["logprob"]
 
 
-def run_aside(followers: Followers, seated: Seated, plan: Plan, phase: str) -> nan_retry.Scored:
-    """Have all ranks run a small plan beside the run's own. Returns its items' sums and flags."""
+def run_aside(followers: Followers, seated: Seated, plan: Plan, phase: str) -> Results:
+    """Have all ranks run a small plan beside the run's own. Returns the results of its items, in their order."""
     with followers.working_on(plan, phase=phase, attention=seated.engine.tree_attention) as work:
-        rows = run_plan(seated.world, seated.engine, work).rows
-    sums, greedy, _ = fill_slots(rows, plan.num_items)
-    return sums, greedy
+        gathered = run_plan(seated.world, seated.engine, work).results
+    return fill_slots(gathered, plan.num_items)[0]
 
 
 def _measure(config: Config, model_config: Any, followers: Followers, seated: Seated, plan: Plan) -> list[dict[str, Any]]:

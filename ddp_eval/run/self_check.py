@@ -46,15 +46,16 @@ def make_plan(
     alone: a forward for each distinct input, whatever else is asked.
     score_plan: how to put a trial plan to the model where a copy of it lies on several ranks; `engine` alone if not given.
     """
-    if alone and engine.takes_pairs:
+    can = engine.capabilities
+    if alone and can.is_encoder_decoder:
         return Decision(*plan_pairs(requests, 1, share=False), "--numerics alone was given")
     if alone:
         return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
-    if engine.takes_pairs:
+    if can.is_encoder_decoder:
         return _plan_pairs(engine, requests, max_pack_tokens or engine.max_tokens(), packing)
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
     if why_rows is None and len(requests):
-        why_rows = choose_trees(engine, trial_requests(requests, engine.vocab_size, engine.longest_reach), score_plan)
+        why_rows = choose_trees(engine, trial_requests(requests, engine.vocab_size, can.longest_reach), score_plan)
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens), None)
@@ -63,14 +64,14 @@ def make_plan(
 
 def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
     """Packs as the engine takes them. Returns as `plan_packs`."""
-    in_tree = min(max_tokens, engine.largest_tree or max_tokens)
+    in_tree = min(max_tokens, engine.capabilities.max_tree_tokens or max_tokens)
     return plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
 
 
 def cut_rows(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
     """Batches of plain rows, as few and as little padded as pays. Returns as `plan_rows`."""
-    most_padding = None if engine.keeps_apart else engine.cost_model().most_padding
-    return plan_rows(requests, max_tokens, engine.max_reads(), engine.isolates_requests, most_padding)
+    most_padding = None if engine.capabilities.rows_are_independent else engine.cost_model().most_padding
+    return plan_rows(requests, max_tokens, engine.max_reads(), engine.capabilities.needs_equal_lengths, most_padding)
 
 
 def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool) -> Decision:
@@ -172,6 +173,6 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
 
 
 def _score_alone(engine: Engine, plan: Plan) -> npt.NDArray[np.float64]:
-    sums = [engine.collect(engine.launch(build_pack(plan, index)))[0] for index in range(plan.num_packs)]
+    sums = [engine.collect(engine.launch(build_pack(plan, index)))["logprob"] for index in range(plan.num_packs)]
     scores: npt.NDArray[np.float64] = np.concatenate(sums)
     return scores

@@ -20,11 +20,12 @@ from ddp_eval.distributed import collectives
 from ddp_eval.distributed.messages import Followers
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
-from ddp_eval.engines.load import lay_out
 from ddp_eval.errors import UserError
-from ddp_eval.layout import TENSOR, Layout
+from ddp_eval.layout import Layout
 from ddp_eval.packs.plan import Plan, take_packs
 from ddp_eval.placement.choose import Candidate
+from ddp_eval.placement.kinds import kind_of
+from ddp_eval.placement.load import lay_out
 from ddp_eval.placement.memory import ModelSizes
 from ddp_eval.run.execute import run_plan
 
@@ -41,13 +42,13 @@ def load_together(
     """Load on all ranks what may fail on some. Collective.
 
     Returns the engine, None where it failed; and, on the leader, why it failed on each rank, None where it did not.
-    Raises UserError where a rank of a tensor copy fails alone: its fellows wait for it in a collective, not here.
+    Raises UserError where a rank fails alone, and the others of its replica wait for it in a collective, not here.
     """
     engine, why = None, None
     try:
         engine = load(world, layout)
     except UserError as error:
-        if layout.kind == TENSOR and not isinstance(error.__cause__, _REFUSALS):
+        if kind_of(layout).fails_together and not isinstance(error.__cause__, _REFUSALS):
             raise
         why = str(error)
     return engine, collectives.gather_reports(world, why)

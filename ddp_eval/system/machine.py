@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,22 +10,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-PACKAGES = (
-    "ddp_eval",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "lm_eval",
-    "numpy",
-    "peft",
-    "pyarrow",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "vllm",
-)
 
 
 def free_bytes(root: Path = Path("/")) -> int:
@@ -73,15 +56,6 @@ def _group_rooms(root: Path) -> Iterator[int]:
 
 
 _NO_LIMIT = 2**63
-
-
-def describe_packages() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers; those not installed are left out."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def describe_hardware() -> dict[str, Any]:

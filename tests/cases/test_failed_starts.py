@@ -23,6 +23,7 @@ from ddp_eval.errors import UserError
 from ddp_eval.output import directory as run_directory
 from ddp_eval.output import journal, status, tables, write
 from ddp_eval.output.directory import RunDirectory, open_directory
+from ddp_eval.packs.results import RESULT
 from ddp_eval.run import runner
 
 KEY, OTHER_KEY = journal.work_key({"plan": "a"}), journal.work_key({"plan": "b"})
@@ -71,7 +72,7 @@ def test_a_start_that_was_killed(opening: Callable[..., RunDirectory], left: str
     directory.obeyed(Config(tasks=["demo_lambada"]), "layers:2")
     if left != "nothing":
         own = journal.Journal(directory.journals / "a.journal", OTHER_KEY, "cpu")
-        own.append(0, np.array([-1.0]), np.array([True]))
+        own.append(0, np.array([(0, -1.0, True)], dtype=RESULT))
         own.close()
         whole = own.path.read_bytes()
         header = journal.decode_header(whole)
@@ -95,7 +96,7 @@ def test_finished_work_binds(opening: Callable[..., RunDirectory], kept: str) ->
     directory = opening()
     own = journal.Journal(directory.journals / "a.journal", KEY, "cpu")
     if kept == "pack":
-        own.append(0, np.array([-1.0]), np.array([True]))
+        own.append(0, np.array([(0, -1.0, True)], dtype=RESULT))
         own.close()
     else:
         tables.write_scores(directory.path, tables.Scores([], [], [], [], [], []))

@@ -33,6 +33,7 @@ from engine_runs import (
 )
 from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
 
+from ddp_eval.engines import Capabilities
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import logprobs, masks, tree_attention
@@ -143,10 +144,10 @@ def test_results_set_out_behind_their_own_forward(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     pack = build_pack(plan_packs(to_requests([([1, 2, 3], 2)]), ONE_PACK, 60)[0], 0)
-    launched = logprobs.send_back(pack, OnGpu([-1.0, -2.0]), OnGpu([True, True]))  # type: ignore[arg-type]
+    launched = logprobs.send_back(pack, logprobs.TokenScores(OnGpu([-1.0, -2.0]), OnGpu([True, True])))  # type: ignore[arg-type]
     assert happened == [("copy", "cpu", True), ("copy", "cpu", True), ("record", "stream of cuda:0")]
-    sums, greedy = logprobs.sum_answers(launched)
-    assert happened[3:] == ["synchronize"] and (sums.tolist(), greedy.tolist()) == ([-3.0], [True])
+    results = logprobs.sum_answers(launched)
+    assert happened[3:] == ["synchronize"] and results.tolist() == [(0, -3.0, True)]
 
 
 def test_hits_are_argmax() -> None:
@@ -308,7 +309,7 @@ def test_dynamic_rope_does_not_remember() -> None:
     random = np.random.default_rng(0)
     requests = to_requests([(random.integers(0, VOCAB_SIZE, length).tolist(), 3) for length in (60, 100, 120)])
     plan, _ = plan_rows(requests, max_tokens=1)
-    forwards = [lambda index=index: engine.collect(engine.launch(build_pack(plan, index)))[0][0] for index in range(3)]
+    forwards = [lambda index=index: engine.collect(engine.launch(build_pack(plan, index)))["logprob"][0] for index in range(3)]
     upwards = [forward() for forward in forwards]
     downwards = [forward() for forward in forwards[::-1]]
     assert upwards == downwards[::-1]
@@ -504,7 +505,7 @@ def test_rows_are_cut_by_their_padding(tiny_model: Callable[..., Any], monkeypat
     plan = make_plan(engine, requests, packing=False, max_pack_tokens=None).plan
     padding = fed_tokens(plan) - len(plan.tokens)
     assert plan.rows and plan.num_packs > 1 and padding <= plan.num_packs * engine.cost_model().most_padding
-    monkeypatch.setattr(engine, "keeps_apart", True)
+    monkeypatch.setattr(engine, "capabilities", Capabilities(rows_are_independent=True))
     assert make_plan(engine, requests, packing=False, max_pack_tokens=None).plan.num_packs == 1
     engine.close()
 

@@ -100,7 +100,8 @@ def run_engines(engines, plan):
     for engine in engines:
         ahead = [engine.launch(build_pack(plan, index)) for index in range(plan.num_packs)]
         collected = [engine.collect(launched) for launched in ahead]
-    return np.concatenate([sums for sums, _ in collected]), np.concatenate([greedy for _, greedy in collected])
+    results = np.concatenate(collected)
+    return results["logprob"], results["greedy"]
 
 
 def load_stages(model_args, stages):

@@ -14,6 +14,7 @@ from ddp_eval.engines.hf import engine as hf
 from ddp_eval.packs import cut, rows
 from ddp_eval.packs import plan as packing
 from ddp_eval.packs.requests import Requests, requests_from_lists
+from ddp_eval.packs.results import fill_slots
 from ddp_eval.run import execute, preflight
 from ddp_eval.run.self_check import check_packs
 
@@ -45,7 +46,7 @@ def load(dtype: str, **model_args: object) -> hf.HFEngine:
 
 
 def score(engine: hf.HFEngine, plan: packing.Plan, item_of_request: np.ndarray) -> np.ndarray:
-    sums = [engine.collect(engine.launch(packing.build_pack(plan, index)))[0] for index in range(plan.num_packs)]
+    sums = [engine.collect(engine.launch(packing.build_pack(plan, index)))["logprob"] for index in range(plan.num_packs)]
     return np.concatenate(sums)[item_of_request]
 
 
@@ -99,30 +100,30 @@ def test_a_launch_waits_for_nothing(requests, planner, max_tokens):
         launched = [engine.launch(pack) for pack in packs]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert np.isfinite(np.concatenate([engine.collect(one)[0] for one in launched])).all()
+    assert np.isfinite(np.concatenate([engine.collect(one)["logprob"] for one in launched])).all()
 
 
 def test_results_do_not_wait_for_the_next_pack(requests):
     """Results fetched behind the pack that was launched meanwhile: the device then idles until another is launched."""
     engine = load("bfloat16")
     plan, _ = cut.plan_packs(requests, engine.cost_model(), max_tokens=200)
-    alone = [engine.collect(engine.launch(packing.build_pack(plan, index)))[0] for index in range(2)]
+    alone = [engine.collect(engine.launch(packing.build_pack(plan, index))) for index in range(2)]
     first, second = (engine.launch(packing.build_pack(plan, index)) for index in range(2))
     torch.cuda._sleep(2 * 10**9)  # cycles, about a second: the rest of the second pack
-    np.testing.assert_array_equal(engine.collect(first)[0], alone[0])
+    np.testing.assert_array_equal(engine.collect(first), alone[0])
     assert not torch.cuda.current_stream().query(), "the second pack is still under way"
-    np.testing.assert_array_equal(engine.collect(second)[0], alone[1])
+    np.testing.assert_array_equal(engine.collect(second), alone[1])
 
 
 def test_packs_launched_ahead_keep_their_results(requests):
     """Results of two packs under way at once that are swapped, or overwritten by the later one."""
     engine = load("float32")
     plan, _ = cut.plan_packs(requests, engine.cost_model(), max_tokens=200)
-    assert engine.launches_ahead and plan.num_packs > 2
+    assert engine.capabilities.launches_ahead and plan.num_packs > 2
     world = World(0, 0, 1, engine.device)
     gathered = execute.run_plan(world, engine, Work(plan, np.arange(plan.num_packs), "ahead", phase="measure"))
-    sums, _, _ = execute.fill_slots(gathered.rows, plan.num_items)
-    np.testing.assert_allclose(sums, score(engine, plan, np.arange(plan.num_items)), atol=1e-5)
+    filled, _ = fill_slots(gathered.results, plan.num_items)
+    np.testing.assert_allclose(filled["logprob"], score(engine, plan, np.arange(plan.num_items)), atol=1e-5)
 
 
 def test_packs_are_halved_when_memory_is_short():
@@ -139,7 +140,7 @@ def test_packs_are_halved_when_memory_is_short():
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     (whole,) = execute._launch(world, engine, pack)
-    expected = engine.collect(whole)[0]
+    expected = engine.collect(whole)["logprob"]
     needed = torch.cuda.max_memory_allocated()
     del whole
     torch.cuda.empty_cache()
@@ -147,7 +148,7 @@ def test_packs_are_halved_when_memory_is_short():
     torch.cuda.set_per_process_memory_fraction((before + 0.7 * (needed - before)) / total)
     try:
         pieces = execute._launch(world, engine, pack)
-        sums = np.concatenate([engine.collect(piece)[0] for piece in pieces])
+        sums = np.concatenate([engine.collect(piece)["logprob"] for piece in pieces])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert len(pieces) > 1

@@ -16,6 +16,7 @@ from ddp_eval.output import directory as run_directory
 from ddp_eval.output import journal, status, tables, write
 from ddp_eval.output.directory import find_finished, open_directory
 from ddp_eval.output.journal import Journal, work_key
+from ddp_eval.packs.results import RESULT
 
 KEY = work_key({"plan": "a"})
 ITEM_STARTS = np.array([0, 1, 2])
@@ -51,7 +52,7 @@ def unfinished(config):
     """A directory with one of two packs done."""
     directory = open_directory(config(), lambda: None)
     own = Journal(directory.journals / "a.journal", KEY, "cpu")
-    own.append(1, np.array([-1.5]), np.array([True]))
+    own.append(1, np.array([(1, -1.5, True)], dtype=RESULT))
     own.close()
     tables.write_scores(directory.path, tables.Scores([], [], [], [], [], []))
     directory.close()
@@ -144,7 +145,7 @@ def start(request, config, monkeypatch):
 
 def do_pack(directory, pack):
     own = Journal(directory.journals / f"{pack}.journal", KEY, "cpu")
-    own.append(pack, np.array([-1.5]), np.array([True]))
+    own.append(pack, np.array([(pack, -1.5, True)], dtype=RESULT))
     own.close()
     directory.close()
 
@@ -365,7 +366,7 @@ def test_replacing_other_work_keeps_the_flags(config, unfinished):
         directory = open_directory(config(overwrite=number == 0), lambda: None)
         assert directory.recover(key, ITEM_STARTS).packs.tolist() == [0][:number]
         own = Journal(directory.journals / f"b{number}.journal", key, "cpu")
-        own.append(number, np.array([-2.5]), np.array([True]))
+        own.append(number, np.array([(number, -2.5, True)], dtype=RESULT))
         own.close()
         directory.close()
     assert sorted(path.name for path in (unfinished / "journal").iterdir()) == ["b0.journal", "b1.journal", "run.json"]

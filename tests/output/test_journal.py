@@ -14,6 +14,7 @@ import pytest
 from ddp_eval.errors import UserError
 from ddp_eval.output import journal
 from ddp_eval.output.journal import Journal, OtherWork, read_journals, work_key
+from ddp_eval.packs.results import RESULT, fill_slots
 from ddp_eval.run.execute import fill_texts
 
 KEY = work_key({"plan": "a"})
@@ -24,7 +25,7 @@ GREEDY = {0: [True, False], 1: [True], 2: [], 3: [False, False, True]}
 
 def add(own: Journal, *packs: int) -> None:
     for pack in packs:
-        own.append(pack, np.array(SUMS[pack], dtype=np.float64), np.array(GREEDY[pack], dtype=bool))
+        own.append(pack, results_of(pack))
 
 
 def write(directory: Path, name: str, *packs: int, key: bytes = KEY, origin: str = "cpu") -> Path:
@@ -34,14 +35,11 @@ def write(directory: Path, name: str, *packs: int, key: bytes = KEY, origin: str
     return own.path
 
 
-def rows_of(packs: list[int]) -> bytes:
-    """The rows of `read_journals` for these packs, by hand."""
-    blocks = [np.zeros((0, 3), dtype=np.int64)]
-    for pack in packs:
-        items = np.arange(ITEM_STARTS[pack], ITEM_STARTS[pack + 1])
-        sums = np.array(SUMS[pack], dtype=np.float64).view(np.int64)
-        blocks.append(np.stack([items, sums, np.array(GREEDY[pack], dtype=np.int64)], axis=1))
-    return np.concatenate(blocks).tobytes()
+def results_of(*packs: int) -> np.ndarray:
+    """The results of these packs, by hand."""
+    items = [item for pack in packs for item in range(ITEM_STARTS[pack], ITEM_STARTS[pack + 1])]
+    sums, greedy = ([value for pack in packs for value in column[pack]] for column in (SUMS, GREEDY))
+    return np.array(list(zip(items, sums, greedy, strict=True)), dtype=RESULT)
 
 
 def test_what_is_written_comes_back_to_the_bit(tmp_path):
@@ -50,14 +48,14 @@ def test_what_is_written_comes_back_to_the_bit(tmp_path):
     write(tmp_path, "b", 2, 0, origin="another")
     found = read_journals(tmp_path, KEY, ITEM_STARTS)
     assert found.packs.tolist() == [0, 2, 3]
-    assert found.rows.tobytes() == rows_of([3, 0, 2, 0])
+    assert found.results.tobytes() == results_of(3, 0, 2, 0).tobytes()
     assert (found.origins, found.notes) == (["another", "one machine"], [])
 
 
 def test_packs_in_pieces(tmp_path):
     """Catches a resumed run that does not say which packs were cut for lack of memory."""
     own = Journal(tmp_path / "a.journal", KEY, "cpu")
-    own.append(3, np.array(SUMS[3]), np.array(GREEDY[3]), pieces=2)
+    own.append(3, results_of(3), pieces=2)
     add(own, 1)
     own.close()
     assert read_journals(tmp_path, KEY, ITEM_STARTS).halved.tolist() == [[3, 2]]
@@ -89,7 +87,7 @@ def test_truncated_at_every_byte(tmp_path):
         found = read_journals(tmp_path, KEY, ITEM_STARTS)
         packs = [0, 3, 1][: len(found.packs)]
         assert found.packs.tolist() == sorted(packs), stop
-        assert found.rows.tobytes() == rows_of(packs), stop
+        assert found.results.tobytes() == results_of(*packs).tobytes(), stop
         if not found.notes:
             ends.append(stop)
     assert len(ends) == 4, "the header and each of three records end somewhere, and only there nothing is dropped"
@@ -108,7 +106,7 @@ def test_every_byte_flipped_to_every_bit_pattern_of_one(tmp_path):
             found = read_journals(tmp_path, KEY, ITEM_STARTS)
             packs = [0, 3, 1][: len(found.packs)]
             assert len(packs) < 3, (place, mask)
-            assert found.rows.tobytes() == rows_of(packs), (place, mask)
+            assert found.results.tobytes() == results_of(*packs).tobytes(), (place, mask)
             assert len(found.notes) == 1, (place, mask)
 
 
@@ -118,7 +116,7 @@ def test_a_dropped_tail_is_told(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     (tmp_path / "b.journal").write_bytes(b"ddp_eval jour")
     notes = read_journals(tmp_path, KEY, ITEM_STARTS).notes
-    record_bytes = 8 + 4 + 4 + 1 + 9 + 16
+    record_bytes = 8 + 4 + 4 + 1 + 17 + 16
     assert notes == [
         f"the last {record_bytes - 3} bytes of the journal a.journal are torn or corrupt and dropped; "
         "1 packs before them are kept",
@@ -150,6 +148,15 @@ def test_a_pack_of_another_shape_is_dropped(tmp_path):
     write(tmp_path, "a", 3)
     assert read_journals(tmp_path, KEY, ITEM_STARTS[:2]).packs.tolist() == []
     assert read_journals(tmp_path, KEY, np.array([0, 2, 3, 3, 7])).packs.tolist() == []
+    assert read_journals(tmp_path, KEY, np.array([0, 2, 2, 2, 5])).packs.tolist() == [], "as many items, and others"
+
+
+def test_a_journal_of_another_version_is_dropped(tmp_path):
+    """Catches records of another form that are read as if they were of this one."""
+    path = write(tmp_path, "a", 0, 3)
+    path.write_bytes(path.read_bytes().replace(journal.MAGIC, b"ddp_eval journal 2\n", 1))
+    found = read_journals(tmp_path, KEY, ITEM_STARTS)
+    assert (len(found.packs), len(found.notes)) == (0, 1) and "a.journal has no whole header and is dropped" in found.notes[0]
 
 
 def test_keys_do_not_depend_on_order():
@@ -223,7 +230,7 @@ def test_texts_come_back_whole(tmp_path):
     own.close()
     found = read_journals(tmp_path, KEY, ITEM_STARTS, TEXT_STARTS)
     assert found.packs.tolist() == [3, 4, 5]
-    assert found.rows.tobytes() == rows_of([3])
+    assert found.results.tobytes() == results_of(3).tobytes()
     assert found.halved.tolist() == [[4, 2]]
     texts, differing = fill_texts(found.lengths, found.answers, 5)
     assert (texts, differing) == ([*TEXTS[4], *TEXTS[5]], 0)
@@ -238,6 +245,15 @@ def test_texts_that_do_not_fit_the_plan(tmp_path):
     found = read_journals(tmp_path, KEY, ITEM_STARTS, TEXT_STARTS)
     assert len(found.packs) == len(found.lengths) == len(found.answers) == 0
     assert len(found.notes) == 3
+
+
+def test_results_in_their_slots():
+    """Catches an item that no rank has brought, a NaN that passes for a difference, and a later rank's result that is taken."""
+    results = np.array([(1, -1.0, True), (0, np.nan, False), (1, -1.5, False), (0, np.nan, False)], dtype=RESULT)
+    filled, differing = fill_slots(results, 2)
+    assert filled.tobytes() == results[[1, 0]].tobytes() and differing == 0.5
+    with pytest.raises(RuntimeError, match="1 of 3 items came back from no rank, the first of them item 2"):
+        fill_slots(results, 3)
 
 
 def test_answers_in_their_slots():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from ddp_eval.errors import UserError
-from ddp_eval.output import tables, write
+from ddp_eval.output import tables, versions, write
 from ddp_eval.output.tables import Scores, read_scores, write_scores
 from ddp_eval.output.write import prepare_directory, write_run
 from ddp_eval.system import machine
@@ -327,7 +327,7 @@ def test_git_commit_of_tracked_files_only(tmp_path, monkeypatch):
 def test_packages_and_hardware_tell_no_secrets(monkeypatch):
     """Would catch an environment variable in the manifest, and a fact that json can't write."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    packages, hardware = machine.describe_packages(), machine.describe_hardware()
+    packages, hardware = versions.describe_packages(), machine.describe_hardware()
     assert packages["python"] == sys.version.split()[0]
     assert {"torch", "transformers", "numpy"} <= set(packages)
     assert hardware["usable_cpu_cores"] <= hardware["cpu_cores"]

@@ -26,9 +26,10 @@ from ddp_eval.packs.plan import build_pack
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.placement import choose
 from ddp_eval.placement import memory as sizing
-from ddp_eval.placement.choose import Ranks, consider, fewest_local_layers, recommend
+from ddp_eval.placement.choose import Ranks, consider, fewest_local, recommend
+from ddp_eval.placement.kinds import kind_of
 from ddp_eval.placement.memory import ModelSizes, measure_model, usable_bytes
-from ddp_eval.placement.speed import CUDA_SPEEDS, Amount, Speeds, predict
+from ddp_eval.placement.speed import CUDA_SPEEDS, Amount, Speeds
 from ddp_eval.system.text import GIB, format_bytes
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -241,7 +242,7 @@ def test_verdicts(name, whole_of):
         assert chosen.fits
         if fits:
             assert chosen.layout == WHOLE_COPIES, "copies need no link and leave nobody idle"
-            assert fewest_local_layers(candidates, 8).layout == WHOLE_COPIES
+            assert fewest_local(LAYERS, candidates, 8).layout == WHOLE_COPIES
     impossible = {str(one.layout): one.impossible for one in layouts_on(whole_of(name), 80) if one.impossible}
     if name == "gpt2":
         assert set(impossible) == {"tensor:2", "tensor:4", "tensor:8"}
@@ -262,6 +263,10 @@ def test_nothing_fits(whole_of):
 # Four layers of 100 weights, a head that counts as nothing, tokens of 10 values of 2 bytes.
 TINY = ModelSizes([200] * 4, 0, 0, 0, 0, False, 2, [100.0] * 4, 10, 40, 30, 0, 8192, 0, 0)
 SLOW = Speeds(flops=800.0, link=100.0, node_link=10.0, latency_s=0.0, load=80.0, copy=400.0)
+
+
+def predict(sizes, layout, spans, *work):
+    return kind_of(layout).predict(sizes, spans, *work)
 
 
 def test_seconds_by_hand():
@@ -288,7 +293,7 @@ def test_seconds_by_hand():
     within = choose.Candidate(Layout(LAYERS, 3), prediction=one)
     across = choose.Candidate(Layout(LAYERS, 2), prediction=one)
     too_large = choose.Candidate(WHOLE_COPIES, spare=-1, prediction=one)
-    assert fewest_local_layers([too_large, across, within], 3) == within
+    assert fewest_local(LAYERS, [too_large, across, within], 3) == within
 
 
 def test_memory_is_read():
@@ -430,7 +435,8 @@ def test_quantised_weights_are_left_alone(tiny_model_path):
 
 def rank_bytes_of(model_args, model_config, layout):
     whole = checkpoint.whole_model(model_args, model_config)
-    return sizing.rank_bytes(measure_model(whole, CPU), layout, sizing.stage_spans(whole, layout), 16)
+    kind = kind_of(layout)
+    return kind.rank_bytes(measure_model(whole, CPU), kind.spans(whole), 16)
 
 
 def test_room_for_logits_is_what_the_head_takes(tiny_model, monkeypatch):

@@ -19,6 +19,7 @@ from launch import COMMAND, QUICK, Finished, launch
 from ddp_eval import __main__, demo
 from ddp_eval.distributed import watchdog
 from ddp_eval.output import journal
+from ddp_eval.packs.results import RESULT
 
 END_S = 15
 
@@ -267,7 +268,7 @@ def place(tmp_path_factory):
     begun.write_text(json.dumps({"flags": {"tasks": ["demo_lambada"], "model_args": {"pretrained": "demo"}, "limit": 4.0}}))
     os.utime(begun, (86400, 86400))
     own = journal.Journal(begun.with_name("a.journal"), journal.work_key({}), "cpu")
-    own.append(0, np.array([-1.0]), np.array([True]))
+    own.append(0, np.array([(0, -1.0, True)], dtype=RESULT))
     own.close()
     shutil.copytree(demo.MODEL_PATH, place / "no_template")
     (place / "no_template" / "chat_template.jinja").unlink()

@@ -43,6 +43,7 @@ def test_rows_come_to_all_ranks_in_order(ranks):
     """Catches padding taken for rows, rows of a rank that has none, all ranks empty, and floats that do not survive as bits."""
     for rank in ranks:
         assert rank["gathered"] == rank["wanted"]
+        assert rank["results"] == np.concatenate(list(map(gather_main.results_of, range(3)))).tobytes().hex()
 
 
 def test_shards_cover_all_evenly(ranks):
@@ -66,9 +67,9 @@ def test_bytes_are_counted(ranks):
     for rank, found in enumerate(ranks):
         assert found["payloads"] == {
             "all_gather (processes)": [1, 8, 8 * 2],
-            "all_gather (size)": [4, 4 * 8, 4 * 8 * 2],
-            # rows of two int64, padded to the longest rank's 5, 0, 1 and 4; from each of the two others as many
-            "all_gather (rows)": [4, (5 + 0 + 1 + 4) * 16, (5 + 0 + 1 + 4) * 16 * 2],
+            "all_gather (size)": [5, 5 * 8, 5 * 8 * 2],
+            # rows of two int64, padded to the longest rank's 5, 0, 1 and 4, and 3 results; from each of the two others as many
+            "all_gather (rows)": [5, (5 + 0 + 1 + 4) * 16 + 3 * 17, ((5 + 0 + 1 + 4) * 16 + 3 * 17) * 2],
             "broadcast (size)": [2, 0, 16] if rank else [2, 16, 0],
             "broadcast (message)": [2, 0, sent] if rank else [2, sent, 0],
         }

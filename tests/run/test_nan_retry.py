@@ -23,6 +23,7 @@ from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, build_batch
 from ddp_eval.packs.cut import plan_one_tree
 from ddp_eval.packs.plan import build_pack
 from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.packs.results import RESULT, Results
 from ddp_eval.run import nan_retry
 from ddp_eval.run.self_check import Decision, make_plan
 
@@ -80,19 +81,18 @@ def test_a_broken_model_is_not_run_again_for_every_request(
     decision = Decision(*plan_one_tree(requests), None)
     runs: list[int] = []
 
-    def run(values: float) -> Callable[[Any], nan_retry.Scored]:
-        def score(plan: Any) -> nan_retry.Scored:
-            runs.append(plan.num_items)
-            return np.full(plan.num_items, values), np.ones(plan.num_items, dtype=bool)
+    def results(count: int, value: float, greedy: bool) -> Results:
+        return np.array([(item, value, greedy) for item in range(count)], dtype=RESULT)
 
-        return score
+    def run(value: float) -> Callable[[Any], Results]:
+        return lambda plan: runs.append(plan.num_items) or results(plan.num_items, value, True)
 
-    nothing = np.full(20, np.nan), np.zeros(20, dtype=bool)
+    nothing = results(20, np.nan, False)
     assert nan_retry.isolate(nothing, requests, decision, engine, run(np.nan))[1] == 0 and runs == [4]
     assert "none of 4 came out otherwise: the model is at fault, and 16 others are left as they are" in caplog.text
-    (sums, greedy), saved = nan_retry.isolate(nothing, requests, decision, engine, run(-1.0))
-    assert saved == 20 and runs == [4, 4, 16] and (sums == -1.0).all() and greedy.all()
-    assert np.isnan(nothing[0]).all(), "what was gathered is left as it is"
+    found, saved = nan_retry.isolate(nothing, requests, decision, engine, run(-1.0))
+    assert saved == 20 and runs == [4, 4, 16] and np.array_equal(found, results(20, -1.0, True))
+    assert np.isnan(nothing["logprob"]).all(), "what was gathered is left as it is"
     runs.clear()
     rows = decision._replace(plan=make_plan(engine, requests, packing=False, max_pack_tokens=None).plan)
     apart = Seq2SeqEngine(tiny_models.make_model("bart"), CPU)
@@ -109,18 +109,17 @@ def test_each_answer_goes_to_its_own_item(tiny_model: Callable[[str], Any]) -> N
     requests = requests_from_lists([*lists, lists[2]], [3, 2, 4, 2, 1, 5, 4])
     decision = make_plan(engine, requests, packing=True, max_pack_tokens=None)
 
-    def run(plan: Any) -> nan_retry.Scored:
-        found = [engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)]
-        return np.concatenate([sums for sums, _ in found]), np.concatenate([greedy for _, greedy in found])
+    def run(plan: Any) -> Results:
+        return np.concatenate([engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)])
 
     right = run(decision.plan)
     for chosen in ([0], [2, 4], [5, 1, 3, 0]):
-        sums, greedy = right[0].copy(), right[1].copy()
-        sums[chosen], greedy[chosen] = np.nan, ~greedy[chosen]
-        (sums, greedy), saved = nan_retry.isolate((sums, greedy), requests, decision, engine, run)
+        broken = right.copy()
+        broken["logprob"][chosen], broken["greedy"][chosen] = np.nan, ~broken["greedy"][chosen]
+        found, saved = nan_retry.isolate(broken, requests, decision, engine, run)
         assert saved == len(chosen)
-        np.testing.assert_allclose(sums, right[0], atol=1e-4)
-        np.testing.assert_array_equal(greedy, right[1])
+        np.testing.assert_allclose(found["logprob"], right["logprob"], atol=1e-4)
+        np.testing.assert_array_equal(found[["item", "greedy"]], right[["item", "greedy"]])
     engine.close()
 
 

@@ -47,7 +47,9 @@ def test_alone_means_that_no_neighbour_matters(tiny_model):
         requests = requests_from_lists([sequences[index] for index in chosen], [targets[index] for index in chosen])
         decision = make_plan(engine, requests, True, None, alone=True)
         assert decision.plan.rows and decision.why_rows == "--numerics alone was given"
-        sums = [engine.collect(engine.launch(build_pack(decision.plan, index)))[0] for index in range(decision.plan.num_packs)]
+        sums = [
+            engine.collect(engine.launch(build_pack(decision.plan, index)))["logprob"] for index in range(decision.plan.num_packs)
+        ]
         return np.concatenate(sums)[decision.item_of_request].view(np.int64).tolist()
 
     together = bits(range(5))

@@ -71,8 +71,8 @@ def to_requests(requests: list[Request]) -> Requests:
 
 def run(engine: hf.HFEngine, plan: Plan, item_of_request: np.ndarray) -> list[tuple[float, bool]]:
     done = [engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)]
-    sums, greedy = (np.concatenate(column)[item_of_request].tolist() for column in zip(*done, strict=True))
-    return list(zip(sums, greedy, strict=True))
+    results = np.concatenate(done)[item_of_request]
+    return list(zip(results["logprob"].tolist(), results["greedy"].tolist(), strict=True))
 
 
 def assert_equal_answers(got: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:

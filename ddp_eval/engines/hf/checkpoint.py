@@ -129,16 +129,7 @@ def load_weights(
             os.path.join(name, model_args.get("subfolder") or ""),
             str(model_args["pretrained"]),
         )
-    # What names a field of the config is in it already.
-    own = (*_OWN_ARGS, *_SHARED_ARGS, "dtype")
-    extra = {
-        key: value
-        for key, value in model_args.items()
-        if key not in own and not quantization.is_own(key) and (key in _LOADER_ARGS or not hasattr(config, key))
-    }
-    extra.update(quantization.loading_options(model_args))
-    if quantization.is_quantised(model_args, config):
-        extra["device_map"] = {"": str(device)}
+    extra = _loader_options(model_args, config, device)
     draws = Draws(loading().seeds[2])
     with (
         loading_report.watched(str(model_args["pretrained"]), draws) as found,
@@ -169,6 +160,21 @@ def load_weights(
         if not is_out_of_memory(error):
             raise
         raise UserError(f"the model {name} does not fit into the memory of {device}") from None
+
+
+def _loader_options(model_args: dict[str, Any], config: Any, device: torch.device) -> dict[str, Any]:
+    """What of model_args goes to `from_pretrained`, but for what all loaders share. Quantised weights are put on the device."""
+    # What names a field of the config is in it already.
+    own = (*_OWN_ARGS, *_SHARED_ARGS, "dtype")
+    options = {
+        key: value
+        for key, value in model_args.items()
+        if key not in own and not quantization.is_own(key) and (key in _LOADER_ARGS or not hasattr(config, key))
+    }
+    options.update(quantization.loading_options(model_args))
+    if quantization.is_quantised(model_args, config):
+        options["device_map"] = {"": str(device)}
+    return options
 
 
 def keep_freed_memory() -> None:

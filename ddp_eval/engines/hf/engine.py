@@ -18,7 +18,9 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import checkpoint, generate_one
+from ddp_eval.engines import Capabilities
+from ddp_eval.engines.hf import capabilities, checkpoint
+from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
 from ddp_eval.engines.ops import logprobs as readout
@@ -33,29 +35,21 @@ from ddp_eval.packs.plan import Pack, pad_tail
 from ddp_eval.system import compile_cache
 
 
-class HFEngine:
+class HFEngine(TransformersEngine):
     """One replica of a causal transformers model on one device.
 
     Plain rows and chains run with the attention implementation that the model came with (`plain_attention`), trees with
     `tree_attention`, which may be a faster one; `close` puts the first back.
 
-    keep_attention: use the model's own for trees too.
-    whole: where `model` is a part of a replica, the replica on the meta device: sizes and costs are reckoned from it.
+    keep_attention: use the model's own for trees too. whole: see TransformersEngine.
     Raises nothing for models that packs cannot serve: `why_not_packs` then says why, and only rows must be run.
     """
 
-    bears_results = True  # False on the ranks of a replica that only help: what they collect does not count
-    takes_pairs = False
-    keeps_apart = False
-    on_trial = False  # in a trial, parts of a replica turn an error into NaN: their fellows wait for them
+    name = "hf"
 
     def __init__(self, model: Any, device: torch.device, keep_attention: bool = False, whole: Any = None) -> None:
-        self.model = model
-        self.whole = model if whole is None else whole
-        self.device = device
-        self.launches_ahead = device.type != "cpu"
-        self.config = model.config.get_text_config()
-        self.plain_attention: str = getattr(self.config, "_attn_implementation", None) or "eager"
+        super().__init__(model, device, whole)
+        self.plain_attention = getattr(self.config, "_attn_implementation", None) or "eager"
         self.tree_attention = self.plain_attention if keep_attention else choose_attention(model, self.plain_attention, device)
         self._attention = self.plain_attention
         self._stateful_rope = [
@@ -71,20 +65,14 @@ class HFEngine:
             self._faster.callback(onednn_linear.install(model))
             self._faster.callback(rotary.install(model))
         self.last_layer = LastLayer(model)
-        self.why_not_packs: str | None = None
-        self._rules: dict[str, attention.LayerRule] = {}
         self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
-        if self.tree_attention not in (*attention.IMPLEMENTATIONS, blocks.NAME):
-            self.why_not_packs = f"its attention implementation {self.tree_attention} takes no tree mask"
-        elif not {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters):
-            self.why_not_packs = "its forward takes no attention mask and positions"
-        elif self.isolates_requests:
-            self.why_not_packs = "its rotary frequencies depend on the longest request of a forward pass"
-        else:
-            try:
-                self._rules = attention.layer_rules(self.config)
-            except ValueError as error:
-                self.why_not_packs = str(error)
+        self._rules, self.why_not_packs = capabilities.tree_rules(model, self.config, self.tree_attention)
+        self.capabilities = Capabilities(
+            launches_ahead=device.type != "cpu",
+            needs_equal_lengths=capabilities.needs_equal_lengths(self.config),
+            max_tree_tokens=capabilities.max_tree_tokens(self.config),
+            longest_reach=capabilities.longest_reach(self._rules),
+        )
 
     def close(self) -> None:
         """Give the model back as it came."""
@@ -103,55 +91,11 @@ class HFEngine:
             self.model.set_attn_implementation(implementation)
             self._attention = implementation
 
-    @property
-    def isolates_requests(self) -> bool:
-        """Whether a request's numbers depend on how long the others in its forward are: rows must then be of one length."""
-        rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
-        kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
-        return bool(kinds & {"dynamic", "longrope"})
-
-    @property
-    def largest_tree(self) -> int | None:
-        """Llama 4 scales the queries of layers without rotary positions by a token's index in the forward, whatever its position:
-
-            index       0 ... floor_scale - 2   floor_scale - 1 ...
-            scale       1                       1 + attn_scale * log(2) ...
-
-        (transformers 5.23). Below the first step index and position come to the same.
-        """
-        return int(self.config.floor_scale) - 1 if getattr(self.config, "attn_temperature_tuning", False) else None
-
-    @property
-    def longest_reach(self) -> int | None:
-        """The widest window or chunk of the model's layers, in tokens; None if all attend to everything."""
-        reaches = [reach for rule in self._rules.values() for reach in (rule.window, rule.chunk) if reach]
-        return max(reaches, default=None)
-
     def _forget_lengths(self) -> None:
         """Dynamic rotary scaling remembers the longest input so far: its numbers would depend on the order of forwards."""
         for module in self._stateful_rope:
             module.max_seq_len_cached = module.original_max_seq_len
             module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.config.vocab_size)
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the numbers beside weights and requests."""
-        return {
-            "name": "hf",
-            "class": type(self.model).__name__,
-            "parameters": int(self.whole.num_parameters()),
-            "dtype": str(self.model.dtype),
-            "attention": self.tree_attention,
-            **({"random_rows": self.model.random_rows} if hasattr(self.model, "random_rows") else {}),
-        }
 
     def max_reads(self) -> int | None:
         """How many reads keep one forward's logits within 1 GiB of float32; None where they are never all there at once."""
@@ -249,18 +193,13 @@ class HFEngine:
         """Why texts must be generated one by one with the model's own `generate`; None if batches have proved themselves."""
         from ddp_eval.engines.hf import decode
 
-        if self.isolates_requests:
-            return "its rotary frequencies depend on the longest request of a forward pass"
-        if not {"attention_mask", "position_ids"} <= set(inspect.signature(self.model.forward).parameters):
-            return "its forward takes no attention mask and positions"
+        if self.capabilities.needs_equal_lengths:
+            return capabilities.DYNAMIC_ROTARY
+        if not capabilities.takes_positions(self.model):
+            return capabilities.NO_POSITIONS
         return decode.check_decoding(self)
 
-    @property
-    def most_new_tokens(self) -> int | None:
-        return generate_one.most_new_tokens(self.model)
-
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
-        """Whether batches serve these settings of generation. Raises ValueError for those that transformers refuses."""
         from ddp_eval.engines.hf import sampling
 
         return sampling.Chooser(self.model, settings, pad).is_served
@@ -272,7 +211,6 @@ class HFEngine:
         return decode.choose_sizes(self)
 
     def generate(self, batch: Batch, tokenizer: Any, tell: Any) -> list[list[int]]:
-        """The tokens of every answer of `batch`. tell: called now and then with (requests done, tokens computed)."""
         from ddp_eval.engines.hf import decode
 
         _ = self.splits_head  # asks the model
@@ -306,10 +244,6 @@ class HFEngine:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), _one_sequence_a_row():
             self._forget_lengths()
             yield
-
-    def collect(self, launched: readout.Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
-        return readout.sum_answers(launched)
 
     def _forward_tree(self, pack: Pack) -> torch.Tensor:
         """(R, H) hidden states (or (R, V) logits) at the reads of a prefix tree in one line."""
@@ -382,15 +316,14 @@ class HFEngine:
         order = np.argsort(pack.answer_reads, kind="stable")
         reads, targets, items = pack.answer_reads[order], pack.answer_targets[order], pack.answer_items[order]
         edges = np.searchsorted(reads, np.arange(0, len(values) + step, step))
-        logprobs, hits = [], []
+        parts = []
         for first, (start, stop) in zip(range(0, len(values), step), itertools.pairwise(edges.tolist()), strict=True):
             rows = values[first : first + step]
             logits = self._head(rows) if hidden else rows
             wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
-            logprobs.append(readout.log_softmax_at(logits, *wanted))
-            hits.append(readout.find_hits(logits, *wanted, items[start:stop]))
+            parts.append(readout.score_tokens(logits, *wanted, items[start:stop]))
         back = self._to_device(np.argsort(order, kind="stable"))
-        return readout.send_back(pack, torch.cat(logprobs)[back], torch.cat(hits)[back])
+        return readout.send_back(pack, readout.join_scores(parts, back))
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array.astype(np.int64, copy=False))

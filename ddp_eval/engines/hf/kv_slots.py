@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,31 +59,42 @@ class Rows:
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append a token to every row. Returns (B, V) logits of what comes next."""
-        device, rows = self._engine.device, len(self._lengths)
+        device = self._engine.device
         at = torch.tensor(self._lengths, device=device)
         self._lengths = [length + 1 for length in self._lengths]
         width = max(self._lengths)
-        index = torch.arange(rows, device=device)
+        index = torch.arange(len(at), device=device)
         depth = at + self._prefix_length
-        biases = {kind: self._biases(rule, at, width) for kind, rule in self._rules.items()}
-
-        def call(bias: tuple[torch.Tensor | None, torch.Tensor]) -> Any:
-            def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softcap: float | None) -> Any:
-                layer = self._count()
-                keys, values = self._kept[layer]
-                keys[index, :, at] = key[:, :, 0]
-                values[index, :, at] = value[:, :, 0]
-                prefix = self._prefix[layer] if self._prefix_length else None
-                return _attend_slots(
-                    query, keys[:rows, :, :width], values[:rows, :, :width], prefix, bias, scaling, softcap
-                )  # fmt: skip
-
-            return _carry(run, device)
-
-        masks = {kind: call(bias) for kind, bias in biases.items()}
+        masks = {
+            kind: _carry(functools.partial(self._attend_step, index, at, width, self._biases(rule, at, width)), device)
+            for kind, rule in self._rules.items()
+        }
         fed = torch.tensor(tokens, device=device)[:, None]
         self._layer = 0
         return self._engine.next_logits(fed, attention_mask=masks.get("", masks), position_ids=depth[:, None])
+
+    def _attend_step(
+        self,
+        index: torch.Tensor,
+        at: torch.Tensor,
+        width: int,
+        bias: tuple[torch.Tensor | None, torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """The attention of the next layer in a step: every row's new token is kept, and sees what its row has kept.
+
+        index: (B,) the rows. at, bias: as in `_biases`. width: tokens of the longest row.
+        """
+        layer, rows = self._count(), len(at)
+        keys, values = self._kept[layer]
+        keys[index, :, at] = key[:, :, 0]
+        values[index, :, at] = value[:, :, 0]
+        prefix = self._prefix[layer] if self._prefix_length else None
+        return _attend_slots(query, keys[:rows, :, :width], values[:rows, :, :width], prefix, bias, scaling, softcap)
 
     def drop(self, slot: int, is_broken: bool) -> None:
         """Free a slot: the last row moves into it. is_broken: with NaN among its keys, which would reach the next row there."""
@@ -131,27 +143,33 @@ class Rows:
         end = np.concatenate([np.full(behind, behind + len(tree.end)), tree.end + behind])
         runs = [(start + behind, stop + behind) for start, stop in tree_attention.split(tree.depth + behind)]
         fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def call(cut: list[tree_attention.Block]) -> Any:
-            def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, softcap: float | None) -> Any:
-                if behind:
-                    keys, values = self._prefix[len(fresh)]
-                    fresh.append((key, value))
-                    key, value = torch.cat([keys[None], key], dim=2), torch.cat([values[None], value], dim=2)
-                else:
-                    fresh.append((key, value))
-                return _attend_blocks(query, key, value, cut, behind, scaling, softcap)
-
-            return _carry(run, device)
-
-        made = {
-            kind: call(tree_attention.make_blocks(runs, depth, end, rule, engine.model.dtype, device))
-            for kind, rule in self._rules.items()
-        }
+        made = {}
+        for kind, rule in self._rules.items():
+            cut = tree_attention.make_blocks(runs, depth, end, rule, engine.model.dtype, device)
+            made[kind] = _carry(functools.partial(self._attend_tree, cut, behind, fresh), device)
         tokens, positions = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (tree.tokens, tree.depth + behind))
         masks = made.get("", made)
         logits = engine.logits_at(tokens[None], reads, attention_mask=masks, position_ids=positions[None])
         return fresh, logits
+
+    def _attend_tree(
+        self,
+        cut: list[tree_attention.Block],
+        behind: int,
+        fresh: list[tuple[torch.Tensor, torch.Tensor]],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """The attention of the next layer in a tree, whose keys and values are added to `fresh`."""
+        layer = len(fresh)
+        fresh.append((key, value))
+        if behind:
+            keys, values = self._prefix[layer]
+            key, value = torch.cat([keys[None], key], dim=2), torch.cat([values[None], value], dim=2)
+        return _attend_blocks(query, key, value, cut, behind, scaling, softcap)
 
     def _keep(self, tree: _Tree, fresh: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copy what a tree's rows need of its keys and values into their slots."""

@@ -84,7 +84,8 @@ def check_requests(requests: Requests, prompts: Prompts, engine: Engine, model_a
 
     Raises OutOfRange for the first that is beyond them, UserError for a prefix token or a window that is.
     """
-    limits, is_pair = limits_of(engine.whole, engine.takes_pairs), engine.takes_pairs
+    is_pair = engine.capabilities.is_encoder_decoder
+    limits = limits_of(engine.whole, is_pair)
     refuse_window(model_args.get("max_length"), limits)
     given = model_args.get("prefix_token_id")
     if given is not None and limits.fed is not None and given >= limits.fed:

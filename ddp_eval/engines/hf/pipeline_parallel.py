@@ -21,8 +21,6 @@ import functools
 import re
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from ddp_eval.distributed import collectives
@@ -31,6 +29,7 @@ from ddp_eval.engines.hf import checkpoint, costs, engine
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
+from ddp_eval.packs.results import NO_RESULTS, Results
 from ddp_eval.system.read_back import open_regular, parse_json
 
 # Models whose forward is known to be: embed, one layer after another on one hidden state, norm, head; tested in
@@ -207,8 +206,12 @@ class LayersEngine(engine.HFEngine):
         super().__init__(model, world.device, keep_attention, whole)
         self.world = world
         self.stage = stage
-        self.bears_results = stage.is_last
-        self.launches_ahead = True  # a launch posts a receive
+        self.capabilities = dataclasses.replace(
+            self.capabilities,
+            reports_results=stage.is_last,
+            launches_ahead=True,  # a launch posts a receive
+            serves_generation=False,
+        )
         self._incoming: collectives.Incoming | None = None
         self._sent: collections.deque[collectives.Outgoing] = collections.deque()
 
@@ -229,11 +232,11 @@ class LayersEngine(engine.HFEngine):
         hidden = torch.empty((*self.input_shape(pack), self.config.hidden_size), dtype=self.dtype, device=self.device)
         return Expected(pack, collectives.Incoming(self.world, hidden, self.world.rank - 1))
 
-    def collect(self, launched: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    def collect(self, launched: Any) -> Results:
         self._incoming = launched.incoming
         with engine.without_halves(self.world, launched.pack):
             result = super().launch(launched.pack)
-            return super().collect(result) if self.stage.is_last else (np.zeros(0), np.zeros(0, dtype=bool))
+            return super().collect(result) if self.stage.is_last else NO_RESULTS
 
     def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """On the last stage as of the whole model. On the others the hidden states go on, and one zero each stands for them."""
@@ -261,7 +264,7 @@ class LayersEngine(engine.HFEngine):
     def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> logprobs.Launched:
         if self.stage.is_last:
             return super()._read_off(values, hidden, pack)
-        return logprobs.Launched(pack, torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+        return logprobs.Launched(pack, logprobs.nan_scores(0))
 
 
 def split_layers(weights: list[float], last_extra: float, stages: int) -> list[range]:

@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddp_eval.engines import Capabilities
 from ddp_eval.engines.hf import checkpoint, costs, generate_one
+from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.ops import logprobs as readout
 from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.engines.stop_strings import StopRule
-from ddp_eval.packs.batches import LEAST_BATCH, Batch, Settings, Sizes
+from ddp_eval.packs.batches import Batch, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.pairs import contexts_of
 from ddp_eval.packs.plan import Pack
@@ -35,50 +37,20 @@ def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -
     return Seq2SeqEngine(checkpoint.load_weights(model_args, config, device, transformers.AutoModelForSeq2SeqLM), device)
 
 
-class Seq2SeqEngine:
+class Seq2SeqEngine(TransformersEngine):
     """One replica of a transformers encoder-decoder on one device."""
 
-    bears_results = True
-    takes_pairs = True
-    keeps_apart = True
-    on_trial = False
-    why_not_packs: str | None = None
-    tree_attention = plain_attention = ""
+    name = "seq2seq"
     why_not_batches = "an encoder-decoder"
-    isolates_requests = False
-    largest_tree: int | None = None
-    longest_reach: int | None = None
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        self.model = self.whole = model
-        self.device = device
-        self.config = model.config.get_text_config()
-        self.launches_ahead = device.type != "cpu"
+        super().__init__(model, device)
+        self.capabilities = Capabilities(launches_ahead=device.type != "cpu", is_encoder_decoder=True, rows_are_independent=True)
         self._remove_products = onednn_linear.install(model)
 
     def close(self) -> None:
         """Give the model back as it came."""
         self._remove_products()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.config.vocab_size)
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the numbers beside weights and requests."""
-        return {
-            "name": "seq2seq",
-            "class": type(self.model).__name__,
-            "parameters": int(self.model.num_parameters()),
-            "dtype": str(self.model.dtype),
-            "attention": getattr(self.config, "_attn_implementation", None),
-            **({"random_rows": self.model.random_rows} if hasattr(self.model, "random_rows") else {}),
-        }
 
     def max_tokens(self) -> int:
         return 16384 if self.device.type == "cuda" else 2048
@@ -133,25 +105,12 @@ class Seq2SeqEngine:
         """logits: (A, V), in the order of the pack's answers."""
         rows = torch.arange(len(logits), device=self.device)
         targets = torch.from_numpy(pack.answer_targets).to(self.device)
-        logprobs = readout.log_softmax_at(logits, rows, targets)
-        hits = readout.find_hits(logits, rows, targets, pack.answer_items)
-        return readout.send_back(pack, logprobs, hits)
-
-    def collect(self, launched: readout.Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """(items,) summed log-probability in nats and (items,) whether every scored token was the argmax."""
-        return readout.sum_answers(launched)
-
-    @property
-    def most_new_tokens(self) -> int | None:
-        return generate_one.most_new_tokens(self.model)
+        return readout.send_back(pack, readout.score_tokens(logits, rows, targets, pack.answer_items))
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """Never in batches. Raises ValueError for settings that transformers refuses."""
         generate_one.prepare_config(self.model, settings, 2, pad)
         return False
-
-    def generation_sizes(self) -> Sizes:
-        return Sizes(1, 1, LEAST_BATCH)
 
     def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]:
         """Every answer by the model's own `generate`, one prompt at a time; the decoder's first token is not among its tokens."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, engine
 from ddp_eval.engines.ops import logprobs
@@ -84,7 +82,7 @@ class TensorEngine(engine.HFEngine):
     def __init__(self, model: Any, world: World, whole: Any, keep_attention: bool = False) -> None:
         super().__init__(model, world.device, keep_attention, whole)
         self.world = world
-        self.bears_results = world.place == 0
+        self.capabilities = dataclasses.replace(self.capabilities, reports_results=world.place == 0)
         # Both ask the model, which takes all ranks of a replica: now, while they are all here.
         _ = self.splits_head
         _ = self.why_not_batches
@@ -103,5 +101,4 @@ class TensorEngine(engine.HFEngine):
         except Exception:
             if not self.on_trial:
                 raise
-            answers = len(pack.answer_reads)
-            return logprobs.Launched(pack, torch.full((answers,), torch.nan), torch.zeros(answers, dtype=torch.bool))
+            return logprobs.Launched(pack, logprobs.nan_scores(len(pack.answer_reads)))

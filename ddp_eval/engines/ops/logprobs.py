@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,43 +15,62 @@ import torch
 
 from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.packs.plan import Pack
+from ddp_eval.packs.results import Results, make_results
 
 LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one go
 
 
-@dataclasses.dataclass
-class Launched:
-    """A forward pass under way: its pack and (A,) log-probabilities and hits, which are here once `arrived` has come.
+class TokenScores(NamedTuple):
+    """What is read off the logits for each scored token, (A,) each.
 
-    hits: (A,) whether each was the argmax; behind an item's first miss they may all be False.
+    logprobs: float32. hits: whether each was the argmax; behind an item's first miss they may all be False.
     """
 
-    pack: Pack
     logprobs: torch.Tensor
     hits: torch.Tensor
+
+
+def score_tokens(logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, items: npt.NDArray[Any]) -> TokenScores:
+    """Scores of the tokens at logits[row, target]. rows: ascending. items: (len(rows),) whose tokens these are."""
+    return TokenScores(log_softmax_at(logits, rows, targets), find_hits(logits, rows, targets, items))
+
+
+def join_scores(parts: list[TokenScores], order: torch.Tensor) -> TokenScores:
+    """Scores that were read in several parts, in this order."""
+    return TokenScores(*(torch.cat(columns)[order] for columns in zip(*parts, strict=True)))
+
+
+def nan_scores(count: int) -> TokenScores:
+    """NaN for `count` scored tokens."""
+    return TokenScores(torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool))
+
+
+@dataclasses.dataclass
+class Launched:
+    """A forward pass under way: its pack and what is read off it, on the host once `arrived` has come."""
+
+    pack: Pack
+    scores: TokenScores
     arrived: torch.cuda.Event | None = None
 
 
-def send_back(pack: Pack, logprobs: torch.Tensor, hits: torch.Tensor) -> Launched:
+def send_back(pack: Pack, scores: TokenScores) -> Launched:
     """Have the results set out behind their own forward: fetched later, they would wait for the next pack's too."""
-    ahead = logprobs.device.type == "cuda"
-    launched = Launched(pack, logprobs.to("cpu", non_blocking=ahead), hits.to("cpu", non_blocking=ahead))
+    device = scores.logprobs.device
+    ahead = device.type == "cuda"
+    launched = Launched(pack, TokenScores(*(column.to("cpu", non_blocking=ahead) for column in scores)))
     if ahead:
         launched.arrived = torch.cuda.Event()
-        launched.arrived.record(torch.cuda.current_stream(logprobs.device))
+        launched.arrived.record(torch.cuda.current_stream(device))
     return launched
 
 
-def sum_answers(launched: Launched) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-    """(items,) log-probabilities in nats, added up in float64, and (items,) whether every scored token was the argmax."""
+def sum_answers(launched: Launched) -> Results:
+    """(items,) RESULT: log-probabilities in nats, added up in float64, and whether every scored token was the argmax."""
     if launched.arrived is not None:
         launched.arrived.synchronize()
-    logprobs = launched.logprobs.numpy().astype(np.float64)
-    hits = launched.hits.numpy()
-    owner, count = launched.pack.answer_items, len(launched.pack.items)
-    sums = np.bincount(owner, weights=logprobs, minlength=count).astype(np.float64)
-    misses = np.bincount(owner, weights=~hits, minlength=count)
-    return sums, np.equal(misses, 0)
+    scores = launched.scores
+    return make_results(launched.pack, scores.logprobs.numpy().astype(np.float64), scores.hits.numpy())
 
 
 def head_rows(vocabulary: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ddp_eval.distributed import collectives, progress, store
 from ddp_eval.distributed.world import join_group, leave_group
+from ddp_eval.packs.results import RESULT
 
 FLOATS = np.array([-0.0, np.nan, -np.inf, 5e-324, -1.0 / 3.0])
 
@@ -17,6 +18,11 @@ def rows_of(rank, counts):
     """(counts[rank], 2): a number that says whose row it is, and the bits of a float."""
     numbers = 1000 * rank + np.arange(counts[rank])
     return np.stack([numbers, np.resize(FLOATS.view(np.int64), counts[rank])], axis=1)
+
+
+def results_of(rank):
+    """One result for each rank before, and one: of a type with three fields of different sizes."""
+    return np.array([(10 * rank + item, FLOATS[item], item == rank) for item in range(rank + 1)], dtype=RESULT)
 
 
 def count(world):
@@ -51,6 +57,7 @@ def main():
         "rank": [world.rank, world.world_size, world.is_leader],
         "gathered": [collectives.all_gather_rows(world, rows_of(world.rank, sizes)).tolist() for sizes in counts],
         "wanted": [np.concatenate([rows_of(rank, sizes) for rank in range(3)]).tolist() for sizes in counts],
+        "results": collectives.all_gather_rows(world, results_of(world.rank)).tobytes().hex(),
         "shards": {number: collectives.shard(world, number) for number in (0, 1, 2, 3, 7, 9)},
         "counted": count(world),
         "message": exchange(world),

@@ -1,0 +1,40 @@
+"""The engine `hf`: whole transformers models, from a checkpoint or loaded already, causal or encoder-decoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ddp_eval.config import Config
+from ddp_eval.distributed.world import World
+from ddp_eval.engines.hf import checkpoint, engine
+from ddp_eval.engines.registry import EngineSpec
+
+if TYPE_CHECKING:
+    from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
+
+SPEC = EngineSpec()
+
+
+def load_whole(config: Config, model_config: Any, world: World) -> engine.HFEngine | Seq2SeqEngine:
+    """A whole copy of the model on this rank's device. Collective with --load broadcast."""
+    model_args = config.loader_args
+    if config.load == "broadcast":
+        from ddp_eval.engines.hf import broadcast_load
+
+        return broadcast_load.load_engine(model_args, model_config, world)
+    if checkpoint.is_seq2seq(model_args, model_config):
+        from ddp_eval.engines.hf import seq2seq
+
+        return seq2seq.load_engine(model_args, model_config, world.device)
+    return engine.load_engine(model_args, model_config, world.device)
+
+
+def wrap_model(model: Any, device: torch.device) -> engine.HFEngine | Seq2SeqEngine:
+    """The engine of a whole model that is loaded already. To be closed, which gives the model back as it came."""
+    if checkpoint.is_seq2seq({}, model.config):
+        from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
+
+        return Seq2SeqEngine(model, device)
+    return engine.HFEngine(model, device)

@@ -1,0 +1,44 @@
+"""Engines by their names in --model. `config.ENGINES` is the table; an engine's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ddp_eval.config import ENGINES, Config
+from ddp_eval.distributed.world import World
+from ddp_eval.engines import Engine
+from ddp_eval.layout import Layout
+
+
+class EngineSpec:
+    """What a run asks of an engine before there is one. An engine's module holds one of these, as `SPEC`.
+
+    own_layout: it lays itself over the ranks, by `layout_of`, and loads itself, by `load`. Without, --layout decides, and the
+    kind of layout loads the model (placement/).
+    seeds_generators: loading sets or draws from the generators of Python and numpy, of which prompts are drawn, too.
+    """
+
+    own_layout = False
+    seeds_generators = False
+
+    def longest_input(self, model_args: dict[str, Any], default: int) -> int:
+        """Input tokens of the longest request. default: by the model's config and tokenizer, as lm_eval has it."""
+        return default
+
+    def layout_of(self, config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
+        """The layout, and which setting decided it, before any weight is read.
+
+        Raises UserError for what the engine does not serve, and when its packages are not installed.
+        """
+        raise NotImplementedError
+
+    def load(self, config: Config, model_config: Any, world: World) -> Engine:
+        """This rank's engine. world: grouped into replicas. Collective where several ranks hold a replica."""
+        raise NotImplementedError
+
+
+def spec_of(name: str) -> EngineSpec:
+    """name: of `config.ENGINES`, as a Config has checked."""
+    spec: EngineSpec = importlib.import_module(ENGINES[name].module).SPEC
+    return spec

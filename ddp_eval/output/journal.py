@@ -182,6 +182,17 @@ class Found:
     notes: list[str]
 
 
+NOTHING = Found(
+    packs=np.zeros(0, dtype=np.int64),
+    rows=np.zeros((0, 3), dtype=np.int64),
+    halved=np.zeros((0, 2), dtype=np.int64),
+    lengths=np.zeros((0, 2), dtype=np.int64),
+    answers=np.zeros((0, 1), dtype=np.int64),
+    origins=[],
+    notes=[],
+)
+
+
 class OtherWork(Exception):
     """A journal is whole and belongs to other work: another plan, other weights or other software."""
 

@@ -26,11 +26,13 @@ from ddp_eval.engines.hf.draws import loading_for
 from ddp_eval.engines.hf.load import wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.output import write
+from ddp_eval.output.directory import NoDirectory
+from ddp_eval.run.follower import follow
+from ddp_eval.run.leader import Job, lead, make_encoder
 from ddp_eval.run.manifest import (
     describe_loaded_model,
 )
-from ddp_eval.run.runner import _lead, follow
-from ddp_eval.run.try_layouts import Seated
+from ddp_eval.run.replica import LoadedReplica, Replica
 from ddp_eval.telemetry.sampler import Sampler
 
 log = logging.getLogger("ddp_eval")
@@ -75,8 +77,10 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
             with Followers(world) as followers:
                 _prepare_output(config)
                 followers.load(layouts.WHOLE_COPIES)
-                seated = Seated(world, layouts.WHOLE_COPIES, engine)
-                return _lead(config, None, followers, bare.config, tokenizer, lambda: seated, lambda: describe_loaded_model(bare))
+                replica = LoadedReplica(Replica(world, layouts.WHOLE_COPIES, engine), lambda: describe_loaded_model(bare))
+                return lead(
+                    Job(config, followers, NoDirectory(), bare.config, make_encoder(config, bare.config, tokenizer), replica)
+                )
     finally:
         release_group(world)
         gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
@@ -36,25 +35,20 @@ from ddp_eval.distributed.world import adopt_group, check_in, choose_device, joi
 from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.errors import UserError
 from ddp_eval.output import tables
+from ddp_eval.output.directory import NoDirectory
 from ddp_eval.packs.batches import NO_PROMPTS, Prompts
 from ddp_eval.packs.requests import Requests
-from ddp_eval.packs.results import fill_slots
-from ddp_eval.placement.choose import check_texts, choose_layout
-from ddp_eval.placement.kinds import kind_of
+from ddp_eval.placement.choose import choose_layout
 from ddp_eval.placement.load import lay_out, load_replica
-from ddp_eval.run import nan_retry
-from ddp_eval.run.execute import fill_texts, run_plan
+from ddp_eval.run.follower import follow
+from ddp_eval.run.leader import Job, answer, make_encoder
 from ddp_eval.run.manifest import model_info
-from ddp_eval.run.planning import plan_texts
+from ddp_eval.run.record import Record
+from ddp_eval.run.replica import LoadedReplica, Replica
 from ddp_eval.run.resume import warn_of_not_finite
-from ddp_eval.run.runner import follow, run_aside, trial_of
-from ddp_eval.run.self_check import make_plan
-from ddp_eval.run.try_layouts import Seated
 from ddp_eval.system.quiet import less_chatter, one_rank_speaks
 from ddp_eval.tasks.collector import Answers, RequestCollector, sum_by_owner
-from ddp_eval.tasks.harness import max_length_of
 from ddp_eval.tasks.hflm_members import HFLMMembers
-from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 
 log = logging.getLogger("ddp_eval")
@@ -186,7 +180,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         before._followers = None  # type: ignore[assignment]
         before._quiet.close()
         with contextlib.suppress(AttributeError):  # one that failed to load
-            del before._seated  # its memory
+            del before._replica, before._job  # its memory
         atexit.unregister(before.close)
         return True
 
@@ -197,22 +191,14 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         layout, why = choose_layout(config, model_config, world)
         tokenizer = checkpoint.load_tokenizer(model_args)
         configure_pad_token(tokenizer, model_config=model_config)
-        try:
-            encoder = Encoder(
-                tokenizer,
-                max_length_of(model_args, model_config, tokenizer),
-                model_args.get("add_bos_token"),
-                model_args.get("prefix_token_id"),
-                separate=checkpoint.is_seq2seq(model_args, model_config),
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        encoder = make_encoder(config, model_config, tokenizer)
         self._load_sent = True
         self._followers.load(layout, config=self._anew)
         laid_out = lay_out(world, layout)
-        self._seated = Seated(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
-        if why and world.world_size > 1:
-            log.warning("layout %s: %s (%s)", layout, kind_of(layout).sentence(world.world_size), why)
+        self._replica = Replica(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
+        self._replica.log_choice()
+        replica = LoadedReplica(self._replica, dict)  # whose files nobody asks for
+        self._job = Job(config, self._followers, NoDirectory(), model_config, encoder, replica)
         super().__init__(encoder, model_config, self._run, _warn_of_nan, None, config, Phases())
         self._keep_members(config, model_config, laid_out.device, self._given)
 
@@ -245,7 +231,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval adds to results["config"]."""
-        return model_info(self._settings, self.config, self._seated.engine.describe())
+        return model_info(self._settings, self.config, self._replica.engine.describe())
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if self._settings.model_args.get("enable_thinking"):
@@ -305,38 +291,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
             raise UserError("the model is closed")
 
     def _run(self, requests: Requests, prompts: Prompts) -> Answers:
-        """As `runner` does it, without a run directory."""
-        config, followers, seated = self._settings, self._followers, self._seated
-        if len(prompts):
-            check_texts(config, seated.layout, prompts.tasks[0] or "given")
-        if config.numerics == "fp32" and seated.engine.dtype != torch.float32:
-            raise UserError(f"--numerics fp32 needs a model in float32, this one is in {seated.engine.dtype}")
-        limits.check_requests(requests, prompts, seated.engine, config.model_args)
-        alone = config.numerics == "alone"
-        trial = trial_of(followers, seated)
-        decision = make_plan(seated.engine, requests, config.packing, config.max_pack_tokens, alone, trial)
-        why = "--numerics alone was given" if alone else None if config.packing else "--no_packing was given"
-        generation = plan_texts(seated.engine, prompts, self.tokenizer.pad_token_id, why)
-        if decision.why_rows and config.packing and not alone:
-            log.warning("packs are off for this model: %s; running padded rows instead", decision.why_rows)
-        if generation.why_alone and not why:
-            log.warning("this model generates one answer at a time: %s", generation.why_alone)
-        decoder = self.tokenizer if len(prompts) else None
-        trees = seated.engine.tree_attention
-        with followers.working_on(decision.plan, texts=generation.plan, tokenizer=decoder, attention=trees) as work:
-            gathered = run_plan(seated.world, seated.engine, work)
-        results, differing = fill_slots(gathered.results, decision.plan.num_items)
-        results, _ = nan_retry.isolate(
-            results, requests, decision, seated.engine, lambda plan: run_aside(followers, seated, plan, "again")
-        )
-        texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, generation.plan.num_items)
-        if len(gathered.halved):
-            log.warning("%d packs did not fit the memory and ran in pieces: scores may round otherwise", len(gathered.halved))
-        if differing or texts_differing:
-            log.warning("work that ran on two ranks differs: are the ranks' GPUs or threads not alike?")
-        answers = [texts[item] for item in np.asarray(generation.item_of_prompt).tolist()]
-        results = results[decision.item_of_request]
-        return results["logprob"], results["greedy"], answers, generation.limits
+        return answer(self._job, requests, prompts, Record())
 
 
 def _warn_of_nan(scores: tables.Scores, texts: tables.Texts) -> None:

@@ -115,7 +115,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
     from ddp_eval.engines.hf import engine as hf
     from ddp_eval.packs.batches import plan_batches
     from ddp_eval.packs.requests import Requests
-    from ddp_eval.run.self_check import cut_packs, cut_rows
+    from ddp_eval.run.planning import cut_packs, cut_rows
     from ddp_eval.tasks import harness
     from ddp_eval.tasks.tokenization import Encoder
     from ddp_eval.telemetry.meter import Phases

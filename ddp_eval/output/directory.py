@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
@@ -41,6 +41,38 @@ _NO_MATTER = {  # to any run
 _FOR_METRICS = {"log_samples", "predict_only", "write_out", "bootstrap_iters"}  # to the scores of an unfinished one
 _MODEL = ("pretrained", "peft", "revision", "subfolder")  # of model_args: which model it is
 _MORE = {"log_samples", "write_out"}  # add to what a run gives: one that has given more serves who asks for less
+
+
+class Kept(NamedTuple):
+    """Where finished packs are kept, and under which key."""
+
+    journals: Path
+    key: bytes
+
+
+class Directory(Protocol):
+    """Where the finished work of a run is kept and found: a RunDirectory, or a NoDirectory."""
+
+    @property
+    def layout(self) -> str | None: ...
+    def resume(self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any) -> tuple[journal.Found, Kept | None]: ...
+    def obeyed(self, config: Config, layout: str | None = None) -> None: ...
+    def finish(self) -> None: ...
+
+
+class NoDirectory:
+    """Keeps nothing and has nothing to resume from."""
+
+    layout: str | None = None
+
+    def resume(self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any) -> tuple[journal.Found, Kept | None]:
+        return journal.NOTHING, None
+
+    def obeyed(self, config: Config, layout: str | None = None) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
 
 
 class RunDirectory:
@@ -69,6 +101,11 @@ class RunDirectory:
                         f"now ({other}): give another --output_path, or --fresh to start over"
                     ) from None
                 (self.journals / str(other)).unlink(missing_ok=True)
+
+    def resume(self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any) -> tuple[journal.Found, Kept | None]:
+        """What is done of the work that the key names, and where each rank keeps what it does now."""
+        key = make_key()
+        return self.recover(key, item_starts, text_starts), Kept(self.journals, key)
 
     @property
     def layout(self) -> str | None:

@@ -192,6 +192,17 @@ class Record(NamedTuple):
     stop: int
 
 
+NOTHING = Found(
+    packs=np.zeros(0, dtype=np.int64),
+    results=NO_RESULTS,
+    halved=np.zeros((0, 2), dtype=np.int64),
+    lengths=np.zeros((0, 2), dtype=np.int64),
+    answers=np.zeros((0, 1), dtype=np.int64),
+    origins=[],
+    notes=[],
+)
+
+
 class OtherWork(Exception):
     """A journal is whole and belongs to other work: another plan, other weights or other software."""
 

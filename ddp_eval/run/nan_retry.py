@@ -16,7 +16,7 @@ from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.results import Results
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run.self_check import Decision
+from ddp_eval.run.planning import Decision
 
 log = logging.getLogger("ddp_eval")
 

@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddp_eval.engines import Engine
+from ddp_eval.engines import ROUNDING, Engine
 from ddp_eval.engines.hf import limits
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packs.batches import Prompts, Settings, TextPlan, plan_batches
-from ddp_eval.packs.requests import IntArray
+from ddp_eval.packs.cut import plan_packs
+from ddp_eval.packs.pairs import plan_pairs
+from ddp_eval.packs.plan import Plan
+from ddp_eval.packs.requests import IntArray, Requests
+from ddp_eval.packs.rows import plan_rows
+from ddp_eval.run.self_check import ScorePlan, _score_alone, choose_trees, trial_requests
 
 log = logging.getLogger("ddp_eval")
 
@@ -86,3 +91,85 @@ def describe_texts(decision: TextDecision, prompts: Prompts) -> dict[str, Any]:
         "asked_tokens": sum(map(len, prompts.tokens)),
         "prompt_tokens": len(plan.tokens) + int(plan.shared[alone].sum()),
     }
+
+
+class WorkPlan(NamedTuple):
+    """All work of a run. Its units are the packs of `scoring`, then the batches of `generation`, numbered behind them."""
+
+    scoring: Decision
+    generation: TextDecision
+
+    @property
+    def num_requests(self) -> IntArray:
+        """(units,) requests that each pack and batch answers."""
+        return np.concatenate([self.scoring.plan.num_requests, self.generation.plan.num_requests])
+
+    @property
+    def num_units(self) -> int:
+        return self.scoring.plan.num_packs + self.generation.plan.num_batches
+
+
+class Decision(NamedTuple):
+    """plan; item_of_request: (N,) the item that answers each request; why_rows: why there are no packs, None when there are."""
+
+    plan: Plan
+    item_of_request: IntArray
+    why_rows: str | None
+
+
+def make_plan(
+    engine: Engine,
+    requests: Requests,
+    packing: bool,
+    max_pack_tokens: int | None,
+    alone: bool = False,
+    score_plan: ScorePlan | None = None,
+) -> Decision:
+    """Decide between packs and rows, and cut the requests.
+
+    alone: a forward for each distinct input, whatever else is asked.
+    score_plan: how to put a trial plan to the model where a copy of it lies on several ranks; `engine` alone if not given.
+    """
+    can = engine.capabilities
+    if alone and can.is_encoder_decoder:
+        return Decision(*plan_pairs(requests, 1, share=False), "--numerics alone was given")
+    if alone:
+        return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
+    if can.is_encoder_decoder:
+        return _plan_pairs(engine, requests, max_pack_tokens or engine.max_tokens(), packing)
+    why_rows = engine.why_not_packs if packing else "--no_packing was given"
+    if why_rows is None and len(requests):
+        why_rows = choose_trees(engine, trial_requests(requests, engine.vocab_size, can.longest_reach), score_plan)
+    max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
+    if why_rows is None:
+        return Decision(*cut_packs(engine, requests, max_tokens), None)
+    return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
+
+
+def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+    """Packs as the engine takes them. Returns as `plan_packs`."""
+    in_tree = min(max_tokens, engine.capabilities.max_tree_tokens or max_tokens)
+    return plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
+
+
+def cut_rows(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+    """Batches of plain rows, as few and as little padded as pays. Returns as `plan_rows`."""
+    most_padding = None if engine.capabilities.rows_are_independent else engine.cost_model().most_padding
+    return plan_rows(requests, max_tokens, engine.max_reads(), engine.capabilities.needs_equal_lengths, most_padding)
+
+
+def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool) -> Decision:
+    """For encoder-decoders: batches of pairs, unless neighbours in a batch change an answer by more than rounding."""
+    batches = plan_pairs(requests, max_tokens, engine.max_reads(), share)
+    if not len(requests):
+        return Decision(*batches, None)
+    trial = trial_requests(requests, engine.vocab_size, None)
+    together, alone = (
+        _score_alone(engine, plan)[item_of_request]
+        for plan, item_of_request in (plan_pairs(trial, 2**30), plan_pairs(trial, 1, share=False))
+    )
+    drift, allowed = np.abs(together - alone) / trial.num_targets, ROUNDING.get(engine.dtype, 1e-4)
+    if float(drift.mean()) <= allowed:  # a NaN is not
+        return Decision(*batches, None if share else "--no_packing was given")
+    why = f"batches and single pairs differ by {float(drift.max()):.2g} nats per token"
+    return Decision(*plan_pairs(requests, 1, share=False), why)

@@ -6,17 +6,13 @@ for the one that failed.
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import logging
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from ddp_eval.distributed import collectives
 from ddp_eval.distributed.messages import Followers
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
@@ -24,67 +20,13 @@ from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 from ddp_eval.packs.plan import Plan, take_packs
 from ddp_eval.placement.choose import Candidate
-from ddp_eval.placement.kinds import kind_of
-from ddp_eval.placement.load import lay_out
 from ddp_eval.placement.memory import ModelSizes
 from ddp_eval.run.execute import run_plan
+from ddp_eval.run.replica import Replica
 
 log = logging.getLogger("ddp_eval")
 
 PACKS_PER_RANK = 4  # of the slice
-# What transformers raises over a model, on all ranks alike; memory and files may fail one rank alone.
-_REFUSALS = (ValueError, TypeError, AttributeError, KeyError, NotImplementedError)
-
-
-def load_together(
-    world: World, layout: Layout, load: Callable[[World, Layout], Engine]
-) -> tuple[Engine | None, list[str | None] | None]:
-    """Load on all ranks what may fail on some. Collective.
-
-    Returns the engine, None where it failed; and, on the leader, why it failed on each rank, None where it did not.
-    Raises UserError where a rank fails alone, and the others of its replica wait for it in a collective, not here.
-    """
-    engine, why = None, None
-    try:
-        engine = load(world, layout)
-    except UserError as error:
-        if kind_of(layout).fails_together and not isinstance(error.__cause__, _REFUSALS):
-            raise
-        why = str(error)
-    return engine, collectives.gather_reports(world, why)
-
-
-@dataclasses.dataclass
-class Seated:
-    """A rank with its part of the model, which changes when the layout does.
-
-    world: grouped into the replicas of `layout`. why: of that layout, to be said; empty where there was no choice.
-    """
-
-    world: World
-    layout: Layout
-    engine: Engine
-    why: str = ""
-    attention: str = ""  # of trees, of the engine that gave way to this one
-
-    def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> str | None:
-        """Load the model anew, in another layout, with the same attention. The memory of what was loaded goes first.
-
-        Returns None, or why a rank could not; then nothing is loaded until the next move.
-        """
-        if loaded := vars(self).pop("engine", None):
-            self.attention = loaded.tree_attention
-        del loaded
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.world, self.layout = lay_out(world, layout), layout
-        engine, failures = load_together(self.world, layout, load)
-        if engine is not None:
-            self.engine = engine
-            self.engine.tree_attention = self.attention
-        assert failures is not None, "the leader gets them"
-        return next((f"rank {rank}: {why}" for rank, why in enumerate(failures) if why), None)
 
 
 class Measured(NamedTuple):
@@ -99,7 +41,7 @@ class Measured(NamedTuple):
 
 def measure_layouts(
     followers: Followers,
-    seated: Seated,
+    seated: Replica,
     plan: Plan,
     candidates: list[Candidate],
     sizes: ModelSizes,

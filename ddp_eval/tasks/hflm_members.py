@@ -35,11 +35,11 @@ _ABSENT = {
 
 
 class HFLMMembers:
-    """To be mixed in; `_keep_members` sets what HFLM's constructor sets. `_seated` is the leader's engine and its layout."""
+    """To be mixed in; `_keep_members` sets what HFLM's constructor sets. `_replica` is the leader's engine and its layout."""
 
     tokenizer: Any
     encoder: Encoder
-    _seated: Any
+    _replica: Any
 
     _DEFAULT_MAX_LENGTH = 2048
 
@@ -116,9 +116,9 @@ class HFLMMembers:
     @property
     def model(self) -> Any:
         """This rank's copy, which is all of the model. AttributeError where none is whole."""
-        if self._seated.layout.kind != layout.REPLICAS:
+        if self._replica.layout.kind != layout.REPLICAS:
             raise AttributeError(self._why_no_model())
-        return self._seated.engine.model
+        return self._replica.engine.model
 
     @property
     def _model(self) -> Any:
@@ -126,13 +126,13 @@ class HFLMMembers:
 
     def _why_no_model(self) -> str:
         return (
-            f"no rank holds the whole model under --layout {self._seated.layout}: launch with layout='replicas' to have one, "
+            f"no rank holds the whole model under --layout {self._replica.layout}: launch with layout='replicas' to have one, "
             "or call loglikelihood, loglikelihood_rolling or generate_until, which all ranks answer"
         )
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is not there or raises AttributeError itself."""
-        if name in ("model", "_model") and "_seated" in self.__dict__:
+        if name in ("model", "_model") and "_replica" in self.__dict__:
             raise AttributeError(self._why_no_model())
         if name in _ABSENT:
             raise AttributeError(f"{type(self).__name__} has no {name}: {_ABSENT[name]}")

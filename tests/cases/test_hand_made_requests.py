@@ -307,7 +307,7 @@ def test_no_model_in_one_piece(make_sides: Callable[..., tuple[Any, Any]], monke
     from ddp_eval.layout import Layout
 
     ours, _ = make_sides()
-    monkeypatch.setattr(ours, "_seated", SimpleNamespace(layout=Layout("tensor", 2), engine=ours._seated.engine))
+    monkeypatch.setattr(ours, "_replica", SimpleNamespace(layout=Layout("tensor", 2), engine=ours._replica.engine))
     for name in ("model", "_model"):
         with pytest.raises(AttributeError, match=r"no rank holds the whole model under --layout tensor:2: .*layout='replicas'"):
             getattr(ours, name)

@@ -42,8 +42,9 @@ from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.plan import build_pack, fed_tokens
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run import self_check
-from ddp_eval.run.self_check import check_packs, cut_packs, make_plan
+from ddp_eval.run import planning
+from ddp_eval.run.planning import cut_packs, make_plan
+from ddp_eval.run.self_check import check_packs
 
 
 @pytest.mark.parametrize("implementation", [None, "sdpa", "eager"], ids=str)
@@ -604,7 +605,7 @@ def test_trees_by_the_models_own_attention_where_the_fastest_fails(
     engine = hf.HFEngine(model, CPU)
     assert engine.tree_attention == tree_attention.NAME
     most = []
-    monkeypatch.setattr(self_check, "cut_packs", lambda *args: most.append(args[2]) or cut_packs(*args))
+    monkeypatch.setattr(planning, "cut_packs", lambda *args: most.append(args[2]) or cut_packs(*args))
     plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert why_rows is None and not plan.rows and engine.tree_attention == "sdpa" and engine.cost_model().dense
     assert most == [4096] == [engine.max_tokens()], "dense masks pay for the square"

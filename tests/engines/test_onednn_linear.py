@@ -15,7 +15,7 @@ from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.packs.plan import build_pack
-from ddp_eval.run.self_check import make_plan
+from ddp_eval.run.planning import make_plan
 from ddp_eval.system import machine
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from ddp_eval.errors import UserError
 from ddp_eval.packs.pairs import contexts_of, plan_pairs
 from ddp_eval.packs.plan import build_pack, halve
 from ddp_eval.packs.requests import requests_from_lists
-from ddp_eval.run.self_check import make_plan
+from ddp_eval.run.planning import make_plan
 
 pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
 

@@ -25,7 +25,7 @@ from ddp_eval.packs.plan import build_pack
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.results import RESULT, Results
 from ddp_eval.run import nan_retry
-from ddp_eval.run.self_check import Decision, make_plan
+from ddp_eval.run.planning import Decision, make_plan
 
 CPU = torch.device("cpu")
 BAD = 33  # "@", whose embedding is NaN

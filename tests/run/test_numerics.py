@@ -11,7 +11,7 @@ from ddp_eval.engines.hf.engine import HFEngine
 from ddp_eval.errors import UserError
 from ddp_eval.packs.plan import build_pack
 from ddp_eval.packs.requests import requests_from_lists
-from ddp_eval.run.self_check import make_plan
+from ddp_eval.run.planning import make_plan
 
 
 def test_fp32_reaches_the_loader():

@@ -23,8 +23,7 @@ from ddp_eval.packs.plan import fed_tokens
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import runner
-from ddp_eval.run.planning import TextDecision, describe_texts
-from ddp_eval.run.self_check import Decision
+from ddp_eval.run.planning import Decision, TextDecision, describe_texts
 from ddp_eval.telemetry import meter, sampler
 from ddp_eval.telemetry import summary as telemetry
 from ddp_eval.telemetry.meter import Meter, Phases, process_age_s

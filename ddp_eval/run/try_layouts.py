@@ -1,4 +1,4 @@
-"""`--layout measure`: a slice of the real work under each layout that fits, then the rest under the quickest.
+"""`--layout measure`: a slice of the real work under each layout that fits, then the rest under the fastest.
 
 A layout that a rank cannot load is left out. One that fails later, in a pack of the slice, ends the run: other ranks may wait
 for the one that failed.
@@ -68,7 +68,7 @@ class Seated:
     attention: str = ""  # of trees, of the engine that gave way to this one
 
     def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> str | None:
-        """Load the model anew, in another layout, with the same attention. The memory of what was loaded goes first.
+        """Load the model again, in another layout, with the same attention. The memory of what was loaded goes first.
 
         Returns None, or why a rank could not; then nothing is loaded until the next move.
         """
@@ -105,7 +105,7 @@ def measure_layouts(
     sizes: ModelSizes,
     load: Callable[[World, Layout], Engine],
 ) -> list[Measured]:
-    """Run a slice of `plan` under each candidate that fits, beginning with what is loaded; leave the quickest in `seated`.
+    """Run a slice of `plan` under each candidate that fits, beginning with what is loaded; leave the fastest in `seated`.
 
     Says a line for each, also for those that cannot be loaded.
     """

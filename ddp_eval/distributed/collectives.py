@@ -57,7 +57,7 @@ def receive_message(world: World) -> Any:
 
 
 def gather_reports(world: World, report: Any) -> list[Any] | None:
-    """What every rank says of itself, in the order of ranks, on the leader; None on the others. Not measured itself."""
+    """Every rank's `report`, in the order of ranks, on the leader; None on the others. Not measured itself."""
     if world.world_size == 1:
         return [report]
     everyone: list[Any] | None = [None] * world.world_size if world.is_leader else None
@@ -137,7 +137,7 @@ def all_gather_rows(world: World, rows: Rows, failed: bool = False) -> Rows:
     """Bring the rows of every rank, their number differing, to all of them, in the order of ranks.
 
     rows: (n, …) of any type that is plain bytes, structured ones included, the same on all ranks.
-    A rank that has nothing to give because it failed says so, and LostContact is raised on all: nobody waits for it.
+    A rank that has nothing to give because it failed sends that instead, and LostContact is raised on all: nobody waits for it.
     """
     if world.world_size == 1:
         return rows

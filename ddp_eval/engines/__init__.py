@@ -14,6 +14,8 @@ from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
 from ddp_eval.packs.results import Results
 
+OnProgress = Callable[[int, int], None]  # called now and then with (requests done, tokens computed)
+
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
@@ -114,8 +116,8 @@ class Engine(abc.ABC):
         """How much may be decoded together: one prompt at a time, if nothing else is said."""
         return Sizes(1, 1, LEAST_BATCH)
 
-    def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]:
-        """The tokens of each answer of a batch. tell: called now and then with (requests done, tokens computed)."""
+    def generate(self, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
+        """The tokens of each answer of a batch."""
         raise NotImplementedError(f"{type(self).__name__} does not generate")
 
     def close(self) -> None:

@@ -20,7 +20,6 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ import torch
 from ddp_eval import layout as layouts
 from ddp_eval.config import PROMPT_ARGS, Config
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import Capabilities, Engine
+from ddp_eval.engines import Capabilities, Engine, OnProgress
 from ddp_eval.engines.hf import checkpoint, costs
 from ddp_eval.engines.hf.draws import loading
 from ddp_eval.engines.registry import EngineSpec
@@ -279,7 +278,7 @@ class VllmEngine(Engine):
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know,
-        and for those that count an answer's tokens: each round would begin anew.
+        and for those that count an answer's tokens: each round would start counting again.
         """
         counting = next((name for name in _COUNTING if settings.options.get(name)), None)
         if counting:
@@ -291,7 +290,7 @@ class VllmEngine(Engine):
         """A batch is as many prompts as vLLM has under way at once; its memory it keeps itself."""
         return Sizes(2**62, 256, 256)
 
-    def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]:
+    def generate(self, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
         """The tokens of every answer, by vLLM's continuous batching, ROUND_TOKENS at a time.
 
         The engine has no tokenizer: stop strings are looked for between rounds, by the same rule as elsewhere. What was there
@@ -318,7 +317,7 @@ class VllmEngine(Engine):
                         ended = True
                         break
                 if ended or len(answers[index]) >= batch.limits[index]:
-                    tell(1, len(batch.prompts[index]) + len(answers[index]))
+                    on_progress(1, len(batch.prompts[index]) + len(answers[index]))
                 else:
                     going.append(index)
             left, turn = going, turn + 1
@@ -332,7 +331,7 @@ class VllmEngine(Engine):
             options["temperature"] = 0.0
         drawn = {"seed": seed % 2**63} if settings.is_random else {}
         try:
-            # logprobs=0: of the token taken alone, which tells a NaN.
+            # logprobs=0: of the chosen token alone, which shows a NaN.
             return SamplingParams(**{**options, "logprobs": 0}, **drawn, max_tokens=most_tokens, detokenize=False)
         except TypeError as error:
             raise ValueError(str(error)) from None

@@ -145,7 +145,7 @@ class Batch:
 
 
 def plan_batches(prompts: Prompts, sizes: Sizes, alone: Sequence[bool]) -> tuple[TextPlan, IntArray]:
-    """Cut `prompts` into batches, dearest last.
+    """Cut `prompts` into batches, the most expensive last.
 
     alone: for each of `prompts.settings`, whether the model's own `generate` must answer one by one.
     Returns the plan and (N,) int64: the item that answers each prompt.

@@ -246,7 +246,7 @@ def _cut_cheapest(costs: _Costs, max_tokens: int, max_reads: int | None) -> IntA
 
 
 def _even_out(costs: _Costs, bounds: IntArray, max_tokens: int, max_reads: int | None) -> IntArray:
-    """About as many packs as in `bounds`, up to a multiple of TYPICAL_RANKS, the dearest of them as cheap as can be."""
+    """About as many packs as in `bounds`, up to a multiple of TYPICAL_RANKS, the most expensive of them as cheap as can be."""
     target = -(-(len(bounds) - 1) // TYPICAL_RANKS) * TYPICAL_RANKS
     low, high = 0.0, float(costs.of(bounds[:-1], bounds[1:]).max())
     found = bounds

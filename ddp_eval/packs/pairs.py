@@ -1,7 +1,7 @@
 """Cut requests for encoder-decoders: a pack holds (context, continuation) pairs, those with one context side by side.
 
 The encoder sees contexts, the decoder continuations, so that nothing but a whole context can be shared. A pack is written down as
-in packing.py, each context once with its continuations as branches:
+in plan.py, each context once with its continuations as branches:
 
     requests  A B | x y      (context | continuation)      A─B─x
               A B | z                                        (z is predicted, not fed)

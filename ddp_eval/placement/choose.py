@@ -1,4 +1,4 @@
-"""Which layouts a run could have on these ranks, what fits, and which is expected to be the quickest."""
+"""Which layouts a run could have on these ranks, what fits, and which is expected to be the fastest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ddp_eval.placement.memory import ModelSizes, measure_model, memory_of_rank
 from ddp_eval.placement.speed import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds
 from ddp_eval.system.text import format_bytes
 
-# What is reckoned with while the work is not known yet.
+# Assumed while the work is not known yet.
 TYPICAL = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)
 
 
@@ -85,7 +85,7 @@ _TOLERANCE = 1.1
 
 
 def recommend(candidates: list[Candidate]) -> Candidate:
-    """The quickest of those that fit; where none does, the one that lacks least."""
+    """The fastest of those that fit; where none does, the one that lacks the fewest bytes."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if fitting:
         limit = _TOLERANCE * min(candidate.expected_s for candidate in fitting)
@@ -114,7 +114,7 @@ def fewest_local(kind: str, candidates: list[Candidate], ranks_per_node: int) ->
 
 
 def say_memory(candidate: Candidate) -> str:
-    """For the line that a run says of its layout."""
+    """For the line that a run logs about its layout."""
     need = f"{format_bytes(candidate.weights + candidate.room)} a rank"
     spare = format_bytes(abs(candidate.spare))
     return f"{need}, {spare} to spare" if candidate.fits else f"{need}, {spare} too many"

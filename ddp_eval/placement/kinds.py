@@ -1,4 +1,4 @@
-"""What every kind of layout can say of itself: whether it can be, what it takes, how long, and how a rank loads its part.
+"""The interface of a kind of layout: whether a model allows it, its memory, its time, and how a rank loads its part.
 
 `layout.KINDS` names the classes, one a module beside this one; they are imported when they are asked for.
 """
@@ -37,7 +37,7 @@ class Kind(abc.ABC):
         self.ranks = layout.ranks_per_replica
 
     def sentence(self, world_size: int) -> str:
-        """For the one line that a run says of its layout."""
+        """For the line that a run logs about its layout."""
         copies = self.layout.replicas(world_size)
         over = "" if self.ranks == 1 else f" over {self.ranks} ranks"
         return f"{copies} {'copy' if copies == 1 else 'copies'} of the model, {self.how}{over}"

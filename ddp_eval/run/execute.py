@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.messages import Journals, Work
 from ddp_eval.distributed.progress import Progress
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import Engine
+from ddp_eval.engines import Engine, OnProgress
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.output import journal
 from ddp_eval.packs.batches import Batch, build_batch
@@ -85,7 +85,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
 
 
 def _my_units(world: World, work: Work) -> tuple[list[int], list[int]]:
-    """This rank's packs, and its batches of generation, which are numbered behind them; dearest first."""
+    """This rank's packs, and its batches of generation, which are numbered behind them; the most expensive first."""
     mine = work.left[collectives.shard(world, len(work.left))][::-1]
     is_pack = mine < work.plan.num_packs
     return mine[is_pack].tolist(), (mine[~is_pack] - work.plan.num_packs).tolist()
@@ -99,7 +99,7 @@ def _run_batches(
     Yields its number behind the packs, the batch, the tokens of its answers, and by what its slots were divided.
     """
 
-    def tell(requests: int, tokens: int) -> None:
+    def on_progress(requests: int, tokens: int) -> None:
         watchdog.step(watchdog.PACKS)
         for what in ("computed_tokens", "text_tokens"):
             world.meter.count(what, tokens)
@@ -110,24 +110,22 @@ def _run_batches(
         unit = work.plan.num_packs + index
         watchdog.step(watchdog.PACKS, unit)
         batch = build_batch(work.texts, index)
-        texts, pieces = _generate(world, engine, batch, work.tokenizer, tell)
+        texts, pieces = _generate(world, engine, batch, work.tokenizer, on_progress)
         if own is not None:
             own.append_texts(unit, texts, pieces)
         requests = int(work.texts.num_requests[index])
-        tell(requests - len(batch), 0)  # requests that share an answer
+        on_progress(requests - len(batch), 0)  # requests that share an answer
         for what, amount in {"requests": requests, "batches": 1, "generated_tokens": sum(map(len, texts))}.items():
             world.meter.count(what, amount)
         yield unit, batch, texts, pieces
 
 
-def _generate(
-    world: World, engine: Engine, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]
-) -> tuple[list[list[int]], int]:
+def _generate(world: World, engine: Engine, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> tuple[list[list[int]], int]:
     """A batch's answers. One that does not fit the memory goes again with half the slots, and half of these."""
     pieces = 1
     while True:
         try:
-            return engine.generate(batch, tokenizer, tell), pieces
+            return engine.generate(batch, tokenizer, on_progress), pieces
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -146,7 +144,7 @@ def _generate(
 def _run_packs(
     world: World, engine: Engine, work: Work, mine: list[int], progress: Progress, own: journal.Journal | None
 ) -> Iterator[tuple[int, Results, int]]:
-    """This rank's packs, dearest first, so that what does not fit shows at once; each is in the journal when it comes out.
+    """This rank's packs, the most expensive first, so that what does not fit shows at once; each is journaled when it comes out.
 
     Where a launch returns at once, the next is launched before one is collected. On the CPU, where it computes, that would keep a
     finished pack out of the journal for the length of another.

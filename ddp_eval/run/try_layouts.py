@@ -1,4 +1,4 @@
-"""`--layout measure`: a slice of the real work under each layout that fits, then the rest under the quickest.
+"""`--layout measure`: a slice of the real work under each layout that fits, then the rest under the fastest.
 
 A layout that a rank cannot load is left out. One that fails later, in a pack of the slice, ends the run: other ranks may wait
 for the one that failed.
@@ -47,7 +47,7 @@ def measure_layouts(
     sizes: ModelSizes,
     load: Callable[[World, Layout], Engine],
 ) -> list[Measured]:
-    """Run a slice of `plan` under each candidate that fits, beginning with what is loaded; leave the quickest in `seated`.
+    """Run a slice of `plan` under each candidate that fits, beginning with what is loaded; leave the fastest in `seated`.
 
     Says a line for each, also for those that cannot be loaded.
     """

@@ -1,4 +1,4 @@
-"""PEFT adapters (LoRA and its kin) on a transformers model, by lm_eval's rules: its layers stay layers, nothing is merged.
+"""PEFT adapters (LoRA and similar) on a transformers model, by lm_eval's rules: its layers stay layers, nothing is merged.
 
 The optional package peft puts an adapter's layers into the model itself, which stays the transformers model that the engine
 knows.

@@ -17,7 +17,7 @@ from ddp_eval.errors import UserError, is_out_of_memory
 
 
 class _Tensor(NamedTuple):
-    """What the leader says of a tensor before it sends it. name: as in the model, each shared weight once."""
+    """What the leader sends of a tensor before its values. name: as in the model, each shared weight once."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,11 +41,11 @@ def load_engine(model_args: dict[str, Any], config: Any, world: World) -> hf.HFE
         collectives.broadcast_tensors(world, [value for _, value, _ in named])
         return engine
     model = _build_empty(model_args, config)
-    told = collectives.broadcast_object(world, None)
-    if told is None:
-        next_work(world)  # raises what the leader says of its failure
+    header_and_config = collectives.broadcast_object(world, None)
+    if header_and_config is None:
+        next_work(world)  # raises the leader's error
         raise AssertionError("the leader went on without a model")
-    header, model.generation_config = told
+    header, model.generation_config = header_and_config
     _fill(model, header, world.device)
     collectives.broadcast_tensors(world, [value for _, value, _ in _named_tensors(model)])
     return hf.HFEngine(model.eval(), world.device, keep_attention="attn_implementation" in model_args)

@@ -48,7 +48,7 @@ def largest_pack(config: Any, tree_attention: str, device: torch.device) -> int:
 def choose_attention(model: Any, plain: str, device: torch.device) -> str:
     """The attention implementation that is fastest for trees, where the model came with sdpa; else what it came with.
 
-    On the CPU: blocks.py. On CUDA in half precision: flex_attention, which skips what the tree masks (H100, Llama 8 B in
+    On the CPU: tree_attention.py. On CUDA in half precision: flex_attention, which skips what the tree masks (H100, Llama 8 B in
     bfloat16, packs of 8192 tokens: 58% of the card's matrix rate, as much as plain causal rows; sdpa with a mask 41%).
     """
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -7,7 +7,7 @@
 
 The model runs without a cache of transformers': its attention calls `attend`, which keeps the keys and values it is given and
 attends to those kept. So any model whose attention goes through transformers' AttentionInterface will do; `check_decoding` has
-it prove itself against plain forwards. Others answer by their own `generate`, one request at a time (lone.py).
+it prove itself against plain forwards. Others answer by their own `generate`, one request at a time (generate_one.py).
 
 Letters: B rows, S slots, P tokens of the common prefix, W tokens kept of the longest row beyond it, L tokens of a tree,
 V vocabulary, K key-value heads, Q query heads for each of them, D head size.
@@ -16,14 +16,13 @@ V vocabulary, K key-value heads, Q query heads for each of them, D head size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines import ROUNDING
+from ddp_eval.engines import ROUNDING, OnProgress
 from ddp_eval.engines.hf import generate_one
 from ddp_eval.engines.hf.kv_slots import NAME, Rows, register
 from ddp_eval.engines.hf.sampling import Chooser, draws_of
@@ -35,28 +34,26 @@ from ddp_eval.packs.batches import NO_TOKEN, Batch, Sizes
 if TYPE_CHECKING:
     from ddp_eval.engines.hf.causal_model import CausalModel
 
-ADMIT_TOKENS = 256  # prompts wait for free slots until they bring so many tokens together: a forward of few is dear
+ADMIT_TOKENS = 256  # prompts wait for free slots until they bring so many tokens together: a small forward costs almost as much
 SIGN_STEPS = 64  # between two signs of life
-FEW = 8  # answers that tell whether others, too, end in NaN of their own
-
-Tell = Callable[[int, int], None]  # (requests done, tokens done), from time to time
+FEW = 8  # answers that show whether others, too, end in NaN of their own
 
 
-def generate(engine: CausalModel, batch: Batch, tokenizer: Any, tell: Tell) -> list[list[int]]:
+def generate(engine: CausalModel, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
     """The tokens of every answer of `batch`, its stop string, EOS or NO_TOKEN included."""
     register()
     rule = StopRule(tokenizer, batch.settings.until)
     pad = tokenizer.pad_token_id
     if not batch.slots:
-        return generate_one.answer_all(engine, batch, rule, pad, tell)
+        return generate_one.answer_all(engine, batch, rule, pad, on_progress)
     with engine.inference(NAME):
-        answers = _Loop(engine, batch, rule, pad, tell).run()
-        # Their own NaN, or a neighbour's: see contagion.py. Where the first few come to it by themselves, so will the others.
+        answers = _Loop(engine, batch, rule, pad, on_progress).run()
+        # Their own NaN, or a neighbour's: see run/nan_retry.py. Where the first few come to it by themselves, so will the others.
         broken = [index for index, answer in enumerate(answers) if answer[-1] == NO_TOKEN]
         for place, index in enumerate(broken):
             if place == FEW and all(answers[one][-1] == NO_TOKEN for one in broken[:FEW]):
                 break
-            again = _Loop(engine, _single(batch, index), rule, pad, lambda requests, tokens: tell(0, tokens))
+            again = _Loop(engine, _single(batch, index), rule, pad, lambda requests, tokens: on_progress(0, tokens))
             answers[index] = again.run()[0]
     return answers
 
@@ -77,8 +74,8 @@ def _single(batch: Batch, index: int) -> Batch:
 class _Loop:
     """One batch under way. Rows stand in slots 0 … B-1 without a gap."""
 
-    def __init__(self, engine: CausalModel, batch: Batch, rule: StopRule, pad: int | None, tell: Tell) -> None:
-        self._batch, self._rule, self._tell = batch, rule, tell
+    def __init__(self, engine: CausalModel, batch: Batch, rule: StopRule, pad: int | None, on_progress: OnProgress) -> None:
+        self._batch, self._rule, self._on_progress = batch, rule, on_progress
         self._chooser = Chooser(engine.model, batch.settings, pad)
         self._answers: list[list[int]] = [[] for _ in batch.prompts]
         self._draws = [draws_of(seed, limit) for seed, limit in zip(batch.seeds, batch.limits, strict=True)]
@@ -91,20 +88,20 @@ class _Loop:
         """The tokens of every answer."""
         batch, since = self._batch, 0
         if batch.prefix:
-            self._tell(0, batch.prefix)
+            self._on_progress(0, batch.prefix)
         while self._next < len(batch) or self._in_slot:
             if taken := self._take():
                 prompts = [batch.prompts[index][batch.prefix :] for index in taken]
                 self._in_slot += taken
                 computed, logits = self._rows.admit(prompts)
                 self._settle(len(self._in_slot) - len(taken), logits)
-                self._tell(0, computed)
+                self._on_progress(0, computed)
             if self._in_slot:
                 last = [self._answers[index][-1] for index in self._in_slot]
                 self._settle(0, self._rows.step(last))
                 since += 1
                 if since % SIGN_STEPS == 0:
-                    self._tell(0, 0)
+                    self._on_progress(0, 0)
         return self._answers
 
     def _take(self) -> list[int]:
@@ -137,7 +134,7 @@ class _Loop:
                 self._rows.drop(slot, answer[-1] == NO_TOKEN)
                 self._in_slot[slot] = self._in_slot[-1]
                 self._in_slot.pop()
-                self._tell(1, len(answer))
+                self._on_progress(1, len(answer))
 
 
 def choose_sizes(engine: CausalModel) -> Sizes:

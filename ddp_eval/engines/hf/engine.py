@@ -1,4 +1,4 @@
-"""Run packs through a transformers model: mask, forward, head (checkpoint.py loads it, readout.py reads off its logits).
+"""Run packs through a transformers model: mask, forward, head (checkpoint.py loads it, ops/logprobs.py reads its logits).
 
 Letters: L pack length, B rows, R reads, V vocabulary.
 """
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import Capabilities
+from ddp_eval.engines import Capabilities, OnProgress
 from ddp_eval.engines.hf import capabilities, checkpoint
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
@@ -136,7 +136,7 @@ class HFEngine(TransformersEngine):
 
     @contextlib.contextmanager
     def _unless_unable(self) -> Iterator[None]:
-        """Let go what a model raises that cannot do a thing. Short memory says nothing of that: it raises UserError."""
+        """Ignore what a model raises that cannot do a thing. Short memory is no such thing: it raises UserError."""
         try:
             yield
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -210,12 +210,12 @@ class HFEngine(TransformersEngine):
 
         return decode.choose_sizes(self)
 
-    def generate(self, batch: Batch, tokenizer: Any, tell: Any) -> list[list[int]]:
+    def generate(self, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
         from ddp_eval.engines.hf import decode
 
         _ = self.splits_head  # asks the model
         with self._own_draws.seeded_by(*batch.prompts):
-            return decode.generate(self, batch, tokenizer, tell)
+            return decode.generate(self, batch, tokenizer, on_progress)
 
     @contextlib.contextmanager
     def inference(self, implementation: str | None) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ddp_eval.engines import OnProgress
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings
 
@@ -43,9 +44,7 @@ def _greedy_or_not(options: dict[str, Any]) -> dict[str, Any]:
     return passed
 
 
-def answer_all(
-    engine: CausalModel, batch: Batch, rule: StopRule, pad: int | None, tell: Callable[[int, int], None]
-) -> list[list[int]]:
+def answer_all(engine: CausalModel, batch: Batch, rule: StopRule, pad: int | None, on_progress: OnProgress) -> list[list[int]]:
     """Every answer of a causal model.
 
     Of several beams, the first alone is looked at for stop strings and ends all of them: lm_eval's rule, not ours.
@@ -61,7 +60,7 @@ def answer_all(
         inputs = {"input_ids": context, "attention_mask": torch.ones_like(context)}
         with engine.inference(None):
             answers.append(answer(engine.model, inputs, start, limit, seed, batch.settings, ends, pad))
-        tell(1, start + len(answers[-1]))
+        on_progress(1, start + len(answers[-1]))
     return answers
 
 

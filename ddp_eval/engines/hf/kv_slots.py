@@ -188,7 +188,7 @@ class Rows:
 
 
 class _Tree(NamedTuple):
-    """Prompts as one line, in depth-first order: (L,) tokens, depth, end as in packing.py; paths: each prompt's positions."""
+    """Prompts as one line, in depth-first order: (L,) tokens, depth, end as in packs/plan.py; paths: each prompt's positions."""
 
     tokens: IntArray
     depth: IntArray

@@ -38,7 +38,7 @@ MODEL_TYPES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "qwen2_moe",
     "qwen3_moe", "phi3", "olmo2", "starcoder2", "smollm3", "granite",
 )  # fmt: skip
-# Share of the positions of a pack at which the head runs: what the last stage's extra work is reckoned with.
+# Share of the positions of a pack at which the head runs: from which the last stage's extra work is computed.
 TYPICAL_READ_SHARE = 1 / 8
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its own rule
 MOST_IN_FLIGHT = 4  # hidden states that a stage may have sent and the next not taken
@@ -83,7 +83,7 @@ class Stage:
 
 
 def plan_stages(whole: Any, stages: int) -> list[Stage]:
-    """Cut the model `whole` (on the meta device) so that the dearest stage is as cheap as can be.
+    """Cut the model `whole` (on the meta device) so that the most expensive stage is as cheap as can be.
 
     Raises UserError for a model whose layers cannot be split, or that has fewer layers than stages.
     """
@@ -268,7 +268,7 @@ class LayersEngine(engine.HFEngine):
 
 
 def split_layers(weights: list[float], last_extra: float, stages: int) -> list[range]:
-    """Which layers each stage holds, so that the dearest stage is as cheap as can be (earlier stages larger among equals).
+    """Which layers each stage holds, so that the most expensive stage is as cheap as can be (earlier stages larger among equals).
 
     weights: the cost of each layer. last_extra: what the last stage does beside its layers (the head).
     Raises UserError when there are more stages than layers.
@@ -279,7 +279,7 @@ def split_layers(weights: list[float], last_extra: float, stages: int) -> list[r
     sums = [0.0]
     for weight in weights:
         sums.append(sums[-1] + weight)
-    # best[s][i]: the least that the dearest of s stages over the first i layers can cost.
+    # best[s][i]: the least that the most expensive of s stages over the first i layers can cost.
     best = [[float("inf")] * (count + 1) for _ in range(stages + 1)]
     cut = [[0] * (count + 1) for _ in range(stages + 1)]
     best[0][0] = 0.0
@@ -287,9 +287,9 @@ def split_layers(weights: list[float], last_extra: float, stages: int) -> list[r
         extra = last_extra if stage == stages else 0.0
         for stop in range(stage, count + 1):
             for start in range(stop - 1, stage - 2, -1):
-                dearest = max(best[stage - 1][start], sums[stop] - sums[start] + extra)
-                if dearest <= best[stage][stop] * (1 - 1e-9) or best[stage][stop] == float("inf"):
-                    best[stage][stop], cut[stage][stop] = dearest, start
+                costliest = max(best[stage - 1][start], sums[stop] - sums[start] + extra)
+                if costliest <= best[stage][stop] * (1 - 1e-9) or best[stage][stop] == float("inf"):
+                    best[stage][stop], cut[stage][stop] = costliest, start
     spans: list[range] = []
     stop = count
     for stage in range(stages, 0, -1):

@@ -1,4 +1,4 @@
-"""Quantised weights: what model_args say of them, in transformers' words. transformers itself loads and runs them.
+"""Quantised weights: the model_args about them, by transformers' names. transformers itself loads and runs them.
 
 A checkpoint that is quantised says so in its config.json (GPTQ, AWQ, bitsandbytes, compressed-tensors, FP8, …) and needs nothing
 here but the package that its kind needs. `load_in_8bit`, `load_in_4bit` and `quantization_config` quantise while loading.

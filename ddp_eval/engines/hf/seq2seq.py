@@ -9,14 +9,13 @@ Letters: G contexts, S longest context, K items, T longest continuation, A answe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines import Capabilities
+from ddp_eval.engines import Capabilities, OnProgress
 from ddp_eval.engines.hf import checkpoint, costs, generate_one
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.ops import logprobs as readout
@@ -112,7 +111,7 @@ class Seq2SeqEngine(TransformersEngine):
         generate_one.prepare_config(self.model, settings, 2, pad)
         return False
 
-    def generate(self, batch: Batch, tokenizer: Any, tell: Callable[[int, int], None]) -> list[list[int]]:
+    def generate(self, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
         """Every answer by the model's own `generate`, one prompt at a time; the decoder's first token is not among its tokens."""
         rule, answers = StopRule(tokenizer, batch.settings.until), []
         for prompt, limit, seed in zip(batch.prompts, batch.limits, batch.seeds, strict=True):
@@ -122,5 +121,5 @@ class Seq2SeqEngine(TransformersEngine):
                 answers.append(
                     generate_one.answer(self.model, inputs, 1, limit, seed, batch.settings, rule.ends, tokenizer.pad_token_id)
                 )
-            tell(1, len(prompt) + len(answers[-1]))
+            on_progress(1, len(prompt) + len(answers[-1]))
         return answers

@@ -3,8 +3,8 @@
 All ranks of a replica run the same packs and come to the same logits; the first of them bears the results. The numbers are those
 of one rank but for the order of sums (within 1e-6 nats in float32).
 
-The replicas are told to transformers by `dp_replicate_size`. A slice of a device mesh, which its documentation offers for the
-same end, is ignored without a word in 5.23: the model is then split over all ranks and their data mixed.
+transformers learns of the replicas by `dp_replicate_size`. A slice of a device mesh, which its documentation offers for the
+same end, is silently ignored in 5.23: the model is then split over all ranks and their data mixed.
 """
 
 from __future__ import annotations

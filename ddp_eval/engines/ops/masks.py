@@ -1,6 +1,6 @@
 """What a pack's attention may see, in the form that each attention implementation takes.
 
-Pure tensors: one (L,) array `end` says all (packing.py): token i sees token j when j <= i < end[j]. Sliding layers also ask
+Pure tensors: one (L,) array `end` says all (packs/plan.py): token i sees token j when j <= i < end[j]. Sliding layers also ask
 depth[i] - depth[j] < window, chunked layers that both depths fall into one chunk.
 
 transformers passes a 4-D mask through as it is, but what it must hold differs, and a wrong kind gives wrong numbers with no

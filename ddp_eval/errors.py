@@ -7,8 +7,6 @@ and keeps its traceback.
 
 import re
 
-import torch
-
 # What is said of short memory in errors that have no class of their own: by torch on a CPU, by CUDA and its libraries, and by
 # torch's compiler, whose errors quote others.
 _SHORT_OF_MEMORY = re.compile(r"DefaultCPUAllocator|std::bad_alloc|STATUS_ALLOC_FAILED|CUDA.*out of memory", re.DOTALL)
@@ -20,6 +18,7 @@ class UserError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory did not do, or this machine's."""
+    import torch  # late: --help loads none
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

@@ -34,10 +34,10 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
-    load = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
+    load = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
 
     def run(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
         tokenizer = tiny_models.make_tokenizer(model_max_length=2048)

@@ -34,10 +34,10 @@ CHAT_TEMPLATE = (
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm_eval's index of its own 14,000 task files takes seconds to read, and no test here needs one of them."""
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+    task_manager = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from ddp_eval.engines.hf.kv_slots import grow_tree
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
 from ddp_eval.packs.batches import LEAST_SHARED, Prompts, Settings, Sizes, build_batch, plan_batches
-from ddp_eval.tasks.generation_requests import Asked
+from ddp_eval.tasks.generation_requests import GenerationRequests
 from ddp_eval.tasks.tokenization import Encoder
 
 GREEDY, DRAWN = Settings(("\n",), {"do_sample": False}), Settings(("\n",), {"do_sample": True, "temperature": 1.0})
@@ -121,9 +121,11 @@ def test_stop_strings_across_tokens(tiny_tokenizer: Any) -> None:
         assert rule.ends([text[:end]]) == [wanted]
 
 
-def ask(pairs: list[tuple[str, dict[str, Any]]], seed: int | None = 1234, max_length: int = 512, **more: Any) -> Asked:
+def ask(
+    pairs: list[tuple[str, dict[str, Any]]], seed: int | None = 1234, max_length: int = 512, **more: Any
+) -> GenerationRequests:
     encoder = Encoder(tiny_models.make_tokenizer(), max_length)
-    return Asked(encoder, pairs, ["task"] * len(pairs), seed, **more)
+    return GenerationRequests(encoder, pairs, ["task"] * len(pairs), seed, **more)
 
 
 def test_prompts_lose_their_left_end() -> None:

@@ -12,13 +12,13 @@ import pytest
 from ddp_eval.api import evaluate
 from ddp_eval.cli import ls, validate
 from ddp_eval.errors import UserError
-from ddp_eval.tasks import harness
+from ddp_eval.tasks import harness, select
 
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+    task_manager = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ from ddp_eval.lm import DDPEvalLM, launch
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+    task_manager = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 @pytest.fixture

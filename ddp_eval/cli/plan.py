@@ -114,9 +114,9 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
     from ddp_eval.engines.hf import checkpoint, limits
     from ddp_eval.engines.hf import engine as hf
     from ddp_eval.packs.batches import plan_batches
-    from ddp_eval.packs.requests import Requests
     from ddp_eval.run.self_check import cut_packs, cut_rows
     from ddp_eval.tasks import harness
+    from ddp_eval.tasks.request_types import Answers, Asked
     from ddp_eval.tasks.tokenization import Encoder
     from ddp_eval.telemetry.meter import Phases
 
@@ -128,15 +128,15 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
 
     engine = Unloaded(whole, GPU)
 
-    def stop(requests: Requests, prompts: Any) -> Any:
-        limits.check_requests(requests, prompts, engine, config.model_args)
-        raise Counted(requests, prompts)
+    def stop(asked: Asked) -> Answers:
+        limits.check_requests(asked.requests, asked.prompts, engine, config.model_args)
+        raise Counted(asked.requests, asked.prompts)
 
     tokenizer = checkpoint.load_tokenizer(config.loader_args)
     max_length = harness.max_length_of(config.model_args, model_config, tokenizer)
     encoder = Encoder(tokenizer, max_length, config.model_args.get("add_bos_token"), config.model_args.get("prefix_token_id"))
     try:
-        harness.evaluate_tasks(config, encoder, model_config, stop, lambda scores, texts: None, Phases(), [demo.TASKS_PATH])
+        harness.evaluate_tasks(config, encoder, model_config, stop, Phases(), [demo.TASKS_PATH])
     except Counted as counted:
         requests, prompts = counted.args
 

@@ -151,7 +151,7 @@ def _load_and_lead(
 
     # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
     with world.meter.phases("start"):
-        from ddp_eval.tasks import collector  # noqa: F401
+        from ddp_eval.tasks import harness  # noqa: F401
 
     loader = threading.Thread(target=load, daemon=True)
     loader.start()
@@ -191,7 +191,8 @@ def _lead(
     go_on: called often while the prompts are built; may raise what another thread failed of.
     inspect: given {"model": digests, "packages": versions, and `harness.describe_prompts`} before anything is scored.
     """
-    from ddp_eval.tasks import collector, harness
+    from ddp_eval.tasks import harness
+    from ddp_eval.tasks.request_types import Answers, Asked
 
     world, phases = followers.world, followers.world.meter.phases
     model_args = config.model_args
@@ -218,7 +219,7 @@ def _lead(
             watchdog.step("reading the model's files")
             inspect({"model": get_digests(), "packages": machine.describe_packages(), **prompts})
 
-    def score(requests: Requests, prompts: Prompts) -> collector.Answers:
+    def score(requests: Requests, prompts: Prompts) -> Answers:
         if len(prompts):
             check_texts(config, followers.layout, prompts.tasks[0])
         watchdog.step("loading the model", detail=_source(config))
@@ -296,7 +297,7 @@ def _lead(
         facts["repeated_packs_differ_nats"] = differing
         facts["packs_halved"] = {str(index): pieces for index, pieces in gathered.halved.tolist()}
         answers = [texts[item] for item in generation.item_of_prompt.tolist()]
-        return sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits
+        return Answers(sums[decision.item_of_request], greedy[decision.item_of_request], answers, generation.limits)
 
     def keep(scores: tables.Scores, texts: tables.Texts) -> None:
         facts["not_finite"] = tables.find_not_finite(scores, texts)
@@ -306,7 +307,13 @@ def _lead(
             if len(texts):
                 tables.write_texts(config.output_path, texts)
 
-    outcome = harness.evaluate_tasks(config, encoder, model_config, score, keep, phases, [demo.TASKS_PATH], look, go_on)
+    def answer(asked: Asked) -> Answers:
+        look(asked.fingerprints)
+        answers = score(asked.requests, asked.prompts)
+        keep(*asked.tables(answers))
+        return answers
+
+    outcome = harness.evaluate_tasks(config, encoder, model_config, answer, phases, [demo.TASKS_PATH], go_on)
     samples = outcome.results.pop("samples")
     outcome.results["config"].update(model_info(config, model_config, facts["engine"]))
     outcome.results["config"]["device"] = config.device or str(world.device)

@@ -23,7 +23,7 @@ from ddp_eval.tasks.tokenization import Encoder
 MAX_GEN_TOKS = 256  # lm_eval's default
 
 
-class Asked:
+class GenerationRequests:
     """Requests for text, as (context, generation settings) pairs, and what becomes of their answers.
 
     tasks: of each request, for messages. seed: --seed's third value, torch's; None draws one.

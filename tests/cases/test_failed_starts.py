@@ -28,7 +28,7 @@ from ddp_eval.output import directory as run_directory
 from ddp_eval.output import journal, status, tables, write
 from ddp_eval.output.directory import RunDirectory, open_directory
 from ddp_eval.run import runner
-from ddp_eval.tasks import harness
+from ddp_eval.tasks import select
 
 KEY, OTHER_KEY = journal.work_key({"plan": "a"}), journal.work_key({"plan": "b"})
 ITEM_STARTS = np.array([0, 1])
@@ -143,8 +143,8 @@ def tasks(tmp_path: Path) -> Path:
 
 def test_every_mistake_then_the_right_command(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a mistake of any kind after which the same directory is refused."""
-    load = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
+    load = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
     output = tmp_path / "run"
     world = join_group("cpu")
 

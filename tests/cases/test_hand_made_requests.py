@@ -356,10 +356,10 @@ def test_options_as_text(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """Catches an AttributeError over gen_kwargs="…", which simple_evaluate takes, None where it takes that, and other numbers."""
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
-    made = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: made(**{**options, "include_defaults": False}))
+    made = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: made(**{**options, "include_defaults": False}))
     model = tiny_model("llama")
     path = str(Path(__file__).resolve().parents[1] / "generation_tasks")
 

@@ -15,7 +15,7 @@ import pytest
 from ddp_eval.api import config_from_options, evaluate
 from ddp_eval.cli import validate
 from ddp_eval.errors import UserError
-from ddp_eval.tasks import harness
+from ddp_eval.tasks import harness, select
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 
@@ -53,8 +53,8 @@ FILES = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    load = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
+    load = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     return tmp_path
@@ -70,7 +70,7 @@ def refusal(folder: Path, tiny_tokenizer: Any) -> Callable[..., str]:
     def refuse(*tasks: Any, **options: Any) -> str:
         with pytest.raises(UserError) as caught:
             config = config_from_options(list(tasks), include_path=str(folder), **options)
-            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, never, never, Phases())
+            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, never, Phases())
         return str(caught.value)
 
     return refuse

@@ -18,7 +18,7 @@ from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 from ddp_eval.lm import DDPEvalLM
 from ddp_eval.placement import choose
-from ddp_eval.tasks import harness
+from ddp_eval.tasks import harness, select
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 
@@ -53,8 +53,8 @@ REFUSED = ["image", "sound", "grouped", "telepathic", "lost", "gone", "wrong", "
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    load = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
+    load = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: load(**{**options, "include_defaults": False}))
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     return tmp_path
@@ -73,7 +73,7 @@ def run(folder: Path, tiny_tokenizer: Any) -> Callable[..., str]:
     def try_it(task: str, **options: Any) -> str:
         try:
             config = config_from_options([task], include_path=str(folder), **options)
-            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, score, score, Phases())
+            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, score, Phases())
         except UserError as error:
             return str(error)
         except Scoring:

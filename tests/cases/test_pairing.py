@@ -49,10 +49,10 @@ metric_list: [{{metric: exact_match}}]
 
 @pytest.fixture(autouse=True)
 def without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+    task_manager = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 @pytest.fixture

@@ -314,7 +314,7 @@ def run_here(monkeypatch, capfd, place):
     """Run a command line in this process, in the directory of the task files, with `os._exit` as an exception."""
     import transformers
 
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
     def run(arguments):
         def leave(code):
@@ -329,7 +329,7 @@ def run_here(monkeypatch, capfd, place):
         monkeypatch.setattr(sys, "argv", ["ddp_eval", *arguments])
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back what the command changes for the life of its process
         monkeypatch.setenv("TQDM_DISABLE", "1")
-        monkeypatch.setattr(harness, "TaskManager", _without_index(harness.TaskManager))
+        monkeypatch.setattr(select, "TaskManager", _without_index(select.TaskManager))
         monkeypatch.chdir(place / "tasks")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         capfd.readouterr()

@@ -1,6 +1,6 @@
 """`torchrun … -m ddp_eval`: from the command line to an exit code.
 
-0: done. 2: something the user can mend, said in one sentence. 3: two runs are not alike as --expect demands.
+0: done. 2: an error that the user can fix, in one sentence. 3: two runs differ more than --expect allows.
 1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes.
 130: the same by Ctrl-C. torchrun makes 1 of all but 0.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ddp_eval.run.preflight import Passed
 
 _DEATH_S = 1.0
-LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
+MIN_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _quiet_down() -> None:
-    """One rank speaks, and other libraries only of errors; bars only where somebody watches. Before those libraries load."""
+    """Only rank 0 prints; other libraries log errors alone, and show bars on a terminal only. To be called before they load."""
     is_rank_zero = _is_rank_zero()
     if not is_rank_zero:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
@@ -92,7 +92,7 @@ def _is_rank_zero() -> bool:
 
 
 def _check_launch() -> None:
-    """Nonsense in the launcher's variables, before anything else reads them. No rank can tell whether others say so too."""
+    """Refuse wrong values of the launcher's variables, before anything else reads them. Each rank reports its own."""
     try:
         launch_environment.read()
     except UserError as error:
@@ -127,7 +127,7 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
         trackers.check_installed(config)
         watchdog.step(watchdog.WAITING)
         checks = preflight.check_if_due(config)
-        world = world_module.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
+        world = world_module.join_group(config.device, max(config.timeout, MIN_JOIN_S))
         store, local_ranks = common_store(world), world_module.local_ranks(world)
         watching.join_ranks(
             world.rank, store, world.pids, local_ranks, config.timeout, functools.partial(report_once, shared=True)

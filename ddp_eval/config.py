@@ -1,4 +1,4 @@
-"""What one evaluation was asked to do.
+"""The settings of one evaluation.
 
 A `Config` is plain data: it is built by `cli/flags.py` (or by a caller of the Python API), checked here, and goes into the
 manifest as it is. It knows nothing of ranks, models or tasks. Flags that lm_eval has too keep lm_eval's names and meanings.

@@ -250,7 +250,7 @@ def _refuse_flags(names: Iterable[str]) -> None:
 
 
 def _settle_what_to_evaluate(values: dict[str, Any], notes: list[str]) -> None:
-    """What is not given is the embedded default, and said to be: nobody should take the demo's scores for their model's."""
+    """Fill in the demo where no model or tasks are given, with a note: its scores must not be taken for another model's."""
     model_args = values["model_args"]
     refuse_misspelt(model_args)
     if "pretrained" not in model_args:
@@ -265,7 +265,7 @@ def _settle_what_to_evaluate(values: dict[str, Any], notes: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Flag:
-    """One flag: how it is spelled, how its raw value becomes a Config value, and what --help says of it.
+    """One flag: how it is spelled, how its raw value becomes a Config value, and its help text.
 
     convert:  (flag as the user knows it, raw value) -> value; raises UserError. Raw values come from argv and from YAML.
     nargs:    argparse's; "?" stands for True when the flag comes bare. A flag without a metavar is a switch.
@@ -361,7 +361,10 @@ _FLAGS = {
         "LAYOUT",
     ),
     "max_pack_tokens": _Flag(
-        "execution", to_count, "most tokens in one pack; a longer request gets one alone (default: chosen by the planner)", "N"
+        "execution",
+        to_count,
+        "maximum tokens of a pack; a longer request is a pack by itself (default: chosen by the planner)",
+        "N",
     ),
     "numerics": _Flag(
         "execution",
@@ -376,8 +379,8 @@ _FLAGS = {
         "each rank reads the weights from disk, or rank 0 reads and sends them (default: disk)",
         "{disk,broadcast}",
     ),
-    "preflight": _Flag("execution", to_switch, "only check the nodes, and say which is bad (several nodes: always checked)"),
-    "timeout": _Flag("execution", to_number, "most seconds that a rank may take for a pack or another step (default: 1800)", "S"),
+    "preflight": _Flag("execution", to_switch, "only check the nodes, and report which is bad (several nodes: always checked)"),
+    "timeout": _Flag("execution", to_number, "maximum seconds of a rank for a pack or another step (default: 1800)", "S"),
     "no_packing": _Flag("execution", to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }
 

@@ -1,9 +1,9 @@
 """`python -m ddp_eval reproduce RUN_DIR`: from a run's manifest alone, the same evaluation again, on the ranks at hand.
 
-Before anything is scored the leader holds what it finds against the manifest: the model's and the tokenizer's files, packages,
+Before anything is scored the leader compares what it finds with the manifest: the model's and the tokenizer's files, packages,
 task versions, and the prompts and documents of each task. What differs is refused by name unless --allow names it.
 
-A manifest may come from anybody, and so may the code that it would have run: no code runs on its word alone.
+A manifest may come from anybody, and so may the code that it names: none runs unless the command line allows it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Reproduction:
     expectation: float | None
 
     def inspect(self, found: Mapping[str, Any]) -> None:
-        """Hold what the leader found before scoring against the manifest. Raises UserError with the whole list."""
+        """Compare what the leader found before scoring with the manifest. Raises UserError that lists all that differs."""
         changes = list_changes(self.manifest, found)
         refused = [text for kind, text in changes if kind not in self.allow]
         if refused:
@@ -223,8 +223,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_path", "-o", metavar="DIR", help="where the new run goes (default: RUN_DIR.again)")
     parser.add_argument("--overwrite", action="store_true", help="replace the complete run that is already there")
     parser.add_argument("--allow", nargs="+", choices=KINDS, help="run although these differ from the manifest")
-    parser.add_argument("--device", help="cuda or cpu (default: as the run was told)")
-    parser.add_argument("--layout", help="how the model lies over the ranks (default: as the run was told)")
+    parser.add_argument("--device", help="cuda or cpu (default: as in the run)")
+    parser.add_argument("--layout", help="how the model lies over the ranks (default: as in the run)")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code of the model or data set, as the run did"
     )

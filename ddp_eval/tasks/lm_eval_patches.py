@@ -96,7 +96,7 @@ def _patches(templates: TemplateCache, phases: Phases) -> list[Patch]:
     of_rank_zero = types.SimpleNamespace(**vars(os) | {"environ": {**os.environ, "LOCAL_RANK": "0"}})
     our_ast = types.SimpleNamespace(**vars(ast) | {"literal_eval": parse_literal})
     return [
-        Patch(lm_eval.utils, "apply_template", templates.render, "compiles a template anew for every document and every example"),
+        Patch(lm_eval.utils, "apply_template", templates.render, "compiles a template again for every document and example"),
         Patch(lm_eval.api.task, "ast", our_ast, "parses the same choices of an example again for every document"),
         Patch(
             lm_eval.loggers.evaluation_tracker, "random_name_id", lambda: "model",

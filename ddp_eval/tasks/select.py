@@ -111,7 +111,7 @@ def resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
 
 
 def check_before_loading(specs: Sequence[Any], index: Any, allows_unsafe: bool) -> list[Leaf]:
-    """Refuse what could not run before documents are fetched, which may take hours. Returns the tasks, as far as files tell."""
+    """Refuse what cannot run before documents are fetched, which may take hours. Returns the tasks that files name."""
     contents = [_read_task_file(spec) if isinstance(spec, str) and spec not in index else spec for spec in specs]
     # A program may also give tasks that it has made.
     named = (one for one in contents if isinstance(one, (str, Mapping)))
@@ -150,7 +150,7 @@ def find_close(task: str, known: Iterable[str]) -> str | None:
 
 
 def check_loaded(tasks: Mapping[str, Any], config: Config) -> None:
-    """What only the loaded tasks tell, before their requests are built. Raises UserError for what cannot run."""
+    """Refuse what only shows once tasks are loaded, before their requests are built. Raises UserError."""
     for name, task in tasks.items():
         _check_task(name, task, config.confirm_run_unsafe_code)
         if config.model_args.get("enable_thinking") and not makes_text(task.OUTPUT_TYPE):
@@ -173,7 +173,7 @@ def _check_task(name: str, task: Any, allows_unsafe: bool) -> None:
 
 
 def _check_class(name: str, kind: type) -> None:
-    """The same of a task that is written in Python and not made, as far as its class tells: a config decides in the others."""
+    """As `_check_task`, for the class of a task that is written in Python. A ConfigurableTask's config decides, not its class."""
     if getattr(kind, "MULTIMODAL", False):
         refuse_multimodal(name)
     if not issubclass(kind, ConfigurableTask):

@@ -1,4 +1,4 @@
-"""What is refused of tasks by what their files say, before documents are fetched: one sentence for a run and for `validate`."""
+"""Which tasks are refused by their files alone, before documents are fetched: one sentence for a run and for `validate`."""
 
 from __future__ import annotations
 

@@ -75,5 +75,5 @@ def name_some(tasks: Sequence[Any]) -> str:
 def describe_error(error: BaseException) -> str:
     """An error of lm_eval or of a task's own code in one line."""
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        error = error.__cause__  # the other says no more than that there was an error
+        error = error.__cause__  # the outer one has no details
     return f"{type(error).__name__}: {one_line(error) or 'no message'}{hub.advice(error)}"

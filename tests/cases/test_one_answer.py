@@ -142,7 +142,7 @@ def test_plan_recommends_what_a_run_takes(
     assert "impossible" not in found["replicas"] + found["tensor:2"]
     found = layouts("plain", "--load", "broadcast")
     assert "impossible" in found["layers:2"] and "impossible" in found["tensor:2"] and "impossible" not in found["replicas"]
-    with pytest.raises(UserError, match=r"^plan reckons with --model hf: vllm lays a model out itself"):
+    with pytest.raises(UserError, match=r"^plan is for --model hf: vllm lays a model out itself"):
         plan.main([*base, "plain", "--model", "vllm"])
 
 

@@ -1,7 +1,7 @@
 """The templates of task files: each compiled once, and rendered once where the result must be the same.
 
-`lm_eval.utils.apply_template` (0.4.13) compiles its template again for every document and few-shot example: 98,000 times for MMLU, of
-a handful of distinct ones. It renders the same examples again for every document, too. `TemplateCache.render` stands in
+`lm_eval.utils.apply_template` (0.4.13) compiles its template again for every document and few-shot example: 98,000 times for
+MMLU, of a handful of distinct ones. It renders the same examples again for every document, too. `TemplateCache.render` stands in
 for it while lm_eval builds requests. What it returns is the same to the byte: nothing is kept of a template that can draw at
 random or change a document.
 """

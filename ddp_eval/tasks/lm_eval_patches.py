@@ -10,7 +10,6 @@ import ast
 import contextlib
 import os
 import types
-import unittest.mock
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,22 +31,10 @@ from ddp_eval.system import environment
 from ddp_eval.system.machine import describe_commit
 from ddp_eval.system.quiet import less_chatter, prompt_bar
 from ddp_eval.tasks.bootstrap import bootstrap_stderr
+from ddp_eval.tasks.patch import Patch, apply
 from ddp_eval.tasks.task_sources import TaskSources, reading_anew
 from ddp_eval.tasks.templates import TemplateCache, forget_literals, parse_literal
 from ddp_eval.telemetry.meter import Phases
-
-
-class Patch(NamedTuple):
-    """`owner.name` becomes `new`. why: what lm_eval does there. read_in: the version of lm_eval that was read for it."""
-
-    owner: Any
-    name: str
-    new: Any
-    why: str
-    read_in: str = "0.4.13"
-
-    def applied(self) -> contextlib.AbstractContextManager[Any]:
-        return unittest.mock.patch.object(self.owner, self.name, self.new)
 
 
 class Hooks(NamedTuple):
@@ -72,18 +59,14 @@ def patched_lm_eval(
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(reading_anew())
 
-        def replace(patches: Iterable[Patch]) -> None:
-            for patch in patches:
-                stack.enter_context(patch.applied())
-
         def prepare(tasks: Mapping[str, Any]) -> None:
             hooks.on_loaded(tasks)
             for name, task in tasks.items():
-                replace(_patches_of_task(name, task, chosen.get(name, ())))
+                apply(_patches_of_task(name, task, chosen.get(name, ())), stack)
             keep_examples(templates, tasks.values())
 
-        replace(_patches(templates, phases))
-        replace(_patches_of_progress(manager, hooks.go_on, prepare))
+        apply(_patches(templates, phases), stack)
+        apply(_patches_of_progress(manager, hooks.go_on, prepare), stack)
         stack.enter_context(less_chatter())
         stack.callback(forget_literals)
         stack.callback(templates.forget_documents)

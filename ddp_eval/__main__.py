@@ -1,6 +1,6 @@
 """`torchrun … -m ddp_eval`: from the command line to an exit code.
 
-0: done. 2: something the user can mend, said in one sentence. 3: two runs are not alike as --expect demands.
+0: done. 2: an error that the user can fix, in one sentence. 3: two runs differ more than --expect allows.
 1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes.
 130: the same by Ctrl-C. torchrun makes 1 of all but 0.
 """
@@ -17,10 +17,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ddp_eval.cli import flags
+from ddp_eval.cli import COMMANDS, split_command
+from ddp_eval.cli.subcommand import Evaluation
 from ddp_eval.config import Config
 from ddp_eval.distributed import launch_environment, watchdog
 from ddp_eval.errors import UserError, printable
@@ -32,17 +32,7 @@ if TYPE_CHECKING:
     from ddp_eval.run.preflight import Passed
 
 _DEATH_S = 1.0
-LEAST_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
-# Subcommands that run on one process: the first word -> the module whose main(argv) returns an exit code.
-_TOOLS = {
-    "compare": "ddp_eval.cli.compare",
-    "ls": "ddp_eval.cli.ls",
-    "validate": "ddp_eval.cli.validate",
-    "plan": "ddp_eval.cli.plan",
-    "report": "ddp_eval.cli.report",
-}
-
-Inspect = Callable[[dict[str, Any]], None]
+MIN_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
 
 
 def main() -> None:
@@ -52,32 +42,33 @@ def main() -> None:
     watching = watchdog.Watch()
     watching.start()
     _quiet_down()
-    if not _is_speaker():
+    if not _is_rank_zero():
         _check_launch()
-    command, rest = (sys.argv[1], sys.argv[2:]) if sys.argv[1:] else ("run", [])
     try:
-        if command in _TOOLS:
-            watchdog.step(f"at work on {command}")
-            sys.exit(importlib.import_module(_TOOLS[command]).main(rest) if _is_speaker() else 0)
-        if command == "reproduce":
-            sys.exit(_reproduce(rest, watching))
+        name, argv = split_command(sys.argv[1:])
+        command = COMMANDS[name]
+        if not command.runs_on_all_ranks:
+            watchdog.step(f"at work on {name}")
+            sys.exit(importlib.import_module(command.module).main(argv) if _is_rank_zero() else 0)
         watching.timeout_s = Config.timeout
-        config, notes = flags.parse(sys.argv[1:])
+        evaluation: Evaluation = importlib.import_module(command.module).parse(argv)
         _check_launch()
-        _run(config, notes, watching)
+        _run(evaluation, watching)
+        if evaluation.conclude is not None:
+            sys.exit(evaluation.conclude() if _is_rank_zero() else 0)
     except UserError as error:
         _report_and_leave(error)
 
 
 def _quiet_down() -> None:
-    """One rank speaks, and other libraries only of errors; bars only where somebody watches. Before those libraries load."""
-    speaker = _is_speaker()
-    if not speaker:
+    """Only rank 0 prints; other libraries log errors alone, and show bars on a terminal only. To be called before they load."""
+    is_rank_zero = _is_rank_zero()
+    if not is_rank_zero:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
-    if not (speaker and sys.stderr.isatty()):
+    if not (is_rank_zero and sys.stderr.isatty()):
         os.environ.setdefault("TQDM_DISABLE", "1")
-    if not speaker:
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the speaker tells of retries
+    if not is_rank_zero:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # rank 0 reports retries
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableLines("%(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -96,12 +87,12 @@ class _PrintableLines(logging.Formatter):
         return printable(super().format(record), keep="\n\t")
 
 
-def _is_speaker() -> bool:
+def _is_rank_zero() -> bool:
     return launch_environment.is_first()
 
 
 def _check_launch() -> None:
-    """Nonsense in the launcher's variables, before anything else reads them. No rank can tell whether others say so too."""
+    """Refuse wrong values of the launcher's variables, before anything else reads them. Each rank reports its own."""
     try:
         launch_environment.read()
     except UserError as error:
@@ -109,23 +100,14 @@ def _check_launch() -> None:
         watchdog.leave(2, status.FAILED, str(error))
 
 
-def _reproduce(argv: list[str], watching: watchdog.Watch) -> int:
-    from ddp_eval.cli import reproduce
-
-    order = reproduce.parse(argv)
-    _check_launch()
-    _run(order.config, [], watching, order.inspect)
-    return reproduce.conclude(order) if _is_speaker() else 0
-
-
-def _run(config: Config, notes: list[str], watching: watchdog.Watch, inspect: Inspect | None = None) -> None:
-    watching.timeout_s = config.timeout
+def _run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
+    watching.timeout_s = evaluation.config.timeout
     watchdog.step("importing torch")
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:
         # @record hands an unexpected error to torchrun, which prints the one that came first.
-        record(_join_and_run)(config, notes, watching, inspect)
+        record(_join_and_run)(evaluation, watching)
     except Exception:
         # Threads may be inside of torch still: the interpreter's own end would abort the process over them.
         sys.excepthook(*sys.exc_info())
@@ -134,17 +116,18 @@ def _run(config: Config, notes: list[str], watching: watchdog.Watch, inspect: In
         os._exit(1)
 
 
-def _join_and_run(config: Config, notes: list[str], watching: watchdog.Watch, inspect: Inspect | None) -> None:
+def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
     from ddp_eval.distributed import collectives, launch_environment
     from ddp_eval.distributed import world as world_module
     from ddp_eval.distributed.store import common_store, report_once
     from ddp_eval.run import preflight
 
+    config = evaluation.config
     try:
         trackers.check_installed(config)
         watchdog.step(watchdog.WAITING)
         checks = preflight.check_if_due(config)
-        world = world_module.join_group(config.device, max(config.timeout, LEAST_JOIN_S))
+        world = world_module.join_group(config.device, max(config.timeout, MIN_JOIN_S))
         store, local_ranks = common_store(world), world_module.local_ranks(world)
         watching.join_ranks(
             world.rank, store, world.pids, local_ranks, config.timeout, functools.partial(report_once, shared=True)
@@ -162,9 +145,9 @@ def _join_and_run(config: Config, notes: list[str], watching: watchdog.Watch, in
             from ddp_eval.run.runner import run  # it fails on a node with wrong packages: named by now
         watchdog.step("starting the run")
         if world.is_leader:
-            for note in notes:
+            for note in evaluation.notes:
                 logging.getLogger("ddp_eval").warning(note)
-        results = run(config, world, inspect)
+        results = run(config, world, evaluation.inspect)
     except UserError as error:  # not for @record: it would add a traceback
         _report_and_leave(error)
     except collectives.LostContact as error:

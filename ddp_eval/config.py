@@ -1,6 +1,6 @@
-"""What one evaluation was asked to do.
+"""The settings of one evaluation.
 
-A `Config` is plain data: it is built by `cli.py` from flags (or by a caller of the Python API), checked here, and goes into the
+A `Config` is plain data: it is built by `cli/flags.py` (or by a caller of the Python API), checked here, and goes into the
 manifest as it is. It knows nothing of ranks, models or tasks. Flags that lm_eval has too keep lm_eval's names and meanings.
 """
 
@@ -30,6 +30,9 @@ PROMPT_ARGS = (
     "think_end_token",
 )  # fmt: skip
 
+# Settings by name that are passed on to other libraries, and written down.
+_WRITTEN_ARGS = ("model_args", "metadata", "gen_kwargs")
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineName:
@@ -53,7 +56,6 @@ ENGINES = {
 
 # fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
 NUMERICS = ("fast", "fp32", "alone")
-
 
 # Names of secrets, but for tokens of a vocabulary: eos_token, prefix_token_id, ...
 _SECRET = re.compile(r"(^|_)token(_|$)|secret|passw|credential|api_?key")
@@ -125,63 +127,42 @@ class Config:
         return {name: value for name, value in settings.items() if name not in (*TRACKER_FLAGS, "batch_size")}
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if isinstance(value := getattr(self, field.name), str) and field.default_factory is dict:  # as lm_eval takes them
-                object.__setattr__(self, field.name, read_args(f"--{field.name}", value))
-        if isinstance(self.seed, int):
-            object.__setattr__(self, "seed", (self.seed,) * len(DEFAULT_SEED))
-        if self.fewshot_as_multiturn is None and self.apply_chat_template:
-            object.__setattr__(self, "fewshot_as_multiturn", True)
-        _check_engine(self.model, self.numerics)
-        _check_mappings(self)
-        check_not_loaded(self.model_args)
-        for flag in ("model_args", "metadata", "gen_kwargs"):
-            for name in _secrets_in(getattr(self, flag)):
-                raise UserError(
-                    f"--{flag} {name} looks like a secret, and the flags of a run are written down: "
-                    "log in with hf auth login or set HF_TOKEN, so that it is written nowhere"
-                )
-        _check_numerics(self.numerics, self.model_args.get("dtype", "auto"), self.max_pack_tokens)
-        _check_at_least("--num_fewshot", self.num_fewshot, 0)
-        if self.load not in ("disk", "broadcast"):
-            raise UserError(f"--load must be disk or broadcast, got {self.load}")
-        _check_at_least("--max_pack_tokens", self.max_pack_tokens, 1)
-        _check_at_least("--bootstrap_iters", self.bootstrap_iters, 0)
-        _check_whole("max_length", self.model_args.get("max_length"), 1)
-        _check_whole("max_gen_toks", self.model_args.get("max_gen_toks"), 1)
-        _check_whole("prefix_token_id", self.model_args.get("prefix_token_id"), 0)
-        check_thinking(self.model_args)
-        _check_trackers(self)
-        if self.cache_requests not in (None, *CACHE_REQUESTS):
-            raise UserError(
-                f"--cache_requests must be {', '.join(CACHE_REQUESTS[:-1])} or {CACHE_REQUESTS[-1]}, got {self.cache_requests}"
-            )
-        _check_seed(self.seed)
-        layout.check_words(self.layout)
-        if not (math.isfinite(self.timeout) and self.timeout >= 1):
-            raise UserError(f"--timeout must be 1 or more seconds, got {self.timeout:g}")
-        if self.fresh and not self.output_path:
-            raise UserError("--fresh needs --output_path DIR, where the work to be forgotten is")
-        if self.limit is not None and not (math.isfinite(self.limit) and self.limit > 0):
-            raise UserError(f"--limit must be more than 0 (documents per task, or a fraction below 1), got {self.limit:g}")
-        if self.limit is not None and self.limit >= 1 and self.limit != int(self.limit):
-            raise UserError(f"--limit must be a whole number or a fraction below 1, got {self.limit:g}")
-        if self.samples is not None:
-            _check_samples(self.samples)
-            if self.limit is not None:
-                raise UserError("--samples and --limit exclude each other: give one of them")
-        if self.fewshot_as_multiturn and not self.apply_chat_template:
-            raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
+        _convert(self)
+        for check in _CHECKS:
+            check(self)
 
 
-def _secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
-    """Names in `values`, and in mappings within, that have a value and by their name hold a secret."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _secrets_in(value)
-        plain = str(name).lower().replace("-", "_")
-        if value is not None and not isinstance(value, bool) and _SECRET.search(plain) and not _NO_SECRET.fullmatch(plain):
-            yield str(name)
+def _convert(config: Config) -> None:
+    """Fill in what other fields decide, and read what a caller of the API may give as text or as one number."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and field.default_factory is dict:  # as lm_eval takes them
+            object.__setattr__(config, field.name, read_args(f"--{field.name}", value))
+    if isinstance(config.seed, int):
+        object.__setattr__(config, "seed", (config.seed,) * len(DEFAULT_SEED))
+    if config.fewshot_as_multiturn is None and config.apply_chat_template:
+        object.__setattr__(config, "fewshot_as_multiturn", True)
+
+
+def _check_model(config: Config) -> None:
+    if config.model not in ENGINES:
+        *others, last = ENGINES
+        raise UserError(f"--model must be {', '.join(others)} or {last}, got {config.model}")
+    if ENGINES[config.model].batches_itself and config.numerics == "alone":
+        raise UserError(
+            f"--numerics alone is not for --model {config.model}, which batches requests as they come: give --model hf"
+        )
+
+
+def _check_mappings(config: Config) -> None:
+    for flag in _WRITTEN_ARGS:
+        value = getattr(config, flag)
+        if not isinstance(value, Mapping):
+            raise UserError(f"--{flag} must be a mapping, or key=value pairs, got {one_line(repr(value), 80)}")
+
+
+def _check_names(config: Config) -> None:
+    check_not_loaded(config.model_args)
 
 
 def check_not_loaded(model_args: Mapping[str, Any]) -> None:
@@ -195,44 +176,55 @@ def check_not_loaded(model_args: Mapping[str, Any]) -> None:
             )
 
 
-def _check_mappings(config: Config) -> None:
-    for flag in ("model_args", "metadata", "gen_kwargs"):
-        value = getattr(config, flag)
-        if not isinstance(value, Mapping):
-            raise UserError(f"--{flag} must be a mapping, or key=value pairs, got {one_line(repr(value), 80)}")
+def _check_secrets(config: Config) -> None:
+    for flag in _WRITTEN_ARGS:
+        for name in _secrets_in(getattr(config, flag)):
+            raise UserError(
+                f"--{flag} {name} looks like a secret, and the flags of a run are written down: "
+                "log in with hf auth login or set HF_TOKEN, so that it is written nowhere"
+            )
 
 
-def _check_engine(name: str, numerics: str) -> None:
-    if name not in ENGINES:
-        *others, last = ENGINES
-        raise UserError(f"--model must be {', '.join(others)} or {last}, got {name}")
-    if ENGINES[name].batches_itself and numerics == "alone":
-        raise UserError(f"--numerics alone is not for --model {name}, which batches requests as they come: give --model hf")
+def _secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
+    """Names in `values`, and in mappings within, that have a value and by their name hold a secret."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _secrets_in(value)
+        plain = str(name).lower().replace("-", "_")
+        if value is not None and not isinstance(value, bool) and _SECRET.search(plain) and not _NO_SECRET.fullmatch(plain):
+            yield str(name)
 
 
-def _check_numerics(level: str, dtype: Any, max_pack_tokens: int | None) -> None:
+def _check_numerics(config: Config) -> None:
+    level, dtype = config.numerics, config.model_args.get("dtype", "auto")
     if level not in NUMERICS:
         raise UserError(f"--numerics must be {', '.join(NUMERICS[:-1])} or {NUMERICS[-1]}, got {level}")
     if level == "fp32" and str(dtype).removeprefix("torch.") not in ("auto", "float32"):
         raise UserError(f"--numerics fp32 and dtype={dtype} exclude each other: give one of them")
-    if level == "alone" and max_pack_tokens is not None:
+    if level == "alone" and config.max_pack_tokens is not None:
         raise UserError("--numerics alone and --max_pack_tokens exclude each other: every input has a forward of its own")
 
 
-def _check_at_least(flag: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UserError(f"{flag} must be {least} or more, got {value}")
+def _check_load(config: Config) -> None:
+    if config.load not in ("disk", "broadcast"):
+        raise UserError(f"--load must be disk or broadcast, got {config.load}")
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise UserError(f"{name} in --model_args must be a whole number of {least} or more, got {value}")
+def _check_counts(config: Config) -> None:
+    for flag, minimum in {"num_fewshot": 0, "max_pack_tokens": 1, "bootstrap_iters": 0}.items():
+        value = getattr(config, flag)
+        if value is not None and value < minimum:
+            raise UserError(f"--{flag} must be {minimum} or more, got {value}")
+    for name, minimum in {"max_length": 1, "max_gen_toks": 1, "prefix_token_id": 0}.items():
+        value = config.model_args.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+            raise UserError(f"{name} in --model_args must be a whole number of {minimum} or more, got {value}")
 
 
-def check_thinking(model_args: dict[str, Any]) -> None:
+def _check_thinking(config: Config) -> None:
     """lm_eval's rules: a model that is to think must have its thoughts cut off, or no answer would be found."""
-    end = read_think_end(model_args)
-    wanted, more = model_args.get("enable_thinking"), model_args.get("chat_template_args")
+    end = read_think_end(config.model_args)
+    wanted, more = config.model_args.get("enable_thinking"), config.model_args.get("chat_template_args")
     if not isinstance(wanted, (bool, type(None))):
         raise UserError(f"model_args enable_thinking must be true or false, got {wanted}")
     if wanted and end is None:
@@ -250,18 +242,51 @@ def _check_trackers(config: Config) -> None:
         raise UserError("--hf_hub_log_args must not hold an output_path: give --output_path")
 
 
-def _check_seed(seed: tuple[int | None, ...]) -> None:
+def _check_cache_requests(config: Config) -> None:
+    if config.cache_requests not in (None, *CACHE_REQUESTS):
+        raise UserError(
+            f"--cache_requests must be {', '.join(CACHE_REQUESTS[:-1])} or {CACHE_REQUESTS[-1]}, got {config.cache_requests}"
+        )
+
+
+def _check_seed(config: Config) -> None:
     """numpy and torch take no seed outside of these bounds; random and few-shot sampling take any."""
+    seed = config.seed
     if len(seed) != len(DEFAULT_SEED):
         raise UserError(f"--seed must be {len(DEFAULT_SEED)} values (random, numpy, torch, few-shot), got {len(seed)}")
     bounds = {1: ("numpy", 0, 2**32 - 1), 2: ("torch", -(2**63), 2**64 - 1)}
-    for slot, (name, least, most) in bounds.items():
+    for slot, (name, minimum, maximum) in bounds.items():
         value = seed[slot]
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--seed must be {least} to {most} for {name}, got {value}")
+        if value is not None and not minimum <= value <= maximum:
+            raise UserError(f"--seed must be {minimum} to {maximum} for {name}, got {value}")
 
 
-def _check_samples(samples: Any) -> None:
+def _check_layout(config: Config) -> None:
+    layout.check_words(config.layout)
+
+
+def _check_timeout(config: Config) -> None:
+    if not (math.isfinite(config.timeout) and config.timeout >= 1):
+        raise UserError(f"--timeout must be 1 or more seconds, got {config.timeout:g}")
+
+
+def _check_fresh(config: Config) -> None:
+    if config.fresh and not config.output_path:
+        raise UserError("--fresh needs --output_path DIR, where the work to be forgotten is")
+
+
+def _check_limit(config: Config) -> None:
+    limit = config.limit
+    if limit is not None and not (math.isfinite(limit) and limit > 0):
+        raise UserError(f"--limit must be more than 0 (documents per task, or a fraction below 1), got {limit:g}")
+    if limit is not None and limit >= 1 and limit != int(limit):
+        raise UserError(f"--limit must be a whole number or a fraction below 1, got {limit:g}")
+
+
+def _check_samples(config: Config) -> None:
+    samples = config.samples
+    if samples is None:
+        return
     if not isinstance(samples, dict) or not samples:
         raise UserError('--samples must be a JSON object such as {"task": [0, 5]}, or the path of a file with one')
     for task, indices in samples.items():
@@ -269,6 +294,21 @@ def _check_samples(samples: Any) -> None:
             raise UserError(f"--samples must name at least one document for task {task}")
         if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in indices):
             raise UserError(f"--samples must list whole document numbers from 0 for task {task}, got {indices}")
+    if config.limit is not None:
+        raise UserError("--samples and --limit exclude each other: give one of them")
+
+
+def _check_multiturn(config: Config) -> None:
+    if config.fewshot_as_multiturn and not config.apply_chat_template:
+        raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
+
+
+# In the order in which they run: where several settings are wrong, the first is named.
+_CHECKS = (
+    _check_model, _check_mappings, _check_names, _check_secrets, _check_numerics, _check_load, _check_counts, _check_thinking,
+    _check_trackers, _check_cache_requests, _check_seed, _check_layout, _check_timeout, _check_fresh, _check_limit,
+    _check_samples, _check_multiturn,
+)  # fmt: skip
 
 
 ThinkEnd = str | int | None

@@ -1,6 +1,6 @@
 """The one exception that a user is meant to read, and how another library's error becomes part of its sentence.
 
-Raise `UserError` for anything that the person who typed the command can mend: a flag, a path, a task name. `__main__` turns it
+Raise `UserError` for anything that the person who typed the command can fix: a flag, a path, a task name. `__main__` turns it
 into one sentence on stderr and exit code 2, with no traceback. Every other exception is a defect of ours or of the machine,
 and keeps its traceback.
 """

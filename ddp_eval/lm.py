@@ -36,8 +36,6 @@ from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.errors import UserError
 from ddp_eval.output import tables
 from ddp_eval.output.directory import NoDirectory
-from ddp_eval.packs.batches import NO_PROMPTS, Prompts
-from ddp_eval.packs.requests import Requests
 from ddp_eval.placement.choose import choose_layout
 from ddp_eval.placement.load import lay_out, load_replica
 from ddp_eval.run.follower import follow
@@ -47,8 +45,9 @@ from ddp_eval.run.record import Record
 from ddp_eval.run.replica import LoadedReplica, Replica
 from ddp_eval.run.resume import warn_of_not_finite
 from ddp_eval.system.quiet import less_chatter, one_rank_speaks
-from ddp_eval.tasks.collector import Answers, RequestCollector, sum_by_owner
+from ddp_eval.tasks.collector import RequestCollector
 from ddp_eval.tasks.hflm_members import HFLMMembers
+from ddp_eval.tasks.request_types import Answers, Asked, sum_by_owner
 from ddp_eval.telemetry.meter import Phases
 
 log = logging.getLogger("ddp_eval")
@@ -199,7 +198,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         self._replica.log_choice()
         replica = LoadedReplica(self._replica, dict)  # whose files nobody asks for
         self._job = Job(config, self._followers, NoDirectory(), model_config, encoder, replica)
-        super().__init__(encoder, model_config, self._run, _warn_of_nan, None, config, Phases())
+        super().__init__(encoder, model_config, self._run, config, Phases())
         self._keep_members(config, model_config, laid_out.device, self._given)
 
     def close(self) -> None:
@@ -236,13 +235,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         if self._settings.model_args.get("enable_thinking"):
             raise UserError("enable_thinking=True is for tasks that generate text, and these are of the type loglikelihood")
-        return self._answer_each("loglikelihood", requests)
-
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        return [total for total, _ in self._answer_each("loglikelihood_rolling", requests)]
-
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        return [text for (text,) in self._answer_each("generate_until", requests)]
+        return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None, **kwargs: Any
@@ -253,10 +246,10 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         if not len(encoded.requests):
             return [(-np.inf, False) for _ in requests]
         with watchdog.speaking():
-            scored, flags, _, _ = self._run(encoded.requests, NO_PROMPTS)
-        sums, _ = sum_by_owner(encoded, scored, len(requests))
+            answers = self._run(Asked(encoded.requests))
+        sums, _ = sum_by_owner(encoded, answers.logprobs, len(requests))
         greedy = np.ones(len(requests), dtype=bool)
-        np.logical_and.at(greedy, encoded.owner, flags)
+        np.logical_and.at(greedy, encoded.owner, answers.greedy)
         sums[encoded.empty], greedy[encoded.empty] = -np.inf, False  # nothing to predict never wins
         return [(float(total), bool(flag)) for total, flag in zip(sums, greedy, strict=True)]
 
@@ -284,15 +277,13 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
             return []
         with watchdog.speaking():
             answers = self._score_instances(asked)
-        return [answers[id(one)] for one in asked]
+        return [answers[id(one)][0] for one in asked]
 
     def _check_open(self) -> None:
         if self._followers is None:
             raise UserError("the model is closed")
 
-    def _run(self, requests: Requests, prompts: Prompts) -> Answers:
-        return answer(self._job, requests, prompts, Record())
-
-
-def _warn_of_nan(scores: tables.Scores, texts: tables.Texts) -> None:
-    warn_of_not_finite(tables.find_not_finite(scores, texts))
+    def _run(self, asked: Asked) -> Answers:
+        answers = answer(self._job, asked.requests, asked.prompts, Record())
+        warn_of_not_finite(tables.find_not_finite(*asked.tables(answers)))
+        return answers

@@ -67,7 +67,7 @@ def split_top_level(text: str) -> list[str]:
 def read_args(flag: str, value: Any) -> dict[str, Any]:
     """A mapping, or words that each are key=value pairs or a JSON object; later ones win.
 
-    lm_eval drops the words after a JSON object and fails on key={…} in the first word; here both mean what they say.
+    lm_eval drops the words after a JSON object and fails on key={…} in the first word; here both are read.
     Raises UserError, naming the flag, for anything else.
     """
     texts = TEXT_MODEL_ARGS if flag == "--model_args" else ()

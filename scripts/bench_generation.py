@@ -152,16 +152,16 @@ def run_lm_eval(
 def run_ours(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: None, args: argparse.Namespace
 ) -> dict[str, Any]:
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks.request_types import generate_until
 
     found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
-    class Kept(harness.Asked):
+    class Kept(generate_until.GenerationRequests):
         def read(self, kind: int, answer: list[int]) -> str:  # called for one prompt after another
             found.append((tuple(self.prompts.tokens[len(found)].tolist()), tuple(answer)))
             return super().read(kind, answer)
 
-    with unittest.mock.patch.object(harness, "Asked", Kept):
+    with unittest.mock.patch.object(generate_until, "GenerationRequests", Kept):
         elapsed_s, results = evaluate_by_us(model, tokenizer, task, limit, args, CALLS)
     lengths = [len(answer) for _, answer in found]
     answers = {"texts": texts_of(results), "answers": dict(found), "num_tokens": lengths}

@@ -170,10 +170,10 @@ def evaluate_by_us(
 ) -> tuple[float, dict[str, Any]]:
     """Seconds that ddp_eval spends in its LM's methods `calls`, and the results. options: of `ddp_eval.evaluate`."""
     import ddp_eval
-    from ddp_eval.tasks import collector, harness
+    from ddp_eval.tasks import collector, select
 
     spent: list[float] = []
-    start_lm, load_index = collector.RequestCollector.__init__, harness.TaskManager
+    start_lm, load_index = collector.RequestCollector.__init__, select.TaskManager
 
     def start_timed(self: Any, *rest: Any) -> None:
         start_lm(self, *rest)
@@ -183,7 +183,7 @@ def evaluate_by_us(
     with (
         patch(collector.RequestCollector, "__init__", start_timed),
         # Reading the index of lm_eval's own 14,000 task files takes seconds in each of many runs.
-        patch(harness, "TaskManager", lambda **rest: load_index(**{**rest, "include_defaults": not args.include_path})),
+        patch(select, "TaskManager", lambda **rest: load_index(**{**rest, "include_defaults": not args.include_path})),
     ):
         results = ddp_eval.evaluate(
             model, tokenizer, [task], limit=limit, include_path=args.include_path, bootstrap_iters=0, log_samples=True, **options

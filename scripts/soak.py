@@ -115,11 +115,11 @@ def work(notes: Path) -> None:
     from ddp_eval.cli import flags as cli
     from ddp_eval.distributed.world import join_group, leave_group
     from ddp_eval.run import execute, runner
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
     lm_eval.evaluator.add_env_info = lambda results: None  # asks pip and lscpu about the machine, which takes a second
-    load_index = harness.TaskManager
-    harness.TaskManager = lambda **options: load_index(**{**options, "include_defaults": False})
+    load_index = select.TaskManager
+    select.TaskManager = lambda **options: load_index(**{**options, "include_defaults": False})
     configs = [cli.parse(line)[0] for line in json.loads((notes / "lines.json").read_text())]
     samples: list[float] = []
     launch = execute._launch

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import copy
 import datetime
 import itertools
 import json
@@ -43,8 +42,9 @@ from lm_eval.api.model import LM
 from ddp_eval import demo
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
-from ddp_eval.tasks import harness
+from ddp_eval.tasks import harness, select
 from ddp_eval.tasks.index import find_leaves
+from ddp_eval.tasks.request_types import Asked
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 
@@ -305,7 +305,7 @@ class Walk:
     """One process's walk: lm_eval's index, read once, and a tokenizer."""
 
     def __init__(self) -> None:
-        self.manager = harness.TaskManager(include_path=[demo.TASKS_PATH], metadata={})
+        self.manager = select.TaskManager(include_path=[demo.TASKS_PATH], metadata={})
         self.config = transformers.AutoConfig.from_pretrained(demo.MODEL_PATH)
         self.encoder = Encoder(transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH), 2**20)  # room for any answer
 
@@ -396,16 +396,15 @@ class Walk:
         raise RuntimeError("it came to an end without a request")
 
     def _manager(self, **_: Any) -> Any:
-        """A copy, since a run hooks into its manager."""
-        return copy.copy(self.manager)
+        return self.manager
 
     def _ours(self, name: str) -> None:
-        def stop(requests: Any, prompts: Any) -> Any:
-            raise Built(len(requests) + len(prompts))
+        def stop(asked: Asked) -> Any:
+            raise Built(len(asked.requests) + len(asked.prompts))
 
         config = Config(tasks=[name], limit=2, confirm_run_unsafe_code=True, model_args={"pretrained": "demo"})
-        with unittest.mock.patch.object(harness, "TaskManager", self._manager):
-            harness.evaluate_tasks(config, self.encoder, self.config, stop, lambda *kept: None, Phases())
+        with unittest.mock.patch.object(select, "TaskManager", self._manager):
+            harness.evaluate_tasks(config, self.encoder, self.config, stop, Phases())
 
     def _theirs(self, name: str) -> None:
         lm_eval.simple_evaluate(

@@ -42,10 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def no_lm_eval_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the test lm_eval's index of its own 14,000 task files, which takes 8 s to read: it knows those of --include_path."""
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
-    task_manager = harness.TaskManager
-    monkeypatch.setattr(harness, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+    task_manager = select.TaskManager
+    monkeypatch.setattr(select, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from ddp_eval.cli import DEFAULT, list_others, split_command, unknown_command
 from ddp_eval.cli.flag_values import (
     to_cache,
     to_count,
@@ -46,7 +47,6 @@ _ABOUT = """\
 Evaluates a language model on lm-evaluation-harness tasks, on all ranks that torchrun starts, or on
 one without torchrun. Flags are lm_eval's, spelled with - or _. Without pretrained= it runs the
 small demo model, without --tasks the demo tasks: both ship with it and need no network."""
-_COMMANDS = ("run",)
 _HELP_WIDTH = 100
 
 
@@ -62,12 +62,19 @@ _REFUSED_FLAGS = {
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    """Read a command line, without the program's name.
+    """Read a command line, without the program's name: `parse_flags`, and the word `run` may come before the flags."""
+    command, flags = split_command(argv)
+    if command != DEFAULT:
+        raise unknown_command(command)
+    return parse_flags(flags)
 
-    Returns the Config and one sentence for each flag that is accepted and ignored, for the caller to log from one rank.
+
+def parse_flags(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """The flags of `run` -> a Config, and one sentence for each flag that is accepted and ignored, for one rank to log.
+
     Raises UserError with one sentence for anything that cannot be meant. --help and --version print, then raise SystemExit(0).
     """
-    raw = _read_command_line(_drop_command(argv))
+    raw = _read_command_line(argv)
     if "config" in raw:
         raw = _read_config_file(to_text("--config", raw.pop("config"))) | raw
     batch_size = raw.get("batch_size")
@@ -129,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage=_USAGE,
         description=_ABOUT,
         epilog=f"Accepted and ignored: {', '.join('--' + name for name in IGNORED_FLAGS)}.\n"
-        "Other commands, each with a --help of its own: ls, validate, plan, compare, report, reproduce.",
+        f"Other commands, each with its own --help:\n{list_others()}",
         formatter_class=_HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -190,16 +197,6 @@ class _PrintVersion(argparse.Action):
         parser.exit()
 
 
-def _drop_command(argv: Sequence[str]) -> list[str]:
-    if not argv or argv[0].startswith("-"):
-        return list(argv)
-    if argv[0] not in _COMMANDS:
-        raise UserError(
-            f"unknown command {argv[0]}: there are run (may be left out), ls, validate, plan, compare, report and reproduce"
-        )
-    return list(argv[1:])
-
-
 def _read_command_line(argv: Sequence[str]) -> dict[str, Any]:
     """Raw values by flag name: str, list of str, or True. Raises UserError for what no flag takes."""
     namespace, rest = build_parser().parse_known_args([_with_underscores(token) for token in argv])
@@ -253,7 +250,7 @@ def _refuse_flags(names: Iterable[str]) -> None:
 
 
 def _settle_what_to_evaluate(values: dict[str, Any], notes: list[str]) -> None:
-    """What is not given is the embedded default, and said to be: nobody should take the demo's scores for their model's."""
+    """Fill in the demo where no model or tasks are given, with a note: its scores must not be taken for another model's."""
     model_args = values["model_args"]
     refuse_misspelt(model_args)
     if "pretrained" not in model_args:
@@ -268,7 +265,7 @@ def _settle_what_to_evaluate(values: dict[str, Any], notes: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Flag:
-    """One flag: how it is spelled, how its raw value becomes a Config value, and what --help says of it.
+    """One flag: how it is spelled, how its raw value becomes a Config value, and its help text.
 
     convert:  (flag as the user knows it, raw value) -> value; raises UserError. Raw values come from argv and from YAML.
     nargs:    argparse's; "?" stands for True when the flag comes bare. A flag without a metavar is a switch.
@@ -364,7 +361,10 @@ _FLAGS = {
         "LAYOUT",
     ),
     "max_pack_tokens": _Flag(
-        "execution", to_count, "most tokens in one pack; a longer request gets one alone (default: chosen by the planner)", "N"
+        "execution",
+        to_count,
+        "maximum tokens of a pack; a longer request is a pack by itself (default: chosen by the planner)",
+        "N",
     ),
     "numerics": _Flag(
         "execution",
@@ -379,8 +379,8 @@ _FLAGS = {
         "each rank reads the weights from disk, or rank 0 reads and sends them (default: disk)",
         "{disk,broadcast}",
     ),
-    "preflight": _Flag("execution", to_switch, "only check the nodes, and say which is bad (several nodes: always checked)"),
-    "timeout": _Flag("execution", to_number, "most seconds that a rank may take for a pack or another step (default: 1800)", "S"),
+    "preflight": _Flag("execution", to_switch, "only check the nodes, and report which is bad (several nodes: always checked)"),
+    "timeout": _Flag("execution", to_number, "maximum seconds of a rank for a pack or another step (default: 1800)", "S"),
     "no_packing": _Flag("execution", to_switch, "run padded rows, sharing no prefixes (default: off)"),
 }
 

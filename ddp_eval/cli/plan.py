@@ -1,4 +1,4 @@
-"""`python -m ddp_eval plan`: before a machine is asked for, what a model needs and which layout would be the quickest.
+"""`python -m ddp_eval plan`: before a machine is requested, what a model needs and which layout would be the fastest.
 
 Reads the model's config alone; with --tasks also builds the prompts and cuts them into packs, to count the work.
 """
@@ -23,9 +23,9 @@ from ddp_eval.system.text import GIB, count_packs, format_bytes
 
 GPU = torch.device("cuda")  # what is planned for, whatever this machine has
 _ABOUT = """\
-What a model needs of memory, what fits, what would be the quickest, and the command to copy. Takes the flags of a
+How much memory a model needs, what fits, what would be the fastest, and the command to copy. Takes the flags of a
 run, and these of the machine. Exit code 3 when nothing fits."""
-NOTHING_FITS = 3  # the exit code, beside 2 for what the user must mend and 1 for a defect
+NOTHING_FITS = 3  # the exit code, beside 2 for a UserError and 1 for a defect
 
 
 def main(argv: list[str]) -> int:
@@ -64,16 +64,16 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     """The whole text, and whether there is a layout that fits.
 
     words: the flags of the run, for the command to copy. count_work: build the prompts of config.tasks and cut them, else
-    reckon with a typical amount.
+    assume a typical amount.
     """
     from ddp_eval.engines.hf import checkpoint, limits
 
     model_config = checkpoint.load_config(config.loader_args)
     if config.model != "hf":
-        raise UserError(f"plan reckons with --model hf: {config.model} lays a model out itself, by tensor_parallel_size")
+        raise UserError(f"plan is for --model hf: {config.model} lays a model out itself, by tensor_parallel_size")
     limits.check_window(config.loader_args, model_config)
     if checkpoint.is_seq2seq(config.model_args, model_config):
-        raise UserError(f"plan reckons with decoder-only models, and {config.model_args['pretrained']} is an encoder-decoder")
+        raise UserError(f"plan is for decoder-only models, and {config.model_args['pretrained']} is an encoder-decoder")
     whole = checkpoint.whole_model(config.loader_args, model_config)
     sizes = measure_model(whole, GPU)
     max_tokens = config.max_pack_tokens or sizes.largest_pack
@@ -114,9 +114,9 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
     from ddp_eval.engines.hf import checkpoint, limits
     from ddp_eval.engines.hf import engine as hf
     from ddp_eval.packs.batches import plan_batches
-    from ddp_eval.packs.requests import Requests
     from ddp_eval.run.planning import cut_packs, cut_rows
     from ddp_eval.tasks import harness
+    from ddp_eval.tasks.request_types import Answers, Asked
     from ddp_eval.tasks.tokenization import Encoder
     from ddp_eval.telemetry.meter import Phases
 
@@ -128,15 +128,15 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
 
     engine = Unloaded(whole, GPU)
 
-    def stop(requests: Requests, prompts: Any) -> Any:
-        limits.check_requests(requests, prompts, engine, config.model_args)
-        raise Counted(requests, prompts)
+    def stop(asked: Asked) -> Answers:
+        limits.check_requests(asked.requests, asked.prompts, engine, config.model_args)
+        raise Counted(asked.requests, asked.prompts)
 
     tokenizer = checkpoint.load_tokenizer(config.loader_args)
     max_length = harness.max_length_of(config.model_args, model_config, tokenizer)
     encoder = Encoder(tokenizer, max_length, config.model_args.get("add_bos_token"), config.model_args.get("prefix_token_id"))
     try:
-        harness.evaluate_tasks(config, encoder, model_config, stop, lambda scores, texts: None, Phases(), [demo.TASKS_PATH])
+        harness.evaluate_tasks(config, encoder, model_config, stop, Phases(), [demo.TASKS_PATH])
     except Counted as counted:
         requests, prompts = counted.args
 
@@ -172,7 +172,8 @@ def _table(candidates: list[Candidate], world_size: int) -> list[str]:
 
 def _advice(words: list[str], best: Candidate, gpus: int, nodes: int) -> list[str]:
     if not best.fits:
-        return [f"nothing fits: {best.layout} lacks least, {format_bytes(-best.spare)} a GPU; take more GPUs, or larger ones"]
+        missing = format_bytes(-best.spare)
+        return [f"nothing fits: {best.layout} comes closest, {missing} short per GPU; take more GPUs, or larger ones"]
     flags = [*_without_layout(words), "--layout", str(best.layout)]
     lines = [f"recommended: {best.layout}"]
     if nodes == 1:

@@ -18,7 +18,7 @@ Writes report.html into the directory of the first run: results, margins, where 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the report and say where it is. Raises UserError."""
+    """Write the report and print its path. Raises UserError."""
     options = _build_parser().parse_args(argv)
     runs = [read_run(path) for path in options.runs]
     if runs[0].kind != "ddp_eval" and not options.output:

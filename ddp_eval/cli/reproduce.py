@@ -1,9 +1,9 @@
 """`python -m ddp_eval reproduce RUN_DIR`: from a run's manifest alone, the same evaluation again, on the ranks at hand.
 
-Before anything is scored the leader holds what it finds against the manifest: the model's and the tokenizer's files, packages,
+Before anything is scored the leader compares what it finds with the manifest: the model's and the tokenizer's files, packages,
 task versions, and the prompts and documents of each task. What differs is refused by name unless --allow names it.
 
-A manifest may come from anybody, and so may the code that it would have run: no code runs on its word alone.
+A manifest may come from anybody, and so may the code that it names: none runs unless the command line allows it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from ddp_eval.analysis.verdict import NOT_AS_EXPECTED, format_comparison, print_verdict, read_expectation, why_not
 from ddp_eval.cli.compare import add_expect
-from ddp_eval.cli.subcommand import SubcommandParser
+from ddp_eval.cli.subcommand import Evaluation, SubcommandParser
 from ddp_eval.config import PROMPT_ARGS, Config
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory as run_directory
@@ -41,8 +41,8 @@ compares. Refuses, with the list, when the model's files, task versions, prompts
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """One reproduction. earlier: the run's directory; config: what to run; manifest: what must be found; allow: of KINDS."""
+class Reproduction:
+    """earlier: the run's directory; config: what to run; manifest: what must be found; allow: of KINDS."""
 
     earlier: Path
     config: Config
@@ -51,16 +51,27 @@ class Order:
     expectation: float | None
 
     def inspect(self, found: Mapping[str, Any]) -> None:
-        """Hold what the leader found before scoring against the manifest. Raises UserError with the whole list."""
+        """Compare what the leader found before scoring with the manifest. Raises UserError that lists all that differs."""
         changes = list_changes(self.manifest, found)
         refused = [text for kind, text in changes if kind not in self.allow]
         if refused:
             kinds = " ".join(dict.fromkeys(kind for kind, _ in changes if kind not in self.allow))
             raise UserError(f"this is not the run of {self.earlier}: {'; '.join(refused)} (--allow {kinds} runs it all the same)")
 
+    def conclude(self) -> int:
+        """Print the comparison of both runs; returns the exit code."""
+        from ddp_eval.analysis.difference import compare_runs
+        from ddp_eval.analysis.read import read_run
 
-def parse(argv: Sequence[str]) -> Order:
-    """Flags of `reproduce` -> what to do. Changes to the directory that the earlier run was started in. Raises UserError."""
+        comparison = compare_runs(read_run(self.earlier), read_run(str(self.config.output_path)))
+        failure = why_not(comparison, self.expectation)
+        print(format_comparison(comparison))
+        print_verdict(self.expectation, [failure] if failure else [], [comparison])
+        return NOT_AS_EXPECTED if failure else 0
+
+
+def parse(argv: Sequence[str]) -> Evaluation:
+    """Flags of `reproduce` -> what to evaluate. Changes to the directory that the earlier run started in. Raises UserError."""
     options = _build_parser().parse_args(argv)
     expectation = read_expectation(options.expect)
     earlier = Path(options.run).resolve()
@@ -84,7 +95,8 @@ def parse(argv: Sequence[str]) -> Order:
     # Relative paths of the model, of task files and of their data start from there.
     if os.path.isdir(manifest.get("working_directory") or ""):
         os.chdir(manifest["working_directory"])
-    return Order(earlier, config, manifest, frozenset(options.allow or ()), expectation)
+    reproduction = Reproduction(earlier, config, manifest, frozenset(options.allow or ()), expectation)
+    return Evaluation(config, inspect=reproduction.inspect, conclude=reproduction.conclude)
 
 
 def _refuse_programs(manifest: Mapping[str, Any], run: str) -> None:
@@ -139,18 +151,6 @@ def _task_files(config: Mapping[str, Any]) -> list[Any]:
     """Where task files lie that are not lm_eval's or ours: --include_path, and files and directories among --tasks."""
     words = [word for word in config.get("tasks") or [] if "/" in str(word) or str(word).endswith((".yaml", ".yml"))]
     return [*([config["include_path"]] if config.get("include_path") else []), *words]
-
-
-def conclude(order: Order) -> int:
-    """Print the comparison of both runs; returns the exit code."""
-    from ddp_eval.analysis.difference import compare_runs
-    from ddp_eval.analysis.read import read_run
-
-    comparison = compare_runs(read_run(order.earlier), read_run(str(order.config.output_path)))
-    failure = why_not(comparison, order.expectation)
-    print(format_comparison(comparison))
-    print_verdict(order.expectation, [failure] if failure else [], [comparison])
-    return NOT_AS_EXPECTED if failure else 0
 
 
 def list_changes(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -223,8 +223,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_path", "-o", metavar="DIR", help="where the new run goes (default: RUN_DIR.again)")
     parser.add_argument("--overwrite", action="store_true", help="replace the complete run that is already there")
     parser.add_argument("--allow", nargs="+", choices=KINDS, help="run although these differ from the manifest")
-    parser.add_argument("--device", help="cuda or cpu (default: as the run was told)")
-    parser.add_argument("--layout", help="how the model lies over the ranks (default: as the run was told)")
+    parser.add_argument("--device", help="cuda or cpu (default: as in the run)")
+    parser.add_argument("--layout", help="how the model lies over the ranks (default: as in the run)")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code of the model or data set, as the run did"
     )

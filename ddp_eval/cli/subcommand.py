@@ -1,11 +1,29 @@
-"""The command-line parser that compare, report and reproduce share."""
+"""What subcommands share: the command-line parser, and what those that run on all ranks return."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
+from ddp_eval.config import Config
 from ddp_eval.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What all ranks are to evaluate.
+
+    notes:     sentences for rank 0 to log.
+    inspect:   as `run.runner.run` takes it.
+    conclude:  called on rank 0 after the run, and returns the exit code. None: 0.
+    """
+
+    config: Config
+    notes: Sequence[str] = ()
+    inspect: Callable[[dict[str, Any]], None] | None = None
+    conclude: Callable[[], int] | None = None
 
 
 class SubcommandParser(argparse.ArgumentParser):

@@ -11,7 +11,7 @@ sentence of a run what is unknown or could not run. Documents are not fetched.""
 
 
 def main(argv: list[str]) -> int:
-    """Say how many tasks the names lead to. Returns the exit code. Raises UserError for what would not run."""
+    """Print how many tasks the names lead to. Returns the exit code. Raises UserError for what would not run."""
     parser = SubcommandParser("validate", _ABOUT)
     parser.add_argument("--tasks", "-t", nargs="+", required=True, metavar="TASK", help="task or group names, YAML files, globs")
     parser.add_argument("--include_path", "--include-path", metavar="DIR", help="one more directory of task files")

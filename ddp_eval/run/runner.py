@@ -49,7 +49,7 @@ log = logging.getLogger("ddp_eval")
 def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[str, Any] | None:
     """Evaluate as a command does: load the model, evaluate, write the run directory.
 
-    inspect: given, before anything is scored, what `answer_and_keep` knows of model and prompts; may raise UserError to stop the run.
+    inspect: given, before anything is scored, digests of the model and fingerprints of the prompts; may raise UserError.
     Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must mend.
     """
     with Sampler(world.meter, world.device):

@@ -23,7 +23,7 @@ from ddp_eval.tasks.tokenization import Encoder
 MAX_GEN_TOKS = 256  # lm_eval's default
 
 
-class Asked:
+class GenerationRequests:
     """Requests for text, as (context, generation settings) pairs, and what becomes of their answers.
 
     tasks: of each request, for messages. seed: --seed's third value, torch's; None draws one.
@@ -53,13 +53,13 @@ class Asked:
         kinds, limits, tokens = [], [], []
         encoded = encoder.encode_prompts([context for context, _ in pairs])
         for index, (ids, (_, gen_kwargs), task) in enumerate(zip(encoded, pairs, tasks, strict=True)):
-            chosen, limit, most = self._settle(gen_kwargs, task, encoder.max_length)
+            chosen, limit, max_prompt = self._settle(gen_kwargs, task, encoder.max_length)
             if not len(ids):
                 self.bare.append(index)
                 ids = np.array([encoder.prefix_token_id], dtype=np.int32)
-            if len(ids) > most:
+            if len(ids) > max_prompt:
                 self.truncated.append(index)
-                ids = ids[-most:]
+                ids = ids[-max_prompt:]
             if chosen.name() not in settings:
                 settings[chosen.name()] = len(settings)
                 kinds_of.append(chosen)
@@ -78,7 +78,7 @@ class Asked:
         self.prompts = Prompts(tokens, kinds, limits, seeds, bare, tasks)
 
     def _settle(self, gen_kwargs: Any, task: str, max_length: int) -> tuple[Settings, int, int]:
-        """Settings, most tokens of the answer, most tokens of the prompt."""
+        """Settings, maximum tokens of the answer, maximum tokens of the prompt."""
         if not isinstance(gen_kwargs, dict):
             raise UserError(f"the task {task} gives generation settings that are no mapping: {gen_kwargs!r}")
         try:
@@ -93,17 +93,17 @@ class Asked:
         limit = int(options.pop("max_gen_toks"))
         if limit < 1:
             raise UserError(f"max_gen_toks of the task {task} must be 1 or more, got {limit}")
-        most = max_length if self._separate else max_length - limit
-        if most < 1:
+        max_prompt = max_length if self._separate else max_length - limit
+        if max_prompt < 1:
             raise UserError(
                 f"the task {task} asks for answers of up to {limit} tokens, which leaves no room for its prompts in the model's "
                 f"{max_length}: give --gen_kwargs max_gen_toks=N with a smaller N, or a larger max_length in --model_args"
             )
         options["temperature"] = options.get("temperature", 0.0)
-        return Settings(tuple(until), options), limit, most
+        return Settings(tuple(until), options), limit, max_prompt
 
     def read(self, kind: int, answer: list[int]) -> str:
-        """What lm_eval makes of an answer's tokens: its text up to the first stop string, behind the thinking."""
+        """What lm_eval makes of an answer's tokens: its text after the thinking, up to the first stop string."""
         until = self.prompts.settings[kind].until
         return finish_answer(
             answer, lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)), until, self._think_end
@@ -126,11 +126,11 @@ def _eos_text(tokenizer: Any) -> str | None:
 
 
 def _seed_each(tokens: Sequence[Any], kinds: Sequence[int], settings: Sequence[Settings], seed: int | None) -> list[int]:
-    """What each random answer is drawn from: its prompt, its settings, how often the same was asked before, and the seed.
+    """What each random answer is drawn from: its prompt, its settings, how often the same came before, and the seed.
 
-    Never a rank, a batch or a place in a list: the same request comes to the same draws in any company.
+    Never a rank, a batch or a place in a list: the same request has the same draws, whatever else is evaluated.
     """
-    asked: dict[bytes, int] = {}
+    seen: dict[bytes, int] = {}
     base = np.random.SeedSequence().entropy if seed is None else seed
     seeds = []
     for ids, kind in zip(tokens, kinds, strict=True):
@@ -138,8 +138,8 @@ def _seed_each(tokens: Sequence[Any], kinds: Sequence[int], settings: Sequence[S
             seeds.append(0)
             continue
         content = hashlib.sha256(f"{base} {settings[kind].name()} ".encode("utf-8", "surrogatepass") + as_bytes(ids)).digest()
-        repeat = asked.get(content, 0)
-        asked[content] = repeat + 1
+        repeat = seen.get(content, 0)
+        seen[content] = repeat + 1
         digest = hashlib.sha256(content + repeat.to_bytes(8, "little")).digest()
         seeds.append(int.from_bytes(digest[:8], "little") or 1)
     return seeds

@@ -40,6 +40,7 @@ class HFLMMembers:
     tokenizer: Any
     encoder: Encoder
     _replica: Any
+    _options: Any
 
     _DEFAULT_MAX_LENGTH = 2048
 
@@ -75,7 +76,7 @@ class HFLMMembers:
 
     @property
     def max_gen_toks(self) -> int:
-        return getattr(self, "_max_gen_toks", None) or MAX_GEN_TOKS
+        return self._options.max_gen_toks or MAX_GEN_TOKS
 
     @property
     def chat_template_args(self) -> dict[str, Any]:

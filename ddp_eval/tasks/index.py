@@ -1,4 +1,4 @@
-"""What lm_eval's index of task files says of tasks before any of their documents is fetched.
+"""What is known of tasks from lm_eval's index of task files, before any of their documents is fetched.
 
 The index maps a name to an entry: a task or a group with the content of its file (`cfg`), or a tag with the names of its tasks
 (`tags`). Groups and tags lead to further names; whatever a group sets, it sets for all tasks below it.
@@ -20,7 +20,7 @@ class Leaf(NamedTuple):
 
     @property
     def output_type(self) -> str | None:
-        """As its file says, or lm_eval's default; None for a task written in Python, which says so only once it is made."""
+        """As its file says, or lm_eval's default; None for a task written in Python, whose class decides."""
         return None if "class" in self.settings else str(self.settings.get("output_type", "generate_until"))
 
 
@@ -39,7 +39,7 @@ def _walk(
     own = dict(spec) if isinstance(spec, Mapping) else {}
     is_group = "group" in own
     name = own.pop("group" if is_group else "task", None) if isinstance(spec, Mapping) else spec
-    if not isinstance(name, str):  # lm_eval says what is wrong with it
+    if not isinstance(name, str):  # lm_eval reports it
         return
     entry = index.get(name)
     if entry is None and isinstance(spec, str) and not trail:

@@ -1,4 +1,8 @@
-"""What of lm_eval 0.4.13 is replaced while it evaluates, each with its reason. Everything is put back when the block ends."""
+"""All that is replaced inside lm_eval while it evaluates, each with its reason. Everything is put back when the block ends.
+
+What belongs to one subject stands in a module of its own: task_sources.py has the replacements that read tasks as their files are
+now, and is entered here; index_cache.py has lm_eval's index of task files, which is read before.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,20 @@ import ast
 import contextlib
 import os
 import types
-import unittest.mock
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import lm_eval.api.metrics
+import lm_eval.api.task
+import lm_eval.evaluator
+import lm_eval.loggers.evaluation_tracker
+import lm_eval.utils
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.loggers.utils import get_commit_from_path
+from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
+from torch.utils import collect_env
 
 from ddp_eval.distributed import watchdog
 from ddp_eval.errors import UserError
@@ -21,21 +31,116 @@ from ddp_eval.system import environment
 from ddp_eval.system.machine import describe_commit
 from ddp_eval.system.quiet import less_chatter, prompt_bar
 from ddp_eval.tasks.bootstrap import bootstrap_stderr
+from ddp_eval.tasks.patch import Patch, apply
+from ddp_eval.tasks.task_sources import TaskSources, reading_anew
 from ddp_eval.tasks.templates import TemplateCache, forget_literals, parse_literal
 from ddp_eval.telemetry.meter import Phases
 
 
-@contextlib.contextmanager
-def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[], None]) -> Iterator[None]:
-    """Replace what is slow, forks or prints.
+class Hooks(NamedTuple):
+    """What is called out of lm_eval.
 
-    go_on: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
+    on_loaded:  given the tasks, by name, once all are loaded; may raise UserError.
+    go_on:      called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
     """
-    patch = unittest.mock.patch
-    commit = describe_commit(os.getcwd()) or get_commit_from_path(os.getcwd())
-    describe = _timed(phases, "write", lambda: environment.start_collecting().result())
-    build = TaskFactory._build_task
 
+    on_loaded: Callable[[Mapping[str, Any]], None]
+    go_on: Callable[[], None]
+
+
+@contextlib.contextmanager
+def patched_lm_eval(
+    manager: TaskManager, templates: TemplateCache, chosen: Mapping[str, Sequence[int]], phases: Phases, hooks: Hooks
+) -> Iterator[TaskSources]:
+    """Replace what is slow, forks, prints or reads stale files, and report progress. Yields the files that tasks are made of.
+
+    chosen: {task: ascending document numbers}, of tasks of which not all documents are evaluated.
+    """
+    with contextlib.ExitStack() as stack:
+        sources = stack.enter_context(reading_anew())
+
+        def prepare(tasks: Mapping[str, Any]) -> None:
+            hooks.on_loaded(tasks)
+            for name, task in tasks.items():
+                apply(_patches_of_task(name, task, chosen.get(name, ())), stack)
+            keep_examples(templates, tasks.values())
+
+        apply(_patches(templates, phases), stack)
+        apply(_patches_of_progress(manager, hooks.go_on, prepare), stack)
+        stack.enter_context(less_chatter())
+        stack.callback(forget_literals)
+        stack.callback(templates.forget_documents)
+        yield sources
+
+
+def _patches(templates: TemplateCache, phases: Phases) -> list[Patch]:
+    commit = describe_commit(os.getcwd()) or get_commit_from_path(os.getcwd())
+    describe_machine = _timed(phases, "write", lambda: environment.start_collecting().result())
+    of_rank_zero = types.SimpleNamespace(**vars(os) | {"environ": {**os.environ, "LOCAL_RANK": "0"}})
+    our_ast = types.SimpleNamespace(**vars(ast) | {"literal_eval": parse_literal})
+    return [
+        Patch(lm_eval.utils, "apply_template", templates.render, "compiles a template again for every document and example"),
+        Patch(lm_eval.api.task, "ast", our_ast, "parses the same choices of an example again for every document"),
+        Patch(
+            lm_eval.loggers.evaluation_tracker, "random_name_id", lambda: "model",
+            "draws an unused model name from `random`, and so changes what templates draw from there",
+        ),
+        Patch(
+            lm_eval.evaluator, "os", of_rank_zero,
+            "returns nothing on other local ranks than 0, and such a rank of a larger launch may evaluate alone",
+        ),
+        Patch(
+            lm_eval.evaluator, "get_git_commit_hash", lambda: commit,
+            "asks git for the working directory's commit, which prints an error of its own where there is none",
+        ),
+        Patch(
+            lm_eval.api.metrics, "bootstrap_stderr", _timed(phases, "bootstrap", bootstrap_stderr),
+            "forks a process per core, which can hang",
+        ),
+        Patch(collect_env, "get_pretty_env_info", describe_machine, "runs a dozen programs when all is done"),
+    ]  # fmt: skip
+
+
+def _patches_of_progress(
+    manager: TaskManager, go_on: Callable[[], None], prepare: Callable[[Mapping[str, Any]], None]
+) -> list[Patch]:
+    building = _Building(go_on)
+    return [
+        Patch(
+            manager,
+            "load",
+            _load_and_prepare(manager.load, prepare),
+            "is followed at once by the building of requests: only here can the tasks be checked",
+        ),
+        Patch(
+            TaskFactory, "_build_task", _build_and_go_on(TaskFactory._build_task, go_on), "may load tasks for hours in silence"
+        ),
+        Patch(Task, "build_all_requests", building.naming_the_task(Task.build_all_requests), "gives its bar no task's name"),
+        Patch(lm_eval.api.task, "tqdm", building.bar, "leaves its bars on the screen, and a long step must be seen to go on"),
+    ]
+
+
+def _patches_of_task(name: str, task: Any, chosen: Sequence[int]) -> list[Patch]:
+    """Every document's metrics are progress, and the watchdog names the document. chosen: the documents' numbers, if not all."""
+    renew_filters = _call_before(lambda: watchdog.renew(f"the filters of task {name}"), task.apply_filters)
+    silent = "computes metrics, which may take long, in silence"
+    return [
+        Patch(task, "doc_iterator", _naming_documents(name, task.doc_iterator, chosen), silent),
+        Patch(task, "process_results", _call_before(watchdog.renew, task.process_results), silent),
+        Patch(task, "apply_filters", renew_filters, silent),
+    ]
+
+
+def _load_and_prepare(load: Callable[[Any], Any], prepare: Callable[[Mapping[str, Any]], None]) -> Callable[[Any], Any]:
+    def load_and_prepare(specs: Any) -> Any:
+        loaded = load(specs)
+        prepare(loaded["tasks"])
+        return loaded
+
+    return load_and_prepare
+
+
+def _build_and_go_on(build: Callable[..., Any], go_on: Callable[[], None]) -> Callable[..., Any]:
     def build_and_go_on(factory: Any, entry: Any, *args: Any, **options: Any) -> Any:
         watchdog.renew(f"loading task {entry.name}")
         go_on()
@@ -46,43 +151,65 @@ def patched_lm_eval(phases: Phases, templates: TemplateCache, go_on: Callable[[]
                 raise UserError(f"the task {entry.name} has no documents to evaluate") from error
             raise
 
-    build_requests = Task.build_all_requests
-    current: dict[str, Any] = {"name": ""}
+    return build_and_go_on
 
-    def build_requests_of(task: Any, **options: Any) -> None:
-        current.update(name=task.config.task, samples=sorted(set(options.get("samples") or ())))
-        build_requests(task, **options)
+
+class _Building:
+    """The task whose requests lm_eval builds: the watchdog names the document in hand, and a bar counts them."""
+
+    def __init__(self, go_on: Callable[[], None]) -> None:
+        self._go_on = go_on
+        self._task = ""
+        self._chosen: Sequence[int] = ()
+
+    def naming_the_task(self, build_all_requests: Callable[..., None]) -> Callable[..., None]:
+        def build(task: Any, **options: Any) -> None:
+            self._task, self._chosen = task.config.task, sorted(set(options.get("samples") or ()))
+            build_all_requests(task, **options)
+            watchdog.renew("")
+
+        return build
+
+    def bar(self, documents: Iterable[Any], total: int) -> Any:
+        named = _name_each(documents, self._task, self._chosen)
+        return prompt_bar(call_between(self._go_on, named), total)
+
+
+def call_between(action: Callable[[], None], documents: Iterable[Any]) -> Iterator[Any]:
+    for document in documents:
+        action()
+        yield document
+
+
+def _naming_documents(name: str, iterate: Callable[..., Iterator[Any]], chosen: Sequence[int]) -> Callable[..., Iterator[Any]]:
+    def iterate_and_name(**options: Any) -> Iterator[Any]:
+        yield from _name_each(iterate(**options), name, chosen)
         watchdog.renew("")
 
-    def show_documents(documents: Any, total: int) -> Any:
-        return prompt_bar(_between(go_on, _naming(documents, **current)), total)
+    return iterate_and_name
 
-    with (
-        # It compiles a template anew for every document and every example.
-        patch("lm_eval.utils.apply_template", templates.render),
-        # It parses the same choices of an example again for every document.
-        patch("lm_eval.api.task.ast", types.SimpleNamespace(**vars(ast) | {"literal_eval": parse_literal})),
-        # It draws an unused model name from `random`, and so changes what templates draw from there.
-        patch("lm_eval.loggers.evaluation_tracker.random_name_id", lambda: "model"),
-        # On a rank of a larger launch that evaluates alone, it would take itself for another's helper and return nothing.
-        patch("lm_eval.evaluator.os", types.SimpleNamespace(**vars(os) | {"environ": {**os.environ, "LOCAL_RANK": "0"}})),
-        # It asks git for the working directory's commit, which prints an error of its own where there is none.
-        patch("lm_eval.evaluator.get_git_commit_hash", lambda: commit),
-        # It forks a process per core, which can hang.
-        patch("lm_eval.api.metrics.bootstrap_stderr", _timed(phases, "bootstrap", bootstrap_stderr)),
-        # It runs a dozen programs when all is done.
-        patch("torch.utils.collect_env.get_pretty_env_info", describe),
-        # Its bars stay on the screen; and a long step must be seen to go on.
-        patch("lm_eval.api.task.tqdm", show_documents),
-        patch.object(Task, "build_all_requests", build_requests_of),
-        patch.object(TaskFactory, "_build_task", build_and_go_on),
-        less_chatter(),
-    ):
-        try:
-            yield
-        finally:
-            templates.forget_documents()
-            forget_literals()
+
+def _name_each(documents: Iterable[Any], name: str, chosen: Sequence[int]) -> Iterator[Any]:
+    """Let the watchdog know which document is in hand. documents: (number, document); chosen: the numbers of those chosen."""
+    for number, document in documents:
+        watchdog.renew(f"task {name}, document {chosen[number] if chosen else number}")
+        yield number, document
+
+
+def _call_before(action: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+    def do(*args: Any, **options: Any) -> Any:
+        action()
+        return function(*args, **options)
+
+    return do
+
+
+def _timed(phases: Phases, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def do(*args: Any, **options: Any) -> Any:
+        with phases(phase):
+            return function(*args, **options)
+
+    return do
 
 
 def keep_examples(templates: TemplateCache, tasks: Collection[Any]) -> None:
@@ -106,28 +233,3 @@ def _is_declared(task: Any) -> bool:
     names = ("doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix", "description")
     sources = [getattr(config, name, None) for config in (task.config, task.fewshot_cfg) for name in names]
     return all(isinstance(source, (str, int, list, dict, type(None))) for source in sources)
-
-
-def _between(action: Callable[[], None], documents: Iterable[Any]) -> Iterator[Any]:
-    for document in documents:
-        action()
-        yield document
-
-
-def _naming(documents: Iterable[Any], name: str, samples: Sequence[int] = ()) -> Iterator[Any]:
-    """Let the watch know which document is in hand. documents: (number, document); samples: the numbers of those chosen."""
-    for number, document in documents:
-        watchdog.renew(describe_document(name, samples[number] if samples else number))
-        yield number, document
-
-
-def describe_document(task: str, number: int) -> str:
-    return f"task {task}, document {number}"
-
-
-def _timed(phases: Phases, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def do(*args: Any, **options: Any) -> Any:
-        with phases(phase):
-            return function(*args, **options)
-
-    return do

@@ -16,11 +16,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from ddp_eval import demo
 from ddp_eval.config import Config
-from ddp_eval.errors import UserError, one_line
-from ddp_eval.system import hub
+from ddp_eval.errors import UserError
 from ddp_eval.tasks.index import Leaf, check_once, drop_members, is_complete
 from ddp_eval.tasks.index_cache import reuse_index
+from ddp_eval.tasks.request_types import makes_text
 from ddp_eval.tasks.task_checks import check_output_type, check_spec, is_unsafe, refuse_multimodal, refuse_unsafe
+from ddp_eval.tasks.task_errors import Stage, describe_error, ends_the_program, name_some, task_failed
 from ddp_eval.tasks.task_sources import reading_anew
 
 log = logging.getLogger("ddp_eval")
@@ -53,19 +54,11 @@ def validate_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[int,
     except SystemExit as error:
         raise ends_the_program(tasks) from error
     except Exception as error:
-        raise task_failed("load the documents", tasks, error) from error
+        raise task_failed(Stage.LOADING, tasks, error) from error
     for content in contents:
         if "class" in content:
             _check_class(str(content.get("task")), content["class"])
     return len(leaves), sorted(name for name, leaf in leaves.items() if is_unsafe(leaf))
-
-
-def task_failed(phase: str, tasks: Sequence[Any], error: Exception) -> UserError:
-    return UserError(f"lm_eval could not {phase} of {name_some(tasks)}: {_describe(error)}")
-
-
-def ends_the_program(tasks: Sequence[Any]) -> UserError:
-    return UserError(f"the code of {name_some(tasks)} ends the program: what it has printed says why")
 
 
 def make_task_manager(config: Config, include_paths: Sequence[str]) -> TaskManager:
@@ -82,7 +75,7 @@ def make_task_manager(config: Config, include_paths: Sequence[str]) -> TaskManag
                 log.warning("looking %s up in lm_eval's index of tasks", name_some(unknown))
             return TaskManager(include_path=paths, metadata=metadata)
     except Exception as error:
-        raise UserError(f"lm_eval could not read the task files: {_describe(error)}") from error
+        raise UserError(f"lm_eval could not read the task files: {describe_error(error)}") from error
 
 
 def _include_paths(paths: Sequence[str], more: str | None) -> list[str]:
@@ -118,7 +111,7 @@ def resolve_tasks(manager: TaskManager, tasks: Sequence[Any]) -> list[Any]:
 
 
 def check_before_loading(specs: Sequence[Any], index: Any, allows_unsafe: bool) -> list[Leaf]:
-    """Refuse what could not run before documents are fetched, which may take hours. Returns the tasks, as far as files tell."""
+    """Refuse what cannot run before documents are fetched, which may take hours. Returns the tasks that files name."""
     contents = [_read_task_file(spec) if isinstance(spec, str) and spec not in index else spec for spec in specs]
     # A program may also give tasks that it has made.
     named = (one for one in contents if isinstance(one, (str, Mapping)))
@@ -130,7 +123,7 @@ def _read_task_file(path: str) -> dict[str, Any]:
     try:
         return load_yaml(path, resolve_func=False)
     except Exception as error:
-        raise UserError(f"lm_eval could not read the task file {path}: {_describe(error)}") from error
+        raise UserError(f"lm_eval could not read the task file {path}: {describe_error(error)}") from error
 
 
 def check_chat_template(wanted: bool | str, tokenizer: Any) -> None:
@@ -156,7 +149,20 @@ def find_close(task: str, known: Iterable[str]) -> str | None:
     return f"did you mean {' or '.join(close)}?" if close else None
 
 
-def check_task(name: str, task: Any, allows_unsafe: bool) -> None:
+def check_loaded(tasks: Mapping[str, Any], config: Config) -> None:
+    """Refuse what only shows once tasks are loaded, before their requests are built. Raises UserError."""
+    for name, task in tasks.items():
+        _check_task(name, task, config.confirm_run_unsafe_code)
+        if config.model_args.get("enable_thinking") and not makes_text(task.OUTPUT_TYPE):
+            kind = task.OUTPUT_TYPE
+            raise UserError(
+                f"enable_thinking=True is for tasks that generate text, and {name} is of the type {kind}: leave it out"
+            )
+    _check_samples(tasks, config)
+    _warn_of_ignored_flags(tasks, config)
+
+
+def _check_task(name: str, task: Any, allows_unsafe: bool) -> None:
     if getattr(task, "MULTIMODAL", False):
         refuse_multimodal(name)
     check_output_type(name, getattr(task, "OUTPUT_TYPE", None))
@@ -167,36 +173,31 @@ def check_task(name: str, task: Any, allows_unsafe: bool) -> None:
 
 
 def _check_class(name: str, kind: type) -> None:
-    """The same of a task that is written in Python and not made, as far as its class tells: a config decides in the others."""
+    """As `_check_task`, for the class of a task that is written in Python. A ConfigurableTask's config decides, not its class."""
     if getattr(kind, "MULTIMODAL", False):
         refuse_multimodal(name)
     if not issubclass(kind, ConfigurableTask):
         check_output_type(name, getattr(kind, "OUTPUT_TYPE", None))
 
 
-def check_thinking(name: str, kind: str, config: Config) -> None:
-    if config.model_args.get("enable_thinking") and kind != "generate_until":
-        raise UserError(f"enable_thinking=True is for tasks that generate text, and {name} is of the type {kind}: leave it out")
+def _check_samples(tasks: Mapping[str, Any], config: Config) -> None:
+    for name, indices in (config.samples or {}).items():
+        if name not in tasks:
+            hint = find_close(name, tasks) or "add it there"
+            raise UserError(f"--samples names the task {name}, which is not among --tasks ({name_some(config.tasks)}): {hint}")
+        count = len(tasks[name].eval_docs)
+        if max(indices) >= count:
+            raise UserError(
+                f"--samples asks for document {max(indices)} of the task {name}, whose documents are 0 to {count - 1}"
+            )
 
 
-def warn_of_ignored_flags(tasks: Mapping[str, Any], config: Config) -> None:
+def _warn_of_ignored_flags(tasks: Mapping[str, Any], config: Config) -> None:
     """lm_eval drops these in silence. Of its cache of prompts, which knows a task by its name alone, none is ever read."""
     if config.cache_requests in ("true", "refresh"):
         log.warning("--cache_requests is ignored: prompts are built in every run, so that none is of an earlier task file")
     fixed = [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]
     if config.num_fewshot and fixed:
         log.warning("--num_fewshot is ignored for tasks that are fixed at 0 examples: %s", name_some(fixed))
-    if config.gen_kwargs and not any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values()):
+    if config.gen_kwargs and not any(makes_text(task.OUTPUT_TYPE) for task in tasks.values()):
         log.warning("--gen_kwargs is ignored: no task generates text")
-
-
-def name_some(tasks: Sequence[Any]) -> str:
-    names = [task if isinstance(task, str) else "a task given as a config" for task in tasks]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _describe(error: BaseException) -> str:
-    """An error of lm_eval or of a task's own code in one line."""
-    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        error = error.__cause__  # the other says no more than that there was an error
-    return f"{type(error).__name__}: {one_line(error) or 'no message'}{hub.advice(error)}"

@@ -1,4 +1,4 @@
-"""What is refused of tasks by what their files say, before documents are fetched: one sentence for a run and for `validate`."""
+"""Which tasks are refused by their files alone, before documents are fetched: one sentence for a run and for `validate`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.tasks.index import Leaf, find_leaves
-
-SERVED = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
+from ddp_eval.tasks.request_types import served_output_types
 
 
 def check_spec(spec: str | Mapping[str, Any], index: Mapping[str, Any], allows_unsafe: bool = False) -> list[Leaf]:
@@ -50,8 +49,9 @@ def is_unsafe(leaf: Leaf) -> bool:
 
 def check_output_type(name: str, kind: str | None) -> None:
     """kind: None where it is not known yet."""
-    if kind is not None and kind not in SERVED:
-        raise UserError(f"the task {name} is of the type {kind}, which is not supported yet: served are {', '.join(SERVED)}")
+    served = served_output_types()
+    if kind is not None and kind not in served:
+        raise UserError(f"the task {name} is of the type {kind}, which is not supported yet: served are {', '.join(served)}")
 
 
 def refuse_multimodal(name: str) -> None:

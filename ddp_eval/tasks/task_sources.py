@@ -36,6 +36,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import _factory, _yaml_loader
 
 from ddp_eval.system.digests import digest_directory
+from ddp_eval.tasks.patch import Patch, apply
 
 _LM_EVALS_TASKS = os.path.join(os.path.dirname(os.path.realpath(_yaml_loader.__file__)), "")
 
@@ -66,21 +67,32 @@ def reading_anew() -> Iterator[TaskSources]:
     """Have tasks made of their files as these are now, and note them. Everything is put back when the block ends."""
     sources = TaskSources()
     with contextlib.ExitStack() as stack:
-        new_folder = _folders_of_its_own(stack)
-        patch = unittest.mock.patch
-        stack.enter_context(patch.object(_yaml_loader, "_load_module_with_cache", _loader_of_modules(sources)))
-        stack.enter_context(patch.object(_factory, "load_yaml", _loader_of_yaml(sources)))
-        stack.enter_context(patch.object(ConfigurableTask, "download", _download_and_note(sources)))
-        known_by = _identity_of_data(sources)
-        stack.enter_context(patch.object(datasets.data_files, "_get_single_origin_metadata", known_by))
-        stack.enter_context(patch.object(datasets.Dataset, "_get_cache_file_path", _place_of_transformed(new_folder)))
-        stream = datasets.io.generator.GeneratorDatasetInputStream
-
-        def generate(**options: Any) -> Any:
-            return stream(**{**options, "cache_dir": new_folder()})
-
-        stack.enter_context(patch.object(datasets.io.generator, "GeneratorDatasetInputStream", generate))
+        apply(_patches(sources, _folders_of_its_own(stack)), stack)
         yield sources
+
+
+def _patches(sources: TaskSources, new_folder: Callable[[], str]) -> list[Patch]:
+    library = "datasets 5.2"
+    return [
+        Patch(
+            _yaml_loader, "_load_module_with_cache", _loader_of_modules(sources),
+            "finds a Python file by its modification time, and its bytecode by size and seconds",
+        ),
+        Patch(_factory, "load_yaml", _loader_of_yaml(sources), "does not return which files it has read"),
+        Patch(ConfigurableTask, "download", _download_and_note(sources), "calls a task's code, which may open any file"),
+        Patch(
+            datasets.data_files, "_get_single_origin_metadata", _identity_of_data(sources),
+            "finds data files of this machine by path and modification time", library,
+        ),
+        Patch(
+            datasets.Dataset, "_get_cache_file_path", _place_of_transformed(new_folder),
+            "finds what `map` and `filter` made by the function's name", library,
+        ),
+        Patch(
+            datasets.io.generator, "GeneratorDatasetInputStream", _stream_without_cache(new_folder),
+            "finds what a generator made by the generator's name", library,
+        ),
+    ]  # fmt: skip
 
 
 _FOLDER = "ddp_eval_documents_"
@@ -138,6 +150,15 @@ def _place_of_transformed(new_folder: Callable[[], str]) -> Callable[[Any, str],
         return os.path.join(folder[0], f"cache-{fingerprint}.arrow")
 
     return place
+
+
+def _stream_without_cache(new_folder: Callable[[], str]) -> Callable[..., Any]:
+    stream = datasets.io.generator.GeneratorDatasetInputStream
+
+    def generate(**options: Any) -> Any:
+        return stream(**{**options, "cache_dir": new_folder()})
+
+    return generate
 
 
 def _identity_of_data(sources: TaskSources) -> Callable[..., tuple[str, ...]]:

@@ -1,6 +1,6 @@
-"""The templates of task files: each compiled once, and rendered once where the outcome is bound to be the same.
+"""The templates of task files: each compiled once, and rendered once where the result must be the same.
 
-`lm_eval.utils.apply_template` (0.4.13) compiles its template anew for every document and every few-shot example: 98,000 times for
+`lm_eval.utils.apply_template` (0.4.13) compiles its template again for every document and few-shot example: 98,000 times for
 MMLU, of a handful of distinct ones. It renders the same examples again for every document, too. `TemplateCache.render` stands in
 for it while lm_eval builds requests. What it returns is the same to the byte: nothing is kept of a template that can draw at
 random or change a document.
@@ -30,7 +30,7 @@ _PURE_FUNCTIONS = frozenset({"dict", "namespace", "range"})
 
 
 class TemplateCache:
-    """Compiled templates of one jinja environment, and what they come to for the documents that are given to `keep`."""
+    """Compiled templates of one jinja environment, and the texts that they give for the documents passed to `keep`."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
@@ -40,7 +40,7 @@ class TemplateCache:
         self._kept: dict[int, tuple[Any, dict[str, str]]] = {}
 
     def keep(self, documents: Iterable[Any]) -> None:
-        """Render each template once for each of these, which come again and again and which no code changes meanwhile.
+        """Render each template once for each of these, which are used many times and which no code changes meanwhile.
 
         After a template that may change a document, this document is rendered each time.
         """
@@ -117,7 +117,7 @@ _UNCHANGING = (str, int, float, bytes, complex, type(None))
 
 
 def _is_pure(tree: nodes.Template) -> bool:
-    """Whether a template comes to the same for the same document, and leaves it as it was."""
+    """Whether a template gives the same text for the same document, and does not change it."""
     assert tree.environment is not None
     unsafe = {"random", *(tree.environment.filters.keys() - _KNOWN_FILTERS), *(tree.environment.tests.keys() - _KNOWN_TESTS)}
     filters = list(tree.find_all(nodes.Filter))

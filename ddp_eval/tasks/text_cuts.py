@@ -106,12 +106,12 @@ class Cuts:
 
     def split(self, text: str) -> list[tuple[str, str]]:
         """The parts of a text, each with its anchor ("" for the first); cut at blank lines, or at line breaks if it has none."""
-        separator, least = ("\n\n", 1) if "\n\n" in text else ("\n", SHORT_LINE)
+        separator, min_length = ("\n\n", 1) if "\n\n" in text else ("\n", SHORT_LINE)
         parts, anchor, begin = [], "", 0
         place = text.find(separator)
         while place >= 0:
             behind = place + len(separator)
-            if place - begin >= least:
+            if place - begin >= min_length:
                 if self._may_cut(self._behind_break, text, behind):
                     parts.append((anchor, text[begin:behind]))
                     begin, anchor = behind, "a\n"

@@ -47,7 +47,7 @@ OTHER_VALUES = {
 @pytest.fixture(autouse=True)
 def tasks_of_the_tests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides know the tests' tasks alone; nobody needs a launcher's variables of whoever runs the tests."""
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
     made = lm_eval.tasks.TaskManager
 
@@ -58,7 +58,7 @@ def tasks_of_the_tests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             **{**options, "include_defaults": False},
         )
 
-    monkeypatch.setattr(harness, "TaskManager", few)
+    monkeypatch.setattr(select, "TaskManager", few)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
 
 

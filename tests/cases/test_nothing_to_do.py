@@ -68,7 +68,7 @@ def refusal(folder: Path, tiny_tokenizer: Any) -> Callable[..., str]:
     def refuse(*tasks: Any, **options: Any) -> str:
         with pytest.raises(UserError) as caught:
             config = config_from_options(list(tasks), include_path=str(folder), **options)
-            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, never, never, Phases())
+            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, never, Phases())
         return str(caught.value)
 
     return refuse

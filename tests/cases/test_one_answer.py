@@ -71,7 +71,7 @@ def run(folder: Path, tiny_tokenizer: Any) -> Callable[..., str]:
     def try_it(task: str, **options: Any) -> str:
         try:
             config = config_from_options([task], include_path=str(folder), **options)
-            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, score, score, Phases())
+            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, score, Phases())
         except UserError as error:
             return str(error)
         except Scoring:
@@ -140,7 +140,7 @@ def test_plan_recommends_what_a_run_takes(
     assert "impossible" not in found["replicas"] + found["tensor:2"]
     found = layouts("plain", "--load", "broadcast")
     assert "impossible" in found["layers:2"] and "impossible" in found["tensor:2"] and "impossible" not in found["replicas"]
-    with pytest.raises(UserError, match=r"^plan reckons with --model hf: vllm lays a model out itself"):
+    with pytest.raises(UserError, match=r"^plan is for --model hf: vllm lays a model out itself"):
         plan.main([*base, "plain", "--model", "vllm"])
 
 

@@ -19,7 +19,7 @@ from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf.draws import Loading, loading, loading_for
 from ddp_eval.errors import UserError
 from ddp_eval.run.runner import run
-from ddp_eval.tasks.generation_requests import Asked
+from ddp_eval.tasks.generation_requests import GenerationRequests
 from ddp_eval.tasks.tokenization import Encoder
 
 pytestmark = pytest.mark.usefixtures("no_lm_eval_index")
@@ -184,7 +184,7 @@ def test_sampled_texts_follow_from_the_third_value(tiny_tokenizer: Any) -> None:
     request = [("a prompt", {"until": ["."], "do_sample": True, "temperature": 1.0})]
 
     def drawn(seed: int | None) -> list[int]:
-        return list(Asked(encoder, request, ["task"], seed).prompts.seeds)
+        return list(GenerationRequests(encoder, request, ["task"], seed).prompts.seeds)
 
     assert drawn(0) == drawn(0) and drawn(-1) == drawn(-1) and drawn(None) != drawn(None)
     assert len({drawn(seed)[0] for seed in (0, -1, 1, 1234)}) == 4

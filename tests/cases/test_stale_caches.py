@@ -30,7 +30,7 @@ from ddp_eval.engines.hf import checkpoint
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory
 from ddp_eval.system import compile_cache
-from ddp_eval.tasks import fingerprints, harness
+from ddp_eval.tasks import collector, fingerprints, harness, select
 from ddp_eval.tasks.task_sources import reading_anew
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
@@ -75,12 +75,12 @@ def prompts(folder: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
     def stop(*unused: Any) -> Any:
         raise _Stop
 
-    monkeypatch.setattr(fingerprints, "describe_prompts", describe_and_keep)
+    monkeypatch.setattr(collector, "describe_prompts", describe_and_keep)
 
     def build(**options: Any) -> list[str]:
         config = config_from_options(["edited"], include_path=str(folder), **options)
         with pytest.raises(_Stop):
-            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, stop, stop, Phases())
+            harness.evaluate_tasks(config, Encoder(tiny_tokenizer, 2048, None, None), None, stop, Phases())
         return [instance.args[0] for instance in built]
 
     return build
@@ -113,7 +113,7 @@ def test_a_cache_that_lm_eval_has_written(folder: Path, prompts: Callable[..., l
 
     write(folder / "rows.jsonl", '{"text": "sea"}')
     write(folder / "edited.yaml", TASK.format(data=LOCAL))
-    task: Any = harness.TaskManager(include_path=str(folder), include_defaults=False).load(["edited"])["tasks"]["edited"]
+    task: Any = select.TaskManager(include_path=str(folder), include_defaults=False).load(["edited"])["tasks"]["edited"]
     task.set_config("num_fewshot", 0)
     task.build_all_requests(cache_requests=True)
     (file,) = (tmp_path / "lm_eval").iterdir()
@@ -238,7 +238,7 @@ def test_files_that_a_custom_dataset_opens(folder: Path, tmp_path: Path) -> None
     write(folder / "edited.yaml", TASK.format(data="custom_dataset: !function code.load"))
     before = builtins.open, io.open
     with reading_anew() as sources:
-        harness.TaskManager(include_path=str(folder), include_defaults=False).load(["edited"])
+        select.TaskManager(include_path=str(folder), include_defaults=False).load(["edited"])
         assert (builtins.open, io.open) == before
     assert sorted(map(os.path.basename, sources.files)) == ["code.py", "edited.yaml", "more.json", "rows.json"]
 

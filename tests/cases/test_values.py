@@ -31,7 +31,8 @@ from ddp_eval.cli import flags
 from ddp_eval.config import Config
 from ddp_eval.distributed import world
 from ddp_eval.errors import UserError
-from ddp_eval.tasks import fingerprints, harness
+from ddp_eval.tasks import fingerprints, harness, select
+from ddp_eval.tasks.request_types import Asked
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 from ddp_eval.values import convert_value
@@ -217,7 +218,7 @@ def _prompts_of_lm_eval(file: Path, folder: Path) -> str:
     parser = argparse.ArgumentParser()
     Run.create(parser.add_subparsers())
     config = EvaluatorConfig.from_cli(parser.parse_args(["run", "--config", str(file)]))
-    manager = harness.TaskManager(include_path=str(folder), include_defaults=False, metadata=config.metadata)
+    manager = select.TaskManager(include_path=str(folder), include_defaults=False, metadata=config.metadata)
     seeds = config.seed or [None] * 4
     with pytest.raises(_Stop) as stopped:
         lm_eval.simple_evaluate(
@@ -236,15 +237,12 @@ def _prompts_of_lm_eval(file: Path, folder: Path) -> str:
 def _our_prompts(file: Path, tokenizer: Any) -> str:
     config, _ = flags.parse(["--config", str(file)])
 
-    def stop(prompts: dict[str, Any]) -> None:
-        raise _Stop(prompts["prompts_sha256"])
-
-    def never(*unused: Any) -> Any:
-        raise AssertionError("nothing is scored")
+    def stop(asked: Asked) -> Any:
+        raise _Stop(asked.fingerprints["prompts_sha256"])
 
     encoder = Encoder(tokenizer, 2048, None, None)
     with pytest.raises(_Stop) as stopped:
-        harness.evaluate_tasks(config, encoder, None, never, never, Phases(), [demo.TASKS_PATH], stop)
+        harness.evaluate_tasks(config, encoder, None, stop, Phases(), [demo.TASKS_PATH])
     return str(stopped.value)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ddp_eval.distributed import watchdog
 from ddp_eval.distributed.watchdog import Watch, _Beats
-from ddp_eval.tasks import bootstrap, collector, lm_eval_patches
+from ddp_eval.tasks import bootstrap, lm_eval_patches, task_errors
 
 
 class Hanging(Exception):
@@ -133,13 +133,13 @@ def test_bootstraps_chunks_are_progress(patience_s, renewed, monkeypatch):
 def test_between_keeps_the_documents():
     """Catches documents lost or built twice by the one who counts them, and an error that lm_eval takes for a task's."""
     calls = []
-    assert list(lm_eval_patches._between(lambda: calls.append(None), range(3))) == [0, 1, 2] and len(calls) == 3
+    assert list(lm_eval_patches.call_between(lambda: calls.append(None), range(3))) == [0, 1, 2] and len(calls) == 3
 
     def fail():
         raise RuntimeError("the loader has failed")
 
-    with pytest.raises(collector.ScoringFailed, match="the loader has failed"):
-        list(lm_eval_patches._between(collector.as_scoring_error(fail), range(3)))
+    with pytest.raises(task_errors.OwnError, match="the loader has failed"):
+        list(lm_eval_patches.call_between(task_errors.errors_pass_through()(fail), range(3)))
 
 
 def test_dead_sibling_is_named(monkeypatch):

@@ -26,7 +26,7 @@ from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.placement.choose import choose_layout
 from ddp_eval.run.planning import plan_texts
-from ddp_eval.tasks.generation_requests import Asked
+from ddp_eval.tasks.generation_requests import GenerationRequests
 from ddp_eval.tasks.tokenization import Encoder
 
 LETTERS = (5, 6, 7, 8)
@@ -315,7 +315,7 @@ def test_max_gen_toks_is_for_tasks_without_a_limit():
     """Catches lm_eval's model_args max_gen_toks that is taken and changes nothing, or that overrules a task."""
     encoder = Encoder(tiny_models.make_tokenizer(), 512)
     pairs = [("a b", {"until": ["x"]}), ("a b c", {"until": ["x"], "max_gen_toks": 9})]
-    assert list(Asked(encoder, pairs, ["task"] * 2, 0, max_gen_toks=7).prompts.limits) == [7, 9]
-    assert list(Asked(encoder, pairs, ["task"] * 2, 0).prompts.limits) == [256, 9]
+    assert list(GenerationRequests(encoder, pairs, ["task"] * 2, 0, max_gen_toks=7).prompts.limits) == [7, 9]
+    assert list(GenerationRequests(encoder, pairs, ["task"] * 2, 0).prompts.limits) == [256, 9]
     with pytest.raises(UserError, match="max_gen_toks in --model_args must be a whole number of 1 or more, got 0"):
         Config(model="vllm", model_args={"pretrained": "m", "max_gen_toks": 0})

@@ -19,6 +19,7 @@ from ddp_eval.config import Config, read_think_end
 from ddp_eval.errors import UserError
 from ddp_eval.tasks import harness
 from ddp_eval.tasks.reasoning import finish_answer
+from ddp_eval.tasks.request_types import Answers, Asked
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 
@@ -40,12 +41,12 @@ def prompts_by_lm_eval(model: Any, tokenizer: Any, tasks: list[str], lm_args: An
 
 
 def our_prompts(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> dict[str, list[Any]]:
-    def score(requests: Any, prompts: Any) -> Any:
-        return np.zeros(len(requests)), np.zeros(len(requests), dtype=bool), [], []
+    def answer(asked: Asked) -> Answers:
+        return Answers(np.zeros(len(asked.requests)), np.zeros(len(asked.requests), dtype=bool), [], [])
 
     config = Config(tasks=list(tasks), bootstrap_iters=0, **options)
     encoder = Encoder(tokenizer, 2048)
-    outcome = harness.evaluate_tasks(config, encoder, model.config, score, lambda *kept: None, Phases(), [demo.TASKS_PATH])
+    outcome = harness.evaluate_tasks(config, encoder, model.config, answer, Phases(), [demo.TASKS_PATH])
     return prompts_of(outcome.results)
 
 

@@ -21,7 +21,7 @@ import pytest
 from lm_eval.tasks import TaskManager, _index, _yaml_loader, manager
 
 from ddp_eval.errors import UserError
-from ddp_eval.tasks import harness, index_cache, select
+from ddp_eval.tasks import index_cache, select
 from ddp_eval.tasks.index_cache import reuse_index
 
 FILES = {
@@ -155,7 +155,7 @@ def test_tables_are_the_same(folder: Path, parsed: list[str], monkeypatch: pytes
     """Catches `ls` that prints other tables from a warm cache, or parses the files once more for the tasks' output types."""
     kinds = ("tasks", "groups", "subtasks", "tags")
     with monkeypatch.context() as patch:
-        patch.setattr(harness, "reuse_index", contextlib.nullcontext)
+        patch.setattr(select, "reuse_index", contextlib.nullcontext)
         plain = [select.list_tasks(what, None) for what in kinds]
     assert "lm_eval/tasks/a/one.yaml" in plain[0] and "multiple_choice" in plain[2]
     for _ in ("cold", "warm"):

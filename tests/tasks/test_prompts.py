@@ -29,8 +29,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ddp_eval.config import Config
-from ddp_eval.tasks import collector, harness
+from ddp_eval.tasks import collector, harness, select
 from ddp_eval.tasks.lm_eval_patches import keep_examples
+from ddp_eval.tasks.request_types import Answers, Asked
 from ddp_eval.tasks.templates import TemplateCache
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
@@ -132,9 +133,9 @@ def built_by_ddp_eval(model: Any, tokenizer: Any, tasks: list[Any], include_path
     paths = [] if include_path is None else [str(include_path)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Collected) as collected:
         patch.setattr(collector.RequestCollector, "_score_instances", collect)
-        patch.setattr(harness, "is_complete", lambda tasks, index: True)  # else lm_eval's own 14,000 task files are read
+        patch.setattr(select, "is_complete", lambda tasks, index: True)  # else lm_eval's own 14,000 task files are read
         encoder = Encoder(tokenizer, 2048)
-        harness.evaluate_tasks(config, encoder, model.config, lambda *asked: None, lambda *kept: None, Phases(), paths)  # type: ignore
+        harness.evaluate_tasks(config, encoder, model.config, lambda asked: None, Phases(), paths)  # type: ignore
     found: list[Any] = collected.value.args[0]
     return found
 
@@ -581,14 +582,14 @@ def test_metrics_see_documents_as_they_are(tiny_model: Callable[..., Any], tiny_
     examples = {"sampler": "first_n", "samples": lambda: LISTED, "doc_to_text": "more: {{ more }}"}
     change = {"fewshot_split": None, "fewshot_config": examples, "process_results": score_with_an_example}
 
-    def score(requests: Any, prompts: Any) -> Any:
-        return np.zeros(len(requests)), np.zeros(len(requests), dtype=bool), [], []
+    def answer(asked: Asked) -> Answers:
+        return Answers(np.zeros(len(asked.requests)), np.zeros(len(asked.requests), dtype=bool), [], [])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "is_complete", lambda tasks, index: True)
+        patch.setattr(select, "is_complete", lambda tasks, index: True)
         config = Config(tasks=[TASK | change], bootstrap_iters=0)
         encoder, model_config = Encoder(tiny_tokenizer, 2048), tiny_model("llama").config
-        outcome = harness.evaluate_tasks(config, encoder, model_config, score, lambda *kept: None, Phases())
+        outcome = harness.evaluate_tasks(config, encoder, model_config, answer, Phases())
     assert [sample["acc"] for sample in outcome.results["samples"]["animals"]] == [1, 2, 3, 4, 5]
 
 

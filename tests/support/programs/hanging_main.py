@@ -40,7 +40,7 @@ class HangingImport(importlib.abc.MetaPathFinder):
 if __name__ == "__main__":
     fault = os.environ["FAULT"]
     if fault == "before_join":
-        command.LEAST_JOIN_S = 1.0
+        command.MIN_JOIN_S = 1.0
     if fault == "all_reduce":
         preflight.check_if_due = lambda config: preflight.Passed([])
     if fault == "import" and os.environ["RANK"] == os.environ["FAULT_RANK"]:

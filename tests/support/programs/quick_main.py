@@ -6,10 +6,10 @@ from ddp_eval.__main__ import command as main
 
 if os.environ.get("RANK", "0") == "0":
     os.environ.setdefault("TQDM_DISABLE", "1")  # main does, but too late for what this imports
-    from ddp_eval.tasks import harness
+    from ddp_eval.tasks import select
 
-    load_index = harness.TaskManager
-    harness.TaskManager = lambda **options: load_index(**{**options, "include_defaults": False})
+    load_index = select.TaskManager
+    select.TaskManager = lambda **options: load_index(**{**options, "include_defaults": False})
 
 if __name__ == "__main__":
     main()

@@ -71,7 +71,7 @@ def break_it(fault):
 
 if __name__ == "__main__":
     watchdog.NOTICE_S = NOTICE_S
-    command.LEAST_JOIN_S = 1.0
+    command.MIN_JOIN_S = 1.0
     meeting._HANDSHAKE_S = 2.0
     break_it(sys.argv.pop(1))
     main()

@@ -29,7 +29,7 @@ from ddp_eval.tasks import trackers
 
 if TYPE_CHECKING:
     from ddp_eval.distributed.world import World
-    from ddp_eval.run.preflight import Passed
+    from ddp_eval.run.preflight import PreflightReport
 
 _DEATH_S = 1.0
 MIN_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
@@ -180,7 +180,7 @@ def _show(config: Config, results: dict[str, Any]) -> None:
         print(printable(f"ddp_eval: the run is in {config.output_path}"))
 
 
-def _report_checks(checks: Passed, speed: str, world: World) -> None:
+def _report_checks(checks: PreflightReport, speed: str, world: World) -> None:
     """The end of --preflight: a line for each node, printed by rank 0."""
     from ddp_eval.distributed import world as world_module
 

@@ -262,7 +262,7 @@ def _check_seed(config: Config) -> None:
 
 
 def _check_layout(config: Config) -> None:
-    layout.check_words(config.layout)
+    layout.check_layout(config.layout)
 
 
 def _check_timeout(config: Config) -> None:

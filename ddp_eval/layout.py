@@ -53,7 +53,7 @@ class Layout:
 WHOLE_COPIES = Layout(REPLICAS, 1)
 
 
-def check_words(words: str) -> None:
+def check_layout(words: str) -> None:
     """Raise UserError unless `words` is one of the forms that --layout takes; a kind that splits may leave K open."""
     kind, colon, count = words.partition(":")
     if kind in (AUTO, MEASURE, REPLICAS) and not colon:

@@ -43,8 +43,8 @@ from ddp_eval.run.leader import Job, answer, make_encoder
 from ddp_eval.run.manifest import model_info
 from ddp_eval.run.record import Record
 from ddp_eval.run.replica import LoadedReplica, Replica
-from ddp_eval.run.resume import warn_of_not_finite
-from ddp_eval.system.quiet import less_chatter, one_rank_speaks
+from ddp_eval.run.resume import warn_nonfinite
+from ddp_eval.system.quiet import only_rank_zero_logs, quiet_libraries
 from ddp_eval.tasks.collector import RequestCollector
 from ddp_eval.tasks.hflm_members import HFLMMembers
 from ddp_eval.tasks.request_types import Answers, Asked, sum_by_owner
@@ -69,7 +69,7 @@ _ENDED = (
 _open_model: DDPEvalLM | None = None  # on rank 0 of several
 
 
-class Served(SystemExit):
+class WorkerExit(SystemExit):
     """On a rank other than 0: it has done its part, and rank 0 has closed the model."""
 
 
@@ -82,7 +82,7 @@ def launch(**arguments: Any) -> DDPEvalLM | None:
     """
     try:
         return DDPEvalLM(**arguments)
-    except Served:
+    except WorkerExit:
         return None
 
 
@@ -92,7 +92,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
 
     It has the members of lm_eval's HFLM (hflm_members.py), and answers requests that lm_eval or anybody else has made, in any
     order of calls. Arguments as of `launch`. On ranks other than 0 the constructor serves until the model is closed, and raises
-    Served.
+    WorkerExit.
     by_name: it is lm_eval that opens it and nobody closes it: another one, opened later, takes its place on all ranks.
     """
 
@@ -112,16 +112,16 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         try:
             if not world.is_leader:
                 speaking = watchdog.speaking("rank 0, which has the model open") if world.rank == 1 else contextlib.nullcontext()
-                with one_rank_speaks(False), speaking:
+                with only_rank_zero_logs(False), speaking:
                     follow(world, lambda world, layout: load_replica(config, checkpoint.load_config(model_args), world, layout))
-                raise Served(0)
+                raise WorkerExit(0)
             for note in notes:
                 log.warning("%s", note)
             self._settings = config
-            with one_rank_speaks(True), watchdog.speaking():
+            with only_rank_zero_logs(True), watchdog.speaking():
                 watchdog.step("loading the model")
                 self._load(model_args)
-            self._quiet.enter_context(less_chatter())
+            self._quiet.enter_context(quiet_libraries())
         except BaseException as error:
             if self._anew is not None and not self._load_sent:  # the other ranks know nothing of it: the next model may be right
                 self._keep_open()
@@ -285,5 +285,5 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
 
     def _run(self, asked: Asked) -> Answers:
         answers = answer(self._job, asked.requests, asked.prompts, Record())
-        warn_of_not_finite(tables.find_not_finite(*asked.tables(answers)))
+        warn_nonfinite(tables.find_not_finite(*asked.tables(answers)))
         return answers

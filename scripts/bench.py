@@ -148,7 +148,7 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
     row = {
         "task": task,
         "limit": limit,
-        **{key: ours[0][key] for key in ("requests", "request_tokens", "computed_tokens", "packs", "layout_of_requests")},
+        **{key: ours[0][key] for key in ("requests", "request_tokens", "computed_tokens", "packs", "batching")},
         **ours[0]["useful"],
         "phases_s": {name: median(lambda run, name=name: run["phases_s"].get(name, 0.0)) for name in ours[0]["phases_s"]},
         "peak_flops": median(lambda run: run["peak_flops"]),

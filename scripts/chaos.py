@@ -41,7 +41,7 @@ from ddp_eval.output import journal
 FLAGS = ["--model_args", "pretrained=demo", "--tasks", "demo_hellaswag", "demo_lambada", "gen_boolean", "gen_drawn", "gen_story"]
 FLAGS += ["--include_path", str(Path(__file__).resolve().parent.parent / "tests" / "support" / "generation_tasks")]
 FLAGS += ["--num_fewshot", "1", "--limit", "8", "--max_pack_tokens", "1", "--bootstrap_iters", "50"]
-SIZES = {"slot_tokens": 10**6, "most_slots": 3, "queue": 6}  # of batches of texts, so small that there are a dozen
+SIZES = {"slot_tokens": 10**6, "max_slots": 3, "queue": 6}  # of batches of texts, so small that there are a dozen
 TARGETS = ("one rank", "all ranks", "torchrun")
 MOST_KILLS = 3  # in one trial
 GONE_S = 40.0  # torchrun gives ranks that do not end 30 s

@@ -153,14 +153,14 @@ def finished(place: Path) -> Iterator[Callable[[], None]]:
     from ddp_eval.__main__ import _show
     from ddp_eval.cli import flags as cli
     from ddp_eval.output import directory as run_directory
-    from ddp_eval.run.resume import warn_of_not_finite
+    from ddp_eval.run.resume import warn_nonfinite
 
     config, _ = cli.parse([*FLAGS, "--output_path", str(place / "run")])
 
     def look() -> None:
         found = run_directory.find_finished(config, lambda manifest: True)
         if found is not None:
-            warn_of_not_finite(found["ddp_eval"].get("not_finite", {}))
+            warn_nonfinite(found["ddp_eval"].get("not_finite", {}))
             with contextlib.redirect_stdout(SimpleNamespace(write=check_text, flush=lambda: None)):  # type: ignore[type-var]
                 _show(config, found)
                 _show(dataclasses.replace(config, show_config=True), found)
@@ -335,7 +335,7 @@ def make_unfinished(place: Path) -> None:
 
     config, _ = cli.parse([*FLAGS, "--output_path", str(place)])
     directory = run_directory.open_directory(config, lambda: None)
-    directory.obeyed(config, "replicas")
+    directory.begin_replacing(config, "replicas")
     directory.close()
     make_journal(directory.journals)
 

@@ -10,17 +10,17 @@ from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf.pipeline_parallel import split_layers
 from ddp_eval.errors import UserError
 from ddp_eval.layout import KINDS, LAYERS, TENSOR, WHOLE_COPIES, Layout, possible_layouts
-from ddp_eval.placement.kinds import Kind, fixed_layout, kind_of
+from ddp_eval.placement.kinds import Kind, kind_of, resolve_layout
 
 
 def test_words_become_layouts():
     """Catches a K that is lost, and a choice made without knowing the model."""
-    assert fixed_layout("replicas", 6, 6) == WHOLE_COPIES
-    assert fixed_layout("tensor:3", 6, 6) == Layout(TENSOR, 3)
-    assert fixed_layout("layers:2", 6, 2) == Layout(LAYERS, 2)
-    assert fixed_layout("tensor", 16, 8) == Layout(TENSOR, 8)
-    assert fixed_layout("tensor", 1, 1) == WHOLE_COPIES
-    assert [fixed_layout(words, 8, 8) for words in ("auto", "measure", "layers")] == [None] * 3
+    assert resolve_layout("replicas", 6, 6) == WHOLE_COPIES
+    assert resolve_layout("tensor:3", 6, 6) == Layout(TENSOR, 3)
+    assert resolve_layout("layers:2", 6, 2) == Layout(LAYERS, 2)
+    assert resolve_layout("tensor", 16, 8) == Layout(TENSOR, 8)
+    assert resolve_layout("tensor", 1, 1) == WHOLE_COPIES
+    assert [resolve_layout(words, 8, 8) for words in ("auto", "measure", "layers")] == [None] * 3
     assert str(Layout(LAYERS, 4)) == "layers:4"
     assert possible_layouts(4) == [WHOLE_COPIES, *(Layout(kind, count) for count in (2, 4) for kind in (TENSOR, LAYERS))]
 
@@ -37,9 +37,9 @@ def test_every_kind_has_its_class():
 def test_ranks_that_do_not_divide():
     """Catches ranks left over in silence, or a refusal that does not say which number to change."""
     with pytest.raises(UserError, match=r"takes 2 ranks for each copy of the model, and 5 = 2 x 2 \+ 1: start 4 or 6 ranks"):
-        fixed_layout("layers:2", 5, 5)
+        resolve_layout("layers:2", 5, 5)
     with pytest.raises(UserError, match=r"takes 4 ranks for each copy of the model, and 2 = 0 x 4 \+ 2: start 4 ranks"):
-        fixed_layout("tensor:4", 2, 2)
+        resolve_layout("tensor:4", 2, 2)
 
 
 def test_packs_are_dealt_to_replicas():

@@ -30,6 +30,10 @@ _LM_EVAL_FACTS = {
 }
 
 
+# Keys of results.json and the manifest that had other names before 1.0.
+_OLD_NAMES = {"layout_of_requests": "batching", "saved_from_nan": "nan_recovered"}
+
+
 # {task: {"metric,filter": [(doc_id, value, weight)]}}
 DocumentRows = dict[str, dict[str, list[tuple[int, float, float]]]]
 
@@ -142,6 +146,10 @@ def _read_ours(place: Path) -> Run:
 
     run = Run(place, "ddp_eval", manifest=read_back.read_json(place / write.MANIFEST, shapes.MANIFEST, place))
     run.results = read_back.read_json(place / write.RESULTS, shapes.RESULTS, place)
+    for section in (run.manifest, run.results.get("ddp_eval")):
+        for old, new in _OLD_NAMES.items():
+            if isinstance(section, dict) and old in section:
+                section[new] = section.pop(old)
     run.reported = _reported(run.results)
     scores = _read_table(place, tables.SCORES)
     columns = [scores[name].values for name in ("doc_id", "idx", "loglikelihood", "is_greedy")]

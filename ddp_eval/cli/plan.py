@@ -16,7 +16,7 @@ from ddp_eval.cli import flags as cli
 from ddp_eval.cli.subcommand import SubcommandParser
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
-from ddp_eval.placement.choose import TYPICAL, Candidate, Ranks, consider, recommend, why_not
+from ddp_eval.placement.choose import TYPICAL_WORKLOAD, Candidate, Ranks, evaluate_layouts, recommend, why_not
 from ddp_eval.placement.memory import measure_model, usable_bytes
 from ddp_eval.placement.speed import CUDA_SPEEDS, Amount
 from ddp_eval.system.text import GIB, count_packs, format_bytes
@@ -77,11 +77,11 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     whole = checkpoint.whole_model(config.loader_args, model_config)
     sizes = measure_model(whole, GPU)
     max_tokens = config.max_pack_tokens or sizes.largest_pack
-    amount, generating = _count_work(config, model_config, whole) if count_work else (TYPICAL, None)
+    amount, generating = _count_work(config, model_config, whole) if count_work else (TYPICAL_WORKLOAD, None)
     ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS, GPU)
     candidates = [
         Candidate(one.layout, impossible=why) if (why := why_not(config, model_config, one.layout, generating)) else one
-        for one in consider(whole, ranks, amount)
+        for one in evaluate_layouts(whole, ranks, amount)
     ]
     best = recommend(candidates)
     dtype = str(next(whole.parameters()).dtype).removeprefix("torch.")

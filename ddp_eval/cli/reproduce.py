@@ -79,7 +79,7 @@ def parse(argv: Sequence[str]) -> Evaluation:
     manifest = _read_manifest(earlier)
     if output == earlier:
         raise UserError(f"--output_path must not be the run to reproduce, got {options.output_path}")
-    if (output / "manifest.json").is_file() and not (options.overwrite or run_directory.is_obeyed(output)):
+    if (output / "manifest.json").is_file() and not (options.overwrite or run_directory.already_replaced_by_this_launch(output)):
         raise UserError(f"{output} already holds a complete run: --overwrite runs it again, `compare` holds the two together")
     _refuse_programs(manifest, options.run)
     values = dict(manifest["config"])

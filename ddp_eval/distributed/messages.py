@@ -40,12 +40,12 @@ class Journals:
 class Load:
     """The leader's word to load the model in this layout, in place of what is loaded.
 
-    on_trial: it may fail; each rank reports how it went (`measuring.load_together`).
+    is_probe: it may fail; each rank reports how it went (`measuring.load_together`).
     config: of another model than the last one; None: the same model.
     """
 
     layout: Layout
-    on_trial: bool = False
+    is_probe: bool = False
     config: Config | None = None
 
 
@@ -83,7 +83,7 @@ class Abort:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measure:
+class CollectTelemetry:
     """The leader asks how each rank's time went."""
 
 
@@ -99,11 +99,11 @@ class Followers:
         self.layout: Layout | None = None  # in which the model was loaded last
         self._listening = True
 
-    def load(self, layout: Layout, on_trial: bool = False, config: Config | None = None) -> None:
+    def load(self, layout: Layout, is_probe: bool = False, config: Config | None = None) -> None:
         """Have all ranks begin to load the model, another one if a `config` is given; the leader loads its own part."""
         self.layout = layout
         with watchdog.waiting():
-            collectives.send_message(self.world, Load(layout, on_trial, config))
+            collectives.send_message(self.world, Load(layout, is_probe, config))
 
     def begin(self, directory: Path | None) -> None:
         """Have them load the model, and report to the run directory from now on."""
@@ -129,10 +129,10 @@ class Followers:
         yield work
         self._listening = True
 
-    def measure(self) -> list[dict[str, Any]]:
+    def collect_telemetry(self) -> list[dict[str, Any]]:
         """Every rank's `Meter.report`, in the order of ranks."""
         with watchdog.waiting():
-            collectives.send_message(self.world, Measure())
+            collectives.send_message(self.world, CollectTelemetry())
             reports = collectives.gather_reports(self.world, self.world.meter.report())
         assert reports is not None, "the leader gets them"
         return reports
@@ -153,18 +153,18 @@ class Followers:
 
 def await_begin(world: World) -> Begin | None:
     """On the other ranks: wait until the leader knows that there is something to do; None when there is not."""
-    begin: Begin | None = _hear(world)
+    begin: Begin | None = _receive(world)
     return begin
 
 
 def next_work(world: World) -> Load | Work | None:
     """On the other ranks: wait for what the leader says next; None is stop. Raises what the leader failed of."""
-    word: Load | Work | None = _hear(world)
+    word: Load | Work | None = _receive(world)
     return word
 
 
-def _hear(world: World) -> Any:
-    while isinstance(message := collectives.receive_message(world), Measure):
+def _receive(world: World) -> Any:
+    while isinstance(message := collectives.receive_message(world), CollectTelemetry):
         collectives.gather_reports(world, world.meter.report())
         world.meter.reset()
     if isinstance(message, Abort):

@@ -64,7 +64,7 @@ class _Place:
 _place = _Place()
 _directory: Path | None = None
 _journal: Any = None
-_last_deed: Callable[[], None] | None = None
+_exit_hook: Callable[[], None] | None = None
 _leaving = threading.Lock()
 _ending: int | None = None  # the thread that ends this process
 
@@ -76,7 +76,7 @@ def step(name: str, pack: int | None = None, detail: str = "") -> None:
     _give_way(False)
 
 
-def renew(detail: str | None = None) -> None:
+def touch(detail: str | None = None) -> None:
     """The step under way has come further: it may take --timeout from now on. Cheap enough for every document.
 
     detail: what it is about now, such as a task and a document; None: the same as before.
@@ -174,7 +174,7 @@ def _speak(over: threading.Event, whom: Callable[[], str]) -> None:
                 notice(f"waiting for {others}", waited_s)
 
 
-def of_run(directory: Path | None) -> None:
+def set_run_directory(directory: Path | None) -> None:
     """From now on this process speaks for the run in `directory`."""
     global _directory
     _directory = directory
@@ -186,10 +186,10 @@ def use_journal(journal: Any) -> None:
     _journal = journal
 
 
-def before_leaving(deed: Callable[[], None]) -> None:
+def on_exit(deed: Callable[[], None]) -> None:
     """What to do last, when this process leaves before its run is over."""
-    global _last_deed
-    _last_deed = deed
+    global _exit_hook
+    _exit_hook = deed
 
 
 def leave(code: int, state: str, reason: str, first_hand: bool = True) -> NoReturn:
@@ -211,9 +211,9 @@ def _tidy_up(state: str, reason: str, first_hand: bool) -> None:
             _journal.sync()
     if _directory is not None:
         status.note_end(_directory, state, reason, first_hand)
-    if _last_deed is not None:
+    if _exit_hook is not None:
         with contextlib.suppress(Exception):
-            _last_deed()
+            _exit_hook()
 
 
 def _within(limit_s: float, deed: Callable[[], None]) -> bool:
@@ -227,7 +227,7 @@ def _within(limit_s: float, deed: Callable[[], None]) -> bool:
 def note_failure(rank: int, error: Exception) -> str:
     """Mark the run directory: a defect ends this process, by its own traceback. Returns what to say of it, in one sentence."""
     sentence = (
-        f"rank {rank} on {socket.gethostname()} has failed while {_doing(_place)} "
+        f"rank {rank} on {socket.gethostname()} has failed while {_describe_step(_place)} "
         f"({type(error).__name__}: {one_line(error, 200)}): its traceback says where"
     )
     if _directory is not None:
@@ -338,7 +338,7 @@ class Watch:
             ready, _, _ = select.select([self._wakeup], [], [], _TICK_S)
             self._looked = time.monotonic()
             if ready and (number := os.read(self._wakeup, 1)[0]) in _SIGNALS:
-                self._obey(number)
+                self._handle_signal(number)
             if self._launcher is not None and os.getppid() != self._launcher:
                 _say("torchrun is gone: this rank leaves too", self.rank)
                 leave(1, status.FAILED, "torchrun was killed; the same command resumes", first_hand=False)
@@ -348,7 +348,7 @@ class Watch:
             if place.step != WAITING and late_s > self.timeout_s and not self._stopped.is_set():
                 _leave_hanging(self.rank, socket.gethostname(), str(place), late_s, self._beats and self._beats.report)
 
-    def _obey(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         """Finish or abandon the pack in hand, and leave."""
         name = signal.Signals(number).name
         # At once: soon ranks that were told to stop, as this one was, will be gone too.
@@ -360,7 +360,7 @@ class Watch:
             leave(1, status.FAILED, death, first_hand=False)
         kept = "finished packs are kept and " if _directory is not None else ""
         again = f"{kept}the same command {'resumes' if kept else 'starts over'}"
-        self._tell(f"stopped by {name} while {_doing(_place)}: {again}")
+        self._tell(f"stopped by {name} while {_describe_step(_place)}: {again}")
         code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
         leave(code, status.PREEMPTED, f"stopped by {name}; the same command resumes")
 
@@ -393,14 +393,14 @@ class _Beats:
             count += 1
             try:
                 self._store.set(_beat_key(self.rank), json.dumps([count, host, str(_place)]))
-                self._look_after()
+                self._check_peers()
             except RuntimeError:
                 if not self._stopped.wait(3):  # a leader that has ended well has told us so by now
                     if os.environ.get("LOCAL_RANK") == "0":
-                        _say(f"rank {self.rank} on {host} lost contact with rank 0 while {_doing(_place)}", 0)
+                        _say(f"rank {self.rank} on {host} lost contact with rank 0 while {_describe_step(_place)}", 0)
                     leave(1, status.FAILED, "contact with rank 0 was lost; the same command resumes", first_hand=False)
 
-    def _look_after(self) -> None:
+    def _check_peers(self) -> None:
         now = time.monotonic()
         passed_s, self._looked = min(now - self._looked, _LOOK_S), now
         for rank in self._others:
@@ -456,7 +456,7 @@ def _beat_key(rank: int) -> str:
     return f"ddp_eval/beat/{rank}"
 
 
-def _doing(place: _Place) -> str:
+def _describe_step(place: _Place) -> str:
     return str(place) if place.step != WAITING else "waiting for other ranks"
 
 

@@ -51,7 +51,7 @@ class Engine(abc.ABC):
     whole: the whole replica's model, on the meta device where this rank holds a part of it.
     why_not_packs: why only rows must be run, or None.
     tree_attention, plain_attention: the attention implementations of trees, and of all else; empty where there is none to choose.
-    on_trial: set while a trial plan runs, in which parts of a replica turn an error into NaN: the other ranks wait for them.
+    is_probe: set while a trial plan runs, in which parts of a replica turn an error into NaN: the other ranks wait for them.
     """
 
     whole: Any
@@ -59,7 +59,7 @@ class Engine(abc.ABC):
     why_not_packs: str | None = None
     tree_attention: str = ""
     plain_attention: str = ""
-    on_trial: bool = False
+    is_probe: bool = False
 
     @property
     @abc.abstractmethod

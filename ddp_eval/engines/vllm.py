@@ -271,10 +271,10 @@ class VllmEngine(Engine):
         ]
         inputs = [{"prompt_token_ids": prompt.tokens} for prompt in prompts]
         outputs = self._llm.generate(inputs, settings, use_tqdm=False)
-        logprobs, hits = np.zeros(len(pack.answer_items)), np.zeros(len(pack.answer_items), dtype=bool)
+        logprobs, is_greedy = np.zeros(len(pack.answer_items)), np.zeros(len(pack.answer_items), dtype=bool)
         for prompt, output in zip(prompts, outputs, strict=True):
-            _read_off(prompt, output, logprobs, hits)
-        return make_results(pack, logprobs, hits)
+            _read_off(prompt, output, logprobs, is_greedy)
+        return make_results(pack, logprobs, is_greedy)
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know,
@@ -346,15 +346,15 @@ def _until_broken(completion: Any) -> list[int]:
     return tokens
 
 
-def _read_off(prompt: Prompt, output: Any, logprobs: npt.NDArray[np.float64], hits: npt.NDArray[np.bool_]) -> None:
+def _read_off(prompt: Prompt, output: Any, logprobs: npt.NDArray[np.float64], is_greedy: npt.NDArray[np.bool_]) -> None:
     """Put one prompt's answers into their places."""
     completion = output.outputs[0]
     chosen = completion.token_ids[0]
     following = completion.logprobs[0]
     for answer, target in prompt.targets.items():
         logprobs[answer] = following[target].logprob
-        hits[answer] = target == chosen
+        is_greedy[answer] = target == chosen
     for answer, position in prompt.inner:
         found = output.prompt_logprobs[position][prompt.tokens[position]]
         logprobs[answer] = found.logprob
-        hits[answer] = found.rank == 1
+        is_greedy[answer] = found.rank == 1

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.output import journal, lm_eval_names, status, write
-from ddp_eval.output.lock import Held, Lock, OnWait, not_at_all
+from ddp_eval.output.lock import Lock, LockHeldError, OnWait, not_at_all
 from ddp_eval.output.versions import describe_packages
 from ddp_eval.system import digests, launch_id
 from ddp_eval.system.files import read_object, replace_json
@@ -55,8 +55,10 @@ class Directory(Protocol):
 
     @property
     def layout(self) -> str | None: ...
-    def resume(self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any) -> tuple[journal.Found, Kept | None]: ...
-    def obeyed(self, config: Config, layout: str | None = None) -> None: ...
+    def resume(
+        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any
+    ) -> tuple[journal.RecoveredWork, Kept | None]: ...
+    def begin_replacing(self, config: Config, layout: str | None = None) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -65,10 +67,12 @@ class NoDirectory:
 
     layout: str | None = None
 
-    def resume(self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any) -> tuple[journal.Found, Kept | None]:
+    def resume(
+        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any
+    ) -> tuple[journal.RecoveredWork, Kept | None]:
         return journal.NOTHING, None
 
-    def obeyed(self, config: Config, layout: str | None = None) -> None:
+    def begin_replacing(self, config: Config, layout: str | None = None) -> None:
         pass
 
     def finish(self) -> None:
@@ -81,12 +85,12 @@ class RunDirectory:
     def __init__(self, path: Path, lock: Lock | None = None, replace: bool = False) -> None:
         self.path = path
         self.journals = path / JOURNALS
-        self.replaced: list[Path] = []  # files of a complete run that `obeyed` removes
-        self.stood: dict[str, Any] = {}  # the status of that run
+        self.files_to_remove: list[Path] = []  # files of a complete run that `begin_replacing` removes
+        self.previous_status: dict[str, Any] = {}  # the status of that run
         self._lock = lock
         self._replace = replace
 
-    def recover(self, key: bytes, item_starts: Any, text_starts: Any = None) -> journal.Found:
+    def recover(self, key: bytes, item_starts: Any, text_starts: Any = None) -> journal.RecoveredWork:
         """What is done of the work that `key` names. Journals of other work are removed if they may be replaced.
 
         Raises UserError if they may not.
@@ -102,7 +106,9 @@ class RunDirectory:
                     ) from None
                 (self.journals / str(other)).unlink(missing_ok=True)
 
-    def resume(self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any) -> tuple[journal.Found, Kept | None]:
+    def resume(
+        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any
+    ) -> tuple[journal.RecoveredWork, Kept | None]:
         """What is done of the work that the key names, and where each rank keeps what it does now."""
         key = make_key()
         return self.recover(key, item_starts, text_starts), Kept(self.journals, key)
@@ -113,17 +119,17 @@ class RunDirectory:
         found = read_object(self.journals / _RUN).get("layout")
         return found if isinstance(found, str) else None
 
-    def obeyed(self, config: Config, layout: str | None = None) -> None:
+    def begin_replacing(self, config: Config, layout: str | None = None) -> None:
         """Do what --fresh and --overwrite ask for, and not again when the launcher starts this command again.
 
         layout: the one that was chosen, which a resume keeps.
         """
         try:
-            if self.replaced:
+            if self.files_to_remove:
                 lm_eval_names.remove_links(self.path)  # before results.json, which says which they are
-            for file in reversed(self.replaced):  # the manifest last: without it the others would pass for this run's
+            for file in reversed(self.files_to_remove):  # the manifest last: without it the others would pass for this run's
                 file.unlink(missing_ok=True)
-            self.replaced = []
+            self.files_to_remove = []
             replace_json(
                 self.journals / _RUN, {"flags": _flags(config), "launch": launch_id.launches(), "layout": layout or self.layout}
             )
@@ -136,7 +142,7 @@ class RunDirectory:
         The journals go last: until the run is marked as done, their run.json says that --fresh is obeyed.
         """
         status.write_status(self.path, status.DONE, "the run is complete")
-        self.replaced = []
+        self.files_to_remove = []
         self.forget_journals()
 
     def forget_journals(self) -> None:
@@ -154,12 +160,12 @@ class RunDirectory:
         rank may be writing to it.
         """
         with contextlib.suppress(OSError):
-            if self.replaced and self.stood:
+            if self.files_to_remove and self.previous_status:
                 self.forget_journals()
-                replace_json(self.path / status.STATUS, self.stood)
+                replace_json(self.path / status.STATUS, self.previous_status)
             elif not (write.run_files(self.path) or any(self.journals.glob(f"*{journal.SUFFIX}"))):
                 self.forget_journals()
-        self.replaced = []
+        self.files_to_remove = []
         if self._lock is not None:
             self._lock.release()
 
@@ -175,7 +181,7 @@ def find_finished(
     if not config.output_path:
         return None
     directory = Path(config.output_path)
-    if (config.overwrite or config.fresh) and not is_obeyed(directory):
+    if (config.overwrite or config.fresh) and not already_replaced_by_this_launch(directory):
         return None
     if not os.path.isfile(directory / write.MANIFEST):
         return None
@@ -250,12 +256,12 @@ def open_directory(config: Config, on_lost: Callable[[], None], on_wait: OnWait 
         lock = _take_lock(path, on_lost, on_wait)
     except OSError as error:
         raise write.unwritable(config.output_path, error) from error
-    obeyed = is_obeyed(path)
+    obeyed = already_replaced_by_this_launch(path)
     fresh, replace = config.fresh and not obeyed, (config.fresh or config.overwrite) and not obeyed
     directory = RunDirectory(path, lock, replace)
     try:
         _settle_contents(directory, config, fresh, replace)
-        directory.stood = status.read_status(path)
+        directory.previous_status = status.read_status(path)
         status.write_status(path, status.RUNNING, "the run is at work")
     except OSError as error:
         directory.close()
@@ -281,12 +287,12 @@ def _take_lock(directory: Path, on_lost: Callable[[], None], on_wait: OnWait) ->
     lock = Lock(directory / LOCK, on_lost, on_wait)
     try:
         lock.acquire()
-    except Held as held:
+    except LockHeldError as held:
         raise UserError(f"another run is at work in --output_path {directory} ({held}): wait for it, or give another") from None
     return lock
 
 
-def is_obeyed(directory: Path) -> bool:
+def already_replaced_by_this_launch(directory: Path) -> bool:
     """Whether an earlier start of this very launch has done what --fresh and --overwrite ask for, or the whole run."""
     stands = status.read_status(directory)
     marks = [
@@ -314,7 +320,7 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
         earlier = read_object(directory.path / write.MANIFEST).get("config") if complete else flags
         raise _refuse(directory.path, difference, _where_else(directory.path, earlier, config))
     if complete:
-        directory.replaced = files
+        directory.files_to_remove = files
     elif difference or fresh:
         lm_eval_names.remove_links(directory.path)
         for file in files:

@@ -161,7 +161,7 @@ class Journal:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class RecoveredWork:
     """What journals hold of one plan.
 
     packs:    ascending indices of finished packs, each once.
@@ -192,7 +192,7 @@ class Record(NamedTuple):
     stop: int
 
 
-NOTHING = Found(
+NOTHING = RecoveredWork(
     packs=np.zeros(0, dtype=np.int64),
     results=NO_RESULTS,
     halved=np.zeros((0, 2), dtype=np.int64),
@@ -261,8 +261,8 @@ class _Read:
         self._answers.append(tokens[:, None])
         return True
 
-    def found(self) -> Found:
-        return Found(
+    def found(self) -> RecoveredWork:
+        return RecoveredWork(
             packs=np.array(sorted(self._packs), dtype=np.int64),
             results=np.concatenate(self._results),
             halved=np.array(sorted(self._halved.items()), dtype=np.int64).reshape(-1, 2),
@@ -275,7 +275,7 @@ class _Read:
 
 def read_journals(
     directory: Path, key: bytes, item_starts: npt.NDArray[np.integer], text_starts: npt.NDArray[np.integer] | None = None
-) -> Found:
+) -> RecoveredWork:
     """Read all journals in `directory`.
 
     item_starts:  (P+1,) where each pack's items start, of the plan that `key` names.

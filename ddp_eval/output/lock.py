@@ -38,7 +38,7 @@ def not_at_all(detail: str | None) -> None:
     """An OnWait that does nothing."""
 
 
-class Held(Exception):
+class LockHeldError(Exception):
     """Another process that is alive holds the lock. The text names it."""
 
 
@@ -57,7 +57,7 @@ class Lock:
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def acquire(self) -> None:
-        """Raises Held when another run is alive, after watching it for up to WATCH_S. OSError when the disk refuses.
+        """Raises LockHeldError when another run is alive, after watching it for up to WATCH_S. OSError when the disk refuses.
 
         UserError when the path holds no file, but a pipe, a directory or a link.
         """
@@ -74,7 +74,7 @@ class Lock:
                 stale = self._watch(None, DYING_S, functools.partial(_is_dead_here, holder))
             if stale is False:
                 job = f", SLURM job {holder['slurm_job']}" if holder.get("slurm_job") else ""
-                raise Held(f"process {holder.get('pid')} on {holder.get('host')}{job}")
+                raise LockHeldError(f"process {holder.get('pid')} on {holder.get('host')}{job}")
             if stale and self._take_over(holder):
                 break
         self._on_wait("")

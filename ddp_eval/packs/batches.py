@@ -79,11 +79,11 @@ NO_PROMPTS = Prompts((), (), (), (), (), ())
 class Sizes(NamedTuple):
     """What an engine decodes together.
 
-    slot_tokens: most tokens that all slots hold. most_slots: rows. queue: most prompts of a batch.
+    slot_tokens: most tokens that all slots hold. max_slots: rows. queue: most prompts of a batch.
     """
 
     slot_tokens: int
-    most_slots: int
+    max_slots: int
     queue: int
 
 
@@ -244,7 +244,7 @@ def _describe(batch: list[int], tokens: Sequence[IntArray], limits: Sequence[int
     prefix = min([min(lengths) - 1, *ends])
     prefix = prefix if prefix >= LEAST_SHARED and len(batch) > 1 else 0
     longest = max(len(tokens[item]) - prefix + limits[item] for item in batch)
-    slots = max(1, min(sizes.most_slots, sizes.slot_tokens // longest, len(batch)))
+    slots = max(1, min(sizes.max_slots, sizes.slot_tokens // longest, len(batch)))
     return _Facts(slots, prefix, sum(lengths) - prefix * (len(batch) - 1) + float(answers))
 
 

@@ -17,16 +17,16 @@ Results = npt.NDArray[np.void]  # (n,) of RESULT
 NO_RESULTS: Results = np.zeros(0, dtype=RESULT)
 
 
-def make_results(pack: Pack, logprobs: npt.NDArray[np.floating], hits: npt.NDArray[np.bool_]) -> Results:
+def make_results(pack: Pack, logprobs: npt.NDArray[np.floating], is_greedy: npt.NDArray[np.bool_]) -> Results:
     """(items,) RESULT of a pack; sums in float64.
 
-    logprobs, hits: (A,) of each scored token its log-probability, and whether it was the argmax.
+    logprobs, is_greedy: (A,) of each scored token its log-probability, and whether it was the argmax.
     """
     owner, count = pack.answer_items, len(pack.items)
     results = np.zeros(count, dtype=RESULT)
     results["item"] = np.arange(pack.items.start, pack.items.stop)
     results["logprob"] = np.bincount(owner, weights=logprobs, minlength=count)
-    results["greedy"] = np.bincount(owner, weights=~hits, minlength=count) == 0
+    results["greedy"] = np.bincount(owner, weights=~is_greedy, minlength=count) == 0
     return results
 
 

@@ -14,13 +14,13 @@ from ddp_eval.engines import registry
 from ddp_eval.engines.hf import checkpoint, quantization
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import WHOLE_COPIES, Layout
-from ddp_eval.placement.kinds import fixed_layout, kept_layout, kind_of
+from ddp_eval.placement.kinds import kept_layout, kind_of, resolve_layout
 from ddp_eval.placement.memory import ModelSizes, measure_model, memory_of_rank
 from ddp_eval.placement.speed import CPU_SPEEDS, CUDA_SPEEDS, Amount, Prediction, Speeds
 from ddp_eval.system.text import format_bytes
 
 # Assumed while the work is not known yet.
-TYPICAL = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)
+TYPICAL_WORKLOAD = Amount(tokens=20_000_000, reads=2_500_000, packs=3_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Ranks:
     device: torch.device
 
 
-def consider(whole: Any, ranks: Ranks, amount: Amount = TYPICAL) -> list[Candidate]:
+def evaluate_layouts(whole: Any, ranks: Ranks, amount: Amount = TYPICAL_WORKLOAD) -> list[Candidate]:
     """Every layout of these ranks. whole: the model on the meta device."""
     sizes = measure_model(whole, ranks.device)
     return [_consider_one(whole, sizes, layout, ranks, amount) for layout in layouts.possible_layouts(ranks.world_size)]
@@ -167,7 +167,7 @@ def check_texts(config: Config, layout: Layout | None, generating: str) -> None:
 
 
 def _choose(config: Config, model_config: Any, world: World, earlier: str | None) -> tuple[Layout, str]:
-    fixed = fixed_layout(config.layout, world.world_size, world.ranks_per_node)
+    fixed = resolve_layout(config.layout, world.world_size, world.ranks_per_node)
     if fixed is None and earlier and (kept := kept_layout(earlier, world.world_size)):
         return kept, "as in the work that this resumes"
     if fixed == WHOLE_COPIES or (fixed is None and world.world_size == 1):
@@ -183,7 +183,7 @@ def _choose(config: Config, model_config: Any, world: World, earlier: str | None
     if whole_only:
         return WHOLE_COPIES, f"nothing else serves {whole_only}"
     try:
-        candidates = consider(checkpoint.whole_model(config.loader_args, model_config), ranks_of(config, world))
+        candidates = evaluate_layouts(checkpoint.whole_model(config.loader_args, model_config), ranks_of(config, world))
     except (UserError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         return WHOLE_COPIES, f"what it takes cannot be worked out: {one_line(error)}"
     if config.layout in layouts.SPLIT_KINDS:

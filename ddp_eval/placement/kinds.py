@@ -96,12 +96,12 @@ def _class_of(kind: str) -> Any:
     return getattr(importlib.import_module(f"ddp_eval.placement.{module}"), name)
 
 
-def fixed_layout(words: str, world_size: int, ranks_per_node: int) -> Layout | None:
+def resolve_layout(words: str, world_size: int, ranks_per_node: int) -> Layout | None:
     """The layout that `words` name, None where it depends on the model: `auto`, `measure`, and `layers` with no number.
 
     `tensor` with no number takes all ranks of a node. Raises UserError when the ranks do not divide into replicas.
     """
-    layouts.check_words(words)
+    layouts.check_layout(words)
     kind, _, count = words.partition(":")
     if kind == layouts.REPLICAS:
         return layouts.WHOLE_COPIES
@@ -120,6 +120,6 @@ def fixed_layout(words: str, world_size: int, ranks_per_node: int) -> Layout | N
 def kept_layout(earlier: str, world_size: int) -> Layout | None:
     """The layout that another start has written down; None where these ranks do not divide into its replicas."""
     try:
-        return fixed_layout(earlier, world_size, world_size)
+        return resolve_layout(earlier, world_size, world_size)
     except (UserError, ValueError):  # a number of thousands of digits, which Python does not read
         return None

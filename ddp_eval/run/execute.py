@@ -46,7 +46,7 @@ def _nothing(columns: int) -> list[np.ndarray]:
 def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     """Run this rank's batches of generation and packs, and gather everyone's results."""
     phases = world.meter.phases
-    engine.on_trial = work.phase == "trial"
+    engine.is_probe = work.phase == "trial"
     if work.attention == engine.plain_attention:  # a caller's ranks may each have come with another
         engine.tree_attention = work.attention
     results, halved, lengths, answers = [NO_RESULTS], _nothing(2), _nothing(2), _nothing(1)

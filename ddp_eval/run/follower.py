@@ -29,7 +29,7 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
                 load = functools.partial(_load_anew, word.config)
             laid_out = lay_out(world, word.layout)
             with world.meter.phases("load"):
-                if word.on_trial:
+                if word.is_probe:
                     engine, _ = load_together(laid_out, word.layout, load)
                 else:
                     engine = load(laid_out, word.layout)

@@ -23,13 +23,13 @@ from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.errors import UserError
 from ddp_eval.output import documents, tables, versions, write
 from ddp_eval.output.directory import Directory
-from ddp_eval.output.journal import Found
+from ddp_eval.output.journal import RecoveredWork
 from ddp_eval.output.lm_eval_names import SECTION, choose_names
 from ddp_eval.packs.batches import Prompts
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import Requests
 from ddp_eval.packs.results import Results, fill_slots
-from ddp_eval.placement.choose import check_texts, consider, ranks_of
+from ddp_eval.placement.choose import check_texts, evaluate_layouts, ranks_of
 from ddp_eval.placement.load import load_replica
 from ddp_eval.placement.memory import measure_model
 from ddp_eval.placement.speed import Amount
@@ -39,7 +39,7 @@ from ddp_eval.run.manifest import describe_run, model_info
 from ddp_eval.run.planning import WorkPlan, make_plan, plan_texts
 from ddp_eval.run.record import Record, find_outcome_warnings, find_plan_warnings, manifest_facts, results_section, workload
 from ddp_eval.run.replica import LoadedReplica, PendingReplica, Replica
-from ddp_eval.run.resume import name_work, tell_found, warn_of_not_finite
+from ddp_eval.run.resume import journal_key, log_resume, warn_nonfinite
 from ddp_eval.run.self_check import ScorePlan
 from ddp_eval.run.try_layouts import measure_layouts
 from ddp_eval.tasks.tokenization import Encoder
@@ -120,7 +120,7 @@ def answer_and_keep(job: Job, asked: Asked, record: Record) -> Answers:
     answers = answer(job, asked.requests, asked.prompts, record)
     scores, texts = asked.tables(answers)
     record.not_finite = tables.find_not_finite(scores, texts)
-    warn_of_not_finite(record.not_finite)
+    warn_nonfinite(record.not_finite)
     if job.config.output_path:
         tables.write_scores(job.config.output_path, scores)
         if len(texts):
@@ -162,7 +162,7 @@ def plan_work(job: Job, requests: Requests, prompts: Prompts, replica: Replica) 
     config = job.config
     watchdog.step("planning")
     with job.followers.world.meter.phases("plan"):
-        alone, trial = config.numerics == "alone", trial_of(job.followers, replica)
+        alone, trial = config.numerics == "alone", probe_scorer(job.followers, replica)
         scoring = make_plan(replica.engine, requests, config.packing, config.max_pack_tokens, alone, trial)
         why = "--numerics alone was given" if alone else None if config.packing else "--no_packing was given"
         pad = job.encoder.tokenizer.pad_token_id
@@ -180,7 +180,7 @@ def fastest_layout(job: Job, replica: Replica, plan: Plan) -> list[dict[str, Any
     with world.meter.phases("measure"):
         whole = checkpoint.whole_model(config.loader_args, job.model_config)
         amount = Amount(len(plan.tokens), len(plan.targets), plan.num_packs)
-        candidates = consider(whole, ranks_of(config, world), amount)
+        candidates = evaluate_layouts(whole, ranks_of(config, world), amount)
         found = measure_layouts(
             job.followers, replica, plan, candidates, measure_model(whole, world.device),
             lambda world, layout: load_replica(config, job.model_config, world, layout),
@@ -191,7 +191,7 @@ def fastest_layout(job: Job, replica: Replica, plan: Plan) -> list[dict[str, Any
 class Todo(NamedTuple):
     """found: of earlier starts. left: ascending numbers of the packs and batches that are not done. journals: of this start."""
 
-    found: Found
+    found: RecoveredWork
     left: np.ndarray
     journals: Journals | None
 
@@ -202,12 +202,12 @@ def recover(job: Job, plan: WorkPlan, replica: Replica) -> Todo:
 
     def make_key() -> bytes:
         watchdog.step("reading the model's files")
-        return name_work(scoring, texts, replica.engine.describe(), replica.world, job.replica.digests())
+        return journal_key(scoring, texts, replica.engine.describe(), replica.world, job.replica.digests())
 
     found, kept = job.directory.resume(make_key, scoring.item_starts, texts.item_starts)
     journals = Journals(*kept) if kept is not None else None
-    job.directory.obeyed(job.config, str(replica.layout))
-    tell_found(found, plan.num_requests, replica.world)
+    job.directory.begin_replacing(job.config, str(replica.layout))
+    log_resume(found, plan.num_requests, replica.world)
     return Todo(found, np.delete(np.arange(plan.num_units), found.packs), journals)
 
 
@@ -225,7 +225,7 @@ def execute(job: Job, plan: WorkPlan, replica: Replica, todo: Todo) -> Gathered:
         return run_plan(replica.world, replica.engine, work)
 
 
-def join_found(found: Found, done: Gathered) -> Gathered:
+def join_found(found: RecoveredWork, done: Gathered) -> Gathered:
     """What earlier starts have left in journals, and what this one has brought."""
     earlier = found.results, found.halved, found.lengths, found.answers
     return Gathered(*(np.concatenate(parts) for parts in zip(earlier, done, strict=True)))
@@ -236,7 +236,7 @@ def collect(job: Job, requests: Requests, plan: WorkPlan, replica: Replica, gath
     from ddp_eval.tasks.request_types import Answers
 
     results, differing = fill_slots(gathered.results, plan.scoring.plan.num_items)
-    results, saved = nan_retry.isolate(
+    results, saved = nan_retry.rescore_nan(
         results, requests, plan.scoring, replica.engine, lambda small: run_extra(job.followers, replica, small, "again")
     )
     texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, plan.generation.plan.num_items)
@@ -260,7 +260,7 @@ def write_results(job: Job, outcome: Outcome, record: Record) -> dict[str, Any]:
         results["ddp_eval"][SECTION] = choose_names(results)
 
     def measure() -> dict[str, Any]:
-        measured = summary.summarize(job.followers.measure(), workload(record, world.device, job.replica.wait().engine))
+        measured = summary.summarize(job.followers.collect_telemetry(), workload(record, world.device, job.replica.wait().engine))
         world.meter.reset()
         return measured
 
@@ -280,7 +280,7 @@ def write_results(job: Job, outcome: Outcome, record: Record) -> dict[str, Any]:
     return results
 
 
-def trial_of(followers: Followers, replica: Replica) -> ScorePlan | None:
+def probe_scorer(followers: Followers, replica: Replica) -> ScorePlan | None:
     """How trial plans are scored where a copy of the model lies on several ranks: by all of them, like the run itself."""
     if replica.world.ranks_per_replica == 1:
         return None

@@ -23,7 +23,7 @@ log = logging.getLogger("ddp_eval")
 SAMPLE = 256  # items that are run again at first: where none of them comes out right, the model itself is broken, and no more are
 
 
-def isolate(
+def rescore_nan(
     results: Results, requests: Requests, decision: Decision, engine: Engine, run: Callable[[Plan], Results]
 ) -> tuple[Results, int]:
     """Score the items that came out NaN in packs again, each in a row of its own.

@@ -18,7 +18,7 @@ from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run.self_check import ScorePlan, _score_alone, choose_trees, trial_requests
+from ddp_eval.run.self_check import ScorePlan, choose_trees, score_alone, trial_requests
 
 log = logging.getLogger("ddp_eval")
 
@@ -165,7 +165,7 @@ def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool
         return Decision(*batches, None)
     trial = trial_requests(requests, engine.vocab_size, None)
     together, alone = (
-        _score_alone(engine, plan)[item_of_request]
+        score_alone(engine, plan)[item_of_request]
         for plan, item_of_request in (plan_pairs(trial, 2**30), plan_pairs(trial, 1, share=False))
     )
     drift, allowed = np.abs(together - alone) / trial.num_targets, ROUNDING.get(engine.dtype, 1e-4)

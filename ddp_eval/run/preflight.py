@@ -40,19 +40,19 @@ log = logging.getLogger("ddp_eval")
 
 
 @dataclasses.dataclass(frozen=True)
-class Passed:
+class PreflightReport:
     """What --preflight prints: one line for each node."""
 
     lines: list[str]
 
 
-def check_if_due(config: Config) -> Passed | None:
+def check_if_due(config: Config) -> PreflightReport | None:
     """Check the nodes if there are several or --preflight asks for it; None if not, or if ranks have no common store yet."""
     wanted = config.preflight or launch_environment.spans_nodes()
     return check_nodes(config) if wanted and store.can_exchange() else None
 
 
-def check_nodes(config: Config) -> Passed:
+def check_nodes(config: Config) -> PreflightReport:
     """Check every node. Collective; needs `distributed.can_exchange`.
 
     Raises UserError, the same sentence on every rank, naming the nodes and what is wrong with them.
@@ -70,7 +70,7 @@ def check_nodes(config: Config) -> Passed:
     if launch_environment.launch_rank() == 0:
         for warning in warnings:
             log.warning("%s", warning)
-    return Passed(describe_nodes(facts))
+    return PreflightReport(describe_nodes(facts))
 
 
 def check_group(world: World) -> str:

@@ -65,10 +65,10 @@ class Record:
         self.costs.update(describe_answered(plan.generation, prompts, done.lengths))
 
     def fill_answers(
-        self, differing: float, saved_from_nan: int, halved: np.ndarray, texts: list[list[int]], texts_differing: int
+        self, differing: float, nan_recovered: int, halved: np.ndarray, texts: list[list[int]], texts_differing: int
     ) -> None:
         """What came out, of earlier starts too. texts: tokens of each distinct answer."""
-        self.facts["saved_from_nan"] = saved_from_nan
+        self.facts["nan_recovered"] = nan_recovered
         if "generation" in self.facts:
             self.facts["generation"] |= {
                 "generated_tokens": sum(len(text) - text.count(NO_TOKEN) for text in texts),
@@ -127,7 +127,7 @@ def describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
     plan = decision.plan
     return {
         "plan_sha256": plan.digest(),
-        "layout_of_requests": "rows" if plan.rows else "packs",
+        "batching": "rows" if plan.rows else "packs",
         "why_rows": decision.why_rows,
         "requests": len(requests),
         "distinct_requests": plan.num_items,

@@ -111,7 +111,7 @@ class PendingReplica:
 
     def check(self) -> None:
         """A sign of life from those who build prompts meanwhile. Raises what the loading failed of, if it has."""
-        watchdog.renew()
+        watchdog.touch()
         if self._replica.done():
             self._replica.result()
 
@@ -133,7 +133,7 @@ class LoadedReplica:
         return self._replica
 
     def check(self) -> None:
-        watchdog.renew()
+        watchdog.touch()
 
 
 def _fulfil(future: Future[Any], make: Callable[[], Any]) -> None:

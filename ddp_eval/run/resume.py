@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from ddp_eval.distributed.world import World
-from ddp_eval.output.journal import Found, work_key
+from ddp_eval.output.journal import RecoveredWork, work_key
 from ddp_eval.packs.batches import TextPlan
 from ddp_eval.packs.plan import Plan
 from ddp_eval.run.execute import describe_origin
@@ -36,7 +36,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World, model: dict[str, Any]) -> bytes:
+def journal_key(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World, model: dict[str, Any]) -> bytes:
     """The key of journals: results under one key may be mixed, whatever the number of ranks.
 
     engine: what the engine says of itself. model: with whole digests of its files, which a copy elsewhere shares.
@@ -52,7 +52,7 @@ def name_work(plan: Plan, texts: TextPlan, engine: dict[str, Any], world: World,
     return work_key({**plans, "engine": engine, "device": world.device.type, "model": files, "versions": versions})
 
 
-def tell_found(found: Found, num_requests: np.ndarray, world: World) -> None:
+def log_resume(found: RecoveredWork, num_requests: np.ndarray, world: World) -> None:
     """Say how much of the work is done, what was dropped, and whether other hardware did it.
 
     num_requests: of each pack and batch.
@@ -75,7 +75,7 @@ def tell_found(found: Found, num_requests: np.ndarray, world: World) -> None:
         )
 
 
-def warn_of_not_finite(tasks: dict[str, dict[str, Any]]) -> None:
+def warn_nonfinite(tasks: dict[str, dict[str, Any]]) -> None:
     """Say which requests met numbers that are NaN or infinite. tasks: from `results.find_not_finite`."""
     for task, found in tasks.items():
         first = ", ".join(f"document {document} choice {choice}" for document, choice in found["first"])

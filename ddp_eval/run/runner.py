@@ -38,7 +38,7 @@ from ddp_eval.run.manifest import (
     look_at_model,
 )
 from ddp_eval.run.replica import PendingReplica, Replica
-from ddp_eval.run.resume import warn_of_not_finite
+from ddp_eval.run.resume import warn_nonfinite
 from ddp_eval.system import hub
 from ddp_eval.tasks import trackers
 from ddp_eval.telemetry.sampler import Sampler
@@ -57,7 +57,7 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
             watchdog.step(watchdog.WAITING)
             if (begin := await_begin(world)) is None:
                 return None
-            watchdog.of_run(begin.directory)
+            watchdog.set_run_directory(begin.directory)
             watchdog.step("loading the model", detail=_source(config))
             with world.meter.phases("load"):
                 model_config = checkpoint.load_config(config.loader_args)
@@ -74,18 +74,18 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
 def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspect | None) -> dict[str, Any]:
     """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
     watchdog.step(f"looking into the run directory {config.output_path or ''}".rstrip())
-    finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args), watchdog.renew)
+    finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args), watchdog.touch)
     if finished is not None:
         log.warning("%s holds this very run, complete: nothing is left to do (--fresh starts over)", config.output_path)
-        warn_of_not_finite(finished["ddp_eval"].get("not_finite", {}))
+        warn_nonfinite(finished["ddp_eval"].get("not_finite", {}))
         log_irregular(finished["ddp_eval"].get("irregular", {}))
         return finished
     if not config.output_path:
         followers.begin(None)
         return _load_and_lead(config, NoDirectory(), world, followers, inspect)
-    directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)), watchdog.renew)
-    watchdog.of_run(directory.path)
-    watchdog.before_leaving(directory.close)
+    directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)), watchdog.touch)
+    watchdog.set_run_directory(directory.path)
+    watchdog.on_exit(directory.close)
     with contextlib.closing(directory):
         followers.begin(directory.path)
         return _load_and_lead(config, directory, world, followers, inspect)
@@ -93,7 +93,7 @@ def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspe
 
 def _lose_directory(path: str) -> None:
     """From the thread that keeps the lock: the run directory is no longer ours to write to."""
-    watchdog.of_run(None)
+    watchdog.set_run_directory(None)
     store.report_once(f"--output_path {path} was deleted or taken over by another run: this one ends; start it again")
     watchdog.leave(2, status.FAILED, "")
 

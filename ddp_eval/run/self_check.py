@@ -73,7 +73,7 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
 
     def score(plan: Plan, item_of_request: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
         try:
-            sums = score_plan(plan) if score_plan is not None else _score_alone(engine, plan)
+            sums = score_plan(plan) if score_plan is not None else score_alone(engine, plan)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -104,7 +104,7 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     return f"packed and plain runs differ by {float(drift.max()):.2g} nats per token, where {allowed:.2g} on average is allowed"
 
 
-def _score_alone(engine: Engine, plan: Plan) -> npt.NDArray[np.float64]:
+def score_alone(engine: Engine, plan: Plan) -> npt.NDArray[np.float64]:
     sums = [engine.collect(engine.launch(build_pack(plan, index)))["logprob"] for index in range(plan.num_packs)]
     scores: npt.NDArray[np.float64] = np.concatenate(sums)
     return scores

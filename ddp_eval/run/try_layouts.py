@@ -29,7 +29,7 @@ log = logging.getLogger("ddp_eval")
 PACKS_PER_RANK = 4  # of the slice
 
 
-class Measured(NamedTuple):
+class LayoutTrial(NamedTuple):
     """seconds: of the slice; flops: of the model's matrices, per second and rank; sent: bytes per second and replica."""
 
     layout: Layout
@@ -46,7 +46,7 @@ def measure_layouts(
     candidates: list[Candidate],
     sizes: ModelSizes,
     load: Callable[[World, Layout], Engine],
-) -> list[Measured]:
+) -> list[LayoutTrial]:
     """Run a slice of `plan` under each candidate that fits, beginning with what is loaded; leave the fastest in `seated`.
 
     Says a line for each, also for those that cannot be loaded.
@@ -59,10 +59,10 @@ def measure_layouts(
     def move_to(layout: Layout) -> str | None:
         if layout == seated.layout:
             return None
-        followers.load(layout, on_trial=True)
+        followers.load(layout, is_probe=True)
         return seated.move(world, layout, load)
 
-    found: list[Measured] = []
+    found: list[LayoutTrial] = []
     tried = [one for one in candidates if one.fits or one.layout == seated.layout]
     for candidate in sorted(tried, key=lambda one: one.layout != seated.layout):
         if failure := move_to(candidate.layout):
@@ -77,7 +77,7 @@ def measure_layouts(
         assert candidate.prediction is not None
         sent = candidate.prediction.link_bytes_per_token * len(piece.tokens) / candidate.layout.replicas(world.world_size)
         found.append(
-            Measured(candidate.layout, seconds, flops / seconds / world.world_size, sent / seconds, candidate.prediction.run_s)
+            LayoutTrial(candidate.layout, seconds, flops / seconds / world.world_size, sent / seconds, candidate.prediction.run_s)
         )
     best = min(found, key=lambda one: one.seconds)
     _report(found, best)
@@ -86,7 +86,7 @@ def measure_layouts(
     return found
 
 
-def _report(found: list[Measured], best: Measured) -> None:
+def _report(found: list[LayoutTrial], best: LayoutTrial) -> None:
     """One line each: what came out, and how far the prediction was off once the first layout has set its scale."""
     scale = found[0].seconds / found[0].predicted_s
     for one in found:

@@ -26,7 +26,7 @@ _STARTS = ("Overwriting default num_fewshot of ", "generation_kwargs: ")
 
 
 @contextlib.contextmanager
-def less_chatter() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Hold back lm_eval's warnings of these kinds until the block ends."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
@@ -39,7 +39,7 @@ def less_chatter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_rank_speaks(speaks: bool) -> Iterator[None]:
+def only_rank_zero_logs(speaks: bool) -> Iterator[None]:
     """While weights load: no bars but where somebody watches the one rank that speaks; of the others no warnings either."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as transformers

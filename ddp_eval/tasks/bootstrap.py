@@ -49,7 +49,7 @@ def bootstrap_stderr(statistic: Callable[[Sequence[Any]], float], samples: Seque
 def _renewing(chunks: Iterable[Any]) -> Iterator[Any]:
     """Every chunk that is done may be followed by one that takes --timeout."""
     for chunk in chunks:
-        watchdog.renew()
+        watchdog.touch()
         yield chunk
 
 

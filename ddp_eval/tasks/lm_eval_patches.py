@@ -29,7 +29,7 @@ from ddp_eval.distributed import watchdog
 from ddp_eval.errors import UserError
 from ddp_eval.system import environment
 from ddp_eval.system.machine import describe_commit
-from ddp_eval.system.quiet import less_chatter, prompt_bar
+from ddp_eval.system.quiet import prompt_bar, quiet_libraries
 from ddp_eval.tasks.bootstrap import bootstrap_stderr
 from ddp_eval.tasks.patch import Patch, apply
 from ddp_eval.tasks.task_sources import TaskSources, reading_anew
@@ -67,7 +67,7 @@ def patched_lm_eval(
 
         apply(_patches(templates, phases), stack)
         apply(_patches_of_progress(manager, hooks.go_on, prepare), stack)
-        stack.enter_context(less_chatter())
+        stack.enter_context(quiet_libraries())
         stack.callback(forget_literals)
         stack.callback(templates.forget_documents)
         yield sources
@@ -122,12 +122,12 @@ def _patches_of_progress(
 
 def _patches_of_task(name: str, task: Any, chosen: Sequence[int]) -> list[Patch]:
     """Every document's metrics are progress, and the watchdog names the document. chosen: the documents' numbers, if not all."""
-    renew_filters = _call_before(lambda: watchdog.renew(f"the filters of task {name}"), task.apply_filters)
+    touch_filters = _call_before(lambda: watchdog.touch(f"the filters of task {name}"), task.apply_filters)
     silent = "computes metrics, which may take long, in silence"
     return [
         Patch(task, "doc_iterator", _naming_documents(name, task.doc_iterator, chosen), silent),
-        Patch(task, "process_results", _call_before(watchdog.renew, task.process_results), silent),
-        Patch(task, "apply_filters", renew_filters, silent),
+        Patch(task, "process_results", _call_before(watchdog.touch, task.process_results), silent),
+        Patch(task, "apply_filters", touch_filters, silent),
     ]
 
 
@@ -142,7 +142,7 @@ def _load_and_prepare(load: Callable[[Any], Any], prepare: Callable[[Mapping[str
 
 def _build_and_go_on(build: Callable[..., Any], go_on: Callable[[], None]) -> Callable[..., Any]:
     def build_and_go_on(factory: Any, entry: Any, *args: Any, **options: Any) -> Any:
-        watchdog.renew(f"loading task {entry.name}")
+        watchdog.touch(f"loading task {entry.name}")
         go_on()
         try:
             return build(factory, entry, *args, **options)
@@ -166,7 +166,7 @@ class _Building:
         def build(task: Any, **options: Any) -> None:
             self._task, self._chosen = task.config.task, sorted(set(options.get("samples") or ()))
             build_all_requests(task, **options)
-            watchdog.renew("")
+            watchdog.touch("")
 
         return build
 
@@ -184,7 +184,7 @@ def call_between(action: Callable[[], None], documents: Iterable[Any]) -> Iterat
 def _naming_documents(name: str, iterate: Callable[..., Iterator[Any]], chosen: Sequence[int]) -> Callable[..., Iterator[Any]]:
     def iterate_and_name(**options: Any) -> Iterator[Any]:
         yield from _name_each(iterate(**options), name, chosen)
-        watchdog.renew("")
+        watchdog.touch("")
 
     return iterate_and_name
 
@@ -192,7 +192,7 @@ def _naming_documents(name: str, iterate: Callable[..., Iterator[Any]], chosen: 
 def _name_each(documents: Iterable[Any], name: str, chosen: Sequence[int]) -> Iterator[Any]:
     """Let the watchdog know which document is in hand. documents: (number, document); chosen: the numbers of those chosen."""
     for number, document in documents:
-        watchdog.renew(f"task {name}, document {chosen[number] if chosen else number}")
+        watchdog.touch(f"task {name}, document {chosen[number] if chosen else number}")
         yield number, document
 
 

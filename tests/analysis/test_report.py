@@ -140,7 +140,7 @@ def test_hostile_text_stays_text(run_dirs, tmp_path):
         line["arguments"]["gen_args_0"]["arg_0"] = line["arguments"]["gen_args_1"]["arg_0"] = "</script><script>alert(1)//\u2028"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     manifest = json.loads((place / "manifest.json").read_text())
-    (place / "manifest.json").write_text(json.dumps({**manifest, "layout_of_requests": "<script>alert(2)</script>"}))
+    (place / "manifest.json").write_text(json.dumps({**manifest, "batching": "<script>alert(2)</script>"}))
     page = report.render([read_run(place)], 100)
     assert "alert(1)" in page and "alert(2)" in page
     assert "<script>alert" not in page and page.count("</script>") == 2

@@ -59,7 +59,7 @@ def kill(directory: RunDirectory) -> None:
 def test_a_start_that_fails_leaves_its_status_alone(opening: Callable[..., RunDirectory]) -> None:
     """Catches flags, or a layout, of a command that never scored anything and that the next one must obey."""
     directory = opening(tasks=["demo_lambda"])
-    directory.obeyed(Config(tasks=["demo_lambda"]), "layers:2")
+    directory.begin_replacing(Config(tasks=["demo_lambda"]), "layers:2")
     directory.close()
     assert names_in(directory.path) == [status.STATUS]
     assert opening(num_fewshot=1).layout is None
@@ -69,7 +69,7 @@ def test_a_start_that_fails_leaves_its_status_alone(opening: Callable[..., RunDi
 def test_a_start_that_was_killed(opening: Callable[..., RunDirectory], left: str) -> None:
     """Catches what a killed process has left, a journal without a whole pack in it, taken for unfinished work."""
     directory = opening()
-    directory.obeyed(Config(tasks=["demo_lambada"]), "layers:2")
+    directory.begin_replacing(Config(tasks=["demo_lambada"]), "layers:2")
     if left != "nothing":
         own = journal.Journal(directory.journals / "a.journal", OTHER_KEY, "cpu")
         own.append(0, np.array([(0, -1.0, True)], dtype=RESULT))

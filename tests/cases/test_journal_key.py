@@ -96,7 +96,7 @@ def test_versions_of_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(0, 0, 1, torch.device("cpu"))
 
     def key() -> bytes:
-        return resume.name_work(plan, NO_TEXTS, {"name": "hf"}, world, {"model_files": {"sha256": "a"}})
+        return resume.journal_key(plan, NO_TEXTS, {"name": "hf"}, world, {"model_files": {"sha256": "a"}})
 
     def key_with_another(package: str) -> bytes:
         with monkeypatch.context() as patch:

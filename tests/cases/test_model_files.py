@@ -25,7 +25,7 @@ from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import manifest, preflight, runner
 from ddp_eval.run.manifest import describe_model, is_same_model, see_model
-from ddp_eval.run.resume import name_work
+from ddp_eval.run.resume import journal_key
 from ddp_eval.system import digests
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -53,7 +53,7 @@ def describe(model_args: dict[str, Any]) -> dict[str, Any]:
 def key_of(model: dict[str, Any]) -> bytes:
     """The key of a small plan's journals with that model."""
     plan = plan_packs(requests_from_lists([[1, 2, 3]], [1]), CostModel(forward=1e30, dense=False), 100)[0]
-    return name_work(plan, NO_TEXTS, {"class": "HFEngine"}, WORLD, model)
+    return journal_key(plan, NO_TEXTS, {"class": "HFEngine"}, WORLD, model)
 
 
 def assert_noticed(path: Path, model_args: dict[str, Any]) -> None:

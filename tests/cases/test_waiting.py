@@ -367,7 +367,7 @@ def test_rank_that_is_frozen_is_named(monkeypatch, capsys):
     for rank in (1, 2):
         beats = watchdog._Beats(rank, 3, store, 60.0, None, over)
         for _ in range(3):
-            beats._look_after()
+            beats._check_peers()
             beats._looked -= 2
     said = "rank 0 on n1 gives no sign of life (last: building the prompts (task t, document 4)), 4 s so far"
     assert [line for line in capsys.readouterr().err.splitlines() if "sign of life" in line][-1].endswith(said)

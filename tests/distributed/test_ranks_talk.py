@@ -191,5 +191,5 @@ def test_leader_that_asks_for_reports_waits(monkeypatch):
     monkeypatch.setattr(
         protocol.distributed, "gather_reports", lambda world, report: steps.append(watchdog._place.step) or [report]
     )
-    Followers(make_world()).measure()
+    Followers(make_world()).collect_telemetry()
     assert steps == [watchdog.WAITING] * 2 and watchdog._place.step == "writing the results"

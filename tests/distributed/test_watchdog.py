@@ -40,7 +40,7 @@ def look_for(clock):
     def look(beats, seconds):
         for _ in range(seconds // 2):
             clock(2)
-            beats._look_after()
+            beats._check_peers()
 
     return look
 
@@ -51,7 +51,7 @@ def test_every_rank_looks_after_the_leader(rank, look_for):
     store = dist.HashStore()
     beats = _Beats(rank, 4, store, 60.0, None, threading.Event())
     store.set("ddp_eval/beat/0", '[1, "n1", "running packs, in pack 3"]')
-    beats._look_after()
+    beats._check_peers()
     look_for(beats, 24)
     with pytest.raises(Hanging, match="0"):
         look_for(beats, 2)
@@ -87,7 +87,7 @@ def test_living_leader_is_left_alone(clock):
     beats = _Beats(2, 4, store, 60.0, None, threading.Event())
     for count in range(10):
         store.set("ddp_eval/beat/0", f'[{count}, "n1", "building the prompts"]')
-        beats._look_after()
+        beats._check_peers()
         clock(50)
 
 
@@ -102,7 +102,7 @@ def test_leader_that_never_began(look_for):
 def renewed(monkeypatch):
     """How often a step was renewed."""
     calls = []
-    monkeypatch.setattr(watchdog, "renew", lambda: calls.append(None))
+    monkeypatch.setattr(watchdog, "touch", lambda: calls.append(None))
     return calls
 
 
@@ -110,7 +110,7 @@ def renewed(monkeypatch):
 def test_renewed_step_begins_anew(step, monkeypatch):
     """Catches a leader that is killed for building prompts longer than --timeout, document after document."""
     monkeypatch.setattr(watchdog, "_place", watchdog._Place(step, since=0.0))
-    watchdog.renew()
+    watchdog.touch()
     assert watchdog._place.step == step
     assert (watchdog._place.since > 0) is (step != watchdog.WAITING)
 

@@ -85,7 +85,7 @@ def test_adapters_give_lm_evals_numbers(kind: str, tiny_model_path: Callable[[st
     adapter = save_adapter(model, tmp_path / "adapter", kind)
     ours, section = our_scores(tmp_path / "out", pretrained=str(model), peft=str(adapter))
     assert_close(ours, scores_of_lm_eval(pretrained=str(model), peft=str(adapter)))
-    assert section["layout_of_requests"] == "packs"
+    assert section["batching"] == "packs"
     bare, _ = our_scores(tmp_path / "bare", pretrained=str(model))
     assert abs(np.array(ours[TASKS[0]]) - bare[TASKS[0]]).max() > 0.5
 
@@ -114,7 +114,7 @@ def test_adapters_that_cannot_be_served(tiny_model_path: Callable[[str], Path], 
     other = save_adapter(Path(model), tmp_path / "other")
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "k_proj"]}))
-    with pytest.raises(UserError, match="lacks weights for this model: Found missing adapter keys"):
+    with pytest.raises(UserError, match="lacks weights for this model: RecoveredWork missing adapter keys"):
         our_scores(tmp_path / "c", pretrained=model, peft=str(other))
 
 
@@ -140,7 +140,7 @@ def test_a_loaded_model_with_an_adapter(tiny_model_path: Callable[[str], Path], 
     model = peft.PeftModel.from_pretrained(base, adapter)
     options: dict[str, Any] = {"limit": 2, "bootstrap_iters": 0, "output_path": str(tmp_path / "out")}
     results = evaluate(model, tiny_tokenizer, TASKS, **options)
-    assert results is not None and results["ddp_eval"]["layout_of_requests"] == "packs"
+    assert results is not None and results["ddp_eval"]["batching"] == "packs"
     ours, _ = our_scores(tmp_path / "again", pretrained=str(path), peft=str(adapter))
     assert read_scores(tmp_path / "out" / "scores.parquet").loglikelihood.tolist() == pytest.approx(
         [*ours[TASKS[0]], *ours[TASKS[1]]], abs=1e-4

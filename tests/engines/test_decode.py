@@ -152,7 +152,7 @@ def test_draws_follow_the_distribution(tiny_model: Callable[..., Any]) -> None:
     """Catches a token that can never be drawn, or one that is cut off by top_k and is."""
     model = tiny_model("llama")
     settings = Settings((), {"do_sample": True, "temperature": 1.0, "top_k": 3, "top_p": 1.0})
-    chooser = sampling.Chooser(model, settings, 1)
+    chooser = sampling.TokenSampler(model, settings, 1)
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.05, 0.25, 0.1]])).repeat(4000, 1)
     logits[:, 4] = -20.0
     draws = (np.arange(4000) + 0.5) / 4000

@@ -25,8 +25,8 @@ from engine_runs import (
     TOLERANCE_NATS,
     Request,
     assert_equal_answers,
+    build_prefix_tree,
     continue_greedily,
-    grow_tree,
     load,
     run,
     to_requests,
@@ -58,7 +58,7 @@ def test_packs_equal_plain_forwards(
     engine = load(tiny_model_path(kind), **({"attn_implementation": implementation} if implementation else {}))
     assert engine.why_not_packs is None
     for seed in range(3):
-        requests, expected = grow_tree(tiny_model(kind), seed)
+        requests, expected = build_prefix_tree(tiny_model(kind), seed)
         whole = plan_packs(to_requests(requests), ONE_PACK, 10**6)
         cut = plan_packs(to_requests(requests), CostModel(), 40)
         assert whole[0].num_packs == 1 and not build_pack(whole[0], 0).is_chain
@@ -73,7 +73,7 @@ def test_large_packs_equal_plain_forwards(
 ) -> None:
     """Catches what only a large pack meets: attention that goes block by block, branches far behind what they hang from."""
     engine = load(tiny_model_path(kind))
-    requests, expected = grow_tree(tiny_model(kind), seed=7, count=16, longest_prefix=240, longest_tail=90)
+    requests, expected = build_prefix_tree(tiny_model(kind), seed=7, count=16, longest_prefix=240, longest_tail=90)
     plan, item_of_request = plan_packs(to_requests(requests), ONE_PACK, 10**6)
     assert len(build_pack(plan, 0)) > 700
     assert_equal_answers(run(engine, plan, item_of_request), expected)
@@ -145,9 +145,9 @@ def test_results_set_out_behind_their_own_forward(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     pack = build_pack(plan_packs(to_requests([([1, 2, 3], 2)]), ONE_PACK, 60)[0], 0)
-    launched = logprobs.send_back(pack, logprobs.TokenScores(OnGpu([-1.0, -2.0]), OnGpu([True, True])))  # type: ignore[arg-type]
+    launched = logprobs.copy_to_host(pack, logprobs.TokenScores(OnGpu([-1.0, -2.0]), OnGpu([True, True])))  # type: ignore[arg-type]
     assert happened == [("copy", "cpu", True), ("copy", "cpu", True), ("record", "stream of cuda:0")]
-    results = logprobs.sum_answers(launched)
+    results = logprobs.sum_logprobs(launched)
     assert happened[3:] == ["synchronize"] and results.tolist() == [(0, -3.0, True)]
 
 
@@ -158,7 +158,7 @@ def test_hits_are_argmax() -> None:
     rows = np.sort(random.integers(0, 40, 300))
     columns = np.where(random.random(300) < 0.7, logits.argmax(-1).numpy()[rows], random.integers(0, 6, 300))
     items = random.permutation(np.resize(np.arange(60), 300))
-    hits = logprobs.find_hits(logits, torch.from_numpy(rows), torch.from_numpy(columns), items).numpy()
+    hits = logprobs.find_greedy(logits, torch.from_numpy(rows), torch.from_numpy(columns), items).numpy()
     expected = logits.argmax(-1).numpy()[rows] == columns
     misses, expected_misses = (np.bincount(items, weights=~each) for each in (hits, expected))
     assert ((misses == 0) == (expected_misses == 0)).all() and 5 < (misses == 0).sum() < 55
@@ -169,7 +169,7 @@ def test_packs_under_flex_attention(kind: str, tiny_model: Callable[..., Any], t
     """Catches a BlockMask that says other than the dense masks, run without a compiler: only the kernel differs on a GPU."""
     engine = load(tiny_model_path(kind), attn_implementation="flex_attention")
     assert engine.model.config._attn_implementation == "flex_attention" and engine.why_not_packs is None
-    requests, expected = grow_tree(tiny_model(kind), seed=0)
+    requests, expected = build_prefix_tree(tiny_model(kind), seed=0)
     with torch.compiler.set_stance("force_eager"):
         answers = run(engine, *plan_packs(to_requests(requests), ONE_PACK, 10**6))
     assert_equal_answers(answers, expected)
@@ -179,7 +179,7 @@ def test_packs_under_flex_attention(kind: str, tiny_model: Callable[..., Any], t
 def test_rows_equal_plain_forwards(kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]) -> None:
     """Catches padding that is seen, a row read at another row's column, and two lengths confused in one batch."""
     engine = load(tiny_model_path(kind))
-    requests, expected = grow_tree(tiny_model(kind), seed=1)
+    requests, expected = build_prefix_tree(tiny_model(kind), seed=1)
     for max_tokens in (1, 60, 10**6):
         assert_equal_answers(run(engine, *plan_rows(to_requests(requests), max_tokens)), expected)
 
@@ -188,7 +188,7 @@ def test_rows_equal_plain_forwards(kind: str, tiny_model: Callable[..., Any], ti
 def test_check_passes_models_that_packs_serve(kind: str, tiny_model_path: Callable[[str], Path]) -> None:
     """Catches a check so strict that rounding turns packs off."""
     engine = load(tiny_model_path(kind))
-    requests, _ = grow_tree(engine.model, seed=2)
+    requests, _ = build_prefix_tree(engine.model, seed=2)
     assert check_packs(engine, to_requests(requests)) is None
 
 
@@ -202,7 +202,7 @@ def test_llama4_packs_stop_where_its_queries_go_by_index(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     engine = load(tmp_path)
     # Chains beyond the limit are right by themselves; what would be wrong is to lay several behind one another.
-    requests, expected = grow_tree(model, seed=3, count=16, longest_prefix=60, longest_tail=40)
+    requests, expected = build_prefix_tree(model, seed=3, count=16, longest_prefix=60, longest_tail=40)
     plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=20_000)
     assert why_rows is None and not plan.rows
     assert max(len(build_pack(plan, index)) for index in range(plan.num_packs)) <= 199
@@ -215,7 +215,7 @@ def test_models_that_packs_cannot_serve_run_as_rows(
 ) -> None:
     """Catches ALiBi and state-space models put into trees: MPT takes the mask and is silently wrong."""
     engine = load(tiny_model_path(kind))
-    requests, expected = grow_tree(tiny_model(kind), seed=3)
+    requests, expected = build_prefix_tree(tiny_model(kind), seed=3)
     plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert why_rows and plan.rows
     assert_equal_answers(run(engine, plan, item_of_request), expected)
@@ -224,7 +224,7 @@ def test_models_that_packs_cannot_serve_run_as_rows(
 def test_check_catches_a_mask_of_the_wrong_type(tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a check that is blind: a bool mask under eager is added to the scores and hides nothing, without an error."""
     engine = load(tiny_model_path("llama"), attn_implementation="eager")
-    requests, expected = grow_tree(engine.model, seed=4)
+    requests, expected = build_prefix_tree(engine.model, seed=4)
     make_mask = masks.make_mask
     monkeypatch.setattr(masks, "make_mask", lambda implementation, *rest: make_mask("sdpa", *rest))
     assert "differ by" in (check_packs(engine, to_requests(requests)) or "")
@@ -243,7 +243,7 @@ def test_check_catches_a_model_that_ignores_an_argument(name: str, monkeypatch: 
         heard = {"attention_mask": attention_mask, "position_ids": position_ids, name: None}
         return forward(input_ids=input_ids, **heard, **kwargs)
 
-    requests, _ = grow_tree(model, seed=5)
+    requests, _ = build_prefix_tree(model, seed=5)
     monkeypatch.setattr(model.model, "forward", deaf)
     engine = hf.HFEngine(model, CPU)
     assert engine.why_not_packs is None
@@ -332,7 +332,7 @@ def test_model_that_fails_on_packs_runs_as_rows(tiny_model_path: Callable[[str],
 def test_no_packing_gives_rows(tiny_model_path: Callable[[str], Path]) -> None:
     """Catches a flag that is read nowhere."""
     engine = load(tiny_model_path("llama"))
-    requests, _ = grow_tree(engine.model, seed=6)
+    requests, _ = build_prefix_tree(engine.model, seed=6)
     plan, _, why_rows = make_plan(engine, to_requests(requests), packing=False, max_pack_tokens=None)
     assert plan.rows and why_rows == "--no_packing was given"
 
@@ -537,7 +537,7 @@ def test_last_layer_works_only_where_it_is_read(
 ) -> None:
     """Catches a last layer that computes what nobody reads, and one that leaves out what somebody does."""
     engine = load(tiny_model_path(kind), **attention_args)
-    requests, expected = grow_tree(engine.model, seed=11)
+    requests, expected = build_prefix_tree(engine.model, seed=11)
     plan, item_of_request, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     seen: list[int] = []
     forward = engine.last_layer.feed_forward.forward
@@ -600,7 +600,7 @@ def test_trees_by_the_models_own_attention_where_the_fastest_fails(
 ) -> None:
     """Catches rows, several times slower, where packs need no more than another attention; and costs of the wrong one."""
     model = tiny_models.make_model("llama")
-    requests, expected = grow_tree(model, seed=3)
+    requests, expected = build_prefix_tree(model, seed=3)
     monkeypatch.setattr(tree_attention, "with_keys", refuse)
     engine = hf.HFEngine(model, CPU)
     assert engine.tree_attention == tree_attention.NAME

@@ -194,7 +194,7 @@ def test_blocks_see_what_the_dense_mask_shows(rule: LayerRule, reads: range | li
     runs = tree_attention.split(depth.numpy())
     made = tree_attention.make_blocks(runs, depth.numpy(), end.numpy(), rule, torch.float32, torch.device("cpu"), at)
     assert len(runs) > 4 and max(stop - start for start, stop in runs) < 700
-    output, _ = tree_attention.attend(None, query, key, value, tree_attention.carry(made, {}, torch.device("cpu")))
+    output, _ = tree_attention.attend(None, query, key, value, tree_attention.as_attention_mask(made, {}, torch.device("cpu")))
     chosen = slice(None) if at is None else at
     torch.testing.assert_close(output.transpose(1, 2)[:, :, chosen], expected[:, :, chosen], atol=2e-6, rtol=1e-5)
     if at is not None and len(at) == 1:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from engine_runs import assert_equal_answers, grow_tree, load, run, to_requests
+from engine_runs import assert_equal_answers, build_prefix_tree, load, run, to_requests
 
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
@@ -91,7 +91,7 @@ def test_packs_lengthened_to_the_grid_give_the_same_answers(
     monkeypatch.setattr(onednn_linear, "FINE", 32)
     monkeypatch.setattr(onednn_linear, "MOST_ADDED", 1.0)
     engine = load(tiny_model_path(kind))
-    requests, expected = grow_tree(engine.model, seed=3)
+    requests, expected = build_prefix_tree(engine.model, seed=3)
     fed: list[tuple[int, int]] = []
     call = engine._call
     monkeypatch.setattr(engine, "_call", lambda tokens, *rest, **more: fed.append(tokens.shape) or call(tokens, *rest, **more))

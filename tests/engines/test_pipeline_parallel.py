@@ -186,8 +186,8 @@ def test_a_trial_that_fails_ends_in_nan(tmp_path, monkeypatch):
                 run_engines(engines, plan)
             wire.sent.clear()
             for engine in engines:
-                engine.on_trial = True
+                engine.is_probe = True
             sums, _ = run_engines(engines, plan)
             assert np.isnan(sums).all()
         for engine in engines:
-            engine.on_trial = False
+            engine.is_probe = False

@@ -9,14 +9,14 @@ import hypothesis.strategies as st
 import numpy as np
 import torch
 
-from ddp_eval.engines.hf.kv_slots import grow_tree
+from ddp_eval.engines.hf.kv_slots import build_prefix_tree
 from ddp_eval.engines.stop_strings import StopRule
 
 
 @hypothesis.given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=12), min_size=1, max_size=40))
 def test_a_tree_holds_every_prompt(lists: list[list[int]]) -> None:
     """Catches a token that is laid down twice, that sees what is not before it, or does not see what is."""
-    tree = grow_tree([np.array(tokens) for tokens in lists])
+    tree = build_prefix_tree([np.array(tokens) for tokens in lists])
     index = np.arange(len(tree.tokens))
     for tokens, path in zip(lists, tree.paths, strict=True):
         assert tree.tokens[path].tolist() == tokens

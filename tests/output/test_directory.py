@@ -155,7 +155,7 @@ def test_a_restart_does_not_start_over(changes, config, start, unfinished):
     """Catches --fresh obeyed again when a launcher starts the same command again: the run would never end."""
     directory = start(False, **changes)
     assert packs_in(directory) == []
-    directory.obeyed(config(**changes))
+    directory.begin_replacing(config(**changes))
     do_pack(directory, 0)
     directory = start(True, **changes)
     assert packs_in(directory) == [0]
@@ -170,7 +170,7 @@ def test_a_start_that_died_early_has_obeyed_nothing(changes, opened, config, sta
         start(False, **changes).close()
     directory = start(True, **changes)
     assert packs_in(directory) == []
-    directory.obeyed(config(**changes))
+    directory.begin_replacing(config(**changes))
     assert write.run_files(directory.path) == []
     directory.finish()
     directory.close()
@@ -186,7 +186,7 @@ def test_a_finished_run_outlives_one_that_never_begins(changes, config, opening,
     with pytest.raises(UserError, match="already holds a run"):
         open_directory(config(limit=3.0), lambda: None)
     directory = opening(config(**changes))
-    directory.obeyed(config(**changes))
+    directory.begin_replacing(config(**changes))
     assert write.run_files(finished) == []
 
 
@@ -224,7 +224,7 @@ def test_a_restart_leaves_what_its_launch_has_finished(config, start, finished):
 def test_a_restart_leaves_what_was_killed_while_it_was_marked(last, config, start, finished, monkeypatch):
     """Catches --fresh obeyed again, on the complete run, because its start was killed between two of its last steps."""
     directory = start(False, fresh=True)
-    directory.obeyed(config(fresh=True))
+    directory.begin_replacing(config(fresh=True))
     write.write_run(directory.path, NEW, {"config": dataclasses.asdict(config(fresh=True))})
 
     def die(*args, **options):
@@ -244,7 +244,7 @@ def test_interactive_jobs_launches_are_told_apart(config, opening, unfinished, m
     for name, value in {"SLURM_JOB_ID": "7", **LAUNCHERS["several nodes"][0]}.items():
         monkeypatch.setenv(name, value)
     directory = open_directory(config(fresh=True), lambda: None)
-    directory.obeyed(config(fresh=True))
+    directory.begin_replacing(config(fresh=True))
     do_pack(directory, 0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -317,7 +317,7 @@ def test_finished_run_is_replaced_when_asked(changes, config, opening, finished)
     """Catches --fresh that finds nothing to do."""
     assert find_finished(config(**changes), same) is None
     directory = opening(config(**changes))
-    directory.obeyed(config(**changes))
+    directory.begin_replacing(config(**changes))
     assert write.run_files(directory.path) == []
 
 
@@ -385,7 +385,7 @@ def test_a_resume_knows_the_layout(config, opening, unfinished):
     """Catches a layout that is chosen anew, by a clock or by the memory free today, and refuses the work that is done."""
     directory = opening(config())
     assert directory.layout is None
-    directory.obeyed(config(), "layers:2")
+    directory.begin_replacing(config(), "layers:2")
     directory.close()
     directory = opening(config())
     assert directory.layout == "layers:2"

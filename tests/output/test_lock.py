@@ -13,7 +13,7 @@ import time
 import pytest
 
 from ddp_eval.output import lock
-from ddp_eval.output.lock import Held, Lock
+from ddp_eval.output.lock import Lock, LockHeldError
 
 HOLD = """
 import sys, time
@@ -56,7 +56,7 @@ def elsewhere(path):
 def test_second_is_refused_until_the_first_leaves(path, holder):
     """Catches two runs in one directory, and a directory that stays locked."""
     second = Lock(path, lambda: None)
-    with pytest.raises(Held, match=f"process {holder.pid} on "):
+    with pytest.raises(LockHeldError, match=f"process {holder.pid} on "):
         second.acquire()
     holder.kill()
     holder.wait()
@@ -101,7 +101,7 @@ def test_holder_on_another_machine(path):
     thread = threading.Thread(target=touch)
     thread.start()
     try:
-        with pytest.raises(Held, match="process 1 on far"):
+        with pytest.raises(LockHeldError, match="process 1 on far"):
             Lock(path, lambda: None).acquire()
     finally:
         touching.set()
@@ -125,7 +125,7 @@ def test_only_one_of_many_takes_over(path):
         try:
             one.acquire()
             outcomes.append("taken")
-        except Held:
+        except LockHeldError:
             outcomes.append("held")
 
     threads = [threading.Thread(target=take, args=(one,)) for one in locks]
@@ -234,7 +234,7 @@ def test_link_that_is_repeated(path, monkeypatch):
     monkeypatch.setattr(os, "link", link_twice)
     first, second = Lock(path, lambda: None), Lock(path, lambda: None)
     first.acquire()
-    with pytest.raises(Held):
+    with pytest.raises(LockHeldError):
         second.acquire()
     first.release()
     assert list(path.parent.iterdir()) == []
@@ -248,6 +248,6 @@ def test_lock_names_its_slurm_job(path, monkeypatch):
     first = Lock(path, lambda: None)
     first.acquire()
     assert '"slurm_job": "12_3"' in path.read_text()
-    with pytest.raises(Held, match=r"process \d+ on .*, SLURM job 12_3$"):
+    with pytest.raises(LockHeldError, match=r"process \d+ on .*, SLURM job 12_3$"):
         Lock(path, lambda: None).acquire()
     first.release()

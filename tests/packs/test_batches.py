@@ -11,7 +11,7 @@ import numpy as np
 from ddp_eval.packs.batches import LEAST_SHARED, Prompts, Settings, Sizes, build_batch, plan_batches
 
 GREEDY, DRAWN = Settings(("\n",), {"do_sample": False}), Settings(("\n",), {"do_sample": True, "temperature": 1.0})
-SIZES = Sizes(slot_tokens=10_000, most_slots=4, queue=8)
+SIZES = Sizes(slot_tokens=10_000, max_slots=4, queue=8)
 
 
 def prompts_of(lists: list[list[int]], kinds: list[int] | None = None, seeds: list[int] | None = None) -> Prompts:
@@ -39,7 +39,7 @@ def test_every_prompt_is_in_one_batch_whole(lists: list[list[int]], data: Any) -
         assert (batch.settings, batch.seeds[place]) == ([GREEDY, DRAWN][kind], seed)
     assert int(plan.num_requests.sum()) == len(lists)
     for batch in batches:
-        assert 1 <= batch.slots <= SIZES.most_slots
+        assert 1 <= batch.slots <= SIZES.max_slots
         assert len({tuple(prompt[: batch.prefix].tolist()) for prompt in batch.prompts}) == 1
         assert all(len(prompt) > batch.prefix for prompt in batch.prompts)
 
@@ -72,7 +72,7 @@ def test_what_begins_alike_goes_together() -> None:
 def test_one_by_one_and_by_memory() -> None:
     """Catches slots for more tokens than there is room, and slots where the model's own `generate` must answer."""
     lists = [[index] * 20 for index in range(8)]
-    plan, _ = plan_batches(prompts_of(lists), Sizes(slot_tokens=60, most_slots=4, queue=8), [False, False])
+    plan, _ = plan_batches(prompts_of(lists), Sizes(slot_tokens=60, max_slots=4, queue=8), [False, False])
     assert plan.slots.tolist() == [2]  # 20 and 5 tokens each
     plan, _ = plan_batches(prompts_of(lists), SIZES, [True, False])
     assert plan.slots.tolist() == [0]

@@ -26,7 +26,7 @@ from ddp_eval.packs.plan import build_pack
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.placement import choose
 from ddp_eval.placement import memory as sizing
-from ddp_eval.placement.choose import Ranks, consider, fewest_local, recommend
+from ddp_eval.placement.choose import Ranks, evaluate_layouts, fewest_local, recommend
 from ddp_eval.placement.kinds import kind_of
 from ddp_eval.placement.memory import ModelSizes, measure_model, usable_bytes
 from ddp_eval.placement.speed import CUDA_SPEEDS, Amount, Speeds
@@ -225,7 +225,7 @@ def test_a_pack_takes_what_is_reckoned():
 
 
 def layouts_on(whole, card_gib, gpus=8):
-    return consider(whole, Ranks(gpus, gpus, usable_bytes(card_gib * GIB), None, CUDA_SPEEDS, GPU))
+    return evaluate_layouts(whole, Ranks(gpus, gpus, usable_bytes(card_gib * GIB), None, CUDA_SPEEDS, GPU))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -330,7 +330,7 @@ def test_the_text(capsys, tmp_path):
 
 def test_straddling_copies_are_not_recommended(whole_of):
     """Catches copies of 2 ranks on nodes of 3: ranks 2 and 3 lie on different nodes, where layers:3 stay within theirs."""
-    candidates = consider(whole_of("llama-3.1-70b"), Ranks(6, 3, usable_bytes(80 * GIB), None, CUDA_SPEEDS, GPU))
+    candidates = evaluate_layouts(whole_of("llama-3.1-70b"), Ranks(6, 3, usable_bytes(80 * GIB), None, CUDA_SPEEDS, GPU))
     reasons = {str(one.layout): one.prediction.why for one in candidates if one.prediction}
     across = {layout for layout, why in reasons.items() if why.endswith("; some copies lie across nodes")}
     assert across == {"tensor:2", "layers:2", "layers:6"}
@@ -414,7 +414,7 @@ def test_every_kind_of_model_can_be_sized(kind, tiny_model):
     """Catches a config that names its widths otherwise, which would end a run that needs no choice at all."""
     with torch.device("meta"):
         whole = transformers.AutoModelForCausalLM.from_config(tiny_models.CONFIGS[kind]())
-    candidates = consider(whole, Ranks(2, 2, GIB, 1024, CUDA_SPEEDS, GPU))
+    candidates = evaluate_layouts(whole, Ranks(2, 2, GIB, 1024, CUDA_SPEEDS, GPU))
     assert recommend(candidates).fits
     assert measure_model(whole, GPU).weights == sum(weight.nbytes for weight in tiny_model(kind).parameters())
 

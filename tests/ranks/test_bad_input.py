@@ -324,7 +324,7 @@ def run_here(monkeypatch, capfd, place, no_lm_eval_index):
         monkeypatch.setattr(watchdog.Watch, "start", lambda watching: None)
         monkeypatch.setattr(watchdog, "_leaving", threading.Lock())
         monkeypatch.setattr(watchdog, "_directory", None)
-        monkeypatch.setattr(watchdog, "_last_deed", None)
+        monkeypatch.setattr(watchdog, "_exit_hook", None)
         monkeypatch.setattr(sys, "argv", ["ddp_eval", *arguments])
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back what the command changes for the life of its process
         monkeypatch.setenv("TQDM_DISABLE", "1")

@@ -156,7 +156,7 @@ def test_trees_where_the_fastest_attention_fails(layout, tmp_path):
     said = "packs run with sdpa attention, not with ddp_eval_blocks, the fastest here: it fails on packs"
     assert said in finished.stderr, str(finished)
     for name in ("one", "two"):
-        assert manifests[name]["layout_of_requests"] == "packs" and manifests[name]["engine"]["attention"] == "sdpa"
+        assert manifests[name]["batching"] == "packs" and manifests[name]["engine"]["attention"] == "sdpa"
         assert scores[name]["loglikelihood"] == pytest.approx(scores["whole"]["loglikelihood"], abs=1e-4)
     if layout != "tensor:2" and layout != "measure":
         assert scores["two"] == scores["one"], "the same bits"

@@ -49,9 +49,9 @@ def run(tmp_path_factory):
 def test_only_the_request_itself_is_nan(ranks, layout, run):
     """Catches neighbours in a pack that are lost with it, and ranks that do not know of the second run."""
     scores, content, facts, finished = run(ranks, layout)
-    assert facts["layout_of_requests"] == "packs", "else nothing shares a forward"
+    assert facts["batching"] == "packs", "else nothing shares a forward"
     broken = np.isnan(scores.loglikelihood)
     assert broken.tolist() == [doc >= len(NUMBERS) ** 2 for doc in scores.doc_id]
-    assert facts["saved_from_nan"] > 0 and facts["not_finite"]["pairs"]["requests"] == len(NUMBERS)
+    assert facts["nan_recovered"] > 0 and facts["not_finite"]["pairs"]["requests"] == len(NUMBERS)
     assert f"{len(NUMBERS)} requests of the task pairs came to numbers that are NaN" in finished.stderr
     assert content == run(0, "replicas")[1]

@@ -69,10 +69,10 @@ def test_manifest_tells_only_the_ranks_apart(ranks, run, run_on):
 def test_the_runs_are_what_they_are_called(run_on):
     """Catches this file comparing runs that have become alike: no random few-shot, no rolling, no rows, many packs."""
     manifests = {run: read(directory, write.MANIFEST) for run, directory in run_on(0).items()}
-    assert manifests["all"]["layout_of_requests"] == "packs"
+    assert manifests["all"]["batching"] == "packs"
     assert manifests["all"]["packs"] > 4, "every rank has some"
     assert manifests["all"]["packs"] % 3 or manifests["all"]["packs"] % 4, "some packs run twice"
-    assert manifests["rows"]["layout_of_requests"] == "rows"
+    assert manifests["rows"]["batching"] == "rows"
     assert manifests["one pack"]["packs"] == 1 < manifests["one pack"]["requests"]
     assert manifests["one request"]["requests"] == 1
     scores = tables.read_scores(run_on(0)["all"] / tables.SCORES)

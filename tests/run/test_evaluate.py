@@ -58,7 +58,7 @@ def test_demo_tasks(
     """Catches any change on the way from documents to metrics: prompts, few-shot draws, order, sums, flags, groups."""
     results = run(tiny_model("llama"), tiny_tokenizer, TASKS, limit=3, packing=packing)
     assert_same_outcome(results, by_lm_eval)
-    assert results["ddp_eval"]["layout_of_requests"] == ("packs" if packing else "rows")
+    assert results["ddp_eval"]["batching"] == ("packs" if packing else "rows")
 
 
 def test_rolling_task(run: Callable[..., Any], tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
@@ -95,7 +95,7 @@ def test_other_models(
     theirs = evaluate_with_lm_eval(tiny_model(kind), tiny_tokenizer, [task], limit=2)
     ours = run(tiny_model(kind), tiny_tokenizer, [task], limit=2)
     assert_same_outcome(ours, theirs)
-    assert ours["ddp_eval"]["layout_of_requests"] == layout
+    assert ours["ddp_eval"]["batching"] == layout
     assert (ours["ddp_eval"]["why_rows"] is None) == (layout == "packs")
 
 

@@ -17,7 +17,7 @@ from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import resume
 from ddp_eval.run.manifest import describe_model, is_same_model, see_model
-from ddp_eval.run.resume import name_work
+from ddp_eval.run.resume import journal_key
 from ddp_eval.system import digests
 
 PLACE = 300_000  # of the byte that changes: in the middle of a megabyte
@@ -99,7 +99,9 @@ def key():
     requests = requests_from_lists([[1, 2, 3], [1, 2, 4]], [1, 1])
     plan = plan_packs(requests, CostModel(forward=1e30, dense=False), 100)[0]
     world = World(0, 0, 1, torch.device("cpu"))
-    return lambda folder: name_work(plan, NO_TEXTS, {"class": "HFEngine"}, world, describe_model(str(folder), args(folder), None))
+    return lambda folder: journal_key(
+        plan, NO_TEXTS, {"class": "HFEngine"}, world, describe_model(str(folder), args(folder), None)
+    )
 
 
 def test_key_of_a_copy(key, checkpoint, tmp_path):

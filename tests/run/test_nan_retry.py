@@ -60,12 +60,12 @@ def test_a_request_keeps_its_nan_to_itself(poisoned: Any, tmp_path: Path, caplog
     manager = TaskManager(include_path=path, include_defaults=False)
     theirs = answers_of(evaluate_with_lm_eval(poisoned, tokenizer, ["pairs"], task_manager=manager)["samples"]["pairs"])
     run = ddp_eval.evaluate(poisoned, tokenizer, ["pairs"], include_path=path, log_samples=True, bootstrap_iters=0)
-    assert run is not None and run["ddp_eval"]["layout_of_requests"] == "packs"
+    assert run is not None and run["ddp_eval"]["batching"] == "packs"
     ours = answers_of(run["samples"]["pairs"])
     assert [np.isnan(ours[key][0]) for key in theirs] == [np.isnan(theirs[key][0]) for key in theirs]
     assert sum(np.isnan(ours[key][0]) for key in theirs) == 1
     assert all(abs(ours[key][0] - theirs[key][0]) < 1e-4 for key in theirs if not np.isnan(theirs[key][0]))
-    assert run["ddp_eval"]["saved_from_nan"] >= 1
+    assert run["ddp_eval"]["nan_recovered"] >= 1
     assert run["ddp_eval"]["not_finite"] == {"pairs": {"requests": 1, "first": [[3, 0]]}}
     said = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
     assert said[0].endswith("distinct requests came out NaN in packs with others: trying them by themselves") and len(said) == 2
@@ -88,16 +88,16 @@ def test_a_broken_model_is_not_run_again_for_every_request(
         return lambda plan: runs.append(plan.num_items) or results(plan.num_items, value, True)
 
     nothing = results(20, np.nan, False)
-    assert nan_retry.isolate(nothing, requests, decision, engine, run(np.nan))[1] == 0 and runs == [4]
+    assert nan_retry.rescore_nan(nothing, requests, decision, engine, run(np.nan))[1] == 0 and runs == [4]
     assert "none of 4 came out otherwise: the model is at fault, and 16 others are left as they are" in caplog.text
-    found, saved = nan_retry.isolate(nothing, requests, decision, engine, run(-1.0))
+    found, saved = nan_retry.rescore_nan(nothing, requests, decision, engine, run(-1.0))
     assert saved == 20 and runs == [4, 4, 16] and np.array_equal(found, results(20, -1.0, True))
     assert np.isnan(nothing["logprob"]).all(), "what was gathered is left as it is"
     runs.clear()
     rows = decision._replace(plan=make_plan(engine, requests, packing=False, max_pack_tokens=None).plan)
     apart = Seq2SeqEngine(tiny_models.make_model("bart"), CPU)
     for cut, by in (decision, apart), (rows, engine):
-        assert nan_retry.isolate(nothing, requests, cut, by, run(-1.0))[1] == 0
+        assert nan_retry.rescore_nan(nothing, requests, cut, by, run(-1.0))[1] == 0
     assert not runs, "there each has its own row"
 
 
@@ -116,7 +116,7 @@ def test_each_answer_goes_to_its_own_item(tiny_model: Callable[[str], Any]) -> N
     for chosen in ([0], [2, 4], [5, 1, 3, 0]):
         broken = right.copy()
         broken["logprob"][chosen], broken["greedy"][chosen] = np.nan, ~broken["greedy"][chosen]
-        found, saved = nan_retry.isolate(broken, requests, decision, engine, run)
+        found, saved = nan_retry.rescore_nan(broken, requests, decision, engine, run)
         assert saved == len(chosen)
         np.testing.assert_allclose(found["logprob"], right["logprob"], atol=1e-4)
         np.testing.assert_array_equal(found[["item", "greedy"]], right[["item", "greedy"]])
@@ -172,7 +172,7 @@ def test_where_all_fall_the_first_few_tell(poisoned: Any, tiny_tokenizer: Any, m
     prompts = [np.append(stem, np.arange(150, 155 + number)).astype(np.int32) for number in range(12)]
     batch = Batch(prompts, [6] * 12, [0] * 12, Settings((), {}), 4, len(stem), range(12))
     assert _generate(poisoned, batch, tiny_tokenizer) == [[NO_TOKEN]] * 12
-    assert singles == list(range(decode.FEW))
+    assert singles == list(range(decode.NAN_PROBE))
 
 
 def test_greedily_an_infinite_score_is_the_choice(tiny_tokenizer: Any) -> None:

@@ -110,7 +110,7 @@ class FakeSide:
 
 
 OURS = {
-    **{"requests": 1, "request_tokens": 2, "computed_tokens": 2, "packs": 1, "layout_of_requests": "packs", "packs_halved": {}},
+    **{"requests": 1, "request_tokens": 2, "computed_tokens": 2, "packs": 1, "batching": "packs", "packs_halved": {}},
     **{"phases_s": {"forward": 1.0}, "peak_flops": 1e9, "useful": {"flops": 1e8}, "answers": {"t": []}, "metrics": {"t": {}}},
 }
 THEIRS = {"answers": {"t": []}, "metrics": {"t": {"acc": 1.0}}}

@@ -29,7 +29,7 @@ def load(path: Path, **model_args: Any) -> hf.HFEngine:
     return hf.load_engine(args, checkpoint.load_config(args), CPU)
 
 
-def grow_tree(
+def build_prefix_tree(
     model: Any, seed: int, count: int = 14, longest_prefix: int = 20, longest_tail: int = 9
 ) -> tuple[list[Request], list[tuple[float, bool]]]:
     """`count` random requests that branch off from earlier ones, or repeat or end within them; and their answers by hand.

@@ -10,13 +10,13 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as theirs
 
 from ddp_eval.system import hub
-from ddp_eval.system.quiet import less_chatter, one_rank_speaks
+from ddp_eval.system.quiet import only_rank_zero_logs, quiet_libraries
 
 
 def test_only_what_asks_for_nothing_is_held_back(caplog):
     """Catches a warning that matters held back, and a filter that stays in the caller's process."""
     logger = logging.getLogger("lm_eval.api.task")
-    with less_chatter():
+    with quiet_libraries():
         logger.warning("demo: Custom kwargs can be passed.\nFor details see task Readme.")
         logger.warning("[Task: %s] metric acc is defined, but aggregation is not. using default aggregation=mean", "demo")
         logging.getLogger("lm_eval.evaluator").warning("Overwriting default num_fewshot of %s from %s to %s", "demo", 5, 2)
@@ -32,7 +32,7 @@ def test_one_rank_speaks_in_a_callers_process(speaks, bars, caplog):
     (theirs.enable_progress_bar if bars else theirs.disable_progress_bar)()
     logger, level = logging.getLogger("transformers"), logging.getLogger("transformers").level
     try:
-        with one_rank_speaks(speaks):
+        with only_rank_zero_logs(speaks):
             assert not theirs.is_progress_bar_enabled() and logger.isEnabledFor(logging.WARNING) == speaks
             logging.getLogger("of.the.caller").warning("mine")
         assert theirs.is_progress_bar_enabled() == bars == (not are_progress_bars_disabled())

@@ -51,4 +51,4 @@ class TransformersEngine(Engine):
         return generate_one.most_new_tokens(self.model)
 
     def collect(self, launched: logprobs.Launched) -> Results:
-        return logprobs.sum_answers(launched)
+        return logprobs.sum_logprobs(launched)

@@ -24,8 +24,8 @@ import torch
 
 from ddp_eval.engines import ROUNDING, OnProgress
 from ddp_eval.engines.hf import generate_one
-from ddp_eval.engines.hf.kv_slots import NAME, Rows, register
-from ddp_eval.engines.hf.sampling import Chooser, draws_of
+from ddp_eval.engines.hf.kv_slots import NAME, KVSlots, register
+from ddp_eval.engines.hf.sampling import TokenSampler, draws_of
 from ddp_eval.engines.ops.masks import layer_rules
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import one_line
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from ddp_eval.engines.hf.causal_model import CausalModel
 
 ADMIT_TOKENS = 256  # prompts wait for free slots until they bring so many tokens together: a small forward costs almost as much
-SIGN_STEPS = 64  # between two signs of life
-FEW = 8  # answers that show whether others, too, end in NaN of their own
+HEARTBEAT_STEPS = 64  # between two signs of life
+NAN_PROBE = 8  # answers that show whether others, too, end in NaN of their own
 
 
 def generate(engine: CausalModel, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
@@ -47,13 +47,13 @@ def generate(engine: CausalModel, batch: Batch, tokenizer: Any, on_progress: OnP
     if not batch.slots:
         return generate_one.answer_all(engine, batch, rule, pad, on_progress)
     with engine.inference(NAME):
-        answers = _Loop(engine, batch, rule, pad, on_progress).run()
+        answers = BatchDecoder(engine, batch, rule, pad, on_progress).run()
         # Their own NaN, or a neighbour's: see run/nan_retry.py. Where the first few come to it by themselves, so will the others.
         broken = [index for index, answer in enumerate(answers) if answer[-1] == NO_TOKEN]
         for place, index in enumerate(broken):
-            if place == FEW and all(answers[one][-1] == NO_TOKEN for one in broken[:FEW]):
+            if place == NAN_PROBE and all(answers[one][-1] == NO_TOKEN for one in broken[:NAN_PROBE]):
                 break
-            again = _Loop(engine, _single(batch, index), rule, pad, lambda requests, tokens: on_progress(0, tokens))
+            again = BatchDecoder(engine, _single(batch, index), rule, pad, lambda requests, tokens: on_progress(0, tokens))
             answers[index] = again.run()[0]
     return answers
 
@@ -71,16 +71,16 @@ def _single(batch: Batch, index: int) -> Batch:
     )
 
 
-class _Loop:
+class BatchDecoder:
     """One batch under way. Rows stand in slots 0 … B-1 without a gap."""
 
     def __init__(self, engine: CausalModel, batch: Batch, rule: StopRule, pad: int | None, on_progress: OnProgress) -> None:
         self._batch, self._rule, self._on_progress = batch, rule, on_progress
-        self._chooser = Chooser(engine.model, batch.settings, pad)
+        self._chooser = TokenSampler(engine.model, batch.settings, pad)
         self._answers: list[list[int]] = [[] for _ in batch.prompts]
         self._draws = [draws_of(seed, limit) for seed, limit in zip(batch.seeds, batch.limits, strict=True)]
         width = max(len(prompt) - batch.prefix + limit for prompt, limit in zip(batch.prompts, batch.limits, strict=True))
-        self._rows = Rows(engine, batch.prompts[0][: batch.prefix], batch.slots, width)
+        self._rows = KVSlots(engine, batch.prompts[0][: batch.prefix], batch.slots, width)
         self._in_slot: list[int] = []  # the prompt of each row
         self._next = 0
 
@@ -100,7 +100,7 @@ class _Loop:
                 last = [self._answers[index][-1] for index in self._in_slot]
                 self._settle(0, self._rows.step(last))
                 since += 1
-                if since % SIGN_STEPS == 0:
+                if since % HEARTBEAT_STEPS == 0:
                     self._on_progress(0, 0)
         return self._answers
 
@@ -192,7 +192,7 @@ def _try_decoding(engine: CausalModel) -> npt.NDArray[np.float64]:
     forced = [tail(2), tail(5), tail(5), tail(3)]
     decoded: list[list[torch.Tensor]] = [[] for _ in prompts]
     with engine.inference(NAME):
-        rows = Rows(engine, prefix, 3, 20)
+        rows = KVSlots(engine, prefix, 3, 20)
         in_slot = [0, 1, 2]
         logits = rows.admit(prompts[:3])[1]
         while in_slot:

@@ -202,7 +202,7 @@ class HFEngine(TransformersEngine):
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         from ddp_eval.engines.hf import sampling
 
-        return sampling.Chooser(self.model, settings, pad).is_served
+        return sampling.TokenSampler(self.model, settings, pad).is_served
 
     def generation_sizes(self) -> Sizes:
         """By the memory that keys and values take, 1 GiB on a CPU and 8 on a GPU, and by how many rows fill the device."""
@@ -270,7 +270,7 @@ class HFEngine(TransformersEngine):
         for kind, rule in self._rules.items():
             make = functools.partial(blocks.make_blocks, runs, pack.depth, pack.end, rule, self.model.dtype, self.device)
             last = {self.last_layer.index: make(reads=pack.reads)} if self.skips_unread else {}
-            masks[kind] = blocks.carry(make(), last, self.device)
+            masks[kind] = blocks.as_attention_mask(make(), last, self.device)
         return masks.get("", masks)
 
     def _forward_rows(self, pack: Pack) -> torch.Tensor:
@@ -323,7 +323,7 @@ class HFEngine(TransformersEngine):
             wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
             parts.append(readout.score_tokens(logits, *wanted, items[start:stop]))
         back = self._to_device(np.argsort(order, kind="stable"))
-        return readout.send_back(pack, readout.join_scores(parts, back))
+        return readout.copy_to_host(pack, readout.join_scores(parts, back))
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array.astype(np.int64, copy=False))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NAME = "ddp_eval_decode"  # the attention implementation's name towards transformers
 
 
-class Rows:
+class KVSlots:
     """Keys and values of the rows that decode together, and the two forwards over them."""
 
     def __init__(self, engine: CausalModel, prefix: IntArray, slots: int, width: int) -> None:
@@ -49,7 +49,7 @@ class Rows:
         logits, computed = [], 0
         most = self._engine.max_tokens()
         for group in _groups(prompts, most):
-            tree = grow_tree(prompts[group.start : group.stop])
+            tree = build_prefix_tree(prompts[group.start : group.stop])
             ends = np.array([path[-1] for path in tree.paths])
             fresh, last = self._run_tree(tree, ends, self._prefix_length)
             self._keep(tree, fresh)
@@ -196,7 +196,7 @@ class _Tree(NamedTuple):
     paths: list[npt.NDArray[np.int64]]
 
 
-def grow_tree(prompts: Sequence[IntArray]) -> _Tree:
+def build_prefix_tree(prompts: Sequence[IntArray]) -> _Tree:
     """Lay prompts down as a prefix tree; each shared token once."""
     order = sorted(range(len(prompts)), key=lambda index: as_bytes(prompts[index]))
     parts: list[IntArray] = []

@@ -247,7 +247,7 @@ class LayersEngine(engine.HFEngine):
                 return super()._call(tokens, columns, **kwargs)
             hidden = self.model.base_model(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
         except Exception as error:
-            if not self.on_trial or is_out_of_memory(error):
+            if not self.is_probe or is_out_of_memory(error):
                 raise
             # The next stage waits for this one: in a trial it answers that it cannot.
             hidden = torch.full((*tokens.shape, self.config.hidden_size), torch.nan, dtype=self.dtype, device=self.device)

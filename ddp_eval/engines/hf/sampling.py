@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 
-class Chooser:
+class TokenSampler:
     """From logits to tokens, as transformers' greedy search and sampling do, but that chance comes from outside.
 
     Raises ValueError for settings that transformers refuses.

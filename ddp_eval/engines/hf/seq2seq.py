@@ -104,7 +104,7 @@ class Seq2SeqEngine(TransformersEngine):
         """logits: (A, V), in the order of the pack's answers."""
         rows = torch.arange(len(logits), device=self.device)
         targets = torch.from_numpy(pack.answer_targets).to(self.device)
-        return readout.send_back(pack, readout.score_tokens(logits, rows, targets, pack.answer_items))
+        return readout.copy_to_host(pack, readout.score_tokens(logits, rows, targets, pack.answer_items))
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """Never in batches. Raises ValueError for settings that transformers refuses."""

@@ -99,6 +99,6 @@ class TensorEngine(engine.HFEngine):
         except UserError:
             raise
         except Exception:
-            if not self.on_trial:
+            if not self.is_probe:
                 raise
             return logprobs.Launched(pack, logprobs.nan_scores(len(pack.answer_reads)))

@@ -1,4 +1,4 @@
-"""Read log-probabilities and greedy hits off the logits at a pack's reads, and have them sent to the host.
+"""Read log-probabilities and greedy is_greedy off the logits at a pack's reads, and have them sent to the host.
 
 Letters: R reads, V vocabulary, A answers (scored tokens).
 """
@@ -23,16 +23,16 @@ LOGITS_AT_ONCE = 2**26  # reads times vocabulary that the head computes in one g
 class TokenScores(NamedTuple):
     """What is read off the logits for each scored token, (A,) each.
 
-    logprobs: float32. hits: whether each was the argmax; behind an item's first miss they may all be False.
+    logprobs: float32. is_greedy: whether each was the argmax; behind an item's first miss they may all be False.
     """
 
     logprobs: torch.Tensor
-    hits: torch.Tensor
+    is_greedy: torch.Tensor
 
 
 def score_tokens(logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, items: npt.NDArray[Any]) -> TokenScores:
     """Scores of the tokens at logits[row, target]. rows: ascending. items: (len(rows),) whose tokens these are."""
-    return TokenScores(log_softmax_at(logits, rows, targets), find_hits(logits, rows, targets, items))
+    return TokenScores(log_softmax_at(logits, rows, targets), find_greedy(logits, rows, targets, items))
 
 
 def join_scores(parts: list[TokenScores], order: torch.Tensor) -> TokenScores:
@@ -54,7 +54,7 @@ class Launched:
     arrived: torch.cuda.Event | None = None
 
 
-def send_back(pack: Pack, scores: TokenScores) -> Launched:
+def copy_to_host(pack: Pack, scores: TokenScores) -> Launched:
     """Have the results set out behind their own forward: fetched later, they would wait for the next pack's too."""
     device = scores.logprobs.device
     ahead = device.type == "cuda"
@@ -65,12 +65,12 @@ def send_back(pack: Pack, scores: TokenScores) -> Launched:
     return launched
 
 
-def sum_answers(launched: Launched) -> Results:
+def sum_logprobs(launched: Launched) -> Results:
     """(items,) RESULT: log-probabilities in nats, added up in float64, and whether every scored token was the argmax."""
     if launched.arrived is not None:
         launched.arrived.synchronize()
     scores = launched.scores
-    return make_results(launched.pack, scores.logprobs.numpy().astype(np.float64), scores.hits.numpy())
+    return make_results(launched.pack, scores.logprobs.numpy().astype(np.float64), scores.is_greedy.numpy())
 
 
 def head_rows(vocabulary: int) -> int:
@@ -97,21 +97,21 @@ def log_softmax_at(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tens
     return torch.cat(picked)
 
 
-def find_hits(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, items: npt.NDArray[Any]) -> torch.Tensor:
+def find_greedy(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, items: npt.NDArray[Any]) -> torch.Tensor:
     """Whether each logits[row, column] is what argmax picks in its row: of equals, the first.
 
     items: (len(rows),) whose answers these are. Of an item whose first is a miss the rest is not looked at, and False.
     """
     if logits.device.type != "cpu":
         return logits.argmax(dim=-1)[rows] == columns
-    hits = torch.zeros(len(rows), dtype=torch.bool)
+    is_greedy = torch.zeros(len(rows), dtype=torch.bool)
     firsts, item = np.unique(items, return_index=True, return_inverse=True)[1:]
     first = torch.from_numpy(firsts)
-    hits[first] = is_argmax(logits, rows[first], columns[first])
-    others = hits[first][torch.from_numpy(item)]
+    is_greedy[first] = is_argmax(logits, rows[first], columns[first])
+    others = is_greedy[first][torch.from_numpy(item)]
     others[first] = False
-    hits[others] = is_argmax(logits, rows[others], columns[others])
-    return hits
+    is_greedy[others] = is_argmax(logits, rows[others], columns[others])
+    return is_greedy
 
 
 def is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -119,8 +119,8 @@ def is_argmax(logits: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -
     # argmax takes 20 times as long as amax on a CPU: it decides only where there may be several.
     few = 2 * len(rows) < len(logits)
     largest = logits[rows].amax(dim=-1) if few else logits.amax(dim=-1)[rows]
-    hits = logits[rows, columns] == largest
-    contested = rows[hits].unique()
+    is_greedy = logits[rows, columns] == largest
+    contested = rows[is_greedy].unique()
     picked = torch.full((len(logits),), -1)
     picked[contested] = logits[contested].max(dim=-1).indices
-    return hits & (picked[rows] == columns)
+    return is_greedy & (picked[rows] == columns)

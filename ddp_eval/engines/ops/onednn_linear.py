@@ -19,8 +19,8 @@ import torch
 
 from ddp_eval.system import machine
 
-FINE, COARSE = 128, 256  # steps of the grid, below and from FEW on
-FEW = 4096
+FINE, COARSE = 128, 256  # steps of the grid, below and from NAN_PROBE on
+NAN_PROBE = 4096
 MOST_ADDED = 1 / 16  # of a number of tokens; where the grid is further off, it is left alone
 WIDE = 1024  # features of a layer's output from which copying its input costs little
 
@@ -40,7 +40,7 @@ def to_grid(tokens: Count) -> Count:
 
 
 def _step(tokens: int) -> int:
-    return FINE if tokens < FEW else COARSE
+    return FINE if tokens < NAN_PROBE else COARSE
 
 
 def install(model: Any) -> Callable[[], None]:

@@ -143,7 +143,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface. query, key, value: (1, heads, L, head size). Returns (1, L, heads, head size).
 
-    `attention_mask` is the carrier that `carry` made; anything else (no mask, a plain tensor) goes to transformers' sdpa.
+    `attention_mask` is what `as_attention_mask` made; anything else (no mask, a plain tensor) goes to sdpa.
     What queries that are not wanted get is zero, or right all the same.
     Raises ValueError for variants of attention (score capping, sinks) that this does not compute.
     """
@@ -185,7 +185,7 @@ def with_keys(blocks: list[Block], key: torch.Tensor, value: torch.Tensor) -> It
         yield block, keys, values
 
 
-def carry(blocks: list[Block], blocks_of_layer: dict[int | None, list[Block]], device: torch.device) -> torch.Tensor:
+def as_attention_mask(blocks: list[Block], blocks_of_layer: dict[int | None, list[Block]], device: torch.device) -> torch.Tensor:
     """An empty 4-D tensor that brings `blocks` to `attend`: transformers passes 4-D masks through as they are.
 
     blocks_of_layer: other blocks for some layers, by number.

@@ -25,7 +25,7 @@ def hang(*args):
 
 def wait(config, world, inspect):
     if "FAULT_OUT" in os.environ:
-        watchdog.of_run(Path(os.environ["FAULT_OUT"]))
+        watchdog.set_run_directory(Path(os.environ["FAULT_OUT"]))
         Path(f"{os.environ['FAULT_FILE']}.{world.rank}").write_text(str(os.getpid()))
     watchdog.step(watchdog.WAITING)
     hang()
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     if fault == "before_join":
         command.MIN_JOIN_S = 1.0
     if fault == "all_reduce":
-        preflight.check_if_due = lambda config: preflight.Passed([])
+        preflight.check_if_due = lambda config: preflight.PreflightReport([])
     if fault == "import" and os.environ["RANK"] == os.environ["FAULT_RANK"]:
         sys.meta_path.insert(0, HangingImport())
     else:

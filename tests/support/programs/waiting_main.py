@@ -34,7 +34,7 @@ def slowly(function, seconds):
 
 
 def be_impatient():
-    watches, step, renew = [], watchdog.step, watchdog.renew
+    watches, step, renew = [], watchdog.step, watchdog.touch
     start = watchdog.Watch.start
 
     def start_and_note(watching):
@@ -50,7 +50,7 @@ def be_impatient():
             watches[0].timeout_s = 2.5 if ", document " in detail else 600
         renew(detail)
 
-    watchdog.Watch.start, watchdog.step, watchdog.renew = start_and_note, step_patiently, renew_impatiently
+    watchdog.Watch.start, watchdog.step, watchdog.touch = start_and_note, step_patiently, renew_impatiently
 
 
 def break_it(fault):

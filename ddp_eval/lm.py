@@ -247,11 +247,11 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
             return [(-np.inf, False) for _ in requests]
         with watchdog.speaking():
             answers = self._run(Asked(encoded.requests))
-        sums, _ = sum_by_owner(encoded, answers.logprobs, len(requests))
-        greedy = np.ones(len(requests), dtype=bool)
-        np.logical_and.at(greedy, encoded.owner, answers.greedy)
-        sums[encoded.empty], greedy[encoded.empty] = -np.inf, False  # nothing to predict never wins
-        return [(float(total), bool(flag)) for total, flag in zip(sums, greedy, strict=True)]
+        scored = sum_by_owner(encoded, answers.results, len(requests))
+        found = [(float(total), bool(flag)) for total, flag in zip(scored.logprobs, scored.greedy, strict=True)]
+        for index in encoded.empty:  # nothing to predict never wins
+            found[index] = (-np.inf, False)
+        return found
 
     def _answer_each(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         """An answer for every place in the list: a request that stands there twice is asked twice.

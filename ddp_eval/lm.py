@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token
@@ -31,7 +30,16 @@ from ddp_eval.cli import flags as cli
 from ddp_eval.config import Config
 from ddp_eval.distributed import launch_environment, watchdog
 from ddp_eval.distributed.messages import Followers
-from ddp_eval.distributed.world import adopt_group, check_in, choose_device, join_group, leave_group, occupy, release_group
+from ddp_eval.distributed.world import (
+    adopt_group,
+    check_in,
+    choose_device,
+    has_group,
+    join_group,
+    leave_group,
+    occupy,
+    release_group,
+)
 from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.errors import UserError
 from ddp_eval.output import tables
@@ -151,7 +159,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         """Meet the other ranks, all of which open the same model."""
         caller = 'lm_eval.simple_evaluate(model="ddp_eval")' if self._by_name else "ddp_eval.lm.launch"
         call = {name: repr(getattr(config, name)) for name in ("loader_args", "layout", "load", "device")}
-        borrowed = dist.is_available() and dist.is_initialized()
+        borrowed = has_group()
         if borrowed:
             world = adopt_group(choose_device(device, launch_environment.launch_local_rank()), caller, call)
         else:

@@ -34,8 +34,8 @@ DEEPEST_NESTING = 2  # levels of functions within a function
 
 UPWARD_IMPORTS: set[str] = set()
 IMPORT_CIRCLES: set[str] = set()
-LM_EVAL_ELSEWHERE = {"engines.hf.limits"}
-TORCH_DISTRIBUTED_ELSEWHERE = {"__main__", "lm"}
+LM_EVAL_ELSEWHERE: set[str] = set()
+TORCH_DISTRIBUTED_ELSEWHERE: set[str] = set()
 PACKS_IMPORT_MORE: set[str] = set()
 SLOW_IMPORTS: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()

@@ -54,6 +54,10 @@ def blaming(tasks: Sequence[Any], stage: Callable[[], Stage]) -> Iterator[None]:
             raise  # the scores are kept; what a task's own code did wrong shows in its traceback
         if isinstance(error, IndexError) and "size 0" in str(error):
             raise UserError(f"the task {name_some(tasks)} has no documents to evaluate") from error
+        if isinstance(error, IndexError) and str(error) == "string index out of range" and stage() is Stage.LOADING:
+            raise UserError(
+                f"the first document of {name_some(tasks)} has an empty choice or target, with which lm_eval loads no task"
+            ) from error
         if isinstance(error, jinja2.exceptions.TemplateError):
             raise UserError(f"a template in the task {name_some(tasks)} does not work: {one_line(error)}") from error
         raise task_failed(stage(), tasks, error) from error

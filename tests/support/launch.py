@@ -170,7 +170,7 @@ class Launch:
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started
 
-    def finish(self, timeout_s: float = 240.0) -> Finished:
+    def finish(self, timeout_s: float = 120.0) -> Finished:
         """Wait for the command. Fails the test if it takes longer than that, or leaves a process behind."""
         try:
             self.process.wait(timeout_s)
@@ -277,7 +277,7 @@ def launching(
 def launch(
     ranks: int,
     *args: object,
-    timeout_s: float = 240.0,
+    timeout_s: float = 120.0,
     program: Sequence[str] = COMMAND,
     cwd: Path | None = None,
     restarts: int = 0,

@@ -130,8 +130,18 @@ def _launch(order: dict[str, Any]) -> None:
     if not order["ranks"]:
         run_program(program)
         return
+    from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
     from torch.distributed.elastic.multiprocessing.errors import record
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def is_done(context: MultiprocessContext) -> bool:
+        """A forked function is done when it has returned a value, which a program that ends by `os._exit` never does."""
+        if any(process.is_alive() for process in context._pc.processes):
+            return False
+        context._return_values = dict.fromkeys(range(context.nprocs))
+        return True
+
+    MultiprocessContext._is_done = is_done
 
     config = LaunchConfig(
         min_nodes=1,
@@ -149,13 +159,10 @@ def _launch(order: dict[str, Any]) -> None:
 
 def run_rank(program: Sequence[str]) -> None:
     """One rank: the program, and its exit code."""
-    os._exit(_flushed(_exit_code_of(lambda: run_program(program))))
-
-
-def _flushed(code: int) -> int:
+    code = _exit_code_of(lambda: run_program(program))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    return code
+    os._exit(code)
 
 
 def run_program(program: Sequence[str]) -> None:

@@ -149,10 +149,9 @@ class ScoredType(RequestType):
 def sum_by_owner(encoded: Encoded, results: Results, count: int) -> Scored:
     """Of each of `count` text requests, its windows added up; greedy where all of them are, and where there is none."""
     owner = encoded.owner
-    totals = np.bincount(owner, weights=results["logprob"], minlength=count).astype(
-        np.float64
-    )  # of nothing it makes whole numbers
+    totals = np.bincount(owner, weights=results["logprob"], minlength=count)
     tokens = np.bincount(owner, weights=encoded.requests.num_targets, minlength=count)
     greedy = np.ones(count, dtype=bool)
     greedy[owner[~results["greedy"]]] = False
-    return Scored(totals, greedy.tolist(), tokens.astype(np.int64))
+    # Of no requests at all bincount makes whole numbers.
+    return Scored(totals.astype(np.float64), greedy.tolist(), tokens.astype(np.int64))

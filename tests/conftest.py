@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 
@@ -10,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def pytest_configure(config: pytest.Config) -> None:
         if cache.name != "ddp_eval":
             Path(home.name, cache.name).symlink_to(cache.absolute())
     os.environ["XDG_CACHE_HOME"] = home.name
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> Iterator[None]:
+    """Put back what a command run within this process, ours or lm_eval's, does to logging: other tests compare whole logs."""
+    loggers = [logging.getLogger(name) for name in ("", "ddp_eval", "lm_eval", "datasets", "transformers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 
@@ -46,6 +47,14 @@ def no_lm_eval_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
     task_manager = select.TaskManager
     monkeypatch.setattr(select, "TaskManager", lambda **options: task_manager(**{**options, "include_defaults": False}))
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> None:
+    """What a command within this process, ours or lm_eval's, has done to logging ends with its test: others compare whole logs."""
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("ddp_eval", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

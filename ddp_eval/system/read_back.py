@@ -81,7 +81,7 @@ def _refuse_kind(path: str | os.PathLike[str], mode: int) -> None:
 
 def read_bytes(path: str | os.PathLike[str], max_bytes: int, within: str | os.PathLike[str] | None = None) -> bytes:
     """The whole of a regular file. Raises UserError for everything that can go wrong."""
-    with _naming(path), open_regular(path, within) as file:
+    with naming(path), open_regular(path, within) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise UserError(f"{os.fspath(path)} is too large: more than {max_bytes:,} bytes")
@@ -97,7 +97,7 @@ def read_json(
 ) -> Any:
     """The value in a JSON file. Raises UserError for everything that can go wrong."""
     data = read_bytes(path, max_bytes, within)
-    with _naming(path):
+    with naming(path):
         return _check_shape(parse_json(_decode(data), unique_keys), shape)
 
 
@@ -105,13 +105,13 @@ def read_lines(
     path: str | os.PathLike[str], shape: Shape | None = None, within: str | os.PathLike[str] | None = None
 ) -> Iterator[Any]:
     """The value of each line of a JSON Lines file; blank lines are passed over. Raises UserError, with the line's number."""
-    with _naming(path):
+    with naming(path):
         file = open_regular(path, within)
     with file:
         number = 0
         while True:
             number += 1
-            with _naming(path, number):
+            with naming(path, number):
                 line = file.readline(MAX_LINE_BYTES + 1)
                 if not line:
                     return
@@ -128,7 +128,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     import yaml
 
     data = read_bytes(path, MAX_YAML_BYTES)
-    with _naming(path):
+    with naming(path):
         text = _decode(data)
         try:
             value = yaml.load(text, Loader=_yaml_loader())
@@ -173,7 +173,7 @@ def read_table(
     """
     import pyarrow
 
-    with _naming(path), open_regular(path, within) as file:
+    with naming(path), open_regular(path, within) as file:
         try:
             return _read_columns(file, schema, optional)
         except pyarrow.ArrowException as error:  # among them OSErrors and MemoryErrors
@@ -299,7 +299,7 @@ def _check_shape(value: Any, shape: Shape | None) -> Any:
 
 
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike[str], line: int | None = None) -> Iterator[None]:
+def naming(path: str | os.PathLike[str], line: int | None = None) -> Iterator[None]:
     """Make one sentence with the file's name, and the line's number, of what is wrong with it."""
     name = os.fspath(path) if line is None else f"{os.fspath(path)}, line {line}"
     try:

@@ -5,7 +5,6 @@ own and under torchrun, which adds its summary of the failed rank and makes 1 of
 """
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -338,12 +337,9 @@ def run_here(monkeypatch, capfd, place, no_lm_eval_index):
         out, err = capfd.readouterr()
         return Finished(left.value.code, out, err, 0.0, [])
 
-    levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "transformers")}
     transformers.utils.logging.disable_progress_bar()  # TQDM_DISABLE comes too late for this process
     yield run
     transformers.utils.logging.enable_progress_bar()
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def _wait_for_threads(others, timeout_s=60):

@@ -10,6 +10,7 @@ from launch import QUICK, launch
 
 from ddp_eval import demo
 from ddp_eval.output import tables, write
+from ddp_eval.packs.results import RESULT
 
 TASK = """\
 task: expressions
@@ -66,7 +67,7 @@ def test_bytes_of_a_run_by_hand(earlier):
     assert len({one["sent_bytes"] for one in sent}) == 1
     assert all(one["calls"] == 4 and one["received_bytes"] == 2 * one["sent_bytes"] for one in sent)
     most = max(rank["counts"]["requests"] for rank in ranks)
-    assert sent[0]["sent_bytes"] == most * 3 * 8, "item, bits, flag of the rank with most; none halved, no texts"
+    assert sent[0]["sent_bytes"] == most * RESULT.itemsize, "the results of the rank with most; none halved, no texts"
     joined = [rank["collectives"]["all_gather (processes)"] for rank in ranks]
     assert {(one["calls"], one["sent_bytes"], one["received_bytes"]) for one in joined} == {(1, 8, 16)}
 

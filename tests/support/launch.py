@@ -250,6 +250,8 @@ def launching(
     command = [*program, *map(str, args)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:  # torchrun leaves its logs there
         environment = {**_plain_environment(), "TMPDIR": scratch, _MARK: mark, **variables}
+        if program != COMMAND:  # which sees to it by itself, before libraries with bars are imported
+            environment["TQDM_DISABLE"] = "1"
         started = time.monotonic()
         process: subprocess.Popen[bytes] | WarmProcess
         is_python = program[0] == "-m" or program[0].endswith(".py")

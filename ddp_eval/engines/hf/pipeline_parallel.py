@@ -30,7 +30,7 @@ from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
 from ddp_eval.packs.results import NO_RESULTS, Results
-from ddp_eval.system.read_back import open_regular, parse_json
+from ddp_eval.system.read_back import naming, open_regular, parse_json
 
 # Models whose forward is known to be: embed, one layer after another on one hidden state, norm, head; tested in
 # tests/engines/test_pipeline_parallel.py.
@@ -167,7 +167,7 @@ def _holds_weights_of(stage: Stage, file: str) -> bool:
     """By the names in a safetensors file's header; True for other files."""
     if not file.endswith(".safetensors"):
         return True
-    with open_regular(file) as stream:
+    with naming(file), open_regular(file) as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = stream.read(min(length, _MAX_HEADER_BYTES))
     try:

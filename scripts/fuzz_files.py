@@ -22,6 +22,7 @@ import os
 import pickle
 import platform
 import random
+import re
 import resource
 import select
 import shutil
@@ -339,8 +340,8 @@ def make_unfinished(place: Path) -> None:
     config, _ = cli.parse([*FLAGS, "--output_path", str(place)])
     directory = run_directory.open_directory(config, lambda: None)
     directory.begin_replacing(config, "replicas")
+    make_journal(directory.journals)  # without one, closing the directory leaves nothing that binds the next start
     directory.close()
-    make_journal(directory.journals)
 
 
 def make_journal(place: Path) -> None:
@@ -440,9 +441,8 @@ def read_once(name: str, place: Path) -> tuple[str, str]:
             sentence = printable(error)
             if OUT_OF_MEMORY in sentence:
                 return "memory", sentence
-            if str(place) not in sentence and not sentence.startswith(
-                ("--", "model_args ")
-            ):  # a flag's name will do for its file
+            # A flag's name will do for its file.
+            if str(place) not in sentence and not re.match(r"--|model_args |\w+ in --model_args", sentence):
                 return "traceback", f"a sentence that names no file: {sentence}"
             outcome, detail = "refused", sentence
         except MemoryError:

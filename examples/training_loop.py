@@ -40,8 +40,8 @@ def main() -> None:
     torch.manual_seed(0)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)
-    bare = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH).to(device)
-    model = torch.nn.parallel.DistributedDataParallel(bare)
+    bare: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
+    model = torch.nn.parallel.DistributedDataParallel(bare.to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     tokens = tokenizer(TEXT * 4, return_tensors="pt").input_ids.to(device)
 

@@ -95,7 +95,7 @@ def _describe_others() -> Iterator[str]:
     yield ""
     yield from ("| flag of lm_eval | here |", "|---|---|")
     for name, (short, why) in flags.IGNORED_FLAGS.items():
-        yield f"| {_names(name, short)} | ignored, with a line that says so: {_cell(why)} |"
+        yield f"| {_names(name, short)} | ignored, with a note: {_cell(why)} |"
     for name, (short, why) in flags._REFUSED_FLAGS.items():
         yield f"| {_names(name, short)} | refused: {_cell(why)} |"
     yield ""

@@ -103,11 +103,10 @@ def _check_launch() -> None:
 def _run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
     watching.timeout_s = evaluation.config.timeout
     watchdog.step("importing torch")
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from ddp_eval.distributed.contact import reporting_to_launcher
 
     try:
-        # @record hands an unexpected error to torchrun, which prints the one that came first.
-        record(_join_and_run)(evaluation, watching)
+        reporting_to_launcher(_join_and_run)(evaluation, watching)
     except Exception:
         # Threads may be inside of torch still: the interpreter's own end would abort the process over them.
         sys.excepthook(*sys.exc_info())

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import configure_pad_token
@@ -31,7 +30,16 @@ from ddp_eval.cli import flags as cli
 from ddp_eval.config import Config
 from ddp_eval.distributed import launch_environment, watchdog
 from ddp_eval.distributed.messages import Followers
-from ddp_eval.distributed.world import adopt_group, check_in, choose_device, join_group, leave_group, occupy, release_group
+from ddp_eval.distributed.world import (
+    adopt_group,
+    check_in,
+    choose_device,
+    has_group,
+    join_group,
+    leave_group,
+    occupy,
+    release_group,
+)
 from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.errors import UserError
 from ddp_eval.output import tables
@@ -151,7 +159,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         """Meet the other ranks, all of which open the same model."""
         caller = 'lm_eval.simple_evaluate(model="ddp_eval")' if self._by_name else "ddp_eval.lm.launch"
         call = {name: repr(getattr(config, name)) for name in ("loader_args", "layout", "load", "device")}
-        borrowed = dist.is_available() and dist.is_initialized()
+        borrowed = has_group()
         if borrowed:
             world = adopt_group(choose_device(device, launch_environment.launch_local_rank()), caller, call)
         else:
@@ -247,11 +255,11 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
             return [(-np.inf, False) for _ in requests]
         with watchdog.speaking():
             answers = self._run(Asked(encoded.requests))
-        sums, _ = sum_by_owner(encoded, answers.logprobs, len(requests))
-        greedy = np.ones(len(requests), dtype=bool)
-        np.logical_and.at(greedy, encoded.owner, answers.greedy)
-        sums[encoded.empty], greedy[encoded.empty] = -np.inf, False  # nothing to predict never wins
-        return [(float(total), bool(flag)) for total, flag in zip(sums, greedy, strict=True)]
+        scored = sum_by_owner(encoded, answers.results, len(requests))
+        found = [(float(total), bool(flag)) for total, flag in zip(scored.logprobs, scored.greedy, strict=True)]
+        for index in encoded.empty:  # nothing to predict never wins
+            found[index] = (-np.inf, False)
+        return found
 
     def _answer_each(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         """An answer for every place in the list: a request that stands there twice is asked twice.

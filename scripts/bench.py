@@ -180,16 +180,16 @@ def run_lm_eval(
 def run_ours(
     model: Any, tokenizer: Any, task: str, limit: float | None, batch_size: None, args: argparse.Namespace
 ) -> tuple[float, dict[str, Any]]:
-    from ddp_eval.run import runner
+    from ddp_eval.run import leader
 
     planned: list[Any] = []
-    make_plan = runner.make_plan
+    make_plan = leader.make_plan
 
     def plan_and_note(engine: Any, requests: Any, *rest: Any) -> Any:
         planned[:] = [engine, requests]
         return make_plan(engine, requests, *rest)
 
-    with tempfile.TemporaryDirectory() as scratch, unittest.mock.patch.object(runner, "make_plan", plan_and_note):
+    with tempfile.TemporaryDirectory() as scratch, unittest.mock.patch.object(leader, "make_plan", plan_and_note):
         options = {"output_path": scratch, "packing": not args.no_packing}
         peak_flops = measure_peak(model)
         elapsed_s, results = evaluate_by_us(model, tokenizer, task, limit, args, CALLS, **options)

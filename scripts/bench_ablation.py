@@ -89,7 +89,7 @@ class _Enough(Exception):
 def requests_of(model: Any, tokenizer: Any, task: str, include_path: str | None) -> Any:
     """The tokenised requests of TASK or TASK:DOCUMENTS, as a run would plan them."""
     import ddp_eval
-    from ddp_eval.run import runner
+    from ddp_eval.run import leader
 
     name, _, limit = task.partition(":")
     found = []
@@ -99,7 +99,7 @@ def requests_of(model: Any, tokenizer: Any, task: str, include_path: str | None)
         raise _Enough
 
     with (
-        unittest.mock.patch.object(runner, "make_plan", note),
+        unittest.mock.patch.object(leader, "make_plan", note),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(_Enough),
     ):

@@ -138,7 +138,8 @@ def reproduce(place: Path) -> Iterator[Callable[[], None]]:
     from ddp_eval.errors import UserError
 
     def check(order: Any) -> None:
-        found = {"model": order.manifest["model"], "packages": {}, "versions": {}, "prompts_by_task": {}, "documents_by_task": {}}
+        model = order.inspect.__self__.manifest["model"]
+        found = {"model": model, "packages": {}, "versions": {}, "prompts_by_task": {}, "documents_by_task": {}}
         order.inspect(found)
 
     def order() -> None:

@@ -34,17 +34,11 @@ DEEPEST_NESTING = 2  # levels of functions within a function
 
 UPWARD_IMPORTS: set[str] = set()
 IMPORT_CIRCLES: set[str] = set()
-LM_EVAL_ELSEWHERE = {"engines.hf.limits"}
-TORCH_DISTRIBUTED_ELSEWHERE = {"__main__", "lm"}
+LM_EVAL_ELSEWHERE: set[str] = set()
+TORCH_DISTRIBUTED_ELSEWHERE: set[str] = set()
 PACKS_IMPORT_MORE: set[str] = set()
 SLOW_IMPORTS: set[str] = set()
-LONG_FUNCTIONS = {
-    "engines.hf.checkpoint.load_weights",
-    "run.runner._lead",
-    "run.runner._lead.score",
-    "tasks.collector.RequestCollector._score_instances",
-    "tasks.harness.evaluate_tasks",
-}
+LONG_FUNCTIONS: set[str] = set()
 NESTED_FUNCTIONS: set[str] = set()
 
 TESTS = ROOT / "tests"

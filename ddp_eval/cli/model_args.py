@@ -8,19 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from ddp_eval import layout
-from ddp_eval.cli.flag_values import (
-    to_switch,
-)
+from ddp_eval.cli.flag_values import to_switch
 from ddp_eval.config import PROMPT_ARGS, check_not_loaded
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.values import TEXT_MODEL_ARGS
 
 BY_COST = "packs are sized by cost, not by a batch size"
-
-
 _BY_MEMORY = "--layout goes by the memory that the GPUs have"
-
-
 _IGNORED_MODEL_ARGS = {
     "batch_size": BY_COST,
     "max_batch_size": BY_COST,
@@ -31,8 +25,6 @@ _IGNORED_MODEL_ARGS = {
     "max_cpu_memory": _BY_MEMORY,
     "offload_folder": _BY_MEMORY,
 }
-
-
 _REFUSED_MODEL_ARGS = {
     "device_map": "--layout says how the model lies over the ranks",
     "token": "log in with hf auth login or set HF_TOKEN, so that it is written nowhere",
@@ -42,14 +34,8 @@ _REFUSED_MODEL_ARGS = {
     "gguf_file": "convert the model to safetensors and evaluate that",
     "mixed_precision_dtype": "choose one precision for the whole model with dtype",
 }
-
-
 _SWITCHED_MODEL_ARGS = ("load_in_8bit", "load_in_4bit")
-
-
 _OPTIONAL_MODEL_ARGS = ("enable_thinking", "think_end_token", "chat_template_args", "peft", "quantization_config")
-
-
 _KNOWN_MODEL_ARGS = (
     *TEXT_MODEL_ARGS,
     *PROMPT_ARGS,
@@ -68,29 +54,12 @@ def settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
     for key in TEXT_MODEL_ARGS:
         if isinstance(model_args.get(key), os.PathLike):
             model_args[key] = os.fspath(model_args[key])
-    for key, why in _REFUSED_MODEL_ARGS.items():
-        value = model_args.pop(key, None)
-        if value:
-            raise UserError(f"model_args {key} is not supported yet: {why}")
-    for key in _OPTIONAL_MODEL_ARGS:
-        if model_args.get(key, ...) is None:
-            del model_args[key]
-    for key in _SWITCHED_MODEL_ARGS:
-        if not to_switch(f"model_args {key}", model_args.get(key) or False):
-            model_args.pop(key, None)
+    _refuse(model_args)
+    _drop_what_is_off(model_args)
     if "device" in model_args:
         raise UserError(f"model_args device is not supported: use --device {model_args['device']}")
-    backend = model_args.pop("backend", "default")
-    if backend not in ("default", "causal", "seq2seq"):
-        raise UserError(f"model_args backend must be default, causal or seq2seq, got {backend}")
-    if backend != "default":
-        model_args["backend"] = backend
-    for key in TEXT_MODEL_ARGS:
-        if isinstance(model_args.get(key), int) and not isinstance(model_args[key], bool):  # of YAML, JSON or Python
-            model_args[key] = str(model_args[key])
-        if not isinstance(model_args.get(key), (str, type(None))):
-            example = f"{key}='\"123\"' keeps a number as text"
-            raise UserError(f"model_args {key} must be text, got {one_line(repr(model_args[key]), 80)} ({example})")
+    _settle_backend(model_args)
+    _settle_texts(model_args)
     if "trust_remote_code" in model_args:
         trusted = to_switch("model_args trust_remote_code", model_args.pop("trust_remote_code") or False)
         values["trust_remote_code"] = trusted or values.get("trust_remote_code", False)
@@ -98,6 +67,39 @@ def settle_model_args(values: dict[str, Any], notes: list[str]) -> None:
         if key in model_args:
             notes.append(f"model_args {key} is ignored: {why}")
             del model_args[key]
+
+
+def _refuse(model_args: dict[str, Any]) -> None:
+    for key, why in _REFUSED_MODEL_ARGS.items():
+        value = model_args.pop(key, None)
+        if value:
+            raise UserError(f"model_args {key} is not supported yet: {why}")
+
+
+def _drop_what_is_off(model_args: dict[str, Any]) -> None:
+    for key in _OPTIONAL_MODEL_ARGS:
+        if model_args.get(key, ...) is None:
+            del model_args[key]
+    for key in _SWITCHED_MODEL_ARGS:
+        if not to_switch(f"model_args {key}", model_args.get(key) or False):
+            model_args.pop(key, None)
+
+
+def _settle_backend(model_args: dict[str, Any]) -> None:
+    backend = model_args.pop("backend", "default")
+    if backend not in ("default", "causal", "seq2seq"):
+        raise UserError(f"model_args backend must be default, causal or seq2seq, got {backend}")
+    if backend != "default":
+        model_args["backend"] = backend
+
+
+def _settle_texts(model_args: dict[str, Any]) -> None:
+    for key in TEXT_MODEL_ARGS:
+        if isinstance(model_args.get(key), int) and not isinstance(model_args[key], bool):  # of YAML, JSON or Python
+            model_args[key] = str(model_args[key])
+        if not isinstance(model_args.get(key), (str, type(None))):
+            example = f"{key}='\"123\"' keeps a number as text"
+            raise UserError(f"model_args {key} must be text, got {one_line(repr(model_args[key]), 80)} ({example})")
 
 
 def settle_layout(values: dict[str, Any]) -> None:

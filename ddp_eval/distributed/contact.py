@@ -1,10 +1,10 @@
-"""Losing other ranks."""
+"""Losing other ranks, and errors that the launcher hears of."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
@@ -26,3 +26,10 @@ def naming_lost_ranks(doing: str) -> Iterator[None]:
         raise LostContact(
             f"rank {rank} lost contact with another rank while {doing}, after {elapsed_s:.0f} s: {reason}"
         ) from error
+
+
+def reporting_to_launcher(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, whose unexpected errors torchrun is handed: it prints the one that came first."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)

@@ -89,6 +89,11 @@ class World:
         return self.rank % self.ranks_per_replica
 
 
+def has_group() -> bool:
+    """Whether this process is in a process group: of its caller, before `join_group`."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> World:
     """Join the process group that the launcher describes, or none for a plain `python -m ddp_eval`.
 
@@ -146,7 +151,7 @@ def adopt_group(device: torch.device, caller: str, arguments: dict[str, Any]) ->
     Raises UserError, within the group's own time-out, where a rank has not called, or with other arguments.
     """
     _check_free()
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         return World(0, 0, 1, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check_in(rank, world_size, caller, arguments)
@@ -162,7 +167,7 @@ def warn_of_no_group(output_path: str | None) -> None:
         launch = launch_environment.read()
     except UserError:  # variables of a launch that this process takes no part in
         return
-    if launch.world_size == 1 or (dist.is_available() and dist.is_initialized()):
+    if launch.world_size == 1 or has_group():
         return
     alone = f"WORLD_SIZE is {launch.world_size}, but this process is in no process group and evaluates everything by itself"
     if output_path is not None and launch.rank > 0:

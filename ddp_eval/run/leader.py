@@ -243,9 +243,8 @@ def collect(job: Job, requests: Requests, plan: WorkPlan, replica: Replica, gath
     record.fill_answers(differing, saved, gathered.halved, texts, texts_differing)
     watchdog.step("computing the metrics")
     log_all(find_outcome_warnings(record))
-    results = results[plan.scoring.item_of_request]
     answered = [texts[item] for item in np.asarray(plan.generation.item_of_prompt).tolist()]
-    return Answers(results["logprob"], results["greedy"], answered, plan.generation.limits)
+    return Answers(results[plan.scoring.item_of_request], answered, plan.generation.limits)
 
 
 def write_results(job: Job, outcome: Outcome, record: Record) -> dict[str, Any]:

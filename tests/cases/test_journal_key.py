@@ -27,6 +27,7 @@ NO_NUMBERS = {
     "output/lm_eval_names.py": "other names of files that were written",
     "output/status.py": "status.json",
     "output/tables.py": "writes what was computed",
+    "output/versions.py": "versions are in the key themselves",
     "output/write.py": "writes what was computed",
     "run/preflight.py": "checks nodes before any work",
     "system/compile_cache.py": "where torch keeps compiled kernels",

@@ -45,10 +45,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work was begun")
 
     for name in (
-        "ddp_eval.run.runner.make_plan",
-        "ddp_eval.run.runner.run_plan",
-        "ddp_eval.lm.make_plan",
-        "ddp_eval.run.runner.plan_texts",
+        "ddp_eval.run.leader.make_plan",
+        "ddp_eval.run.leader.run_plan",
+        "ddp_eval.run.leader.plan_texts",
     ):
         monkeypatch.setattr(name, fail)
 

@@ -134,7 +134,7 @@ def make_world(**more):
 def test_leaders_error_waits_for_nobody(borrowed, error, sent, monkeypatch):
     """Catches a user's mistake told when the slowest rank has loaded; a caller's group must work on, so there it must be sent."""
     messages = []
-    monkeypatch.setattr(protocol.distributed, "send_message", lambda world, message: messages.append(message))
+    monkeypatch.setattr(protocol.collectives, "send_message", lambda world, message: messages.append(message))
 
     def lead():
         with Followers(make_world(borrowed=borrowed)):
@@ -187,9 +187,9 @@ def test_leader_that_asks_for_reports_waits(monkeypatch):
     """Catches the leader blamed for a rank that does not answer."""
     steps = []
     monkeypatch.setattr(watchdog, "_place", watchdog._Place("writing the results"))
-    monkeypatch.setattr(protocol.distributed, "send_message", lambda world, message: steps.append(watchdog._place.step))
+    monkeypatch.setattr(protocol.collectives, "send_message", lambda world, message: steps.append(watchdog._place.step))
     monkeypatch.setattr(
-        protocol.distributed, "gather_reports", lambda world, report: steps.append(watchdog._place.step) or [report]
+        protocol.collectives, "gather_reports", lambda world, report: steps.append(watchdog._place.step) or [report]
     )
     Followers(make_world()).collect_telemetry()
     assert steps == [watchdog.WAITING] * 2 and watchdog._place.step == "writing the results"

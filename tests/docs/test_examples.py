@@ -108,7 +108,14 @@ def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert notebook["nbformat"] == 4
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
-    for name, value in {"RUNS": str(tmp_path / "runs"), "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}.items():
+
+    def run(command: list[str], **_: Any) -> None:
+        assert command[1:3] == ["-m", "ddp_eval"]
+        finished = launch(0, *command[3:])
+        assert finished.returncode == 0, str(finished)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name, value in {"RUNS": str(tmp_path / "runs"), "MPLBACKEND": "Agg"}.items():
         monkeypatch.setenv(name, value)
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in cells:

@@ -114,7 +114,7 @@ def test_adapters_that_cannot_be_served(tiny_model_path: Callable[[str], Path], 
     other = save_adapter(Path(model), tmp_path / "other")
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "k_proj"]}))
-    with pytest.raises(UserError, match="lacks weights for this model: RecoveredWork missing adapter keys"):
+    with pytest.raises(UserError, match="lacks weights for this model: Found missing adapter keys"):
         our_scores(tmp_path / "c", pretrained=model, peft=str(other))
 
 

@@ -13,11 +13,10 @@ import transformers
 from launch import QUICK, launch
 from task_files import write_generation_task
 
-from ddp_eval.config import ENGINES, Config
+from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import vllm
 from ddp_eval.engines.hf import checkpoint
-from ddp_eval.engines.registry import EngineSpec, spec_of
 from ddp_eval.errors import UserError
 from ddp_eval.packs import batches
 from ddp_eval.packs.cut import CostModel, plan_packs
@@ -116,14 +115,6 @@ def test_settings_of_the_launcher_are_refused():
         vllm.ranks_per_engine({"data_parallel_size": 2})
     with pytest.raises(UserError, match="tensor_parallel_size must be a whole number of 1 or more, got two"):
         vllm.ranks_per_engine({"tensor_parallel_size": "two"})
-
-
-def test_every_engine_has_its_spec():
-    """Catches a name that --model takes and that nothing stands behind, and an input that leaves vLLM no room for an answer."""
-    for name in ENGINES:
-        assert isinstance(spec_of(name), EngineSpec)
-    assert spec_of("hf").longest_input({"max_model_len": 9}, 64) == 64
-    assert spec_of("vllm").longest_input({"max_model_len": 9}, 64) == 8 and spec_of("vllm").longest_input({}, 64) == 63
 
 
 def test_without_vllm_one_sentence(monkeypatch):

@@ -71,6 +71,21 @@ def evaluations_in(text: str) -> Iterator[tuple[str, list[str]]]:
                 command.append(word)
 
 
+def starts_in(text: str) -> Iterator[tuple[int, list[str]]]:
+    """(ranks, words) of each command of a block that `runs`, 0 ranks without torchrun. `export` sets what launches have anyway.
+
+    Raises ValueError for a line that is anything else.
+    """
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:3] == ["python", "-m", "ddp_eval"]:
+            yield 0, words[3:]
+        elif words[:2] == ["torchrun", "--standalone"] and words[3:5] == ["-m", "ddp_eval"]:
+            yield int(words[2].removeprefix("--nproc_per_node=")), words[5:]
+        elif words and words != ["export", "OMP_NUM_THREADS=1"]:
+            raise ValueError(f"not a command that the tests can run: {line}")
+
+
 def _evaluation(command: list[str]) -> Iterator[tuple[str, list[str]]]:
     for place, word in enumerate(command):
         if command[place : place + 2] == ["-m", "ddp_eval"]:

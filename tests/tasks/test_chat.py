@@ -17,6 +17,7 @@ from ddp_eval import demo
 from ddp_eval.api import evaluate
 from ddp_eval.config import Config, read_think_end
 from ddp_eval.errors import UserError
+from ddp_eval.packs.results import RESULT
 from ddp_eval.tasks import harness
 from ddp_eval.tasks.reasoning import finish_answer
 from ddp_eval.tasks.request_types import Answers, Asked
@@ -42,7 +43,7 @@ def prompts_by_lm_eval(model: Any, tokenizer: Any, tasks: list[str], lm_args: An
 
 def our_prompts(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> dict[str, list[Any]]:
     def answer(asked: Asked) -> Answers:
-        return Answers(np.zeros(len(asked.requests)), np.zeros(len(asked.requests), dtype=bool), [], [])
+        return Answers(np.zeros(len(asked.requests), dtype=RESULT), [], [])
 
     config = Config(tasks=list(tasks), bootstrap_iters=0, **options)
     encoder = Encoder(tokenizer, 2048)

@@ -8,13 +8,15 @@ import pytest
 import tiny_models
 
 from ddp_eval.errors import UserError
-from ddp_eval.tasks.generation_requests import Asked
+from ddp_eval.tasks.generation_requests import GenerationRequests
 from ddp_eval.tasks.tokenization import Encoder
 
 
-def ask(pairs: list[tuple[str, dict[str, Any]]], seed: int | None = 1234, max_length: int = 512, **more: Any) -> Asked:
+def ask(
+    pairs: list[tuple[str, dict[str, Any]]], seed: int | None = 1234, max_length: int = 512, **more: Any
+) -> GenerationRequests:
     encoder = Encoder(tiny_models.make_tokenizer(), max_length)
-    return Asked(encoder, pairs, ["task"] * len(pairs), seed, **more)
+    return GenerationRequests(encoder, pairs, ["task"] * len(pairs), seed, **more)
 
 
 def test_prompts_lose_their_left_end() -> None:

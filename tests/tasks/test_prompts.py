@@ -29,6 +29,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from ddp_eval.config import Config
+from ddp_eval.packs.results import RESULT
 from ddp_eval.tasks import collector, harness, select
 from ddp_eval.tasks.lm_eval_patches import keep_examples
 from ddp_eval.tasks.request_types import Answers, Asked
@@ -583,7 +584,7 @@ def test_metrics_see_documents_as_they_are(tiny_model: Callable[..., Any], tiny_
     change = {"fewshot_split": None, "fewshot_config": examples, "process_results": score_with_an_example}
 
     def answer(asked: Asked) -> Answers:
-        return Answers(np.zeros(len(asked.requests)), np.zeros(len(asked.requests), dtype=bool), [], [])
+        return Answers(np.zeros(len(asked.requests), dtype=RESULT), [], [])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "is_complete", lambda tasks, index: True)

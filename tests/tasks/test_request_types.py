@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 
 from ddp_eval.errors import OutOfRange, UserError
 from ddp_eval.packs.batches import NO_TOKEN
+from ddp_eval.packs.results import NO_RESULTS, RESULT
 from ddp_eval.tasks import request_types
 from ddp_eval.tasks.request_types import Answers, Asked, RunOptions, encode
 from ddp_eval.tasks.request_types.generate_until import GenerateUntil
@@ -53,8 +54,7 @@ def test_every_instance_gets_its_own(ask: Callable[..., Asked], tiny_tokenizer: 
     assert windows > 1 and len(asked.prompts) == 3 and list(asked.prompts.kinds) == [0, 0, 1]
     words = [tiny_tokenizer.encode(word, add_special_tokens=False) for word in ("four", "five", "six")]
     answers = Answers(
-        np.array([-1.5, *[-2.0] * windows]),
-        np.array([True, *[False] * windows]),
+        np.array([(0, -1.5, True), *[(0, -2.0, False)] * windows], dtype=RESULT),
         [words[0], words[1], [*words[2], NO_TOKEN]],
         [4, len(words[1]), 5],
     )
@@ -84,7 +84,7 @@ def test_nothing_was_asked() -> None:
     """Catches an error over tokens that belong to no instance, which `DDPEvalLM._loglikelihood_tokens` scores."""
     asked = Asked.join([], [], {})
     assert (len(asked.requests), len(asked.prompts)) == (0, 0)
-    scores, texts = asked.tables(Answers(np.zeros(0), np.zeros(0, dtype=bool), [], []))
+    scores, texts = asked.tables(Answers(NO_RESULTS, [], []))
     assert (len(scores), len(texts)) == (0, 0)
 
 
@@ -119,7 +119,7 @@ def test_a_new_type_is_one_line(ask: Callable[..., Asked], monkeypatch: pytest.M
     asked = ask(*instances)
     assert list(asked.prompts.kinds) == [0, 1] and [one.until[0] for one in asked.prompts.settings] == [".", "!"]
     assert list(asked.prompts.tasks) == ["t_generate_until", "t_essay"] and asked.prompts.seeds[0] == 0 < asked.prompts.seeds[1]
-    answers = Answers(np.array([-2.0, -0.5]), np.ones(2, dtype=bool), [[], []], [4, 5])
+    answers = Answers(np.array([(0, -2.0, True), (1, -0.5, True)], dtype=RESULT), [[], []], [4, 5])
     scores, texts = asked.tables(answers)
     assert (scores.task, scores.loglikelihood) == (["t_yes_or_no", "t_loglikelihood"], [-0.5, -2.0])
     assert texts.task == ["t_essay", "t_generate_until"]

@@ -17,12 +17,13 @@ import ddp_eval
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World, join_group
 from ddp_eval.engines.ops import peak
+from ddp_eval.output import write
 from ddp_eval.packs.batches import Prompts, Settings, Sizes, plan_batches
 from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.plan import fed_tokens
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run import runner
+from ddp_eval.run import record, runner
 from ddp_eval.run.planning import Decision, TextDecision, describe_texts
 from ddp_eval.telemetry import meter, sampler
 from ddp_eval.telemetry import summary as telemetry
@@ -119,7 +120,7 @@ def test_a_resume_with_nothing_left(tmp_path, monkeypatch, capfd):
         def fail(*args):
             raise RuntimeError("killed behind its metrics")
 
-        patch.setattr(runner.results, "write_run", fail)
+        patch.setattr(write, "write_run", fail)
         with pytest.raises(RuntimeError, match="killed behind its metrics"):
             runner.run(config, join_group("cpu"))
     assert "of 4 requests, " in capfd.readouterr().err
@@ -146,7 +147,7 @@ def test_what_is_left_of_a_plan_by_hand():
     decision = Decision(*plan_packs(requests, CostModel(), 5), None)
     plan = decision.plan
     assert plan.num_packs == 2
-    describe_left = functools.partial(runner._describe_left, decision, requests)
+    describe_left = functools.partial(record.describe_left, decision, requests)
     everything = describe_left(np.array([0, 1]))
     assert everything == {"left_tokens": 3 + 5, "left_request_tokens": 3 + 5 + 2 + 2}
     small = int(np.argmin(np.diff(plan.token_starts)))
@@ -164,8 +165,8 @@ def test_what_was_answered_by_hand():
         decision = TextDecision(plan, items, None, prompts.limits)
         assert describe_texts(decision, prompts)["prompt_tokens"] == least
         lengths = np.array([[items[0], 7]])
-        assert runner._describe_answered(decision, prompts, lengths) == {"asked_tokens": 8, "generated_tokens": 7}
-        assert runner._describe_answered(decision, prompts, lengths[:0]) == {"asked_tokens": 0, "generated_tokens": 0}
+        assert record.describe_answered(decision, prompts, lengths) == {"asked_tokens": 8, "generated_tokens": 7}
+        assert record.describe_answered(decision, prompts, lengths[:0]) == {"asked_tokens": 0, "generated_tokens": 0}
 
 
 def test_texts_by_hand():

@@ -59,10 +59,11 @@ def check_window(model_args: Mapping[str, Any], config: Any) -> None:
     A model without such a table takes any: rotary and relative positions go on. It is built on the meta device, and only where
     `max_length` is more than its config says.
     """
-    from lm_eval.models.utils import resolve_max_length
-
     given = model_args.get("max_length")
-    if not given or given <= resolve_max_length(config, None):
+    text_config = getattr(config, "text_config", None) or config
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    said = next((length for name in names if isinstance(length := getattr(text_config, name, None), int)), 0)
+    if not given or given <= said:
         return
     is_pair = checkpoint.is_seq2seq(dict(model_args), config)
     try:

@@ -30,7 +30,7 @@ _REPEATED = (" LOAD REPORT", "The new embeddings will be initialized from", "The
 
 
 @dataclasses.dataclass
-class RecoveredWork:
+class LoadingReport:
     """Names in the model: weights that are not in the checkpoint, weights of other shapes there (name, shape, the model's shape),
     weights of the checkpoint that the model has no place for, buffers that nothing was written to and those that were drawn.
     """
@@ -44,7 +44,7 @@ class RecoveredWork:
 
 
 @contextlib.contextmanager
-def watched(name: str, draws: Draws) -> Iterator[RecoveredWork]:
+def watched(name: str, draws: Draws) -> Iterator[LoadingReport]:
     """Loads of transformers models in the block add to what is yielded; their tables in the log are left out.
 
     name: of the checkpoint, for errors. draws: the mode that the block loads under.
@@ -52,7 +52,7 @@ def watched(name: str, draws: Draws) -> Iterator[RecoveredWork]:
     """
     from transformers import PreTrainedModel
 
-    found = RecoveredWork()
+    found = LoadingReport()
     adjust = PreTrainedModel._adjust_missing_and_unexpected_keys
 
     def look_and_adjust(model: Any, info: Any) -> None:
@@ -88,7 +88,7 @@ def without_repeats() -> Iterator[None]:
         logger.removeFilter(_is_not_repeated)
 
 
-def refuse_random(name: str, found: RecoveredWork) -> None:
+def refuse_random(name: str, found: LoadingReport) -> None:
     """Raise UserError where weights of the model came from nowhere: nothing may be scored with them."""
     if found.missing:
         raise UserError(
@@ -99,7 +99,7 @@ def refuse_random(name: str, found: RecoveredWork) -> None:
         raise UserError(f"cannot load the model {name}: {_of_other_shapes(found)}: they would be random")
 
 
-def name_unused(name: str, found: RecoveredWork, model: Any) -> None:
+def name_unused(name: str, found: LoadingReport, model: Any) -> None:
     """Report, from the rank that speaks, what of the checkpoint the model does not take, and what it draws for itself."""
     if not loading().speaks:
         return
@@ -115,7 +115,7 @@ def name_unused(name: str, found: RecoveredWork, model: Any) -> None:
         )
 
 
-def compute_unwritten(name: str, found: RecoveredWork, model: Any, draws: Draws) -> None:
+def compute_unwritten(name: str, found: LoadingReport, model: Any, draws: Draws) -> None:
     """Give the buffers that nothing was written to the values that the model's constructor computes. Within `draws`.
 
     Raises UserError where it cannot be run.
@@ -158,7 +158,7 @@ def _construct(model: Any) -> Any:
         torch.set_default_dtype(usual)
 
 
-def _add(found: RecoveredWork, model: Any, info: Any, no_matter: set[str], draws: Draws) -> None:
+def _add(found: LoadingReport, model: Any, info: Any, no_matter: set[str], draws: Draws) -> None:
     """no_matter: what is missing and is so by the word of the model's class, which is taken where the code computes it."""
     found.missing |= info.missing_keys
     found.mismatched |= info.mismatched_keys
@@ -177,7 +177,7 @@ def _add(found: RecoveredWork, model: Any, info: Any, no_matter: set[str], draws
                 found.drawn.add(key)
 
 
-def _of_other_shapes(found: RecoveredWork) -> str:
+def _of_other_shapes(found: LoadingReport) -> str:
     key, there, here = min(found.mismatched, key=str)
     return (
         f"{len(found.mismatched)} weights of its checkpoint have another shape than the model's, such as {key}, {tuple(there)} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,6 @@ import torch
 from ddp_eval.engines.hf import generate_one
 from ddp_eval.packs.batches import NO_TOKEN, Settings
 from ddp_eval.packs.requests import IntArray
-
-if TYPE_CHECKING:
-    pass
 
 
 class TokenSampler:

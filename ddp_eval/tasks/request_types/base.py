@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from ddp_eval.output.tables import Scores, Texts
 from ddp_eval.packs.batches import NO_PROMPTS, Prompts
 from ddp_eval.packs.requests import Requests
+from ddp_eval.packs.results import Results
 from ddp_eval.tasks.tokenization import Encoded, Encoder
 
 NO_REQUESTS = Requests(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int32))
@@ -22,19 +23,17 @@ NO_REQUESTS = Requests(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64),
 class Answers:
     """What the ranks have computed, for N requests and P prompts.
 
-    logprobs:     (N,) float64, nats, of each request's scored tokens.
-    greedy:       (N,) bool, whether each of these tokens is the most likely one.
+    results:      (N,) RESULT, of each request's scored tokens; their items are of no meaning here.
     generations:  P lists of token ids; NO_TOKEN stands last where the model's scores were NaN or infinite.
     limits:       P maximum lengths of these.
     """
 
-    logprobs: np.ndarray
-    greedy: np.ndarray
+    results: Results
     generations: Sequence[list[int]]
     limits: Sequence[int]
 
     def select(self, requests: slice, prompts: slice) -> Answers:
-        return Answers(self.logprobs[requests], self.greedy[requests], self.generations[prompts], self.limits[prompts])
+        return Answers(self.results[requests], self.generations[prompts], self.limits[prompts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Scored(NamedTuple):
     """For each instance: nats, whether greedy (None: it has no such thing), and how many tokens were scored."""
 
     logprobs: np.ndarray
-    greedy: Sequence[bool | None]
+    greedy: list[bool | None]
     num_tokens: np.ndarray
 
 
@@ -147,8 +146,13 @@ class ScoredType(RequestType):
         )
 
 
-def sum_by_owner(encoded: Encoded, sums: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(count,) log-probabilities and (count,) scored tokens of each text request, its windows added up."""
-    totals = np.bincount(encoded.owner, weights=sums, minlength=count).astype(np.float64)  # of nothing it makes whole numbers
-    tokens = np.bincount(encoded.owner, weights=encoded.requests.num_targets, minlength=count)
-    return totals, tokens.astype(np.int64)
+def sum_by_owner(encoded: Encoded, results: Results, count: int) -> Scored:
+    """Of each of `count` text requests, its windows added up; greedy where all of them are, and where there is none."""
+    owner = encoded.owner
+    totals = np.bincount(owner, weights=results["logprob"], minlength=count).astype(
+        np.float64
+    )  # of nothing it makes whole numbers
+    tokens = np.bincount(owner, weights=encoded.requests.num_targets, minlength=count)
+    greedy = np.ones(count, dtype=bool)
+    greedy[owner[~results["greedy"]]] = False
+    return Scored(totals, greedy.tolist(), tokens.astype(np.int64))

@@ -23,12 +23,11 @@ class Loglikelihood(ScoredType):
         self._unscorable = sorted({*self.encoded.empty}.difference(unconditional))
 
     def read(self, answers: Answers) -> Scored:
-        logprobs, num_tokens = sum_by_owner(self.encoded, answers.logprobs, len(self.instances))
-        logprobs[self._unscorable] = -np.inf
-        greedy = np.ones(len(self.instances), dtype=bool)
-        greedy[self.encoded.owner[~answers.greedy]] = False
-        greedy[self.encoded.empty] = False
-        return Scored(logprobs, greedy.tolist(), num_tokens)
+        scored = sum_by_owner(self.encoded, answers.results, len(self.instances))
+        scored.logprobs[self._unscorable] = -np.inf
+        for index in self.encoded.empty:
+            scored.greedy[index] = False
+        return scored
 
     def answers(self, result: Scored) -> list[tuple[float, bool | None]]:
         return list(zip(result.logprobs.tolist(), result.greedy, strict=True))

@@ -19,8 +19,8 @@ class LoglikelihoodRolling(ScoredType):
         self.requests = self.encoded.requests
 
     def read(self, answers: Answers) -> Scored:
-        logprobs, num_tokens = sum_by_owner(self.encoded, answers.logprobs, len(self.instances))
-        return Scored(logprobs, [None] * len(self.instances), num_tokens)
+        scored = sum_by_owner(self.encoded, answers.results, len(self.instances))
+        return scored._replace(greedy=[None] * len(self.instances))
 
     def answers(self, result: Scored) -> list[float]:
         found: list[float] = result.logprobs.tolist()

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from quick_main import main
 
+from ddp_eval.distributed import collectives
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import tree_attention
 from ddp_eval.errors import UserError
 from ddp_eval.output import journal
-from ddp_eval.run import runner
 
 
 def fail_to_load(*args, **kwargs):
@@ -70,7 +70,7 @@ def die_after_texts():
 
 def break_forward():
     """Fail in the second pack of the plan; the leader's trial of packs, which comes before, is left alone."""
-    shard, launch = runner.distributed.shard, hf.HFEngine.launch
+    shard, launch = collectives.shard, hf.HFEngine.launch
     packs = []
 
     def count_from_here(world, count):
@@ -84,7 +84,7 @@ def break_forward():
             fail_to_forward(pack)
         return launch(engine, pack)
 
-    runner.distributed.shard, hf.HFEngine.launch = count_from_here, launch_or_fail
+    collectives.shard, hf.HFEngine.launch = count_from_here, launch_or_fail
 
 
 def fill_disk():

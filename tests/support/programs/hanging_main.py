@@ -44,6 +44,7 @@ if __name__ == "__main__":
     if fault == "all_reduce":
         preflight.check_if_due = lambda config: preflight.PreflightReport([])
     if fault == "import" and os.environ["RANK"] == os.environ["FAULT_RANK"]:
+        sys.modules.pop("ddp_eval.run.runner", None)
         sys.meta_path.insert(0, HangingImport())
     else:
         sys.modules["ddp_eval.run.runner"] = types.SimpleNamespace(run=wait)

@@ -7,7 +7,7 @@ set -euo pipefail
 # shellcheck source=scripts/setup_venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
-setup_venv test,dev
+setup_venv test,dev,docs
 
 cd "$REPOSITORY"
 "$VENV/bin/ruff" check --quiet

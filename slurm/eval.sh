@@ -5,7 +5,7 @@
 #       --model_args pretrained=meta-llama/Llama-3.1-8B,dtype=bfloat16 --tasks mmlu --output_path runs/llama
 #
 # A job that is pre-empted or meets its time limit leaves a clean journal, goes back into the queue and resumes; one that is done
-# never does. slurm/README.md tells more.
+# never does. docs/guide/slurm.md describes all of it.
 #SBATCH --job-name=ddp_eval
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -356,8 +356,9 @@ _FLAGS = {
     "layout": _Flag(
         "execution",
         to_text,
-        "how the model lies over the ranks: replicas (a copy on each), tensor:K or layers:K (a copy on each K ranks), "
-        "auto (by what fits) or measure (try what fits on some of the work) (default: auto)",
+        "how the model is split over the ranks: replicas (data parallel), layers:K (pipeline parallel over K ranks), tensor:K "
+        "(tensor parallel over K ranks), auto (the fastest that fits) or measure (try what fits on some of the work) "
+        "(default: auto)",
         "LAYOUT",
     ),
     "max_pack_tokens": _Flag(

@@ -224,7 +224,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the complete run that is already there")
     parser.add_argument("--allow", nargs="+", choices=KINDS, help="run although these differ from the manifest")
     parser.add_argument("--device", help="cuda or cpu (default: as in the run)")
-    parser.add_argument("--layout", help="how the model lies over the ranks (default: as in the run)")
+    parser.add_argument("--layout", help="how the model is split over the ranks (default: as in the run)")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code of the model or data set, as the run did"
     )

@@ -32,7 +32,8 @@ from ddp_eval.run.runner import run
 GENERATION = str(GENERATION_TASKS)
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
 
-# What is not as lm_eval writes it. Patterns of places in results_<date>.json and in the samples. README has the same rows.
+# What is not as lm_eval writes it: patterns of places in results_<date>.json and in the samples. The table of
+# docs/reference/lm-eval.md has the same rows.
 ONLY_OURS = {r"/ddp_eval": "`ddp_eval`"}
 ONLY_THEIRS = {r"/config/model_args/logits_cache|/configs/[^/]+/metadata/logits_cache": "`model_args`"}
 OTHER_VALUES = {
@@ -180,9 +181,9 @@ def test_both_write_the_same_trees(kind: str, model: str, tmp_path: Path, monkey
         assert [one["doc_id"] for one in ours["samples"]["demo_hellaswag"]] == [2, 5]
 
 
-def test_readme_names_every_difference() -> None:
+def test_docs_name_every_difference() -> None:
     """Catches a difference from lm_eval's files that the tests know and users are not told of."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "lm-eval.md").read_text(encoding="utf-8")
     table = text[text.index("| in lm_eval's files |") :]
     table = table[: table.index("\n\n")]
     for name in (*ONLY_OURS.values(), *ONLY_THEIRS.values(), *OTHER_VALUES.values()):

@@ -1,4 +1,4 @@
-"""Two hosts without SLURM: network namespaces with host names that don't resolve, and the two commands of slurm/README.md."""
+"""Two hosts without SLURM: network namespaces with host names that don't resolve, and the two commands of docs/guide/slurm.md."""
 
 import contextlib
 import os
@@ -45,9 +45,9 @@ def hosts():
         yield names
 
 
-def readme_commands():
+def documented_commands():
     """The variables and words of the two commands, up to the program's name, with two ranks on each host."""
-    text = (ROOT / "slurm" / "README.md").read_text().partition("## Without SLURM")[2].replace("\\\n", " ")
+    text = (ROOT / "docs" / "guide" / "slurm.md").read_text().partition("## Without SLURM")[2].replace("\\\n", " ")
     commands = re.findall(r"^(GLOO_\S+) (NCCL_\S+) torchrun (.*) -m ddp_eval ", text, flags=re.MULTILINE)
     assert len(commands) == 2
     for gloo, nccl, flags in commands:
@@ -61,11 +61,11 @@ def start(stack, host, variables, flags, *more):
 
 
 def test_same_bits(hosts, tmp_path):
-    """Catches ranks that meet only where names resolve, or on the loopback, and commands in the README that don't run."""
+    """Catches ranks that meet only where names resolve, or on the loopback, and commands in the docs that don't run."""
     with contextlib.ExitStack() as stack:
         running = [
             start(stack, host, variables, flags, "--output_path", tmp_path / "run")
-            for host, (variables, flags) in zip(hosts, readme_commands(), strict=True)
+            for host, (variables, flags) in zip(hosts, documented_commands(), strict=True)
         ]
         for one in running:
             finished = one.finish(timeout_s=180)
@@ -79,7 +79,7 @@ def test_same_bits(hosts, tmp_path):
 def test_wrong_interface(hosts, tmp_path):
     """Catches half an hour of waiting for a group that cannot form: a host name that stands for the loopback."""
     with contextlib.ExitStack() as stack:
-        running = [start(stack, host, {}, flags) for host, (_, flags) in zip(hosts, readme_commands(), strict=True)]
+        running = [start(stack, host, {}, flags) for host, (_, flags) in zip(hosts, documented_commands(), strict=True)]
         finished = [one.finish(timeout_s=120) for one in running]
     sentences = [sentence for one in finished for sentence in one.sentences()]
     assert len(sentences) == 1, str(finished)

@@ -156,7 +156,9 @@ def notice(sentence: str, waited_s: float) -> None:
     """A line about what takes long. On a terminal it takes the place of a bar, which comes back by itself."""
     line = f"ddp_eval: {sentence}, {waited_s:.0f} s so far"
     with contextlib.suppress(OSError, ValueError):
-        print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+        # One write: `print` writes the line's end separately, and another rank or process may write in between.
+        sys.stderr.write(f"\r\x1b[K{line}\n" if sys.stderr.isatty() else f"{line}\n")
+        sys.stderr.flush()
 
 
 def _speak(over: threading.Event, whom: Callable[[], str]) -> None:

@@ -1,8 +1,14 @@
 """`sbatch slurm/eval.sh` on a real SLURM: the same bits as torchrun, on one node and on two."""
 
+import os
+import re
+import shlex
+import sys
+
 import pytest
-from jobs import QUICK, RUN, logs
+from jobs import QUICK, RUN, edit, logs
 from launch import launch
+from places import ROOT
 
 from ddp_eval.output import tables, write
 
@@ -49,3 +55,20 @@ def test_no_run_directory(cluster, evaluate, tmp_path):
     assert cluster.finish(job) == "FAILED"
     assert "--output_path DIR is missing" in job.words()
     assert cluster.facts(job)["ExitCode"] == "2:0"
+
+
+@pytest.mark.slow
+def test_job_of_the_examples(plain_scores, cluster, tmp_path):
+    """Catches a job script of one's own that does not reach eval.sh, or hides its signals and flags from it."""
+    (tmp_path / "slurm").mkdir()
+    edit(ROOT / "slurm" / "eval.sh", tmp_path / "slurm" / "eval.sh", PYTHON=sys.executable, PROGRAM=QUICK)
+    flags = shlex.join([*RUN, "--output_path", str(tmp_path / "run")])
+    text = (ROOT / "examples" / "slurm_job.sh").read_text()
+    text, count = re.subn(r"^flags=\(.*?^\)", f"flags=({flags})", text, flags=re.MULTILINE | re.DOTALL)
+    assert count == 1
+    (tmp_path / "job.sh").write_text(text)
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
+    options = ["--nodes=2", "--gpus-per-node=2", "--time=10"]
+    job = cluster.submit(tmp_path / "job.sh", options=options, variables=variables, cwd=tmp_path)
+    assert cluster.finish(job) == "COMPLETED", job.words() + logs(tmp_path / "run")
+    assert (tmp_path / "run" / tables.SCORES).read_bytes() == plain_scores

@@ -13,30 +13,45 @@ means (memory, time, loading) stands in its class in placement/.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from ddp_eval.errors import UserError
 
 REPLICAS, TENSOR, LAYERS = "replicas", "tensor", "layers"
 AUTO, MEASURE = "auto", "measure"
-# Every kind of layout, and its class (placement/kinds.py). Replicas of one rank, then those of several, in the order in which
-# they are listed and tried. A new kind: its module in placement/, a line here, and the help of --layout.
+
+
+class KindName(NamedTuple):
+    """module, class_name: in placement/, see kinds.py.
+
+    splits: several ranks hold a replica, and their number follows the kind's name.
+    """
+
+    module: str
+    class_name: str
+    splits: bool
+
+
+# Every kind of layout, in the order in which they are listed and tried. A new kind: its module in placement/, a line here, and
+# the help of --layout.
 KINDS = {
-    REPLICAS: ("data_parallel", "DataParallel"),
-    TENSOR: ("tensor_parallel", "TensorParallel"),
-    LAYERS: ("pipeline_parallel", "PipelineParallel"),
+    REPLICAS: KindName("data_parallel", "DataParallel", splits=False),
+    TENSOR: KindName("tensor_parallel", "TensorParallel", splits=True),
+    LAYERS: KindName("pipeline_parallel", "PipelineParallel", splits=True),
 }
-SPLIT_KINDS = tuple(kind for kind in KINDS if kind != REPLICAS)
+WHOLE_KINDS = tuple(kind for kind, name in KINDS.items() if not name.splits)
+SPLIT_KINDS = tuple(kind for kind, name in KINDS.items() if name.splits)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """kind: of KINDS; ranks_per_replica: 1 exactly with REPLICAS."""
+    """kind: of KINDS; ranks_per_replica: 1 exactly with a kind that does not split."""
 
     kind: str
     ranks_per_replica: int
 
     def __str__(self) -> str:
-        return self.kind if self.kind == REPLICAS else f"{self.kind}:{self.ranks_per_replica}"
+        return self.kind if self.kind in WHOLE_KINDS else f"{self.kind}:{self.ranks_per_replica}"
 
     def replicas(self, world_size: int) -> int:
         return world_size // self.ranks_per_replica
@@ -56,11 +71,11 @@ WHOLE_COPIES = Layout(REPLICAS, 1)
 def check_layout(words: str) -> None:
     """Raise UserError unless `words` is one of the forms that --layout takes; a kind that splits may leave K open."""
     kind, colon, count = words.partition(":")
-    if kind in (AUTO, MEASURE, REPLICAS) and not colon:
+    if kind in (AUTO, MEASURE, *WHOLE_KINDS) and not colon:
         return
     if kind in SPLIT_KINDS and (not colon or (count.isdecimal() and int(count) >= 2)):
         return
-    *forms, last = AUTO, MEASURE, REPLICAS, *(f"{kind}:K" for kind in SPLIT_KINDS)
+    *forms, last = AUTO, MEASURE, *WHOLE_KINDS, *(f"{kind}:K" for kind in SPLIT_KINDS)
     raise UserError(f"--layout must be {', '.join(forms)} or {last} with K of 2 or more, got {words}")
 
 
@@ -79,4 +94,5 @@ def check_division(layout: Layout, world_size: int) -> None:
 def possible_layouts(world_size: int) -> list[Layout]:
     """Every layout that divides `world_size` ranks into replicas, the smallest replicas first."""
     splits = [count for count in range(2, world_size + 1) if world_size % count == 0]
-    return [WHOLE_COPIES, *(Layout(kind, count) for count in splits for kind in SPLIT_KINDS)]
+    whole = [Layout(kind, 1) for kind in WHOLE_KINDS]
+    return whole + [Layout(kind, count) for count in splits for kind in SPLIT_KINDS]

@@ -92,7 +92,7 @@ def kind_of(layout: Layout) -> Kind:
 
 
 def _class_of(kind: str) -> Any:
-    module, name = layouts.KINDS[kind]
+    module, name, _ = layouts.KINDS[kind]
     return getattr(importlib.import_module(f"ddp_eval.placement.{module}"), name)
 
 
@@ -103,8 +103,8 @@ def resolve_layout(words: str, world_size: int, ranks_per_node: int) -> Layout |
     """
     layouts.check_layout(words)
     kind, _, count = words.partition(":")
-    if kind == layouts.REPLICAS:
-        return layouts.WHOLE_COPIES
+    if kind in layouts.WHOLE_KINDS:
+        return Layout(kind, 1)
     if kind in (layouts.AUTO, layouts.MEASURE):
         return None
     ranks = int(count) if count else _class_of(kind).open_ranks(ranks_per_node)

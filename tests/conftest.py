@@ -52,7 +52,8 @@ def no_lm_eval_index(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def levels_of_loggers() -> None:
     """What a command within this process has done to logging ends with its test: other tests compare whole logs."""
-    logging.getLogger().setLevel(logging.WARNING)
+    for name in ("", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("ddp_eval", "lm_eval"):
         logging.getLogger(name).setLevel(logging.NOTSET)
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ddp_eval import layout as layouts
 from ddp_eval.config import ENGINES, Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
+from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
 
 
 class EngineSpec:
     """What a run asks of an engine before there is one. An engine's module holds one of these, as `SPEC`.
 
-    own_layout: it lays itself over the ranks, by `layout_of`, and loads itself, by `load`. Without, --layout decides, and the
-    kind of layout loads the model (placement/).
+    own_layout: it lays itself over the ranks, by `layout_of`, and loads itself, by `load`. False, for transformers' models alone:
+    --layout decides, and the kind of layout loads the model (placement/).
     seeds_generators: loading sets or draws from the generators of Python and numpy, of which prompts are drawn, too.
     """
 
-    own_layout = False
+    own_layout = True
     seeds_generators = False
 
     def longest_input(self, model_args: dict[str, Any], default: int) -> int:
@@ -29,9 +31,11 @@ class EngineSpec:
     def layout_of(self, config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
         """The layout, and which setting decided it, before any weight is read.
 
-        Raises UserError for what the engine does not serve, and when its packages are not installed.
+        Raises UserError for what the engine does not serve, --layout included, and when its packages are not installed.
         """
-        raise NotImplementedError
+        if config.layout not in (layouts.AUTO, *layouts.WHOLE_KINDS):
+            raise UserError(f"--layout {config.layout} is not for --model {config.model}: give --layout replicas")
+        return layouts.WHOLE_COPIES, "the engine runs on one rank"
 
     def load(self, config: Config, model_config: Any, world: World) -> Engine:
         """This rank's engine. world: grouped into replicas. Collective where several ranks hold a replica."""

@@ -70,7 +70,6 @@ def ranks_per_engine(model_args: dict[str, Any]) -> int:
 class VllmSpec(EngineSpec):
     """vLLM splits its engines itself, as tensor_parallel_size says."""
 
-    own_layout = True
     seeds_generators = True
 
     def longest_input(self, model_args: dict[str, Any], default: int) -> int:

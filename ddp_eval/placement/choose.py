@@ -107,7 +107,7 @@ def fewest_local(kind: str, candidates: list[Candidate], ranks_per_node: int) ->
         candidate
         for candidate in candidates
         if candidate.impossible is None
-        and candidate.layout.kind in (layouts.REPLICAS, kind)
+        and candidate.layout.kind in (*layouts.WHOLE_KINDS, kind)
         and candidate.layout.is_local(ranks_per_node)
     ]
     return next((candidate for candidate in local if candidate.fits), local[-1])
@@ -134,7 +134,7 @@ def choose_layout(config: Config, model_config: Any, world: World, earlier: str 
         layout, why = _choose(config, model_config, world, earlier)
     if config.load == "broadcast" and (whole_only := _why_whole_only(config, model_config)):
         raise UserError(f"--load broadcast cannot send {whole_only}: give --load disk")
-    if config.load == "broadcast" and (layout != WHOLE_COPIES or config.layout == layouts.MEASURE or spec.own_layout):
+    if config.load == "broadcast" and (layout.ranks_per_replica > 1 or config.layout == layouts.MEASURE or spec.own_layout):
         raise UserError(f"--load broadcast sends whole copies of a hf model, and this is {layout}: give --load disk")
     return layout, why
 
@@ -144,7 +144,7 @@ def why_not(config: Config, model_config: Any, layout: Layout, generating: str |
 
     generating: a task that generates text, None where none does.
     """
-    if layout == WHOLE_COPIES:
+    if layout.ranks_per_replica == 1:
         return None
     if whole_only := _why_whole_only(config, model_config):
         return f"nothing but whole copies serves {whole_only}"
@@ -170,8 +170,10 @@ def _choose(config: Config, model_config: Any, world: World, earlier: str | None
     fixed = resolve_layout(config.layout, world.world_size, world.ranks_per_node)
     if fixed is None and earlier and (kept := kept_layout(earlier, world.world_size)):
         return kept, "as in the work that this resumes"
-    if fixed == WHOLE_COPIES or (fixed is None and world.world_size == 1):
-        return WHOLE_COPIES, "as asked" if fixed else "one rank"
+    if fixed is not None and fixed.ranks_per_replica == 1:
+        return fixed, "as asked"
+    if fixed is None and world.world_size == 1:
+        return WHOLE_COPIES, "one rank"
     whole_only = _why_whole_only(config, model_config)
     if fixed is not None:
         if whole_only:

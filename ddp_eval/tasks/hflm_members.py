@@ -12,7 +12,6 @@ import torch
 import transformers
 from lm_eval.models.utils import has_bos_prefix
 
-from ddp_eval import layout
 from ddp_eval.config import Config, read_think_end
 from ddp_eval.tasks.generation_requests import MAX_GEN_TOKS
 from ddp_eval.tasks.tokenization import Encoder
@@ -117,7 +116,7 @@ class HFLMMembers:
     @property
     def model(self) -> Any:
         """This rank's copy, which is all of the model. AttributeError where none is whole."""
-        if self._replica.layout.kind != layout.REPLICAS:
+        if self._replica.layout.ranks_per_replica > 1:
             raise AttributeError(self._why_no_model())
         return self._replica.engine.model
 

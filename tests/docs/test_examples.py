@@ -178,7 +178,9 @@ def test_engine_of_the_docs() -> None:
     engine = names["ConstantEngine"]()
     requests = requests_from_lists([[1, 2, 3, 4], [1, 2, 3, 5, 6], [7, 8]], [1, 2, 1])
     plan, item_of_request = plan_packs(requests, engine.cost_model(), engine.max_tokens())
-    results = np.concatenate([engine.collect(engine.launch(build_pack(plan, index))) for index in range(plan.num_packs)])
+    launched = [engine.launch(build_pack(plan, index)) for index in range(plan.num_packs)]
+    assert [one.pack.items for one in launched], "as run/execute.py asks for it"
+    results = np.concatenate([engine.collect(one) for one in launched])
     assert np.array_equal(results["item"], np.arange(plan.num_items))
     expected = [-np.log(engine.vocab_size) * count for count in (1, 2, 1)]
     assert results["logprob"][item_of_request] == pytest.approx(expected)

@@ -20,7 +20,6 @@ from ddp_eval.engines import Capabilities, Engine
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.registry import EngineSpec, spec_of
 from ddp_eval.errors import UserError
-from ddp_eval.layout import WHOLE_COPIES, Layout
 from ddp_eval.output import tables
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
@@ -63,11 +62,6 @@ class Uniform(Engine):
 
 
 class UniformSpec(EngineSpec):
-    own_layout = True
-
-    def layout_of(self, config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
-        return WHOLE_COPIES, "there is nothing to split"
-
     def load(self, config: Config, model_config: Any, world: World) -> Engine:
         return Uniform(checkpoint.whole_model(config.loader_args, model_config))
 
@@ -101,6 +95,8 @@ def test_a_new_engine_is_a_module_and_a_line(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores.loglikelihood, -np.array(scores.num_tokens) * math.log(vocab_size))
     with pytest.raises(UserError, match="--model must be hf, vllm or uniform, got another"):
         Config(model="another")
+    with pytest.raises(UserError, match="--layout tensor:2 is not for --model uniform: give --layout replicas"):
+        run(["demo_hellaswag"], layout="tensor:2")
 
 
 @pytest.mark.usefixtures("registered")

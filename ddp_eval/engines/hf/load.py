@@ -14,7 +14,12 @@ from ddp_eval.engines.registry import EngineSpec
 if TYPE_CHECKING:
     from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 
-SPEC = EngineSpec()
+
+class HFSpec(EngineSpec):
+    own_layout = False
+
+
+SPEC = HFSpec()
 
 
 def load_whole(config: Config, model_config: Any, world: World) -> engine.HFEngine | Seq2SeqEngine:

@@ -2,8 +2,7 @@
 
 A block of commands has a comment in the line above it that says how it is tested:
 
-    <!-- runs -->                                   as it stands, behind the others of its page, by
-tests/docs/test_page_commands.py
+    <!-- runs -->                                   as it stands, behind the others of its page (test_page_commands.py)
     <!-- runs in: tests/…/test_x.py::test_y -->     by that test
     <!-- needs: gpu -->                             by nobody here: one of NEEDS
 """

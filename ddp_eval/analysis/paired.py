@@ -21,7 +21,7 @@ IntArray = npt.NDArray[np.int64]
 
 RESAMPLES = 10_000
 LEAST_CLUSTERS = 20  # resamples of fewer hold too few draws for an interval or a p-value
-_MOST_KINDS = 64  # of clusters alike: few kinds are drawn by multinomials, which is quicker than one by one
+_MOST_KINDS = 64  # of clusters alike: few kinds are drawn by multinomials, which is faster than one by one
 _DRAWS_AT_ONCE = 2**22
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ddp_eval.analysis.paired import LEAST_CLUSTERS
 from ddp_eval.errors import UserError, printable
 
-NOT_AS_EXPECTED = 3  # the exit code, beside 2 for what the user must mend and 1 for a defect
+NOT_AS_EXPECTED = 3  # the exit code, beside 2 for a user error and 1 for a bug
 
 
 def read_expectation(words: Sequence[str] | None) -> float | None:

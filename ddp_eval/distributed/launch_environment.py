@@ -119,7 +119,7 @@ def whole_number(name: str, default: int, least: int | None = None, environment:
 
 
 def is_first() -> bool:
-    """Whether this process is rank 0, as far as can be told: the one that speaks. Never raises."""
+    """Whether this process is rank 0, as far as is known: the one that logs. Never raises."""
     text = os.environ.get("RANK", "").strip() or "0"
     return text.isascii() and text.isdigit() and int(text) == 0
 

@@ -228,7 +228,7 @@ def _agreed(
     """What all ranks have said. Raises what `missing` makes of absent ones; NotMet and TwoOfOneRank for contradictions."""
     absent = [rank for rank, text in enumerate(texts) if text is None]
     if absent:
-        # A rank that has not heard of rank 0 knows nothing of the others.
+        # A rank without rank 0's text knows nothing of the others.
         named = name_ranks(absent if launch.rank == 0 or 0 not in absent else [0], dict(enumerate(texts)), launch)
         raise missing(launch, f"{named} did not come to join the process group within {time.monotonic() - started:.0f} s")
     facts = [json.loads(text) for text in texts if text is not None]

@@ -23,7 +23,7 @@ from ddp_eval.packs.requests import IntArray
 
 @dataclasses.dataclass(frozen=True)
 class Begin:
-    """The leader's word that there is something to do. directory: of the run, or None."""
+    """Message: there is something to do. directory: of the run, or None."""
 
     directory: Path | None
 
@@ -38,7 +38,7 @@ class Journals:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """The leader's word to load the model in this layout, in place of what is loaded.
+    """Message: load the model in this layout, in place of what is loaded.
 
     is_probe: it may fail; each rank reports how it went (`measuring.load_together`).
     config: of another model than the last one; None: the same model.
@@ -51,7 +51,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The leader's word to run a plan.
+    """Message: run a plan.
 
     left: ascending indices of the packs to run; the others are done. Batches of `texts` are numbered behind the packs.
     texts, tokenizer: what to generate, and what decodes it. name: unlike that of any other work, of these ranks or any.
@@ -76,7 +76,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Abort:
-    """The leader's word that it has failed, over what the user can mend or by a defect."""
+    """Message: the leader failed, by a user error or a bug."""
 
     reason: str
     of_user: bool
@@ -88,7 +88,7 @@ class CollectTelemetry:
 
 
 class Followers:
-    """The other ranks, as the leader sees them: told what to do, and told to stop when the block ends, well or not.
+    """The other ranks, as the leader sees them: it sends them work, and a message to stop when the block ends, well or not.
 
     stays: this process goes on after a failure, so that its end does not tell them; if not given, as in a caller's group.
     """
@@ -141,7 +141,7 @@ class Followers:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # Ranks that are in a collective hear no message: a leader that leaves, or all_gather_rows, tells them.
+        # Ranks that are in a collective receive no message: a leader that leaves, or all_gather_rows, tells them.
         if not self._listening or isinstance(error, collectives.LostContact):
             return
         # A message is out when all listen: the user would wait for the slowest to load. The end of this process tells them too.

@@ -66,7 +66,7 @@ class Progress:
             self.push()
 
     def push(self) -> None:
-        """Tell what is not told yet: call it when this rank has nothing left to add."""
+        """Flush pending counts; call once when this rank is done."""
         for tally, amount in zip((self._requests, self._tokens), self._unsent, strict=True):
             if amount:
                 tally.add(amount)

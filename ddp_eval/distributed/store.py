@@ -19,7 +19,7 @@ from ddp_eval.errors import UserError, printable
 
 
 def can_exchange() -> bool:
-    """Whether `exchange` reaches all ranks: one rank, a joined group, or torchrun's store, which it may be told not to share."""
+    """Whether `exchange` reaches all ranks: one rank, a joined group, or torchrun's store, unless it is set not to share it."""
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return shared or dist.is_initialized() or whole_number("WORLD_SIZE", 1) == 1
 

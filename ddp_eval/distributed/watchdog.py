@@ -89,7 +89,7 @@ def touch(detail: str | None = None) -> None:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """Within the step under way, this rank waits for others; then the step begins anew."""
+    """Within the step under way, this rank waits for others; then the step starts again."""
     before = _place
     step(WAITING)
     yield
@@ -188,10 +188,10 @@ def use_journal(journal: Any) -> None:
     _journal = journal
 
 
-def on_exit(deed: Callable[[], None]) -> None:
+def on_exit(action: Callable[[], None]) -> None:
     """What to do last, when this process leaves before its run is over."""
     global _exit_hook
-    _exit_hook = deed
+    _exit_hook = action
 
 
 def leave(code: int, state: str, reason: str, first_hand: bool = True) -> NoReturn:
@@ -218,9 +218,9 @@ def _tidy_up(state: str, reason: str, first_hand: bool) -> None:
             _exit_hook()
 
 
-def _within(limit_s: float, deed: Callable[[], None]) -> bool:
+def _within(limit_s: float, action: Callable[[], None]) -> bool:
     """Whether it was done in time."""
-    thread = threading.Thread(target=deed, daemon=True)
+    thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(limit_s)
     return not thread.is_alive()
@@ -397,7 +397,7 @@ class _Beats:
                 self._store.set(_beat_key(self.rank), json.dumps([count, host, str(_place)]))
                 self._check_peers()
             except RuntimeError:
-                if not self._stopped.wait(3):  # a leader that has ended well has told us so by now
+                if not self._stopped.wait(3):  # a leader that has ended well has sent its message by now
                     if os.environ.get("LOCAL_RANK") == "0":
                         _say(f"rank {self.rank} on {host} lost contact with rank 0 while {_describe_step(_place)}", 0)
                     leave(1, status.FAILED, "contact with rank 0 was lost; the same command resumes", first_hand=False)

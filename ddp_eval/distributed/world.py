@@ -197,7 +197,7 @@ def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any])
         texts = exchange_through(store, rank, world_size, f"ddp_eval/call/{caller}", json.dumps(arguments), limit_s, notify)
     absent = [other for other, text in enumerate(texts) if text is None]
     if absent:
-        # A rank that has not heard of rank 0 knows nothing of the others.
+        # A rank without rank 0's text knows nothing of the others.
         named = name_some([0] if absent[0] == 0 else absent)
         raise UserError(
             f"every rank of the process group must call {caller}, at the same time: {named} did not within {limit_s:.0f} s of "

@@ -154,7 +154,7 @@ class Journal:
         except OSError as error:
             gone = isinstance(error, FileNotFoundError)
             reason = "it or its directory has been deleted" if gone else error.strerror or error
-            what_to_do = "give a directory that stays" if gone else "make room or mend it"
+            what_to_do = "give a directory that stays" if gone else "make room or repair it"
             raise UserError(
                 f"the journal {self.path} cannot be written to ({reason}): {what_to_do}, then start the same command again"
             ) from error

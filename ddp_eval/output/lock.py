@@ -175,7 +175,7 @@ class Lock:
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, Any]:
-    """The holder and a value that changes with each of its touches; None when there is no file. Opening makes NFS look anew."""
+    """The holder and a value that changes with each of its touches; None when there is no file. Opening makes NFS look again."""
     try:
         if path.is_symlink():  # one that leads nowhere would be neither there nor free
             raise UserError(f"{path} must be a lock file of ddp_eval, and is a symbolic link: remove it")
@@ -213,7 +213,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _is_alive_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a holder on this machine lives; None for one on another, which cannot be told from here."""
+    """Whether a holder on this machine lives; None for one on another, which this machine cannot know."""
     if not holder.get("machine") or holder["machine"] != machine():
         return None
     return "born" in holder and "pid" in holder and birth(holder["pid"]) == holder["born"]

@@ -192,7 +192,7 @@ def _choose(config: Config, model_config: Any, world: World, earlier: str | None
         chosen = fewest_local(config.layout, candidates, world.ranks_per_node)
         return chosen.layout, f"the fewest ranks that hold the model: {say_memory(chosen)}"
     chosen = recommend(candidates)
-    return chosen.layout, f"{'the quickest that fits' if chosen.fits else 'nothing fits, this lacks least'}: {say_memory(chosen)}"
+    return chosen.layout, f"{'the fastest that fits' if chosen.fits else 'nothing fits, this lacks least'}: {say_memory(chosen)}"
 
 
 def _why_whole_only(config: Config, model_config: Any) -> str | None:

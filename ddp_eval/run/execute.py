@@ -74,7 +74,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
                         halved.append(np.array([[index, pieces]]))
                 progress.push()
         except BaseException:
-            if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is quicker
+            if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is faster
                 with contextlib.suppress(collectives.LostContact):
                     collectives.all_gather_rows(world, NO_RESULTS, failed=True)
             raise

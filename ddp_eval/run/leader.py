@@ -232,7 +232,7 @@ def join_found(found: RecoveredWork, done: Gathered) -> Gathered:
 
 
 def collect(job: Job, requests: Requests, plan: WorkPlan, replica: Replica, gathered: Gathered, record: Record) -> Answers:
-    """Every request's answer. Checks that none is missing, and scores again alone what came out NaN in company."""
+    """Every request's answer. Checks that none is missing, and scores again alone what came out NaN in a pack."""
     from ddp_eval.tasks.request_types import Answers
 
     results, differing = fill_slots(gathered.results, plan.scoring.plan.num_items)

@@ -263,7 +263,7 @@ def sees(marker: str | None) -> bool:
         if time.monotonic() > deadline:
             return False
         with contextlib.suppress(OSError):
-            os.listdir(os.path.dirname(marker))  # makes NFS look anew
+            os.listdir(os.path.dirname(marker))  # makes NFS look again
         time.sleep(0.2)
     return True
 
@@ -317,7 +317,7 @@ def _exchange(name: str, mine: dict[str, Any]) -> list[dict[str, Any]]:
     silent = [rank for rank, text in enumerate(texts) if text is None]
     if silent:
         raise UserError(
-            f"the node checks heard nothing of rank {', '.join(map(str, silent))} for {EXCHANGE_S:.0f} s: look at its node's log"
+            f"the node checks had nothing from rank {', '.join(map(str, silent))} for {EXCHANGE_S:.0f} s: look at its node's log"
         )
     return [json.loads(text) for text in texts if text is not None]
 

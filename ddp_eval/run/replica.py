@@ -58,7 +58,7 @@ class Replica:
     attention: str = ""  # of trees, of the engine that gave way to this one
 
     def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> str | None:
-        """Load the model anew, in another layout, with the same attention. The memory of what was loaded goes first.
+        """Load the model again, in another layout, with the same attention. The memory of what was loaded goes first.
 
         Returns None, or why a rank could not; then nothing is loaded until the next move.
         """

@@ -1,7 +1,7 @@
 """A run from start to end: who does what, in order. Read this first.
 
 rank 0                                             ranks 1 … N-1
-  choose the layout (layout.py) ────────────────────► hear it
+  choose the layout (layout.py) ────────────────────► receive it
   load the replica (tasks and prompts meanwhile)     load the replica, or this rank's part of one
   lm_eval builds every request once                  wait
   tokenise, check packs, plan                        wait
@@ -50,7 +50,7 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
     """Evaluate as a command does: load the model, evaluate, write the run directory.
 
     inspect: given, before anything is scored, digests of the model and fingerprints of the prompts; may raise UserError.
-    Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must mend.
+    Returns the results on rank 0, None elsewhere. Raises UserError on the rank that finds what the user must fix.
     """
     with Sampler(world.meter, world.device):
         if not world.is_leader:

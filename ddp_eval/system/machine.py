@@ -101,7 +101,7 @@ def describe_commit(path: str | os.PathLike[str]) -> str | None:
 
 def _git(path: str | os.PathLike[str], *arguments: str) -> str | None:
     """Output of a git command in `path`, or None if it fails, hangs, or there is no git."""
-    # GIT_DIR and its kin, set inside a hook, would point to another repository.
+    # GIT_DIR and the like, set inside a hook, would point to another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     environment["GIT_OPTIONAL_LOCKS"] = "0"
     try:

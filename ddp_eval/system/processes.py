@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def machine() -> str | None:
-    """Equal for processes that can see each other: same boot, same process ids. None where that cannot be told."""
+    """Equal for processes that can see each other: same boot, same process ids. None where that is unknown."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return None

@@ -78,7 +78,7 @@ class Meter:
         self.phases = Phases(phase, age_s)
 
     def reset(self) -> None:
-        """Begin anew, for the next run of the same process."""
+        """Start again, for the next run of the same process."""
         self.phases = Phases()
         self.collectives: dict[str, dict[str, float]] = {}
         self.counts: dict[str, int] = {}

@@ -63,7 +63,7 @@ def summarize(reports: Sequence[dict[str, Any]], facts: dict[str, Any]) -> dict[
 
 
 def advise(telemetry: dict[str, Any]) -> list[str]:
-    """What the figures ask for, dearest first: what takes which share of the time, and what to do."""
+    """What the figures ask for, the largest cost first: what takes which share of the time, and what to do."""
     ranks, leader = telemetry["ranks"], telemetry["ranks"][0]
     wall_s = telemetry["wall_s"]
 
@@ -119,7 +119,7 @@ _CAUSES = {
         "rank {rank} builds the prompts meanwhile ({share:.0%}): give more tasks to one run, or start fewer ranks"
     ),
     ("forward", "trial", "measure"): "mostly for rank {rank} to compute ({share:.0%}): lower --max_pack_tokens",
-    ("again",): "rank {rank} runs again what came out NaN meanwhile ({share:.0%}): mend the model, or give another dtype",
+    ("again",): "rank {rank} runs again what came out NaN meanwhile ({share:.0%}): fix the model, or give another dtype",
     ("bootstrap",): "rank {rank} bootstraps standard errors meanwhile ({share:.0%}): lower --bootstrap_iters",
     ("score",): "rank {rank} computes metrics meanwhile ({share:.0%}): start fewer ranks",
     ("write", "other"): "rank {rank} writes the results meanwhile ({share:.0%}): start fewer ranks",

@@ -174,7 +174,7 @@ def test_full_disk(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"a\.journal cannot be written to \(File too large\): make room or mend it"):
+        with pytest.raises(UserError, match=r"a\.journal cannot be written to \(File too large\): make room or repair it"):
             add(own, 1, 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -397,7 +397,7 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     between = (whole + half) // 2
     layout, why = chosen(between)
     assert layout == Layout(LAYERS, 2), "GPT-2 has no tensor plan"
-    assert re.match(r"the quickest that fits: 0\.[1-9] MiB a rank, 0\.\d MiB to spare$", why), why
+    assert re.match(r"the fastest that fits: 0\.[1-9] MiB a rank, 0\.\d MiB to spare$", why), why
     assert chosen(between, "layers")[0] == Layout(LAYERS, 2)
     assert chosen(8 * weights, "layers")[0] == WHOLE_COPIES, "as few ranks as will do"
     assert chosen(0)[1].startswith("nothing fits, this lacks least")

@@ -182,7 +182,7 @@ def test_full_disk(tmp_path, undisturbed):
     finished = launch(2, *RUN, "--output_path", path, program=FAULTY, FAULT="journal_full", FAULT_RANK="1")
     assert finished.returncode == 1, str(finished)
     (said,) = finished.sentences()
-    assert "cannot be written to (No space left on device): make room or mend it, then start the same command again" in said
+    assert "cannot be written to (No space left on device): make room or repair it, then start the same command again" in said
     assert not finished.foreign_frames(), str(finished)
     assert status.read_status(path)["state"] == status.FAILED
     check_resumes(path, undisturbed)

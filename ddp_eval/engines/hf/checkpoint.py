@@ -180,7 +180,7 @@ def _loader_options(model_args: dict[str, Any], config: Any, device: torch.devic
 def keep_freed_memory() -> None:
     """Have glibc keep what tensors give back instead of returning it to the kernel.
 
-    Otherwise each large tensor of each forward is mapped anew and zeroed page by page: 10% of a run of a small model.
+    Otherwise each large tensor of each forward is mapped again and zeroed page by page: 10% of a run of a small model.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

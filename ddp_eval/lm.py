@@ -49,7 +49,7 @@ from ddp_eval.placement.load import lay_out, load_replica
 from ddp_eval.run.follower import follow
 from ddp_eval.run.leader import Job, answer, make_encoder
 from ddp_eval.run.manifest import model_info
-from ddp_eval.run.record import Record
+from ddp_eval.run.record import NoFacts
 from ddp_eval.run.replica import LoadedReplica, Replica
 from ddp_eval.run.resume import warn_nonfinite
 from ddp_eval.system.quiet import only_rank_zero_logs, quiet_libraries
@@ -292,6 +292,6 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
             raise UserError("the model is closed")
 
     def _run(self, asked: Asked) -> Answers:
-        answers = answer(self._job, asked.requests, asked.prompts, Record())
+        answers = answer(self._job, asked.requests, asked.prompts, NoFacts())
         warn_nonfinite(tables.find_not_finite(*asked.tables(answers)))
         return answers

@@ -40,7 +40,7 @@ class Journals:
 class Load:
     """Message: load the model in this layout, in place of what is loaded.
 
-    is_probe: it may fail; each rank reports how it went (`measuring.load_together`).
+    is_probe: it may fail; each rank reports how it went (`replica.load_together`).
     config: of another model than the last one; None: the same model.
     """
 

@@ -24,6 +24,7 @@ import io
 import itertools
 import json
 import os
+import re
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from ddp_eval.system.read_back import open_regular
 
 SUFFIX = ".journal"
 MAGIC = b"ddp_eval journal 3\n"
+_ANY_VERSION = re.compile(rb"ddp_eval journal \d+\n.")
 SYNC_S = 3.0  # a lost node loses at most what was finished in this time, and the packs in hand
 
 _KEY_BYTES = 32
@@ -292,7 +294,10 @@ def read_journals(
 def _read_journal(file: BinaryIO, name: str, key: bytes, read: _Read) -> None:
     """Add to `read` what one file holds, up to the first record that is not whole, or not of this plan."""
     size = os.fstat(file.fileno()).st_size
-    header = decode_header(file.read(_MAX_HEADER_BYTES))
+    data = file.read(_MAX_HEADER_BYTES)
+    if _is_of_other_version(data):
+        raise OtherWork(name)
+    header = decode_header(data)
     if header is None:
         read.notes.append(f"the journal {name} has no whole header and is dropped ({size} bytes)")
         return
@@ -327,8 +332,16 @@ def holds_work(directory: Path) -> bool:
 
 def _holds_record(file: BinaryIO) -> bool:
     file.seek(0)
-    header = decode_header(file.read(_MAX_HEADER_BYTES))
+    data = file.read(_MAX_HEADER_BYTES)
+    if _is_of_other_version(data):
+        return True  # what it holds cannot be read here, and is not for this start to throw away
+    header = decode_header(data)
     return header is not None and any(True for _ in _read_records(file, header[2], header[0]))
+
+
+def _is_of_other_version(data: bytes) -> bool:
+    """Whether a file begins as a journal of another version of this package."""
+    return bool(_ANY_VERSION.match(data)) and not data.startswith(MAGIC)
 
 
 def encode_header(key: bytes, origin: str) -> bytes:

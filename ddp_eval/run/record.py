@@ -79,6 +79,19 @@ class Record:
         self.pieces, self.texts_differing = len(halved), texts_differing
 
 
+class NoFacts(Record):
+    """For callers that keep no facts of plan and costs, which take time over many small calls."""
+
+    def fill_plan(self, requests: Requests, prompts: Prompts, plan: WorkPlan, replica: Replica, model_config: Any) -> None:
+        pass
+
+    def fill_left(self, requests: Requests, plan: WorkPlan, left: np.ndarray) -> None:
+        pass
+
+    def fill_done(self, prompts: Prompts, plan: WorkPlan, done: Gathered) -> None:
+        pass
+
+
 def find_plan_warnings(config: Config, plan: WorkPlan) -> list[str]:
     """What of a plan is slower than a user expects, unless a flag asks for it."""
     found = []

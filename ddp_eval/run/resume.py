@@ -26,7 +26,9 @@ log = logging.getLogger("ddp_eval")
 # What of this package decides numbers, given a plan: all that engines and execution use, but for what a test names with its
 # reason. A change in a report need not undo hours of packs.
 _CODE = (
-    "distributed", "engines", "errors.py", "layout.py", "packs", "run/execute.py", "run/self_check.py",
+    "distributed/collectives.py", "distributed/contact.py", "distributed/messages.py", "distributed/world.py", "engines",
+    "errors.py", "layout.py", "packs", "placement/data_parallel.py", "placement/kinds.py", "placement/load.py",
+    "placement/pipeline_parallel.py", "placement/tensor_parallel.py", "run/execute.py", "run/self_check.py",
     "system/tokenizer_calls.py",
 )  # fmt: skip
 # What else computes, where it is installed: adapters, quantised layers, kernels, and the text in which stop strings are sought.
@@ -76,7 +78,7 @@ def log_resume(found: RecoveredWork, num_requests: np.ndarray, world: World) -> 
 
 
 def warn_nonfinite(tasks: dict[str, dict[str, Any]]) -> None:
-    """Say which requests met numbers that are NaN or infinite. tasks: from `results.find_not_finite`."""
+    """Say which requests met numbers that are NaN or infinite. tasks: from `tables.find_not_finite`."""
     for task, found in tasks.items():
         first = ", ".join(f"document {document} choice {choice}" for document, choice in found["first"])
         log.warning(

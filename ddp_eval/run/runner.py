@@ -1,7 +1,7 @@
 """A run from start to end: who does what, in order. Read this first.
 
 rank 0                                             ranks 1 … N-1
-  choose the layout (layout.py) ────────────────────► receive it
+  choose the layout (placement) ────────────────────► receive it
   load the replica (tasks and prompts meanwhile)     load the replica, or this rank's part of one
   lm_eval builds every request once                  wait
   tokenise, check packs, plan                        wait

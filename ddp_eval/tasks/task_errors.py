@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,13 +55,19 @@ def blaming(tasks: Sequence[Any], stage: Callable[[], Stage]) -> Iterator[None]:
             raise  # the scores are kept; what a task's own code did wrong shows in its traceback
         if isinstance(error, IndexError) and "size 0" in str(error):
             raise UserError(f"the task {name_some(tasks)} has no documents to evaluate") from error
-        if isinstance(error, IndexError) and str(error) == "string index out of range" and stage() is Stage.LOADING:
+        if isinstance(error, IndexError) and str(error) == "string index out of range" and _raised_by_lm_evals_task(error):
             raise UserError(
                 f"the first document of {name_some(tasks)} has an empty choice or target, with which lm_eval loads no task"
             ) from error
         if isinstance(error, jinja2.exceptions.TemplateError):
             raise UserError(f"a template in the task {name_some(tasks)} does not work: {one_line(error)}") from error
         raise task_failed(stage(), tasks, error) from error
+
+
+def _raised_by_lm_evals_task(error: BaseException) -> bool:
+    """Whether it was lm_eval's own check of a task's first document, not code of the task's author."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__") == "lm_eval.api.task" and frame.f_code.co_name == "__init__"
 
 
 def task_failed(stage: Stage, tasks: Sequence[Any], error: Exception) -> UserError:

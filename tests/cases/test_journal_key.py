@@ -18,17 +18,30 @@ from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import resume
 
 PACKAGE = Path(ddp_eval.__file__).parent
-STARTS = (*PACKAGE.glob("engines/**/*.py"), PACKAGE / "run" / "execute.py", PACKAGE / "run" / "self_check.py")
+LAYOUTS = ("load", "kinds", "data_parallel", "pipeline_parallel", "tensor_parallel")  # which layout.KINDS names, not imports
+STARTS = (
+    *PACKAGE.glob("engines/**/*.py"),
+    *(PACKAGE / "placement" / f"{name}.py" for name in LAYOUTS),
+    PACKAGE / "run" / "execute.py",
+    PACKAGE / "run" / "self_check.py",
+)
 # Modules that engines and execution use and that decide no number, each with what makes sure of it.
 NO_NUMBERS = {
     "config.py": "flags of an unfinished run are compared one by one",
     "demo/__init__.py": "the files of the demo model have digests, as those of any model",
+    "distributed/launch_environment.py": "reads what the launcher says of ranks",
+    "distributed/meeting.py": "how ranks find each other",
+    "distributed/progress.py": "the progress line",
+    "distributed/store.py": "texts about ranks and errors",
+    "distributed/watchdog.py": "timeouts and messages",
     "output/journal.py": "its format has a version of its own, and each record a checksum",
     "output/lm_eval_names.py": "other names of files that were written",
     "output/status.py": "status.json",
     "output/tables.py": "writes what was computed",
     "output/versions.py": "versions are in the key themselves",
     "output/write.py": "writes what was computed",
+    "placement/memory.py": "which layout fits; the layout is in the key",
+    "placement/speed.py": "which layout is the fastest; the layout is in the key",
     "run/preflight.py": "checks nodes before any work",
     "system/compile_cache.py": "where torch keeps compiled kernels",
     "system/digests.py": "digests are in the key themselves",
@@ -39,6 +52,7 @@ NO_NUMBERS = {
     "system/network.py": "network addresses",
     "system/processes.py": "process ids",
     "system/read_back.py": "refuses files, and gives the others as they are",
+    "system/text.py": "counts and sizes in words",
     "telemetry/meter.py": "measures time and bytes",
     "values.py": "reads flags",
 }

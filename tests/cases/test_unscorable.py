@@ -23,6 +23,7 @@ from tiny_models import make_joining_tokenizer
 import ddp_eval
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.read import read_run
+from ddp_eval.errors import UserError
 from ddp_eval.lm import launch
 from ddp_eval.output import irregular
 from ddp_eval.tasks import tokenization
@@ -290,3 +291,13 @@ def test_runs_with_infinity_compare_and_say_it_again(tmp_path: Path) -> None:
     with np.errstate(all="raise"):
         compared = compare_runs(*(read_run(tmp_path / "out") for _ in range(2)))
     assert compared["identical"] and compared["overall"]["delta_nats"]["max"] == 0
+
+
+def test_an_empty_choice_in_the_first_document(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Catches lm_eval's IndexError over it passed on as a fault of the documents' code, and such a fault called an empty choice."""
+    path = write_task(tmp_path / "tasks", "multiple_choice", [{"context": "a", "choices": ["", "b"], "gold": 1}], ["acc"])
+    with pytest.raises(UserError, match=r"^the first document of odd has an empty choice or target, with which lm_eval loads"):
+        evaluate(tiny_model("llama"), tiny_tokenizer, path)
+    (tmp_path / "tasks" / "utils.py").write_text("def load(**options):\n    return ''[0]\n")
+    with pytest.raises(UserError, match="IndexError: string index out of range"):
+        evaluate(tiny_model("llama"), tiny_tokenizer, path)

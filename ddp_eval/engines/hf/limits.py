@@ -62,7 +62,7 @@ def check_window(model_args: Mapping[str, Any], config: Any) -> None:
     given = model_args.get("max_length")
     text_config = getattr(config, "text_config", None) or config
     names = ("n_positions", "max_position_embeddings", "n_ctx")
-    said = next((length for name in names if isinstance(length := getattr(text_config, name, None), int)), 0)
+    said = next((int(length) for name in names if (length := getattr(text_config, name, None)) is not None), 2048)  # as lm_eval
     if not given or given <= said:
         return
     is_pair = checkpoint.is_seq2seq(dict(model_args), config)

@@ -1,4 +1,4 @@
-"""Read log-probabilities and greedy is_greedy off the logits at a pack's reads, and have them sent to the host.
+"""Read log-probabilities and whether tokens are greedy off the logits at a pack's reads, and have them sent to the host.
 
 Letters: R reads, V vocabulary, A answers (scored tokens).
 """

@@ -294,7 +294,7 @@ def test_runs_with_infinity_compare_and_say_it_again(tmp_path: Path) -> None:
 
 
 def test_an_empty_choice_in_the_first_document(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """Catches lm_eval's IndexError over it passed on as it is, and an IndexError of the task's own code called an empty choice."""
+    """Catches lm_eval's IndexError over it passed on as it is, and one of the task's own code called an empty choice."""
     path = write_task(tmp_path / "tasks", "multiple_choice", [{"context": "a", "choices": ["", "b"], "gold": 1}], ["acc"])
     with pytest.raises(UserError, match=r"^the first document of odd has an empty choice or target, with which lm_eval loads"):
         evaluate(tiny_model("llama"), tiny_tokenizer, path)

@@ -136,7 +136,7 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
             seen.append(elapsed_s)
             theirs = answers or theirs
         elapsed_s, answers = our_side.ask("run", task, limit, None)
-        if answers is None or answers["packs_halved"]:
+        if answers is None or answers["packs_split"]:
             sys.exit(f"{task}: memory did not do for ddp_eval's packs beside lm_eval's process: the times would say nothing")
         ours.append({**answers, "elapsed_s": elapsed_s})
     if lm_eval_side and theirs is None:

@@ -324,7 +324,7 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
     run_directory.RunDirectory.forget_journals = copy_and_forget
     packs = os.open(notes / f"{os.getpid()}.packs", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     append, append_texts, step = journal.Journal.append, journal.Journal.append_texts, watchdog.step
-    decode.choose_sizes = lambda engine: batches.Sizes(**SIZES)
+    decode.choose_sizes = lambda engine: batches.BatchLimits(**SIZES)
 
     def note(word: str, pack: int) -> None:
         os.write(packs, f"{word} {pack} {time.monotonic()}\n".encode())

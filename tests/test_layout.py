@@ -46,7 +46,7 @@ def test_packs_are_dealt_to_replicas():
     """Catches two ranks of one replica with different packs, and packs that fall between replicas."""
     device = torch.device("cpu")
     worlds = [World(rank, rank, 6, device, ranks_per_replica=2) for rank in range(6)]
-    assert [(world.replica, world.place) for world in worlds] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(world.replica, world.shard_index) for world in worlds] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     shares = [collectives.shard(world, 7) for world in worlds]
     assert shares[0::2] == shares[1::2] == [[0, 3, 6], [1, 4, 0], [2, 5, 1]]
 

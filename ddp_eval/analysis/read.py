@@ -31,7 +31,7 @@ _LM_EVAL_FACTS = {
 
 
 # Keys of results.json and the manifest that had other names before 1.0.
-_OLD_NAMES = {"layout_of_requests": "batching", "saved_from_nan": "nan_recovered"}
+_OLD_NAMES = {"layout_of_requests": "batching", "saved_from_nan": "nan_recovered", "packs_halved": "packs_split"}
 
 
 # {task: {"metric,filter": [(doc_id, value, weight)]}}

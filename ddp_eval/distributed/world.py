@@ -84,7 +84,7 @@ class World:
         return self.rank // self.ranks_per_replica
 
     @property
-    def place(self) -> int:
+    def shard_index(self) -> int:
         """Which part of its copy."""
         return self.rank % self.ranks_per_replica
 

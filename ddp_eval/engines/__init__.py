@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddp_eval.packs.batches import LEAST_BATCH, Batch, Settings, Sizes
+from ddp_eval.packs.batches import LEAST_BATCH, Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
 from ddp_eval.packs.results import Results
@@ -112,9 +112,9 @@ class Engine(abc.ABC):
         """Whether batches serve these settings of generation. Raises ValueError for those that cannot be meant."""
         return True
 
-    def generation_sizes(self) -> Sizes:
+    def generation_sizes(self) -> BatchLimits:
         """How much may be decoded together: one prompt at a time, if nothing else is said."""
-        return Sizes(1, 1, LEAST_BATCH)
+        return BatchLimits(1, 1, LEAST_BATCH)
 
     def generate(self, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
         """The tokens of each answer of a batch."""

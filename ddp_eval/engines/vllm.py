@@ -36,7 +36,7 @@ from ddp_eval.engines.registry import EngineSpec
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import UserError
 from ddp_eval.layout import Layout
-from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, Sizes
+from ddp_eval.packs.batches import NO_TOKEN, Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
 from ddp_eval.packs.results import Results, make_results
@@ -218,7 +218,7 @@ class VllmEngine(Engine):
         self.whole = whole
         self._class = type(whole).__name__
         self._caches = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
-        self.capabilities = Capabilities(reports_results=world.place == 0, rows_are_independent=True)
+        self.capabilities = Capabilities(reports_results=world.shard_index == 0, rows_are_independent=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -285,9 +285,9 @@ class VllmEngine(Engine):
         self._sampling(settings, 1, 0)
         return True
 
-    def generation_sizes(self) -> Sizes:
+    def generation_sizes(self) -> BatchLimits:
         """A batch is as many prompts as vLLM has under way at once; its memory it keeps itself."""
-        return Sizes(2**62, 256, 256)
+        return BatchLimits(2**62, 256, 256)
 
     def generate(self, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
         """The tokens of every answer, by vLLM's continuous batching, ROUND_TOKENS at a time.

@@ -168,7 +168,7 @@ class RecoveredWork:
 
     packs:    ascending indices of finished packs, each once.
     results:  (items,) RESULT; a pack that several files hold comes as often.
-    halved:   (k, 2) int64, packs that ran in several pieces, and in how many.
+    splits:   (k, 2) int64, packs that ran in several pieces, and in how many.
     lengths:  (n, 2) int64, item of generation and tokens of its answer, as often as there are records of it.
     answers:  (sum of lengths, 1) int64, the tokens of these answers.
     origins:  the texts about hardware of all files that hold packs, sorted.
@@ -177,7 +177,7 @@ class RecoveredWork:
 
     packs: npt.NDArray[np.int64]
     results: Results
-    halved: npt.NDArray[np.int64]
+    splits: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     answers: npt.NDArray[np.int64]
     origins: list[str]
@@ -197,7 +197,7 @@ class Record(NamedTuple):
 NOTHING = RecoveredWork(
     packs=np.zeros(0, dtype=np.int64),
     results=NO_RESULTS,
-    halved=np.zeros((0, 2), dtype=np.int64),
+    splits=np.zeros((0, 2), dtype=np.int64),
     lengths=np.zeros((0, 2), dtype=np.int64),
     answers=np.zeros((0, 1), dtype=np.int64),
     origins=[],
@@ -231,7 +231,7 @@ class _Read:
     def __init__(self, starts: _Starts) -> None:
         self._starts = starts
         self._packs: set[int] = set()
-        self._halved: dict[int, int] = {}
+        self._splits: dict[int, int] = {}
         self._origins: set[str] = set()
         self._results = [NO_RESULTS]
         self._lengths = [np.zeros((0, 2), dtype=np.int64)]
@@ -245,7 +245,7 @@ class _Read:
             return False
         self._packs.add(record.unit)
         if record.pieces > 1:
-            self._halved.setdefault(record.unit, record.pieces)
+            self._splits.setdefault(record.unit, record.pieces)
         self._origins.add(origin)
         return True
 
@@ -267,7 +267,7 @@ class _Read:
         return RecoveredWork(
             packs=np.array(sorted(self._packs), dtype=np.int64),
             results=np.concatenate(self._results),
-            halved=np.array(sorted(self._halved.items()), dtype=np.int64).reshape(-1, 2),
+            splits=np.array(sorted(self._splits.items()), dtype=np.int64).reshape(-1, 2),
             lengths=np.concatenate(self._lengths),
             answers=np.concatenate(self._answers),
             origins=sorted(self._origins),

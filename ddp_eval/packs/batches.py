@@ -76,7 +76,7 @@ class Prompts:
 NO_PROMPTS = Prompts((), (), (), (), (), ())
 
 
-class Sizes(NamedTuple):
+class BatchLimits(NamedTuple):
     """What an engine decodes together.
 
     slot_tokens: most tokens that all slots hold. max_slots: rows. queue: most prompts of a batch.
@@ -144,7 +144,7 @@ class Batch:
         return len(self.prompts)
 
 
-def plan_batches(prompts: Prompts, sizes: Sizes, alone: Sequence[bool]) -> tuple[TextPlan, IntArray]:
+def plan_batches(prompts: Prompts, sizes: BatchLimits, alone: Sequence[bool]) -> tuple[TextPlan, IntArray]:
     """Cut `prompts` into batches, the most expensive last.
 
     alone: for each of `prompts.settings`, whether the model's own `generate` must answer one by one.
@@ -235,7 +235,7 @@ class _Facts(NamedTuple):
     cost: float
 
 
-def _describe(batch: list[int], tokens: Sequence[IntArray], limits: Sequence[int], sizes: Sizes, alone: bool) -> _Facts:
+def _describe(batch: list[int], tokens: Sequence[IntArray], limits: Sequence[int], sizes: BatchLimits, alone: bool) -> _Facts:
     lengths = [len(tokens[item]) for item in batch]
     answers = sum(limits[item] for item in batch)
     if alone:
@@ -275,4 +275,4 @@ def offsets_of(lengths: Sequence[int]) -> IntArray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
-NO_TEXTS = plan_batches(NO_PROMPTS, Sizes(1, 1, 1), ())[0]
+NO_TEXTS = plan_batches(NO_PROMPTS, BatchLimits(1, 1, 1), ())[0]

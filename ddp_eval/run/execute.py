@@ -29,12 +29,12 @@ class Gathered(NamedTuple):
     """What all ranks have brought.
 
     results: (n,) RESULT; items that ran on two ranks are in it twice.
-    halved:  (k, 2) int64, packs that did not fit the memory of their rank and the number of pieces they ran in.
+    splits:  (k, 2) int64, packs that did not fit the memory of their rank and the number of pieces they ran in.
     lengths: (n, 2) int64, items of generation and the tokens of their answers; (sum, 1) int64 `answers`: these tokens.
     """
 
     results: Results
-    halved: np.ndarray
+    splits: np.ndarray
     lengths: np.ndarray
     answers: np.ndarray
 
@@ -49,7 +49,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
     engine.is_probe = work.phase == "trial"
     if work.attention == engine.plain_attention:  # a caller's ranks may each have come with another
         engine.tree_attention = work.attention
-    results, halved, lengths, answers = [NO_RESULTS], _nothing(2), _nothing(2), _nothing(1)
+    results, splits, lengths, answers = [NO_RESULTS], _nothing(2), _nothing(2), _nothing(1)
     journals = work.journals if engine.capabilities.reports_results else None
     packs, batches = _my_units(world, work)
     num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])
@@ -63,7 +63,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
                 for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
                     if engine.capabilities.reports_results:
                         if divided > 1:
-                            halved.append(np.array([[index, divided]]))
+                            splits.append(np.array([[index, divided]]))
                         lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
                         answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
                 for index, found, pieces in _run_packs(world, engine, work, packs, progress, own):
@@ -71,7 +71,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
                         continue
                     results.append(found)
                     if pieces > 1:
-                        halved.append(np.array([[index, pieces]]))
+                        splits.append(np.array([[index, pieces]]))
                 progress.push()
         except BaseException:
             if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is faster
@@ -80,7 +80,7 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
             raise
         watchdog.step(watchdog.WAITING)
         with phases("gather"):
-            mine = [np.concatenate(part) for part in (results, halved, lengths, answers)]
+            mine = [np.concatenate(part) for part in (results, splits, lengths, answers)]
             return Gathered(*(collectives.all_gather_rows(world, part) for part in mine))
 
 

@@ -227,7 +227,7 @@ def execute(job: Job, plan: WorkPlan, replica: Replica, todo: Todo) -> Gathered:
 
 def join_found(found: RecoveredWork, done: Gathered) -> Gathered:
     """What earlier starts have left in journals, and what this one has brought."""
-    earlier = found.results, found.halved, found.lengths, found.answers
+    earlier = found.results, found.splits, found.lengths, found.answers
     return Gathered(*(np.concatenate(parts) for parts in zip(earlier, done, strict=True)))
 
 
@@ -240,7 +240,7 @@ def collect(job: Job, requests: Requests, plan: WorkPlan, replica: Replica, gath
         results, requests, plan.scoring, replica.engine, lambda small: run_extra(job.followers, replica, small, "again")
     )
     texts, texts_differing = fill_texts(gathered.lengths, gathered.answers, plan.generation.plan.num_items)
-    record.fill_answers(differing, saved, gathered.halved, texts, texts_differing)
+    record.fill_answers(differing, saved, gathered.splits, texts, texts_differing)
     watchdog.step("computing the metrics")
     log_all(find_outcome_warnings(record))
     answered = [texts[item] for item in np.asarray(plan.generation.item_of_prompt).tolist()]

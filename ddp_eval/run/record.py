@@ -65,7 +65,7 @@ class Record:
         self.costs.update(describe_answered(plan.generation, prompts, done.lengths))
 
     def fill_answers(
-        self, differing: float, nan_recovered: int, halved: np.ndarray, texts: list[list[int]], texts_differing: int
+        self, differing: float, nan_recovered: int, splits: np.ndarray, texts: list[list[int]], texts_differing: int
     ) -> None:
         """What came out, of earlier starts too. texts: tokens of each distinct answer."""
         self.facts["nan_recovered"] = nan_recovered
@@ -75,8 +75,8 @@ class Record:
                 "repeated_answers_differ": texts_differing,
             }
         self.facts["repeated_packs_differ_nats"] = self.differing = differing
-        self.facts["packs_halved"] = {str(index): pieces for index, pieces in halved.tolist()}
-        self.pieces, self.texts_differing = len(halved), texts_differing
+        self.facts["packs_split"] = {str(index): pieces for index, pieces in splits.tolist()}
+        self.pieces, self.texts_differing = len(splits), texts_differing
 
 
 class NoFacts(Record):

@@ -67,13 +67,13 @@ def evaluate_tasks(
     answer: Callable[[Asked], Answers],
     phases: Phases,
     include_paths: Sequence[str] = (),
-    go_on: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Build the tasks' requests, have them answered, and return lm_eval's results.
 
     answer: called once with all requests. It writes what is to be kept of its answers (`asked.tables`) before it returns: metrics
         run the tasks' own code, which may fail. May raise UserError.
-    go_on: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
+    on_progress: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
     Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
     """
     phases.switch("tasks")
@@ -90,7 +90,7 @@ def evaluate_tasks(
         check_loaded(tasks, config)
         lm.begin_building(tasks)
 
-    hooks = Hooks(on_loaded, errors_pass_through()(go_on))
+    hooks = Hooks(on_loaded, errors_pass_through()(on_progress))
     with _pad_token_set(encoder.tokenizer, model_config):
         tracker = EvaluationTracker()
         with (

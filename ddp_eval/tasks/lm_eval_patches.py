@@ -41,11 +41,11 @@ class Hooks(NamedTuple):
     """What is called out of lm_eval.
 
     on_loaded:  given the tasks, by name, once all are loaded; may raise UserError.
-    go_on:      called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
+    on_progress: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
     """
 
     on_loaded: Callable[[Mapping[str, Any]], None]
-    go_on: Callable[[], None]
+    on_progress: Callable[[], None]
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def patched_lm_eval(
             keep_examples(templates, tasks.values())
 
         apply(_patches(templates, phases), stack)
-        apply(_patches_of_progress(manager, hooks.go_on, prepare), stack)
+        apply(_patches_of_progress(manager, hooks.on_progress, prepare), stack)
         stack.enter_context(quiet_libraries())
         stack.callback(forget_literals)
         stack.callback(templates.forget_documents)
@@ -102,9 +102,9 @@ def _patches(templates: TemplateCache, phases: Phases) -> list[Patch]:
 
 
 def _patches_of_progress(
-    manager: TaskManager, go_on: Callable[[], None], prepare: Callable[[Mapping[str, Any]], None]
+    manager: TaskManager, on_progress: Callable[[], None], prepare: Callable[[Mapping[str, Any]], None]
 ) -> list[Patch]:
-    building = _Building(go_on)
+    building = _Building(on_progress)
     return [
         Patch(
             manager,
@@ -113,7 +113,10 @@ def _patches_of_progress(
             "is followed at once by the building of requests: only here can the tasks be checked",
         ),
         Patch(
-            TaskFactory, "_build_task", _build_and_go_on(TaskFactory._build_task, go_on), "may load tasks for hours in silence"
+            TaskFactory,
+            "_build_task",
+            _build_and_go_on(TaskFactory._build_task, on_progress),
+            "may load tasks for hours in silence",
         ),
         Patch(Task, "build_all_requests", building.naming_the_task(Task.build_all_requests), "gives its bar no task's name"),
         Patch(lm_eval.api.task, "tqdm", building.bar, "leaves its bars on the screen, and a long step must be seen to go on"),
@@ -140,10 +143,10 @@ def _load_and_prepare(load: Callable[[Any], Any], prepare: Callable[[Mapping[str
     return load_and_prepare
 
 
-def _build_and_go_on(build: Callable[..., Any], go_on: Callable[[], None]) -> Callable[..., Any]:
+def _build_and_go_on(build: Callable[..., Any], on_progress: Callable[[], None]) -> Callable[..., Any]:
     def build_and_go_on(factory: Any, entry: Any, *args: Any, **options: Any) -> Any:
         watchdog.touch(f"loading task {entry.name}")
-        go_on()
+        on_progress()
         try:
             return build(factory, entry, *args, **options)
         except IndexError as error:
@@ -157,8 +160,8 @@ def _build_and_go_on(build: Callable[..., Any], go_on: Callable[[], None]) -> Ca
 class _Building:
     """The task whose requests lm_eval builds: the watchdog names the document in hand, and a bar counts them."""
 
-    def __init__(self, go_on: Callable[[], None]) -> None:
-        self._go_on = go_on
+    def __init__(self, on_progress: Callable[[], None]) -> None:
+        self._go_on = on_progress
         self._task = ""
         self._chosen: Sequence[int] = ()
 

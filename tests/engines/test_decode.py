@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots for three rows, so that they are taken again and again, and families of a few."""
-    monkeypatch.setattr(decode, "choose_sizes", lambda engine: batches.Sizes(10**6, 3, 8))
+    monkeypatch.setattr(decode, "choose_sizes", lambda engine: batches.BatchLimits(10**6, 3, 8))
     monkeypatch.setattr(decode, "ADMIT_TOKENS", 16)
 
 
@@ -216,7 +216,7 @@ def test_slots_are_halved_when_memory_is_short(run_out: Exception, load: Callabl
     """Catches a run that ends where fewer rows at once would do, and one that goes on for ever."""
     engine = load("llama")
     prompts = Prompts([np.arange(2, 9 + n) for n in range(8)], [0] * 8, [6] * 8, [0] * 8, [Settings((), {})], ["task"] * 8)
-    plan, _ = plan_batches(prompts, batches.Sizes(10**6, 8, 8), [False])
+    plan, _ = plan_batches(prompts, batches.BatchLimits(10**6, 8, 8), [False])
     batch, generate, room = build_batch(plan, 0), engine.generate, 2
 
     def refuse(batch: Any, *rest: Any) -> Any:

@@ -58,7 +58,7 @@ def test_packs_in_pieces(tmp_path):
     own.append(3, results_of(3), pieces=2)
     add(own, 1)
     own.close()
-    assert read_journals(tmp_path, KEY, ITEM_STARTS).halved.tolist() == [[3, 2]]
+    assert read_journals(tmp_path, KEY, ITEM_STARTS).splits.tolist() == [[3, 2]]
 
 
 def test_no_file_before_the_first_pack(tmp_path):
@@ -239,7 +239,7 @@ def test_texts_come_back_whole(tmp_path):
     found = read_journals(tmp_path, KEY, ITEM_STARTS, TEXT_STARTS)
     assert found.packs.tolist() == [3, 4, 5]
     assert found.results.tobytes() == results_of(3).tobytes()
-    assert found.halved.tolist() == [[4, 2]]
+    assert found.splits.tolist() == [[4, 2]]
     texts, differing = fill_texts(found.lengths, found.answers, 5)
     assert (texts, differing) == ([*TEXTS[4], *TEXTS[5]], 0)
 

@@ -8,10 +8,10 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-from ddp_eval.packs.batches import LEAST_SHARED, Prompts, Settings, Sizes, build_batch, plan_batches
+from ddp_eval.packs.batches import LEAST_SHARED, BatchLimits, Prompts, Settings, build_batch, plan_batches
 
 GREEDY, DRAWN = Settings(("\n",), {"do_sample": False}), Settings(("\n",), {"do_sample": True, "temperature": 1.0})
-SIZES = Sizes(slot_tokens=10_000, max_slots=4, queue=8)
+SIZES = BatchLimits(slot_tokens=10_000, max_slots=4, queue=8)
 
 
 def prompts_of(lists: list[list[int]], kinds: list[int] | None = None, seeds: list[int] | None = None) -> Prompts:
@@ -72,7 +72,7 @@ def test_what_begins_alike_goes_together() -> None:
 def test_one_by_one_and_by_memory() -> None:
     """Catches slots for more tokens than there is room, and slots where the model's own `generate` must answer."""
     lists = [[index] * 20 for index in range(8)]
-    plan, _ = plan_batches(prompts_of(lists), Sizes(slot_tokens=60, max_slots=4, queue=8), [False, False])
+    plan, _ = plan_batches(prompts_of(lists), BatchLimits(slot_tokens=60, max_slots=4, queue=8), [False, False])
     assert plan.slots.tolist() == [2]  # 20 and 5 tokens each
     plan, _ = plan_batches(prompts_of(lists), SIZES, [True, False])
     assert plan.slots.tolist() == [0]

@@ -130,11 +130,11 @@ def test_packs_that_one_rank_runs_in_pieces(tmp_path):
     whole, pieces = (scores[name].pop("loglikelihood") for name in faults)
     assert pieces == pytest.approx(whole, abs=1e-4)
     assert scores["whole"] == scores["pieces"]
-    assert manifests["whole"]["packs_halved"] == {}
-    halved = manifests["pieces"]["packs_halved"]
-    assert halved and all(count > 2 for count in halved.values())
+    assert manifests["whole"]["packs_split"] == {}
+    splits = manifests["pieces"]["packs_split"]
+    assert splits and all(count > 2 for count in splits.values())
     assert manifests["whole"]["plan_sha256"] == manifests["pieces"]["plan_sha256"]
-    assert f"{len(halved)} packs did not fit the memory" in finished.stderr
+    assert f"{len(splits)} packs did not fit the memory" in finished.stderr
 
 
 @pytest.mark.parametrize(

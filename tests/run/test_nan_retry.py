@@ -256,7 +256,7 @@ def test_batches_keep_the_mark_in_a_journal(tmp_path: Path) -> None:
     from ddp_eval.output.journal import Journal, read_journals
 
     prompts = batches.Prompts([np.array([1, 2])] * 2, [0] * 2, [4] * 2, [3, 4], [Settings((), {"do_sample": True})], ["t"] * 2)
-    plan, _ = batches.plan_batches(prompts, batches.Sizes(100, 2, 2), [False])
+    plan, _ = batches.plan_batches(prompts, batches.BatchLimits(100, 2, 2), [False])
     own = Journal(tmp_path / "a.journal", b"k" * 32, "here")
     own.append_texts(0, [[5, NO_TOKEN], [6]])
     own.close()

@@ -110,7 +110,7 @@ class FakeSide:
 
 
 OURS = {
-    **{"requests": 1, "request_tokens": 2, "computed_tokens": 2, "packs": 1, "batching": "packs", "packs_halved": {}},
+    **{"requests": 1, "request_tokens": 2, "computed_tokens": 2, "packs": 1, "batching": "packs", "packs_split": {}},
     **{"phases_s": {"forward": 1.0}, "peak_flops": 1e9, "useful": {"flops": 1e8}, "answers": {"t": []}, "metrics": {"t": {}}},
 }
 THEIRS = {"answers": {"t": []}, "metrics": {"t": {"acc": 1.0}}}
@@ -131,7 +131,7 @@ def test_lm_eval_counts_at_its_best_size_and_both_sides_are_warm():
 
 def test_times_that_memory_spoilt_are_not_reported():
     """Catches packs run in pieces, or a side that had no room, in a table of speeds."""
-    no_room, pieces = (math.inf, None), (1.0, {**OURS, "packs_halved": {"0": 2}})
+    no_room, pieces = (math.inf, None), (1.0, {**OURS, "packs_split": {"0": 2}})
     for answer in (no_room, pieces):
         with pytest.raises(SystemExit, match="t: memory did not do for ddp_eval's packs"):
             bench.measure_task(None, FakeSide(lambda limit, size, answer=answer: answer), "t:4", [1], repeats=1)

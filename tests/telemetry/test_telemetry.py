@@ -18,7 +18,7 @@ from ddp_eval.config import Config
 from ddp_eval.distributed.world import World, join_group
 from ddp_eval.engines.ops import peak
 from ddp_eval.output import write
-from ddp_eval.packs.batches import Prompts, Settings, Sizes, plan_batches
+from ddp_eval.packs.batches import BatchLimits, Prompts, Settings, plan_batches
 from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.plan import fed_tokens
 from ddp_eval.packs.requests import requests_from_lists
@@ -161,7 +161,7 @@ def test_what_was_answered_by_hand():
     settings = Settings((), {"do_sample": False})
     prompts = Prompts([np.array(one) for one in lists], [0] * 3, [9] * 3, [0] * 3, [settings], ["task"] * 3)
     for alone, least in ((True, 4 + 5), (False, 4 + 2)):
-        plan, items = plan_batches(prompts, Sizes(1000, 4, 8), [alone])
+        plan, items = plan_batches(prompts, BatchLimits(1000, 4, 8), [alone])
         decision = TextDecision(plan, items, None, prompts.limits)
         assert describe_texts(decision, prompts)["prompt_tokens"] == least
         lengths = np.array([[items[0], 7]])

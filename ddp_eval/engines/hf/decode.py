@@ -29,7 +29,7 @@ from ddp_eval.engines.hf.sampling import TokenSampler, draws_of
 from ddp_eval.engines.ops.masks import layer_rules
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import one_line
-from ddp_eval.packs.batches import NO_TOKEN, Batch, Sizes
+from ddp_eval.packs.batches import NO_TOKEN, Batch, BatchLimits
 
 if TYPE_CHECKING:
     from ddp_eval.engines.hf.causal_model import CausalModel
@@ -137,7 +137,7 @@ class BatchDecoder:
                 self._on_progress(1, len(answer))
 
 
-def choose_sizes(engine: CausalModel) -> Sizes:
+def choose_sizes(engine: CausalModel) -> BatchLimits:
     """How many rows may decode together, from the model's shape and the kind of device alone."""
     config, on_gpu = engine.config, engine.device.type == "cuda"
     heads = int(getattr(config, "num_attention_heads", 1))
@@ -146,7 +146,7 @@ def choose_sizes(engine: CausalModel) -> Sizes:
     layers = int(getattr(config, "num_hidden_layers", 1))
     token_bytes = 2 * layers * kv_heads * size * engine.dtype.itemsize
     budget = 2**33 if on_gpu else 2**30
-    return Sizes(max(1, budget // token_bytes), 128 if on_gpu else 16, 256 if on_gpu else 64)
+    return BatchLimits(max(1, budget // token_bytes), 128 if on_gpu else 16, 256 if on_gpu else 64)
 
 
 def check_decoding(engine: CausalModel) -> str | None:

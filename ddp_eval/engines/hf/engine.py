@@ -29,7 +29,7 @@ from ddp_eval.engines.ops import onednn_linear, rotary
 from ddp_eval.engines.ops import tree_attention as blocks
 from ddp_eval.engines.ops.last_layer import LastLayer
 from ddp_eval.errors import UserError, is_out_of_memory
-from ddp_eval.packs.batches import Batch, Settings, Sizes
+from ddp_eval.packs.batches import Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack, pad_tail
 from ddp_eval.system import compile_cache
@@ -204,7 +204,7 @@ class HFEngine(TransformersEngine):
 
         return sampling.TokenSampler(self.model, settings, pad).is_served
 
-    def generation_sizes(self) -> Sizes:
+    def generation_sizes(self) -> BatchLimits:
         """By the memory that keys and values take, 1 GiB on a CPU and 8 on a GPU, and by how many rows fill the device."""
         from ddp_eval.engines.hf import decode
 

@@ -183,7 +183,7 @@ def _holds_weights_of(stage: Stage, file: str) -> bool:
 def load_layers_engine(model_args: dict[str, Any], config: Any, world: World) -> LayersEngine:
     """Load this rank's stage onto its device. Raises UserError for what cannot be split or loaded."""
     whole = checkpoint.whole_model(model_args, config)
-    stage = plan_stages(whole, world.ranks_per_replica)[world.place]
+    stage = plan_stages(whole, world.ranks_per_replica)[world.shard_index]
     model = checkpoint.load_weights(model_args, config, world.device, stage_class(type(whole), stage), part=True)
     return LayersEngine(model, world, stage, whole, keep_attention="attn_implementation" in model_args)
 

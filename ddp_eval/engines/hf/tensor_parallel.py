@@ -82,7 +82,7 @@ class TensorEngine(engine.HFEngine):
     def __init__(self, model: Any, world: World, whole: Any, keep_attention: bool = False) -> None:
         super().__init__(model, world.device, keep_attention, whole)
         self.world = world
-        self.capabilities = dataclasses.replace(self.capabilities, reports_results=world.place == 0)
+        self.capabilities = dataclasses.replace(self.capabilities, reports_results=world.shard_index == 0)
         # Both ask the model, which takes all ranks of a replica: now, while they are all here.
         _ = self.splits_head
         _ = self.why_not_batches

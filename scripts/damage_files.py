@@ -262,7 +262,7 @@ def _damage_columns(table: pyarrow.Table, rng: random.Random) -> tuple[pyarrow.T
     if kind <= 3:
         return table.set_column(place, name, rng.choice(_COLUMNS)(rows, rng)), {}
     if kind == 4:
-        return table.drop_columns([name]) if table.num_columns > 1 else table, {}
+        return table.remove_column(place) if table.num_columns > 1 else table, {}
     if kind == 5:
         return table.rename_columns(
             [rng.choice(("x", "", "\ud7ff", "task", "doc_id")) if one == name else one for one in table.column_names]
@@ -277,7 +277,7 @@ def _damage_columns(table: pyarrow.Table, rng: random.Random) -> tuple[pyarrow.T
         return table.replace_schema_metadata({b"k" * rng.choice((1, 10_000)): b"v" * rng.choice((1, 1_000_000))}), {}
     if kind == 10:
         mask = np.array([rng.randrange(2) == 0 for _ in range(rows)], dtype=bool)
-        nulled = pyarrow.array(table[name].to_pylist(), type=table.schema.field(name).type, mask=mask)
+        nulled = pyarrow.array(table.column(place).to_pylist(), type=table.schema.field(place).type, mask=mask)
         return table.set_column(place, name, nulled), {}
     return table, {
         "use_dictionary": rng.randrange(2) == 0,

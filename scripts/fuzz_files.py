@@ -403,29 +403,30 @@ def prepare() -> None:
     from ddp_eval.analysis import plots, report  # noqa: F401
     from ddp_eval.cli import flags, reproduce  # noqa: F401
     from ddp_eval.output import lock, shapes  # noqa: F401
-    from ddp_eval.tasks import harness  # noqa: F401
+    from ddp_eval.tasks import harness
 
     torch.set_num_threads(1)
     transformers.AutoConfig  # noqa: B018
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     for name in ("intervals", "margins", "timeline", "utilisation"):
-        setattr(plots, name, drawn_once(getattr(plots, name)))
+        setattr(plots, name, made_once(getattr(plots, name)))
+    harness.format_tables = made_once(harness.format_tables)
     lock.WATCH_S = lock.DYING_S = 0.0
     lock.time = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic, strftime=time.strftime)  # type: ignore[assignment]
 
 
-def drawn_once(draw: Callable[..., str]) -> Callable[..., str]:
-    """A plot that is drawn again only of other values: it takes half a second, and most damage leaves most plots as they were."""
-    drawn: dict[bytes, str] = {}
+def made_once(make: Callable[..., str]) -> Callable[..., str]:
+    """A plot or table that is made again only of other values: most damage leaves most of them as they were."""
+    made: dict[bytes, str] = {}
 
-    def draw_or_remember(*values: Any, **settings: Any) -> str:
+    def make_or_remember(*values: Any, **settings: Any) -> str:
         key = pickle.dumps((values, settings))
-        if key not in drawn:
-            drawn[key] = draw(*values, **settings)
-        return drawn[key]
+        if key not in made:
+            made[key] = make(*values, **settings)
+        return made[key]
 
-    return draw_or_remember
+    return make_or_remember
 
 
 def read_once(name: str, place: Path) -> tuple[str, str]:
@@ -578,8 +579,8 @@ def read_damaged(
 
     work.mkdir(parents=True)
     try:
-        for top in READERS[name].needs:
-            shutil.copytree(source / top, work / top)
+        for top in READERS[name].needs:  # only a start writes into what it reads; and put() unlinks first
+            shutil.copytree(source / top, work / top, copy_function=shutil.copy2 if top == "unfinished" else os.link)
         put(work / file, damaged)
         return child.read(name, work, seconds, most_bytes)
     finally:

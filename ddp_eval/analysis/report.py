@@ -5,11 +5,12 @@ Everything is in the file: styles, plots as SVG, samples as JSON. It asks nothin
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from ddp_eval.output.documents import TRANSFORMS, arguments_of
 from ddp_eval.system.read_back import read_json
 from ddp_eval.telemetry import summary
 
+if TYPE_CHECKING:
+    import jinja2
+
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _PROMPT_CHARACTERS = 6000  # of a longer prompt the end is shown
 _RIGHT_OR_WRONG = ("acc", "exact_match")  # metrics that say it of a document
@@ -29,17 +33,12 @@ _RIGHT_OR_WRONG = ("acc", "exact_match")  # metrics that say it of a document
 
 def render(runs: Sequence[Run], most_samples: int) -> str:
     """The page. most_samples: documents of each task to browse; flipped ones and near ties come on top of that."""
-    import jinja2
-
     first = runs[0]
     measured = _read_telemetry(first)
     comparisons = [{**one, "notes": list_notes(one)} for one in (compare_runs(first, run) for run in runs[1:])]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     samples, documents = _samples(first, [align(first, run)[0] for run in runs[1:]], most_samples)
     right, wrong = _margins(first)
-    return template.render(
+    return _template().render(
         title=first.results.get("model_name") or first.path.name,
         path=str(first.path),
         facts=_facts(first, measured),
@@ -60,6 +59,15 @@ def render(runs: Sequence[Run], most_samples: int) -> str:
         samples_json=_script_json({"documents": documents, "shown": samples}),
         manifest=json.dumps(jsonable(first.manifest), indent=1, ensure_ascii=False),
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _read_telemetry(run: Run) -> dict[str, Any] | None:

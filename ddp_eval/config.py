@@ -15,6 +15,7 @@ from typing import Any
 
 from ddp_eval import layout
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.system.text import read_count
 from ddp_eval.values import read_args
 
 # Seeds of random, numpy, torch and few-shot sampling: lm_eval's defaults.
@@ -303,11 +304,17 @@ def _check_multiturn(config: Config) -> None:
         raise UserError("--fewshot_as_multiturn needs --apply_chat_template: turns exist only in a chat template")
 
 
+def _check_paths(config: Config) -> None:
+    for name in ("output_path", "include_path"):
+        if "\0" in str(getattr(config, name) or ""):
+            raise UserError(f"--{name} must not hold a NUL character, which no path can")
+
+
 # In the order in which they run: where several settings are wrong, the first is named.
 _CHECKS = (
-    _check_model, _check_mappings, _check_names, _check_secrets, _check_numerics, _check_load, _check_counts, _check_thinking,
-    _check_trackers, _check_cache_requests, _check_seed, _check_layout, _check_timeout, _check_fresh, _check_limit,
-    _check_samples, _check_multiturn,
+    _check_model, _check_paths, _check_mappings, _check_names, _check_secrets, _check_numerics, _check_load, _check_counts,
+    _check_thinking, _check_trackers, _check_cache_requests, _check_seed, _check_layout, _check_timeout, _check_fresh,
+    _check_limit, _check_samples, _check_multiturn,
 )  # fmt: skip
 
 
@@ -318,7 +325,8 @@ def read_think_end(model_args: Mapping[str, Any]) -> ThinkEnd:
     """The end of thinking: a token id (digits count as one), a string, or None. Raises UserError for anything else."""
     end = model_args.get("think_end_token")
     if isinstance(end, str):
-        return int(end) if end.isdecimal() and len(end) < 20 else end or None
+        count = read_count(end)
+        return count if count is not None else end or None
     if end is not None and (isinstance(end, bool) or not isinstance(end, int)):
         raise UserError(f"model_args think_end_token must be a string or a token id, got {end}")
     return end

@@ -16,6 +16,7 @@ import dataclasses
 from typing import NamedTuple
 
 from ddp_eval.errors import UserError
+from ddp_eval.system.text import read_count
 
 REPLICAS, TENSOR, LAYERS = "replicas", "tensor", "layers"
 AUTO, MEASURE = "auto", "measure"
@@ -73,7 +74,7 @@ def check_layout(words: str) -> None:
     kind, colon, count = words.partition(":")
     if kind in (AUTO, MEASURE, *WHOLE_KINDS) and not colon:
         return
-    if kind in SPLIT_KINDS and (not colon or (count.isdecimal() and int(count) >= 2)):
+    if kind in SPLIT_KINDS and (not colon or (read_count(count) or 0) >= 2):
         return
     *forms, last = AUTO, MEASURE, *WHOLE_KINDS, *(f"{kind}:K" for kind in SPLIT_KINDS)
     raise UserError(f"--layout must be {', '.join(forms)} or {last} with K of 2 or more, got {words}")

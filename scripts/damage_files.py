@@ -334,7 +334,7 @@ def damage(content: str, data: bytes, rng: random.Random) -> Damage:
         return damage_bytes(data, rng)
     try:
         return DAMAGES[content](data, rng)
-    except pyarrow.ArrowException:  # of a table that cannot be written
+    except (pyarrow.ArrowException, RecursionError):  # of a table or a nesting that cannot be written
         return damage_bytes(data, rng)
 
 

@@ -79,7 +79,9 @@ def parse(argv: Sequence[str]) -> Evaluation:
     manifest = _read_manifest(earlier)
     if output == earlier:
         raise UserError(f"--output_path must not be the run to reproduce, got {options.output_path}")
-    if (output / "manifest.json").is_file() and not (options.overwrite or run_directory.already_replaced_by_this_launch(output)):
+    if os.path.isfile(output / "manifest.json") and not (
+        options.overwrite or run_directory.already_replaced_by_this_launch(output)
+    ):
         raise UserError(f"{output} already holds a complete run: --overwrite runs it again, `compare` holds the two together")
     _refuse_programs(manifest, options.run)
     values = dict(manifest["config"])
@@ -132,7 +134,7 @@ def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) 
     start = Path(manifest.get("working_directory") or "")
     own = [start / str(word) for word in _task_files(config)]
     if own and not options.trust_task_files:
-        folders = [place if place.is_dir() else place.parent for place in own]
+        folders = [place if os.path.isdir(place) else place.parent for place in own]
         code = sorted(name for folder in folders for name in _list_code(folder))
         which = f" ({', '.join(code[:5])}{', ...' if len(code) > 5 else ''})" if code else ""
         places = ", ".join(map(str, own))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from ddp_eval.errors import UserError
+from ddp_eval.system.text import read_count
 
 # Of torchrun's kind. Left over in a shell, they make a process wait for others: `env -u` takes them away.
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -120,8 +121,7 @@ def whole_number(name: str, default: int, least: int | None = None, environment:
 
 def is_first() -> bool:
     """Whether this process is rank 0, as far as is known: the one that logs. Never raises."""
-    text = os.environ.get("RANK", "").strip() or "0"
-    return text.isascii() and text.isdigit() and int(text) == 0
+    return read_count(os.environ.get("RANK", "").strip() or "0") == 0
 
 
 def drop_empty() -> None:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from ddp_eval.errors import one_line, printable
 from ddp_eval.output import status
 from ddp_eval.system.processes import birth
+from ddp_eval.system.text import read_count
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 EXIT_INTERRUPTED = 130
@@ -243,7 +244,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.timeout_s = float("inf")
-        self.rank = int(os.environ["RANK"]) if os.environ.get("RANK", "").isdigit() else 0
+        self.rank = read_count(os.environ.get("RANK", "")) or 0
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._siblings: dict[int, int] = {}
         self._report: Any = None

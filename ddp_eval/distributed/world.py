@@ -20,6 +20,7 @@ from ddp_eval.distributed.contact import naming_lost_ranks
 from ddp_eval.distributed.launch_environment import whole_number
 from ddp_eval.distributed.meeting import exchange_through
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.system.text import read_count
 from ddp_eval.telemetry.meter import Meter, process_age_s
 
 log = logging.getLogger("ddp_eval")
@@ -269,7 +270,7 @@ def _message_group() -> OwnGroup:
 def choose_device(asked: str | None, local_rank: int) -> torch.device:
     """The device of a local rank; `asked` as for `join_group`. Raises UserError when there is none."""
     kind, _, number = (asked or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
-    if kind not in ("cuda", "cpu") or (":" in (asked or "") and not number.isdecimal()):
+    if kind not in ("cuda", "cpu") or (":" in (asked or "") and read_count(number) is None):
         raise UserError(f"--device must be cuda or cpu, got {asked}")
     if kind == "cpu":
         return torch.device("cpu")

@@ -23,8 +23,12 @@ def describe_prompts(instances: Sequence[Instance], tasks: dict[str, Any]) -> di
     everything = hashlib.sha256()
     by_task: dict[str, Any] = {}
     documents: dict[str, dict[int, Any]] = {}
+    context, record = "", as_record("")  # that of the last one: the choices of a document have one context
     for one in instances:
-        parts = b"".join(as_record(str(part)) for part in one.args)
+        first, *others = (str(part) for part in one.args)
+        if first is not context:
+            context, record = first, as_record(first)
+        parts = b"".join([record, *map(as_record, others)])
         everything.update(as_record(str(one.task_name)) + parts)
         by_task.setdefault(one.task_name, hashlib.sha256()).update(parts)
         documents.setdefault(one.task_name, {})[one.doc_id] = one.doc

@@ -13,6 +13,7 @@ import transformers
 from lm_eval.models.utils import has_bos_prefix
 
 from ddp_eval.config import Config, read_think_end
+from ddp_eval.system.text import read_count
 from ddp_eval.tasks.generation_requests import MAX_GEN_TOKS
 from ddp_eval.tasks.tokenization import Encoder
 
@@ -63,7 +64,8 @@ class HFLMMembers:
         self.truncation, self.logits_cache = False, True
         self.softmax_dtype, self.mixed_precision_dtype = torch.float32, None
         size, _, schedule = str(given.get("batch_size") or 1).partition(":")
-        self.batch_size_per_gpu: int | str = int(size) if size.isdecimal() else size
+        count = read_count(size)
+        self.batch_size_per_gpu: int | str = size if count is None else count
         self.batch_schedule: float = float(schedule) if schedule else 1
         self.batch_sizes: dict[int, int] = {}
         self.max_batch_size = given.get("max_batch_size") or 64

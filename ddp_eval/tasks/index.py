@@ -64,8 +64,9 @@ def _walk(
 
 
 def is_complete(names: Sequence[Any], index: Mapping[str, Any], above: tuple[str, ...] = ()) -> bool:
-    """Whether `index` holds all of `names` and what their groups lead to. No for tags and patterns, which others may add to.
+    """Whether `index` holds all of `names` and what they lead to. No for patterns, which others may match.
 
+    Others cannot add to a tag: one of a later folder takes the place of one of the same name (lm_eval 0.4.13).
     above: the groups on the way. One that holds itself is complete: `find_leaves` refuses it.
     """
     return all(isinstance(name, str) and name in index and _is_whole(index[name], index, (*above, name)) for name in names)
@@ -73,7 +74,7 @@ def is_complete(names: Sequence[Any], index: Mapping[str, Any], above: tuple[str
 
 def _is_whole(entry: Any, index: Mapping[str, Any], trail: tuple[str, ...]) -> bool:
     if entry.kind.name == "TAG":
-        return False
+        return is_complete(sorted(entry.tags), index, trail)
     members = (entry.cfg or {}).get("task")
     if not isinstance(members, list) or trail[-1] in trail[:-1]:
         return True

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import datasets
 import lm_eval.api.metrics
 import lm_eval.api.task
 import lm_eval.evaluator
@@ -31,6 +32,7 @@ from ddp_eval.system import environment
 from ddp_eval.system.machine import describe_commit
 from ddp_eval.system.quiet import prompt_bar, quiet_libraries
 from ddp_eval.tasks.bootstrap import bootstrap_stderr
+from ddp_eval.tasks.document_rows import iterate_rows
 from ddp_eval.tasks.patch import Patch, apply
 from ddp_eval.tasks.task_sources import TaskSources, reading_anew
 from ddp_eval.tasks.templates import TemplateCache, forget_literals, parse_literal
@@ -98,6 +100,10 @@ def _patches(templates: TemplateCache, phases: Phases) -> list[Patch]:
             "forks a process per core, which can hang",
         ),
         Patch(collect_env, "get_pretty_env_info", describe_machine, "runs a dozen programs when all is done"),
+        Patch(
+            datasets.Dataset, "__iter__", iterate_rows(datasets.Dataset.__iter__),
+            "makes a table of each row, for each of the two times that lm_eval goes through the documents", "datasets 5.2",
+        ),
     ]  # fmt: skip
 
 

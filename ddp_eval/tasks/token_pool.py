@@ -80,11 +80,11 @@ class TokenPool:
     def add_whole_pair(self, context: Text | None, whole: Text) -> Pair:
         """A context, and itself with its continuation behind, each encoded whole. None: there is no context."""
         head = None if context is None else self.add_part(context[0], None, context[1])
-        return Pair([], head, self.add_part(whole[0], None, whole[1]))
+        return Pair(Context([] if head is None else [head]), head, self.add_part(whole[0], None, whole[1]))
 
     def add_two(self, context: Text | None, continuation: Text) -> Pair:
         """A context and a continuation that are encoded apart."""
-        return Pair(self.add(*context) if context else [], None, self.add_part(continuation[0], None, continuation[1]))
+        return Pair(Context(self.add(*context) if context else []), None, self.add_part(continuation[0], None, continuation[1]))
 
     def fill(self) -> None:
         """Encode the parts that were added and are not known yet. Raises PartsDiffer."""
@@ -138,6 +138,19 @@ class TokenPool:
         return [len(self._ids) - 1]
 
 
+class Context:
+    """The parts of a context, and their ids once they are known."""
+
+    def __init__(self, parts: list[int]) -> None:
+        self._parts = parts
+        self._ids: Ids | None = None
+
+    def ids(self, pool: TokenPool) -> Ids:
+        if self._ids is None:
+            self._ids = np.concatenate([_NONE, *pool.ids_of(self._parts)])
+        return self._ids
+
+
 class PairMaker:
     """A context, to which continuations are added: what both share is one part."""
 
@@ -147,38 +160,42 @@ class PairMaker:
         self._cuts = cuts
         self._before = before
         self._last = last
-        self._narrow: tuple[list[int], _Part] | None = None
+        self._whole: Context | None = None
+        self._narrow: tuple[Context, int, _Part] | None = None
 
     def add(self, continuation: str) -> Pair:
         anchor = self._cuts.anchor_between(self._last.text, continuation) if self._cuts else None
         if anchor is not None:
-            return Pair([*self._before, self._pool.add_part(*self._last)], None, self._pool.add_part(continuation, anchor))
+            self._whole = self._whole or Context([*self._before, self._pool.add_part(*self._last)])
+            return Pair(self._whole, None, self._pool.add_part(continuation, anchor))
         # A word may go on across the end of the context: its last words are encoded by themselves and with the continuation.
-        before, last = self._narrow = self._narrow or self._split_off_last_words()
-        whole = last._replace(text=last.text + continuation)
-        return Pair(before, self._pool.add_part(*last), self._pool.add_part(*whole))
+        context, head, last = self._narrow = self._narrow or self._split_off_last_words()
+        return Pair(context, head, self._pool.add_part(*last._replace(text=last.text + continuation)))
 
-    def _split_off_last_words(self) -> tuple[list[int], _Part]:
+    def _split_off_last_words(self) -> tuple[Context, int, _Part]:
+        """The context, and its last words as a part of it."""
         found = self._cuts.split_last_words(self._last.text) if self._cuts else None
         if found is None:
-            return self._before, self._last
-        first, anchor, words = found
-        return [*self._before, self._pool.add_part(*self._last._replace(text=first))], _Part(words, anchor, None)
+            before, last = self._before, self._last
+        else:
+            first, anchor, words = found
+            before, last = [*self._before, self._pool.add_part(*self._last._replace(text=first))], _Part(words, anchor, None)
+        head = self._pool.add_part(*last)
+        return Context([*before, head]), head, last
 
 
 class Pair:
     """A context and a continuation as parts. head: the context's last part where `last` holds it too, to be cut off."""
 
-    def __init__(self, context: list[int], head: int | None, last: int) -> None:
+    def __init__(self, context: Context, head: int | None, last: int) -> None:
         self._context = context
         self._head = head
         self._last = last
 
-    def ids(self, pool: TokenPool) -> tuple[list[Ids], Ids]:
-        """Of the context, in parts, and of the continuation: what both together have behind as many tokens as the context."""
-        context = pool.ids_of(self._context)
-        last = pool.ids_of([self._last])[0]
-        if self._head is None:
-            return context, last
-        head = pool.ids_of([self._head])[0]
-        return [*context, head], last[len(head) :].copy()  # a view would keep all of `last`
+    def ids(self, pool: TokenPool) -> tuple[Ids, Ids]:
+        """Of the context and of the continuation: what both together have behind as many tokens as the context."""
+        [last] = pool.ids_of([self._last])
+        if self._head is not None:
+            [head] = pool.ids_of([self._head])
+            last = last[len(head) :].copy()  # a view would keep all of it
+        return self._context.ids(pool), last

@@ -126,15 +126,14 @@ class Encoder:
             for owner, ids in enumerate(self._encode_all(batch, list(map(self._special, batch)), encode_each, None), start):
                 windows = list(rolling_windows(ids, self.prefix_token_id, self.max_length))
                 for context, continuation in windows or [(self._prefix, ids[:0])]:
-                    collector.add(owner, [np.asarray(context, dtype=np.int32)], continuation)
+                    collector.add(owner, np.asarray(context, dtype=np.int32), continuation)
         return collector.finish()
 
     def collect(self, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Encoded:
         """The same for (context, continuation) that are token ids already."""
         collector = _Collector(self.max_length, self._prefix, self.separate)
         for owner, (context, continuation) in enumerate(pairs):
-            known = np.asarray(context, dtype=np.int32)
-            collector.add(owner, [known if len(known) else self._prefix], np.asarray(continuation, dtype=np.int32))
+            collector.add(owner, np.asarray(context, dtype=np.int32), np.asarray(continuation, dtype=np.int32))
         return collector.finish()
 
     def _special(self, text: str) -> bool | None:
@@ -187,12 +186,12 @@ class Encoder:
                 collector.add(start + index, context, alone.get(index, continuation), index in alone, is_bare=bool(pair[0]))
         return collector.finish()
 
-    def _split(self, text: str, context: list[Ids], continuation: Ids) -> tuple[list[Ids], Ids]:
+    def _split(self, text: str, context: Ids, continuation: Ids) -> tuple[Ids, Ids]:
         """A pair's ids as lm_eval splits them. text: of the context."""
         if text:
             return context, continuation
         own = 1 if continuation[:1].tolist() == [self.prefix_token_id] else 0  # the continuation brings the prefix token
-        return [continuation[:own]], continuation[own:]
+        return continuation[:own], continuation[own:]
 
     def _encode_alone(self, pairs: Sequence[tuple[str, str]], lost: list[int]) -> dict[int, Ids]:
         """Continuations by themselves, where the context's last token took them in; lm_eval stops on those.
@@ -279,43 +278,41 @@ class _Collector:
         self._alone: list[int] = []
         self._bare: list[int] = []
 
-    def add(self, owner: int, context: Sequence[Ids], continuation: Ids, is_alone: bool = False, is_bare: bool = False) -> None:
-        """context: its tokens, in parts. is_alone, is_bare: to be noted as such, the latter if the context has no token."""
+    def add(self, owner: int, context: Ids, continuation: Ids, is_alone: bool = False, is_bare: bool = False) -> None:
+        """is_alone, is_bare: to be noted as such, the latter if the context has no token."""
         if not len(continuation):
             self._empty.append(owner)
             return
         if is_alone:
             self._alone.append(owner)
-        if not any(map(len, context)):
-            context = [self._prefix]
+        if not len(context):
+            context = self._prefix
             if is_bare:
                 self._bare.append(owner)
         if len(continuation) > self._max_length:
             self._cut.append(owner)
-            self._add_windows(owner, np.concatenate(context), continuation)
+            self._add_windows(owner, context, continuation)
             return
-        length = sum(map(len, context))
         room = self._max_length if self._separate else self._max_length + 1 - len(continuation)
-        parts = [*context, continuation]
-        if length > room:
+        if len(context) > room:
             self._truncated.append(owner)
-            parts = [np.concatenate(context)[-room:], continuation]
-        self._append(owner, parts, len(continuation))
+            context = context[-room:]
+        self._append(owner, context, continuation)
 
     def _add_windows(self, owner: int, context: Ids, continuation: Ids) -> None:
         """As lm_eval's rolling windows, behind the context's last token; a decoder of its own sees each behind the context."""
         if self._separate:
             for start in range(0, len(continuation), self._max_length):
                 piece = continuation[start : start + self._max_length]
-                self._append(owner, [context[-self._max_length :], piece], len(piece))
+                self._append(owner, context[-self._max_length :], piece)
             return
         for before, piece in rolling_windows(continuation, context[-1], self._max_length):
-            self._append(owner, [np.asarray(before, dtype=np.int32), piece], len(piece))
+            self._append(owner, np.asarray(before, dtype=np.int32), piece)
 
-    def _append(self, owner: int, parts: list[Ids], num_targets: int) -> None:
-        self._blocks += parts
-        self._lengths.append(sum(map(len, parts)))
-        self._num_targets.append(num_targets)
+    def _append(self, owner: int, context: Ids, continuation: Ids) -> None:
+        self._blocks += (context, continuation)
+        self._lengths.append(len(context) + len(continuation))
+        self._num_targets.append(len(continuation))
         self._owner.append(owner)
 
     def finish(self) -> Encoded:

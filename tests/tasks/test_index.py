@@ -97,8 +97,7 @@ def test_the_walk_agrees_with_lm_eval(tmp_path: Any) -> None:
     ("names", "complete"),
     [
         (["a", "pair", "all"], True),
-        (["letters"], False),  # others may carry the tag too
-        (["other"], False),
+        (["letters", "other"], True),
         (["own"], False),  # `new` is nowhere
         (["elsewhere"], False),
         (["a*"], False),
@@ -106,5 +105,17 @@ def test_the_walk_agrees_with_lm_eval(tmp_path: Any) -> None:
     ],
 )
 def test_whether_lm_evals_own_tasks_are_needed(names: list[Any], complete: bool) -> None:
-    """Catches an index that lacks a member, and tags or patterns that lm_eval's own tasks would add to."""
+    """Catches an index that lacks a member, and patterns that lm_eval's own tasks would add to."""
     assert is_complete(names, INDEX) is complete
+
+
+def test_a_tag_of_a_later_folder_replaces_an_earlier_one(tmp_path: Any) -> None:
+    """Catches an lm_eval that joins tags of several folders, as lm_eval's own and --include_path: then none is complete."""
+    from lm_eval.tasks import TaskManager
+
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "one.yaml").write_text(f"task: of_{folder}\ntag: shared\noutput_type: loglikelihood\n")
+    manager = TaskManager(include_path=[str(tmp_path / "first"), str(tmp_path / "second")], include_defaults=False)
+    assert {"of_first", "of_second"} <= manager.task_index.keys()
+    assert manager.task_index["shared"].tags == {"of_second"}

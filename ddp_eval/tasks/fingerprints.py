@@ -6,7 +6,7 @@ import datetime
 import decimal
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +14,27 @@ from lm_eval.api.instance import Instance
 
 from ddp_eval.system.digests import as_record, digest_strings
 
+_BLOCK = 1024  # pieces
+
 
 def describe_prompts(instances: Sequence[Instance], tasks: dict[str, Any]) -> dict[str, Any]:
     """One SHA-256 over all texts, one for each task, one over each task's documents, and the tasks' versions.
 
     The right answers are among the documents, or made of them by `doc_to_target`, whose template counts with them.
     """
-    everything = hashlib.sha256()
-    by_task: dict[str, Any] = {}
+    everything = _Digest()
+    by_task: dict[str, _Digest] = {}
     documents: dict[str, dict[int, Any]] = {}
     context, record = "", as_record("")  # that of the last one: the choices of a document have one context
     for one in instances:
+        task = str(one.task_name)
         first, *others = (str(part) for part in one.args)
         if first is not context:
             context, record = first, as_record(first)
-        parts = b"".join([record, *map(as_record, others)])
-        everything.update(as_record(str(one.task_name)) + parts)
-        by_task.setdefault(one.task_name, hashlib.sha256()).update(parts)
-        documents.setdefault(one.task_name, {})[one.doc_id] = one.doc
+        parts = [record, *map(as_record, others)]
+        everything.update([as_record(task), *parts])
+        by_task.setdefault(task, _Digest()).update(parts)
+        documents.setdefault(task, {})[one.doc_id] = one.doc
     return {
         "prompts_sha256": everything.hexdigest(),
         "prompts_by_task": {task: digest.hexdigest() for task, digest in sorted(by_task.items())},
@@ -41,6 +44,27 @@ def describe_prompts(instances: Sequence[Instance], tasks: dict[str, Any]) -> di
         },
         "versions": {name: getattr(task, "VERSION", None) for name, task in sorted(tasks.items())},
     }
+
+
+class _Digest:
+    """SHA-256 of many pieces, taken in large blocks: other threads run while one is hashed."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pieces: list[bytes] = []
+
+    def update(self, pieces: Iterable[bytes]) -> None:
+        self._pieces += pieces
+        if len(self._pieces) >= _BLOCK:
+            self._take()
+
+    def hexdigest(self) -> str:
+        self._take()
+        return self._digest.hexdigest()
+
+    def _take(self) -> None:
+        self._digest.update(b"".join(self._pieces))
+        self._pieces = []
 
 
 def _template_of_targets(task: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from ddp_eval.system import environment
 from ddp_eval.system.machine import describe_commit
 from ddp_eval.system.quiet import prompt_bar, quiet_libraries
 from ddp_eval.tasks.bootstrap import bootstrap_stderr
-from ddp_eval.tasks.document_rows import iterate_rows
+from ddp_eval.tasks.document_rows import dump_document, iterate_rows
 from ddp_eval.tasks.patch import Patch, apply
 from ddp_eval.tasks.task_sources import TaskSources, reading_anew
 from ddp_eval.tasks.templates import TemplateCache, forget_literals, parse_literal
@@ -79,6 +80,7 @@ def _patches(templates: TemplateCache, phases: Phases) -> list[Patch]:
     commit = describe_commit(os.getcwd()) or get_commit_from_path(os.getcwd())
     describe_machine = _timed(phases, "write", lambda: environment.start_collecting().result())
     of_rank_zero = types.SimpleNamespace(**vars(os) | {"environ": {**os.environ, "LOCAL_RANK": "0"}})
+    our_json = types.SimpleNamespace(**vars(json) | {"dumps": dump_document})
     our_ast = types.SimpleNamespace(**vars(ast) | {"literal_eval": parse_literal})
     return [
         Patch(lm_eval.utils, "apply_template", templates.render, "compiles a template again for every document and example"),
@@ -100,6 +102,7 @@ def _patches(templates: TemplateCache, phases: Phases) -> list[Patch]:
             "forks a process per core, which can hang",
         ),
         Patch(collect_env, "get_pretty_env_info", describe_machine, "runs a dozen programs when all is done"),
+        Patch(lm_eval.evaluator, "json", our_json, "writes each document, for its digest, by an encoder written in Python"),
         Patch(
             datasets.Dataset, "__iter__", iterate_rows(datasets.Dataset.__iter__),
             "makes a table of each row, for each of the two times that lm_eval goes through the documents", "datasets 5.2",

@@ -71,6 +71,7 @@ class TemplateCache:
 
     def _compile(self, template: str) -> jinja2.Template:
         compiled = self._environment.from_string(template)
+        compiled.globals = self._environment.globals  # the same, but for a ChainMap over it, which takes long to copy
         if template in self._is_pure:
             return compiled
         tree = self._environment.parse(template)

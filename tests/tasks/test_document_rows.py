@@ -1,12 +1,14 @@
-"""Rows of data sets decoded many at once are those that `datasets` gives one by one."""
+"""Documents decoded many at once and written by hand are those of `datasets` and `json`."""
 
+import json
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from lm_eval.utils import handle_non_serializable
 
-from ddp_eval.tasks.document_rows import iterate_rows
+from ddp_eval.tasks.document_rows import dump_document, iterate_rows
 
 ONE_BY_ONE = datasets.Dataset.__iter__
 ROWS = [
@@ -52,3 +54,23 @@ def test_rows_are_new_objects() -> None:
     for row in iterate_rows(ONE_BY_ONE)(dataset):
         row["choices"].append("changed")
     assert repr(list(iterate_rows(ONE_BY_ONE)(dataset))) == repr(ROWS)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"question": 'é "\u2028\x00\x7f\ud800\n', "choices": ["a", 'b"'], "answer": 3, "": ""},
+        {"big": 10**30, "minus": -1, "yes": True, "none": None, "real": 0.1, "nan": float("nan")},
+        {"empty": [], "mixed": ["a", 1], "nested": {"a": [{}]}, "tuple": ("a",)},
+        {1: "a", None: "b"},
+        {"array": np.arange(3)},
+        {},
+        [],
+        "text",
+    ],
+)
+def test_json_is_the_same(document: Any) -> None:
+    """Catches a document's digest that is not lm_eval's."""
+    options = {"indent": 2, "default": handle_non_serializable, "ensure_ascii": False}
+    assert dump_document(document, **options) == json.dumps(document, **options)
+    assert dump_document({"a": "é"}) == json.dumps({"a": "é"})

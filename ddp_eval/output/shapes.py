@@ -144,13 +144,13 @@ class _Section(TypedDict, total=False):
 
 
 def _check_scores(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What lm_eval's table cannot show: a name or a standard error of another type."""
+    """What tables and plots cannot show: a name or a standard error of another type, or one below 0."""
     for task, values in scores.items():
         for key, value in values.items():
             if key == "alias" and not isinstance(value, str):
                 raise _wrong(f"{task}.alias must be text, got {show(value)}")
-            if "_stderr," in key and not (value == "N/A" or isinstance(value, (int, float))):
-                raise _wrong(f"{task}.{key} must be a number or N/A, got {show(value)}")
+            if "_stderr," in key and not (value == "N/A" or (isinstance(value, (int, float)) and not value < 0)):
+                raise _wrong(f"{task}.{key} must be a number of 0 or more, or N/A, got {show(value)}")
     return scores
 
 

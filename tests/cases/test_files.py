@@ -124,7 +124,7 @@ def change(path: Path, *keys, to) -> None:
         ("manifest.json", ("hardware", "gpus"), [{"name": 3}], "hardware.gpus[0].name must be text, got 3"),
         ("results.json", ("results",), [], "results must be an object, got []"),
         ("results.json", ("group_subtasks",), {"a": ["b"], "b": ["a"]}, "group_subtasks must not hold a group within itself"),
-        ("results.json", ("results", "demo_mmlu_philosophy", "acc_stderr,none"), -1, "acc_stderr,none must be a number of 0 or more"),
+        ("results.json", ("results", "demo_mmlu_philosophy", "acc_stderr,none"), -1, "acc_stderr,none must be a number of 0"),
         ("results.json", ("ddp_eval", "not_finite"), {"t": {"requests": -1, "first": []}}, "t.requests must be 0 or more"),
     ],
 )

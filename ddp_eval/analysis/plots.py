@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,9 +69,8 @@ def timeline(ranks: Sequence[Mapping[str, Any]]) -> str:
     colors = phase_colors()
     for place, rank in enumerate(ranks):
         offset = rank["began_unix_s"] - began
-        starts = [moment for moment, _ in rank["timeline"]]
-        ends = [*starts[1:], rank["wall_s"]]
-        spans = [(start + offset, end - start) for start, end in zip(starts, ends, strict=True)]
+        moments = [*(moment for moment, _ in rank["timeline"]), rank["wall_s"]]
+        spans = [(start + offset, end - start) for start, end in itertools.pairwise(moments)]
         hues = [colors.get(phase, _MUTED) for _, phase in rank["timeline"]]
         axes.broken_barh(spans, (-place - 0.36, 0.72), facecolors=hues, linewidth=0)
     axes.set_yticks([-place for place in range(len(ranks))], [f"rank {rank['rank']}" for rank in ranks])

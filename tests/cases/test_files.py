@@ -406,6 +406,12 @@ def test_plots_of_odd_names():
     assert time.monotonic() - began < 60
 
 
+def test_plot_of_a_rank_without_a_timeline():
+    """Catches a traceback over a telemetry.json whose timeline is empty."""
+    rank = {"rank": 0, "began_unix_s": 0.0, "wall_s": 2.0, "timeline": []}
+    assert "rank 1" in plots.timeline([rank, {**rank, "rank": 1, "timeline": [[0.5, "forward"]]}])
+
+
 @pytest.mark.parametrize(
     ("keys", "to", "sentence"),
     [

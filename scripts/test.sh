@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Sets up .venv, checks style and types, then runs the tests. Arguments go to pytest: scripts/test.sh tests/packs
-# The folders of tests mirror those of the package; beside them, tests/ranks, cases and slurm start real processes.
-# Slow tests are left out: scripts/test.sh -m slow runs them, -m "" runs everything. Two files of tests run at a time, since most
-# of the time they wait for processes that start; one at a time: scripts/test.sh -n 0
+# Sets up .venv, then runs the tests. Arguments go to pytest: scripts/test.sh tests/packs
+#
+#   scripts/test.sh                     the whole default suite: all but what is marked slow
+#   scripts/test.sh quick [FOLDER ...]  under a minute: tests that start no process, of the folders or of those that take least
+#   scripts/test.sh -m slow             the slow tests; -m "" runs everything
+#
+# The folders of tests mirror those of the package; beside them, tests/ranks, cases and slurm start real processes. Two files of
+# tests run at a time, since most of the time they wait for processes that start; one at a time: scripts/test.sh -n 0
 set -euo pipefail
 # shellcheck source=scripts/setup_venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -10,6 +14,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 setup_venv test,dev,docs
 
 cd "$REPOSITORY"
-"$VENV/bin/ruff" check --quiet
-"$VENV/bin/mypy" --no-error-summary
+if [[ "${1:-}" == quick ]]; then
+    shift
+    (($#)) || set -- tests/{analysis,cli,distributed,output,packs,placement,system,telemetry} tests/test_*.py
+    set -- -m "not slow and not processes" "$@"
+fi
 exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

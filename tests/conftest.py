@@ -40,6 +40,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["XDG_CACHE_HOME"] = home.name
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that start processes, by what they import."""
+    for item in items:
+        members = vars(item.module).values() if isinstance(item, pytest.Function) else ()
+        if any("launch" in (getattr(member, "__module__", ""), getattr(member, "__name__", "")) for member in members):
+            item.add_marker(pytest.mark.processes)
+
+
 @pytest.fixture
 def no_lm_eval_index(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the test lm_eval's index of its own 14,000 task files, which takes 8 s to read: it knows those of --include_path."""

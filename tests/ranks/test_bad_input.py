@@ -385,7 +385,7 @@ def test_environment_that_makes_no_sense(case, run_here, monkeypatch):
 def test_as_a_command(case, program, place):
     """Catches an exit that waits for threads, and what happens only in a process of its own."""
     arguments, text = arguments_of(case, place)
-    finished = launch(0, *arguments, program=program, cwd=place / "tasks")
+    finished = launch(0, *arguments, program=program, cwd=place / "tasks", cold=True)
     check(finished, 2, text)
     assert finished.seconds_after(text) < END_S, str(finished)
 
@@ -406,7 +406,7 @@ def test_as_a_command(case, program, place):
 def test_under_torchrun(case, program, place):
     """Catches a sentence that comes twice or is followed by frames of ours, and ranks that wait for one that has failed."""
     arguments, text = arguments_of(case, place)
-    finished = launch(2, *arguments, program=program, cwd=place / "tasks")
+    finished = launch(2, *arguments, program=program, cwd=place / "tasks", cold=case == "unknown flag")
     check(finished, 1, text)
     assert finished.seconds_after(text) < END_S, str(finished)
 

@@ -82,7 +82,7 @@ def test_the_runs_are_what_they_are_called(run_on):
 
 def test_the_command(run_on, tmp_path):
     """Catches a command that does not do what its parts do, prints its table once for every rank, or warns without need."""
-    finished = launch(2, *shlex.split(RUNS["all"]), "--output_path", tmp_path / "run")
+    finished = launch(2, *shlex.split(RUNS["all"]), "--output_path", tmp_path / "run", cold=True)
     assert finished.returncode == 0, str(finished)
     one, many = run_on(0)["all"], tmp_path / "run"
     assert (many / tables.SCORES).read_bytes() == (one / tables.SCORES).read_bytes()
@@ -100,6 +100,6 @@ def test_the_command(run_on, tmp_path):
 
 def test_help_is_printed_once():
     """Catches every rank printing the help text."""
-    finished = launch(2, "--help")
+    finished = launch(2, "--help", cold=True)
     assert finished.returncode == 0, str(finished)
     assert finished.stdout.count("--model_args") == 1, str(finished)

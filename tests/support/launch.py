@@ -242,8 +242,9 @@ def launching(
     """Start `program` on `ranks` ranks of torchrun, or with 0 ranks as plain Python. CPU, one thread each, no network.
 
     restarts:   how often torchrun may start all ranks again.
-    cold:       start torchrun and Python themselves. Otherwise processes are forked that have imported everything, unless
-                `variables` sets what is read by imports.
+    cold:       start torchrun and Python themselves: for what the launcher promises (its exit codes, a stop, its death, a dead
+                rank, a restart, one sentence from all ranks). Otherwise processes are forked that have imported everything,
+                unless `variables` sets what is read by imports.
     variables:  added to the environment, from which everything that a launcher sets is taken out first.
     """
     mark = uuid.uuid4().hex

@@ -56,7 +56,7 @@ def main() -> None:
             results = ddp_eval.evaluate(model, tokenizer, tasks=options.tasks, limit=options.limit, bootstrap_iters=0)
             if results is not None:
                 scores = {task: row.get("acc,none") for task, row in results["results"].items()}
-                print(f"step {step}: loss {float(loss):.4f}, acc {scores}", flush=True)
+                print(f"step {step}: loss {loss.item():.4f}, acc {scores}", flush=True)
 
     if rank == 0:
         print("done", flush=True)

@@ -28,6 +28,11 @@ set -uo pipefail
 
 TIME_LIMIT="the time limit is near"
 
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    echo "slurm/eval.sh runs in a SLURM job: sbatch slurm/eval.sh FLAGS. Without SLURM: torchrun -m ddp_eval FLAGS" >&2
+    exit 2
+fi
+
 # The last element of an array has the whole array's id as its SLURM_JOB_ID: scancel and scontrol would take it for all of them.
 JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 JOB="${JOB:-$SLURM_JOB_ID}"
@@ -161,7 +166,7 @@ run_step() {
     export RENDEZVOUS="$JOB.$restart.$attempt" LOGS="$output/logs/$JOB.$restart.$attempt"
     # What --fresh and --overwrite ask for is done once, at the first start that comes so far.
     export SLURM_RESTART_COUNT="$((restart + attempt))"
-    say "start on $SLURM_JOB_NODELIST; words of each node in $LOGS.NODE.log"
+    say "start on $SLURM_JOB_NODELIST; the output of each node is in $LOGS.NODE.log"
     # --wait: when one node's torchrun has ended, the others, which notice by themselves, are ended after so many seconds.
     "${SRUN[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=0 --wait=60 \

@@ -36,7 +36,7 @@ from ddp_eval.cli.flag_values import (
     to_template,
     to_text,
 )
-from ddp_eval.cli.model_args import BY_COST, refuse_misspelt, settle_layout, settle_model_args
+from ddp_eval.cli.model_args import BY_COST, KNOWN_MODEL_ARGS, refuse_misspelt, settle_layout, settle_model_args
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.system import read_back
@@ -388,4 +388,8 @@ _FLAGS = {
 
 def did_you_mean(name: str, prefix: str) -> str:
     matches = difflib.get_close_matches(name.replace("-", "_"), [*_FLAGS, *IGNORED_FLAGS], n=3)
-    return f"did you mean {' or '.join(prefix + match for match in matches)}?" if matches else "see --help for those there are"
+    if matches:
+        return f"did you mean {' or '.join(prefix + match for match in matches)}?"
+    if name.replace("-", "_") in KNOWN_MODEL_ARGS:
+        return f"give it as --model_args {name.replace('-', '_')}=VALUE"
+    return "see --help for those there are"

@@ -36,7 +36,7 @@ _REFUSED_MODEL_ARGS = {
 }
 _SWITCHED_MODEL_ARGS = ("load_in_8bit", "load_in_4bit")
 _OPTIONAL_MODEL_ARGS = ("enable_thinking", "think_end_token", "chat_template_args", "peft", "quantization_config")
-_KNOWN_MODEL_ARGS = (
+KNOWN_MODEL_ARGS = (
     *TEXT_MODEL_ARGS,
     *PROMPT_ARGS,
     "dtype",
@@ -122,6 +122,6 @@ def settle_layout(values: dict[str, Any]) -> None:
 def refuse_misspelt(model_args: Iterable[str]) -> None:
     """The loader knows many more names than we do, so only what is nearly one of ours is taken for a slip."""
     for key in model_args:
-        close = difflib.get_close_matches(key, _KNOWN_MODEL_ARGS, n=1, cutoff=0.8)
+        close = difflib.get_close_matches(key, KNOWN_MODEL_ARGS, n=1, cutoff=0.8)
         if close and close[0] != key:
             raise UserError(f"model_args {key} is unknown: did you mean {close[0]}?")

@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> Evaluation:
     if os.path.isfile(output / "manifest.json") and not (
         options.overwrite or run_directory.already_replaced_by_this_launch(output)
     ):
-        raise UserError(f"{output} already holds a complete run: --overwrite runs it again, `compare` holds the two together")
+        raise UserError(f"{output} already holds a complete run: --overwrite runs it again, `compare` compares the two")
     _refuse_programs(manifest, options.run)
     values = dict(manifest["config"])
     values |= {"output_path": str(output), "overwrite": options.overwrite}
@@ -210,6 +210,8 @@ def _show(value: Any) -> str:
 def _read_manifest(directory: Path) -> dict[str, Any]:
     from ddp_eval.output import shapes
 
+    if not os.path.lexists(directory):
+        raise UserError(f"there is no run at {directory}")
     if not os.path.lexists(directory / "manifest.json"):
         raise UserError(f"{directory} holds no complete run: it has no manifest.json")
     manifest = read_json(directory / "manifest.json", shapes.MANIFEST, directory)

@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_arg_string
 
 from ddp_eval.cli.flags import build_parser, parse
-from ddp_eval.cli.model_args import _IGNORED_MODEL_ARGS, _KNOWN_MODEL_ARGS, _OPTIONAL_MODEL_ARGS, _REFUSED_MODEL_ARGS
+from ddp_eval.cli.model_args import _IGNORED_MODEL_ARGS, KNOWN_MODEL_ARGS, _OPTIONAL_MODEL_ARGS, _REFUSED_MODEL_ARGS
 from ddp_eval.config import DEFAULT_SEED, Config
 from ddp_eval.errors import UserError
 from ddp_eval.values import convert_value, split_top_level
@@ -264,6 +264,7 @@ REFUSED = {
     "--model-arg pretrained=m": "unknown flag --model_arg: did you mean --model_args or --model?",
     "-limit 5": "unknown flag -limit: did you mean --limit?",
     "-z": "unknown flag -z: see --help for those there are",
+    "--max_length 50": "unknown flag --max_length: give it as --model_args max_length=VALUE",
     "--limit 5 10": "10 belongs to no flag (see --help)",
     "--limit": "--limit needs a value (see --help)",
     "-t": "--tasks needs a value (see --help)",
@@ -502,7 +503,7 @@ def test_every_model_arg_of_lm_eval_is_known() -> None:
     """Catches an argument of lm_eval's HF backend that nobody has decided on: served, ignored, or refused with a reason."""
     theirs = set(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
     by_flag = {"parallelize", "tp_plan", "trust_remote_code", "device"}
-    served = {*_KNOWN_MODEL_ARGS, *_OPTIONAL_MODEL_ARGS}
+    served = {*KNOWN_MODEL_ARGS, *_OPTIONAL_MODEL_ARGS}
     decided = (served, set(_IGNORED_MODEL_ARGS), set(_REFUSED_MODEL_ARGS), by_flag)
     assert theirs <= set().union(*decided)
     assert sum(map(len, decided)) == len(set().union(*decided)), "each in one place"

@@ -132,7 +132,8 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
     times: dict[str, list[float]] = {name: [] for name in tried if tried[name] <= 1.15 * min(tried.values())}
     for _ in range(repeats):
         for name, seen in times.items():
-            elapsed_s, answers = lm_eval_side.ask("run", task, limit, int(name))  # type: ignore[union-attr]
+            assert lm_eval_side is not None, "only that side has sizes"
+            elapsed_s, answers = lm_eval_side.ask("run", task, limit, int(name))
             seen.append(elapsed_s)
             theirs = answers or theirs
         elapsed_s, answers = our_side.ask("run", task, limit, None)

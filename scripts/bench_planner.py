@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if TYPE_CHECKING:
     from ddp_eval.packs.cut import CostModel
     from ddp_eval.packs.plan import Pack
+    from ddp_eval.packs.requests import Requests
 
 MILLIONS = [1, 4, 16, 64, 256]
 RANKS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -61,7 +62,7 @@ def main() -> None:
         plot(rows, f"{args.out}.png")
 
 
-def make_requests(millions: float):
+def make_requests(millions: float) -> Requests:
     from ddp_eval.packs.requests import Requests
 
     random = np.random.default_rng(0)

@@ -32,8 +32,8 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-
-import numpy as np
+from typing import Any
+from unittest import mock
 
 from ddp_eval.output import journal
 
@@ -321,7 +321,7 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
             shutil.copy(path, notes.parent / path.name)
         forget(directory)
 
-    run_directory.RunDirectory.forget_journals = copy_and_forget
+    mock.patch.object(run_directory.RunDirectory, "forget_journals", copy_and_forget).start()
     packs = os.open(notes / f"{os.getpid()}.packs", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     append, append_texts, step = journal.Journal.append, journal.Journal.append_texts, watchdog.step
     decode.choose_sizes = lambda engine: batches.BatchLimits(**SIZES)
@@ -335,15 +335,16 @@ def work(notes: Path, pack_s: float, flags: list[str]) -> None:
             note("begin", pack)
             time.sleep(pack_s)
 
-    def finish(own: journal.Journal, pack: int, *values: np.ndarray) -> None:
+    def finish(own: journal.Journal, pack: int, *values: Any) -> None:
         append(own, pack, *values)
         note("done", pack)
 
-    def finish_texts(own: journal.Journal, unit: int, *values: list) -> None:
+    def finish_texts(own: journal.Journal, unit: int, *values: Any) -> None:
         append_texts(own, unit, *values)
         note("done", unit)
 
-    watchdog.step, journal.Journal.append, journal.Journal.append_texts = begin, finish, finish_texts
+    watchdog.step = begin
+    mock.patch.multiple(journal.Journal, append=finish, append_texts=finish_texts).start()
     sys.argv = ["ddp_eval", *flags]
     evaluate()
 

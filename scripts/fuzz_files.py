@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -163,7 +164,7 @@ def finished(place: Path) -> Iterator[Callable[[], None]]:
         found = run_directory.find_finished(config, lambda manifest: True)
         if found is not None:
             warn_nonfinite(found["ddp_eval"].get("not_finite", {}))
-            with contextlib.redirect_stdout(SimpleNamespace(write=check_text, flush=lambda: None)):  # type: ignore[type-var]
+            with contextlib.redirect_stdout(SimpleNamespace(write=check_text, flush=lambda: None)):
                 _show(config, found)
                 _show(dataclasses.replace(config, show_config=True), found)
 
@@ -235,8 +236,13 @@ def model_config(place: Path) -> Iterator[Callable[[], None]]:
 def weights_header(place: Path) -> Iterator[Callable[[], None]]:
     from ddp_eval.engines.hf import pipeline_parallel
 
-    stage = SimpleNamespace(layers=range(1), is_first=True, is_last=False)
-    yield lambda: pipeline_parallel._holds_weights_of(stage, str(place / "model" / "model.safetensors")) and None  # type: ignore[arg-type]
+    stage: Any = SimpleNamespace(layers=range(1), is_first=True, is_last=False)
+    path = str(place / "model" / "model.safetensors")
+
+    def read() -> None:
+        pipeline_parallel._holds_weights_of(stage, path)
+
+    yield read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,7 +419,8 @@ def prepare() -> None:
         setattr(plots, name, made_once(getattr(plots, name)))
     harness.format_tables = made_once(harness.format_tables)
     lock.WATCH_S = lock.DYING_S = 0.0
-    lock.time = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic, strftime=time.strftime)  # type: ignore[assignment]
+    own_time = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic, strftime=time.strftime)
+    mock.patch.object(lock, "time", own_time).start()
 
 
 def made_once(make: Callable[..., str]) -> Callable[..., str]:

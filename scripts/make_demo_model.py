@@ -10,13 +10,17 @@ It learns from two things, and never from a row that a demo task evaluates:
   - English: the few-shot rows of HellaSwag and MMLU and the LAMBADA rows that ship for this purpose (demo/SOURCES.md).
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
 import random
 import time
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -29,6 +33,7 @@ LONGEST = 9  # words in an expression; the evaluated ones all have 8
 NUM_HELD_OUT = 500
 WINDOW = 1024  # tokens, also the model's context: every position gets trained
 LEARNING_RATE = 2e-3
+Pair = tuple[str, str]  # question, answer
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
@@ -37,7 +42,7 @@ CHAT_TEMPLATE = (
 
 
 @lru_cache(None)
-def expressions(num_words):
+def expressions(num_words: int) -> list[str]:
     """Every Boolean expression of that many words, sorted: `term`, or `term and|or expression`."""
     found = set(terms(num_words))
     for left in range(1, num_words - 1):
@@ -47,7 +52,7 @@ def expressions(num_words):
 
 
 @lru_cache(None)
-def terms(num_words):
+def terms(num_words: int) -> list[str]:
     """`True`, `False`, `not term` or `( expression )`, sorted."""
     found = {"True", "False"} if num_words == 1 else set()
     if num_words >= 2:
@@ -57,12 +62,12 @@ def terms(num_words):
     return sorted(found)
 
 
-def read_rows(name):
+def read_rows(name: str) -> list[dict[str, Any]]:
     with (DEMO / "data" / name).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def split_expressions():
+def split_expressions() -> tuple[list[Pair], list[Pair]]:
     """(train, held out) lists of (question, answer). No question is an evaluated one, or ends in one (`not` + evaluated)."""
     evaluated = tuple(row["input"] for row in read_rows("boolean_expressions_test.jsonl"))
     every = [f"{text} is" for num_words in range(1, LONGEST + 1) for text in expressions(num_words)]
@@ -72,7 +77,7 @@ def split_expressions():
     return pairs[NUM_HELD_OUT:], pairs[:NUM_HELD_OUT]
 
 
-def read_english():
+def read_english() -> list[str]:
     """One string per document, in the words that the tasks use around their few-shot rows."""
     documents = [row["text"] for row in read_rows("lambada_train.jsonl")]
     documents += [f"{row['query']} {row['choices'][int(row['label'])]}" for row in read_rows("hellaswag_train.jsonl")]
@@ -83,7 +88,7 @@ def read_english():
     return documents
 
 
-def train_bpe(texts, size, special_tokens):
+def train_bpe(texts: Iterable[str], size: int, special_tokens: list[str]) -> Tokenizer:
     """A byte-level BPE as GPT-2's, of at most `size` tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -98,7 +103,7 @@ def train_bpe(texts, size, special_tokens):
     return bpe
 
 
-def make_tokenizer(texts):
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """2,048 tokens; the words of the expressions come out as one token each."""
     return PreTrainedTokenizerFast(
         tokenizer_object=train_bpe(texts, 2048, ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]),
@@ -111,7 +116,7 @@ def make_tokenizer(texts):
     )
 
 
-def make_model(tokenizer):
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -128,7 +133,9 @@ def make_model(tokenizer):
     return LlamaForCausalLM(config)
 
 
-def encode_expressions(pairs, tokenizer, rng):
+def encode_expressions(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerFast, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, labels), both (rows, length): plain, after <s>, or in the chat template; only the answer and </s> are labels."""
     rows = []
     for question, answer in pairs:
@@ -151,20 +158,27 @@ def encode_expressions(pairs, tokenizer, rng):
     return tokens, labels
 
 
-def next_token_loss(model, tokens, labels):
+def next_token_loss(model: LlamaForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean nats over the labels that are not -100. No mask: padding stands on the right, where causal attention can't see it."""
     logits = model(input_ids=tokens, use_cache=False).logits
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def draw_window(documents, tokenizer, rng):
+def draw_window(documents: list[str], tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> torch.Tensor:
     """(1, WINDOW) tokens of shuffled documents, joined as few-shot examples are, with <s> in front half of the time."""
     text = "\n\n".join(rng.sample(documents, 40))
     start = [tokenizer.bos_token_id] * rng.randrange(2)
     return torch.tensor([(start + tokenizer(text, truncation=True, max_length=WINDOW).input_ids)[:WINDOW]])
 
 
-def train(model, tokenizer, pairs, documents, num_steps, batch_size):
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[Pair],
+    documents: list[str],
+    num_steps: int,
+    batch_size: int,
+) -> None:
     rng = random.Random(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     started = time.perf_counter()
@@ -186,7 +200,7 @@ def train(model, tokenizer, pairs, documents, num_steps, batch_size):
 
 
 @torch.no_grad()
-def measure_accuracy(model, tokenizer, pairs):
+def measure_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> float:
     """The share of questions after which the right one of ` True` and ` False` is the likelier token."""
     true, false = tokenizer(" True").input_ids[0], tokenizer(" False").input_ids[0]
     num_right = 0
@@ -196,7 +210,7 @@ def measure_accuracy(model, tokenizer, pairs):
     return num_right / len(pairs)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DEMO / "model", help="folder to write (default: the package's own)")
     parser.add_argument("--steps", type=int, default=800, help="optimiser steps (default 800)")

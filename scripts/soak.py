@@ -21,6 +21,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 TASK = """\
 task: soak
@@ -124,9 +125,9 @@ def work(notes: Path) -> None:
     samples: list[float] = []
     launch = execute._launch
 
-    def launch_and_sample(*args):
+    def launch_and_sample(world: Any, engine: Any, pack: Any) -> list[Any]:
         samples.append(resident_mb())
-        return launch(*args)
+        return launch(world, engine, pack)
 
     if len(configs) == 1:
         execute._launch = launch_and_sample

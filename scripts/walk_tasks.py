@@ -127,7 +127,7 @@ class Value(str):
     as_py = copy = lambda self: self
 
 
-class Row(dict):  # type: ignore[type-arg]
+class Row(dict):
     """A document that has every column it is asked for. `columns`: name -> value, shared by all rows, which learns new names."""
 
     columns: dict[str, Any]
@@ -150,7 +150,7 @@ def make_row(values: dict[str, Any], columns: dict[str, Any], content: str) -> R
     return row
 
 
-class Rows(list):  # type: ignore[type-arg]
+class Rows(list):
     """What tasks use of a `datasets.Dataset`, over stand-in rows."""
 
     @property
@@ -214,7 +214,7 @@ class Rows(list):  # type: ignore[type-arg]
     def to_list(self) -> list[Any]:
         return list(self)
 
-    def same(self, *args: Any, **_: Any) -> Rows:
+    def same(self, *args: Any, **_: Any) -> Any:
         return self
 
     shuffle = sort = flatten = remove_columns = cast_column = cast = with_format = select_columns = take = flatten_indices = same
@@ -224,7 +224,7 @@ class Rows(list):  # type: ignore[type-arg]
         return [self[0][name]]
 
 
-class Splits(dict):  # type: ignore[type-arg]
+class Splits(dict):
     """A data set of any split, the same rows in each."""
 
     def __init__(self, rows: Rows) -> None:

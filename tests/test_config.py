@@ -1,5 +1,7 @@
 """What Config decides by itself, for the command and the API alike."""
 
+from typing import Any
+
 import pytest
 
 from ddp_eval.config import Config
@@ -21,9 +23,11 @@ def test_examples_are_turns_where_there_are_turns(template, given, expected):
 )
 def test_secrets_are_refused(flag, name):
     """Catches a token that the API or another spelling takes into manifest.json, results.json and run.json."""
+    values: dict[str, Any]
     for values in ({name: "hf_abc"}, {"hf_overrides": {name: "hf_abc"}}):
+        options: dict[str, Any] = {flag: values}
         with pytest.raises(UserError, match=f"--{flag} {name} looks like a secret") as refused:
-            Config(**{flag: values})
+            Config(**options)
         assert "hf_abc" not in str(refused.value)
 
 

@@ -21,6 +21,7 @@ SCRIPT = SCRIPTS / "make_demo_model.py"
 @pytest.fixture(scope="module")
 def make_demo_model():
     spec = importlib.util.spec_from_file_location("make_demo_model", SCRIPT)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -31,6 +31,7 @@ def test_everything_is_said_and_what_others_have_to_do_is_done():
 def test_nobody_reads():
     """Catches a traceback, or the exit code of a defect, where what the output went to has ended."""
     running = subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
     running.stdout.close()
     try:
         _, said = running.communicate(timeout=120)

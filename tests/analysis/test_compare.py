@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,7 +259,8 @@ def test_choices_without_their_question_are_no_answers(tmp_path):
         write_run(tmp_path / side, {**nats, (0, 2): best}, {0: 1.0}, metric="acc_mutual_info")
         for side, best in (("a", -1.0), ("b", -1.002))
     ]
-    overall = compare_runs(*map(read_run, runs))["overall"]
+    a, b = map(read_run, runs)
+    overall = compare_runs(a, b)["overall"]
     assert (overall["answers"], overall["answers_flipped"], overall["near_ties"]) == (1, 0, 0)
     assert [column.tolist() for column in answers_of(read_run(runs[0]).requests["t"], twice=True)] == [[0], [1], [1.0]]
 
@@ -335,7 +337,7 @@ def test_lm_evals_samples_are_read(first, tmp_path):
                 "prompt_hash": f"p{doc}",
             }
         )
-    rolling = {
+    rolling: dict[str, Any] = {
         **samples[0],
         "arguments": {"gen_args_0": {"arg_0": "text\u2028"}},
         "resps": [["-12.5"]],

@@ -154,6 +154,7 @@ def test_settings_as_text(make_sides: Callable[..., tuple[Any, Any]]) -> None:
 
     greedy, sampled = texts(), texts(do_sample=True, temperature=0.7, top_k=20)
     assert greedy != sampled
+    given: dict[str, Any]
     for given in (
         {"do_sample": "false"},
         {"temperature": "0.0"},

@@ -5,6 +5,7 @@ characters ended in tracebacks, and so did RANK=² and `reproduce -o` with a lon
 """
 
 import json
+from typing import Any
 
 import pytest
 
@@ -49,8 +50,9 @@ def test_ends_of_thinking():
 
 @pytest.mark.parametrize("name", ["output_path", "include_path"])
 def test_nul_in_a_path(name):
+    options: dict[str, Any] = {name: "a\0b"}
     with pytest.raises(UserError, match=f"^--{name} must not hold a NUL character"):
-        Config(**{name: "a\0b"})
+        Config(**options)
 
 
 @pytest.fixture
@@ -74,4 +76,5 @@ def test_long_path_of_a_manifest(earlier):
 
 def test_long_output_path(earlier):
     """It is refused where the directory is made."""
-    assert reproduce.parse([str(earlier), "--output_path", LONG]).config.output_path.endswith(LONG)
+    path = reproduce.parse([str(earlier), "--output_path", LONG]).config.output_path
+    assert path is not None and path.endswith(LONG)

@@ -108,7 +108,8 @@ def test_rows_of_new_tokens_follow_from_the_seed(adapter: Any, caplog: pytest.Lo
 
 def test_rows_of_new_tokens_beside_a_thread_that_draws(adapter: Any) -> None:
     """Catches a seed set in the global generator, which lm_eval seeds and tasks draw from while the leader loads."""
-    first, done, drawn = weights_of(load(adapter())), threading.Event(), []
+    first, done = weights_of(load(adapter())), threading.Event()
+    drawn: list[torch.Tensor] = []
 
     def draw_and_seed() -> None:
         while not done.is_set():
@@ -334,6 +335,11 @@ def own_code(edited: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     return make
 
 
+def python_and_numpy_states() -> tuple[Any, list[int]]:
+    state: Any = np.random.get_state()
+    return random.getstate(), state[1].tolist()
+
+
 def test_buffers_that_a_constructor_computes(own_code: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Catches memory taken for values: transformers 5 keeps buffers in no file only if `_init_weights` sets them."""
     caplog.set_level(logging.WARNING, logger="ddp_eval")
@@ -341,9 +347,9 @@ def test_buffers_that_a_constructor_computes(own_code: Any, caplog: pytest.LogCa
     models = []
     for seed in (1, 2):
         random.seed(seed), np.random.seed(seed)
-        before = random.getstate(), np.random.get_state()[1].tolist()
+        before = python_and_numpy_states()
         models.append(load(own_code(), speaks=seed == 1, own_code=True))
-        assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+        assert python_and_numpy_states() == before
     for model in models:
         assert model.scale.tolist() == [2.0] * 3 and model.set_later.tolist() == [3.0] * 3
         assert model.mask.tolist() == torch.ones(4, 4).bool().tril().tolist()

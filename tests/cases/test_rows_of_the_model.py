@@ -187,7 +187,7 @@ def test_ids_at_the_edges() -> None:
     assert first([[7, 1], [1, 7]], [1, 1], 8, 4, is_pair=True) == (1, 7)
 
 
-SMALL = {"vocab_size": 400, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
+SMALL: dict[str, Any] = {"vocab_size": 400, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
 LENGTH = 16
 NARROW: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**{**tiny_models._SHAPE, "max_position_embeddings": LENGTH}),

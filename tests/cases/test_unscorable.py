@@ -149,7 +149,7 @@ def test_a_document_that_nothing_can_decide(
     with caplog.at_level(logging.WARNING, "ddp_eval"):
         ours = evaluate(tiny_model("llama"), tiny_tokenizer, path, output_path=str(tmp_path / "out"))
     with np.errstate(all="raise"):
-        assert compare_runs(*(read_run(tmp_path / "out") for _ in range(2)))["identical"]
+        assert compare_runs(read_run(tmp_path / "out"), read_run(tmp_path / "out"))["identical"]
     assert math.isnan(ours["results"]["odd"]["brier_score,none"])
     found = ours["ddp_eval"]["irregular"]
     assert found["nan_metrics"] == {"odd": {"documents": 1, "first": [1]}}
@@ -176,7 +176,7 @@ def test_a_perplexity_over_nothing(tiny_model: Callable[..., Any], tiny_tokenize
     path = write_task(tmp_path / "tasks", "loglikelihood", rows, ["perplexity", "acc"])
     with np.errstate(all="raise"):
         ours = evaluate(tiny_model("llama"), tiny_tokenizer, path, bootstrap_iters=100, output_path=str(tmp_path / "out"))
-        compared = compare_runs(*(read_run(tmp_path / "out") for _ in range(2)))
+        compared = compare_runs(read_run(tmp_path / "out"), read_run(tmp_path / "out"))
     assert compared["identical"] and compared["tasks"]["odd"]["metrics"]["perplexity,none"]["difference"] == 0
     assert ours["results"]["odd"]["perplexity,none"] == math.inf
     assert [sample["acc"] for sample in ours["samples"]["odd"]][1] == 0
@@ -213,7 +213,7 @@ def test_prompts_and_contexts_without_tokens(tiny_model: Callable[..., Any], tin
 def test_encoder_decoders(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
     """Catches an empty choice that wins, and a long one of which a decoder counts the last tokens alone."""
     choices = ["", " yes", " and so on" * 12]
-    rows = [{"context": "The answer is", "choices": choices, "gold": 1}]
+    rows: list[dict[str, Any]] = [{"context": "The answer is", "choices": choices, "gold": 1}]
     path = write_task(tmp_path / "tasks", "multiple_choice", [ORDINARY, *rows], ["acc", "acc_norm"])
     ours = evaluate(tiny_model("t5"), tiny_tokenizer, path, model_args={"max_length": 16})
     answers = odd_answers(ours)
@@ -240,7 +240,7 @@ def test_long_continuations_count_whole(tiny_model: Callable[..., Any], tiny_tok
     assert ours["samples"]["odd"][0]["acc"] == 1.0
     from ddp_eval.output.tables import read_scores
 
-    scored = read_scores(tmp_path / "out" / "scores.parquet").num_tokens.tolist()
+    scored = list(read_scores(tmp_path / "out" / "scores.parquet").num_tokens)
     context = len(tiny_tokenizer.encode("Once"))
     assert scored == [len(tiny_tokenizer.encode("Once" + choice)) - context for choice in choices]
 
@@ -289,7 +289,7 @@ def test_runs_with_infinity_compare_and_say_it_again(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "results.json").read_text())["ddp_eval"]
     assert written["irregular"]["nothing_to_score"]["odd"]["first"] == [[1, 0], [2, 0], [3, 0]]
     with np.errstate(all="raise"):
-        compared = compare_runs(*(read_run(tmp_path / "out") for _ in range(2)))
+        compared = compare_runs(read_run(tmp_path / "out"), read_run(tmp_path / "out"))
     assert compared["identical"] and compared["overall"]["delta_nats"]["max"] == 0
 
 

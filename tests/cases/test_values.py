@@ -75,7 +75,8 @@ def test_flag_file_and_python_mean_the_same(tmp_path_factory: pytest.TempPathFac
     assert repr(by_flag) == repr({key: lm_evals(value) for key, value in pairs.items()})
     by_file = flags.parse(["--config", str(file)])[0]
     assert by_file.model_args == {"pretrained": "m"}
-    for other in (by_file, Config(gen_kwargs=text), config_from_options(["t"], gen_kwargs=text)):  # type: ignore[arg-type]
+    given: Any = text  # for a dict
+    for other in (by_file, Config(gen_kwargs=given), config_from_options(["t"], gen_kwargs=given)):
         assert repr(other.gen_kwargs) == repr(by_flag)
     theirs = EvaluatorConfig.from_config(file).gen_kwargs
     if all(isinstance(value, (int, float, type(None))) for value in theirs.values()):
@@ -88,13 +89,14 @@ def test_a_revision_is_text(revision: str) -> None:
     bare = revision.strip("'")
     by_flag = flags.parse([*BASE, "--model_args", f"revision={revision},dtype=float32"])[0]
     assert by_flag.model_args == {"pretrained": "m", "revision": bare, "dtype": "float32"}
-    assert Config(model_args=f"pretrained=m,revision={revision}").model_args["revision"] == bare  # type: ignore[arg-type]
+    given: Any = f"pretrained=m,revision={revision}"  # for a dict
+    assert Config(model_args=given).model_args["revision"] == bare
     of_lm_eval = {"pretrained": "m", "revision": 123}  # as its text gives it
     assert flags.config_of_model(of_lm_eval)[0].model_args["revision"] == "123"
     assert flags.parse([*BASE, "--model_args", "revision=none"])[0].model_args["revision"] is None
 
 
-OPTIONS = {
+OPTIONS: dict[str, list[Any]] = {
     "limit": ["2.5", "many", "-1", "0", "inf", True],
     "num_fewshot": ["-1", "two", 2.0],
     "bootstrap_iters": ["1.5"],

@@ -10,6 +10,7 @@ import shutil
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 from launch import launch, launching
@@ -104,7 +105,8 @@ def notices(finished):
 def test_variables_left_over_in_a_shell():
     """Public report: a process alone that stands for an hour because of WORLD_SIZE of an earlier session. Catches its silence,
     and a sentence that does not say which variables make it wait."""
-    left_over = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = str(free_port())
+    left_over: Any = {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     finished = launch(0, "none", *DEMO, "--timeout", "4", program=MAIN, timeout_s=60, **left_over)
     assert finished.returncode == 2 and not finished.foreign_frames(), str(finished)
     (sentence,) = finished.sentences()
@@ -128,12 +130,13 @@ def mute():
 
 def test_nobody_at_the_address():
     """Catches a rank whose error nobody prints, since it is rank 0 that usually does: ranks with different MASTER_PORT."""
-    variables = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    port = str(free_port())
+    variables: Any = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     finished = launch(0, "none", *DEMO, "--timeout", "3", program=MAIN, timeout_s=60, **variables)
     assert finished.returncode == 2 and not finished.foreign_frames(), str(finished)
     (sentence,) = finished.sentences()
-    assert f"rank 0 at 127.0.0.1:{variables['MASTER_PORT']} (Connection refused) did not answer within 3 s" in sentence, sentence
-    assert notices(finished)[0].startswith(f"waiting for rank 0 at 127.0.0.1:{variables['MASTER_PORT']} ("), str(finished)
+    assert f"rank 0 at 127.0.0.1:{port} (Connection refused) did not answer within 3 s" in sentence, sentence
+    assert notices(finished)[0].startswith(f"waiting for rank 0 at 127.0.0.1:{port} ("), str(finished)
 
 
 @pytest.fixture
@@ -164,7 +167,8 @@ def test_address_that_is_wrong(mute, meet, capsys):
 
 def test_ranks_that_contradict_each_other(monkeypatch):
     """Catches two processes with the same RANK, one of which then hangs, and ranks that differ in WORLD_SIZE."""
-    port, outcomes = free_port(), []
+    port = free_port()
+    outcomes: list[Any] = []
     monkeypatch.setattr(meeting, "_stores", {})
     store = meeting.open_store(LaunchEnvironment(0, 2, 0, None, "127.0.0.1", port), 5.0)
 
@@ -339,7 +343,7 @@ def test_download_that_does_not_come(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     try:
-        variables = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "60"}
+        variables: Any = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "60"}
         flags = ("--model_args", "pretrained=lab/model", "--tasks", "demo_lambada", "--timeout", "6", "--device", "cpu")
         finished = launch(0, "none", *flags, program=MAIN, timeout_s=60, **variables)
     finally:
@@ -373,12 +377,15 @@ def test_rank_that_is_frozen_is_named(monkeypatch, capsys):
     assert [line for line in capsys.readouterr().err.splitlines() if "sign of life" in line][-1].endswith(said)
 
 
-class _Store(dict):
+class _Store:
+    def __init__(self):
+        self.values = {}
+
     def set(self, key, value):
-        self[key] = value.encode()
+        self.values[key] = value.encode()
 
     def get(self, key):
-        return self[key]
+        return self.values[key]
 
     def check(self, keys):
-        return all(key in self for key in keys)
+        return all(key in self.values for key in keys)

@@ -7,6 +7,7 @@ import decimal
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from ddp_eval.cli.reproduce import list_changes, parse
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 
-MANIFEST = {
+MANIFEST: dict[str, Any] = {
     "config": dataclasses.asdict(Config(model_args={"pretrained": "demo"}, tasks=["t"], output_path="run", limit=3.0)),
     "model": {"pretrained": "demo", "model_files": {"files": {"a": "1", "b": "2"}}, "tokenizer_files": {"files": {"a": "1"}}},
     "tasks": {"versions": {"t": 1, "group": 1}},
@@ -24,7 +25,10 @@ MANIFEST = {
     "documents_by_task": {"t": "d"},
     "working_directory": "/nowhere",
 }
-SAME = {name: MANIFEST[name] for name in ("model", "packages", "prompts_by_task", "documents_by_task")} | {"versions": {"t": 1}}
+SAME: dict[str, Any] = {
+    **{name: MANIFEST[name] for name in ("model", "packages", "prompts_by_task", "documents_by_task")},
+    "versions": {"t": 1},
+}
 
 
 def test_the_same_is_let_through():
@@ -77,7 +81,7 @@ def test_documents_have_a_digest_of_their_own():
     golds = [[{"answer": kind(gold)}] for kind in (np.int64, np.float32, decimal.Decimal) for gold in (0, 1)]
     for zero, one in zip(golds[::2], golds[1::2], strict=True):
         assert describe(zero)["documents_by_task"] != describe(one)["documents_by_task"]
-    ring = []
+    ring: list[Any] = []
     ring.append(ring)
     for odd in (object, set, lambda: ring, lambda: lambda: None):  # the last stands where a task has code for its targets
         assert describe([{"a": odd()}], odd())["documents_by_task"] == describe([{"a": odd()}], odd())["documents_by_task"]
@@ -105,6 +109,7 @@ def test_the_config_comes_back(run):
     assert order.config == dataclasses.replace(
         Config(**{**MANIFEST["config"], "seed": tuple(MANIFEST["config"]["seed"])}), output_path=f"{run()}.again"
     )
+    assert order.inspect is not None
     order.inspect({**SAME, "packages": {}})
     with pytest.raises(UserError, match=r"the prompts of task t are other ones \(--allow prompts runs it all the same\)"):
         order.inspect({**SAME, "packages": {}, "prompts_by_task": {"t": "y"}})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,10 +26,12 @@ from ddp_eval.errors import UserError
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import execute, self_check
 
+UNUSED: Any = None  # an argument that the function under test passes on, or does not come to
+
 
 def exchange_all(store, texts, timeout_s=10.0):
     """What each rank has heard; a rank whose text is None does not come."""
-    heard = [None] * len(texts)
+    heard: list[Any] = [None] * len(texts)
 
     def one(rank):
         heard[rank] = exchange_through(store, rank, len(texts), "facts", texts[rank], timeout_s)
@@ -54,7 +57,7 @@ def test_exchange_names_the_silent(silent):
     store = dist.HashStore()
     store.set_timeout(datetime.timedelta(seconds=1))
     exchange_all(store, ["a0", "a1"])
-    texts = ["b0", "b1"]
+    texts: list[str | None] = ["b0", "b1"]
     texts[silent] = None
     heard = exchange_all(store, texts, timeout_s=0.5)
     assert heard[1 - silent][silent] is None and heard[1 - silent][1 - silent] == f"b{1 - silent}"
@@ -73,6 +76,7 @@ def test_exchange_when_the_store_dies(monkeypatch):
     """Catches a node lost in the middle of the node checks passed off as a defect, with torch's traceback."""
     host = subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True)
     try:
+        assert host.stdout is not None
         port = int(host.stdout.readline())
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=datetime.timedelta(seconds=5))
         monkeypatch.setattr(store_module, "_agent_store", lambda: store)
@@ -158,7 +162,7 @@ def test_trial_that_fails_of_something_else(error):
 
     requests = requests_from_lists([[1, 2, 3], [1, 2, 4]], [1, 1])
     with pytest.raises(type(error)):
-        self_check.check_packs(None, requests, fail)
+        self_check.check_packs(UNUSED, requests, fail)
 
 
 def test_journal_directory_that_shows_late(tmp_path):
@@ -167,7 +171,7 @@ def test_journal_directory_that_shows_late(tmp_path):
     threading.Timer(0.5, directory.mkdir).start()
     world = World(1, 0, 2, torch.device("cpu"))
     journals = Journals(directory, b"k" * 32)
-    work = Work(None, np.zeros(0, dtype=np.int64), "work", journals)
+    work = Work(UNUSED, np.zeros(0, dtype=np.int64), "work", journals)
     with execute._own_journal(world, work, journals) as own:
         assert own is not None and own.path == Path(directory / "work-00001.journal")
 
@@ -177,7 +181,7 @@ def test_closing_of_the_journal_has_a_step(tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(execute.journal.Journal, "close", lambda own: steps.append(watchdog._place.step))
     monkeypatch.setattr(watchdog, "_place", watchdog._Place(watchdog.WAITING))
-    work = Work(None, np.zeros(0, dtype=np.int64), "work", Journals(tmp_path, b"k" * 32))
+    work = Work(UNUSED, np.zeros(0, dtype=np.int64), "work", Journals(tmp_path, b"k" * 32))
     with execute._own_journal(make_world(), work, work.journals):
         pass
     assert steps == ["closing the journal"] and watchdog._place.step == watchdog.WAITING

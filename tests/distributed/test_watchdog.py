@@ -101,7 +101,7 @@ def test_leader_that_never_began(look_for):
 @pytest.fixture
 def renewed(monkeypatch):
     """How often a step was renewed."""
-    calls = []
+    calls: list[None] = []
     monkeypatch.setattr(watchdog, "touch", lambda: calls.append(None))
     return calls
 
@@ -132,7 +132,7 @@ def test_bootstraps_chunks_are_progress(patience_s, renewed, monkeypatch):
 
 def test_between_keeps_the_documents():
     """Catches documents lost or built twice by the one who counts them, and an error that lm_eval takes for a task's."""
-    calls = []
+    calls: list[None] = []
     assert list(lm_eval_patches.call_between(lambda: calls.append(None), range(3))) == [0, 1, 2] and len(calls) == 3
 
     def fail():
@@ -152,6 +152,7 @@ def test_dead_sibling_is_named(monkeypatch):
         assert watching.await_death(0) is None
         process.kill()
         said = watching.await_death(5)  # nobody has asked for its exit code yet: it is a zombie
+        assert said is not None
         assert said.startswith(f"rank 3 (process {process.pid} on ") and said.endswith(
             " has died (why: see its words above or torchrun's below): the run ends; start it again"
         )

@@ -142,7 +142,7 @@ def test_a_loaded_model_with_an_adapter(tiny_model_path: Callable[[str], Path], 
     results = evaluate(model, tiny_tokenizer, TASKS, **options)
     assert results is not None and results["ddp_eval"]["batching"] == "packs"
     ours, _ = our_scores(tmp_path / "again", pretrained=str(path), peft=str(adapter))
-    assert read_scores(tmp_path / "out" / "scores.parquet").loglikelihood.tolist() == pytest.approx(
+    assert list(read_scores(tmp_path / "out" / "scores.parquet").loglikelihood) == pytest.approx(
         [*ours[TASKS[0]], *ours[TASKS[1]]], abs=1e-4
     )
     with pytest.raises(UserError, match="the model's adapter is of the type PROMPT_TUNING"):

@@ -212,7 +212,9 @@ def test_a_model_that_decodes_wrongly_is_found_out() -> None:
 
 
 @pytest.mark.parametrize("run_out", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: ...")])
-def test_slots_are_halved_when_memory_is_short(run_out: Exception, load: Callable[[str], HFEngine], tiny_tokenizer: Any) -> None:
+def test_slots_are_halved_when_memory_is_short(
+    run_out: Exception, load: Callable[[str], HFEngine], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a run that ends where fewer rows at once would do, and one that goes on for ever."""
     engine = load("llama")
     prompts = Prompts([np.arange(2, 9 + n) for n in range(8)], [0] * 8, [6] * 8, [0] * 8, [Settings((), {})], ["task"] * 8)
@@ -226,7 +228,7 @@ def test_slots_are_halved_when_memory_is_short(run_out: Exception, load: Callabl
 
     world = World(0, 0, 1, CPU)
     wanted = generate(batch, tiny_tokenizer, lambda *told: None)
-    engine.generate = refuse  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "generate", refuse)
     assert execute._generate(world, engine, batch, tiny_tokenizer, lambda *told: None) == (wanted, 4)
     room = 0
     with pytest.raises(UserError, match="ran out of memory on cpu with 1 prompts and answers of up to"):

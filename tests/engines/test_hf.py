@@ -100,7 +100,8 @@ def test_transformers_looks_for_no_second_sequence(
     rows: bool, tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a search among the positions of a pack without a mask, whose answer a GPU's launch has to wait for."""
-    engine, found = load(tiny_model_path("llama"), attn_implementation="sdpa"), []
+    engine = load(tiny_model_path("llama"), attn_implementation="sdpa")
+    found: list[Any] = []
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", found.append)
     requests = to_requests([([1, 2, 3, 4, 5], 2)])
     plan, item_of_request = plan_rows(requests, 60) if rows else plan_packs(requests, ONE_PACK, 60)
@@ -253,7 +254,7 @@ def test_check_catches_a_model_that_ignores_an_argument(name: str, monkeypatch: 
 @pytest.mark.parametrize("rope", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "longrope"}])
 def test_numbers_that_depend_on_the_longest_request(rope: dict[str, Any]) -> None:
     """Catches a short request whose rotary frequencies come from a longer one that shares its forward pass."""
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -540,6 +541,7 @@ def test_last_layer_works_only_where_it_is_read(
     requests, expected = build_prefix_tree(engine.model, seed=11)
     plan, item_of_request, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     seen: list[int] = []
+    assert engine.last_layer.feed_forward is not None
     forward = engine.last_layer.feed_forward.forward
 
     def watched(inner: Callable[..., torch.Tensor], hidden: torch.Tensor, *rest: Any) -> torch.Tensor:

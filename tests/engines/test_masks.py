@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def forests(draw: st.DrawFn) -> Tree:
             options.append(last)
             last = parent[last]
         parent.append(draw(st.sampled_from([*options, None])))
-    depth, end = [], [0] * len(parent)
+    depth: list[int] = []
+    end = [0] * len(parent)
     for above in parent:
         depth.append(0 if above is None else depth[above] + 1)
     for i in reversed(range(len(parent))):
@@ -64,7 +66,7 @@ def test_a_token_sees_its_ancestors(tree: Tree, rule: LayerRule) -> None:
     assert torch.equal(visible(torch.tensor(depth), torch.tensor(end), rule), visible_by_hand(tree, rule))
 
 
-def as_seen(implementation: str, mask: object, length: int) -> torch.Tensor:
+def as_seen(implementation: str, mask: Any, length: int) -> torch.Tensor:
     """(L, L) bool, whatever form the mask has."""
     if implementation == "flex_attention":
         index = torch.arange(length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_a_model_with_them_gives_the_same_logits_and_is_given_back() -> None:
     """Catches layers left out, a layer put in another's place, and a model that keeps them."""
     model = tiny_models.make_model("llama")
     tokens = torch.randint(0, model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(1))
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    linears: list[Any] = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     with torch.inference_mode():
         expected = model(tokens).logits
         engine = hf.HFEngine(model, CPU)
@@ -141,7 +142,7 @@ def test_only_plain_layers_in_float32_are_taken() -> None:
 def test_an_encoder_decoder_is_given_back() -> None:
     """Catches an encoder-decoder whose layers stay ours."""
     model = tiny_models.make_model("t5")
-    linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    linears: list[Any] = [module for module in model.modules() if type(module) is torch.nn.Linear]
     engine = Seq2SeqEngine(model, CPU)
     assert all(module.forward.func is onednn_linear.linear for module in linears)
     engine.close()

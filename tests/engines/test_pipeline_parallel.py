@@ -1,6 +1,7 @@
 """The layers engine: stages of a model, one after another in this process, against the model whole."""
 
 import collections
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ class Wire:
     """What one stage sends and the next receives, in place of torch.distributed."""
 
     def __init__(self, monkeypatch):
-        self.sent = collections.deque()
+        self.sent: collections.deque[Any] = collections.deque()
         wire = self
 
         class Incoming:

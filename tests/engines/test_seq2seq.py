@@ -210,10 +210,11 @@ def test_what_serves_no_encoder_decoder() -> None:
     from ddp_eval.placement.choose import choose_layout
 
     world, args = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2), {"pretrained": "m"}
-    for options, sentence in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"layout": "layers:2"}, "--layout layers:2 cannot split an encoder-decoder: give --layout replicas"),
         ({"load": "broadcast"}, "--load broadcast cannot send an encoder-decoder: give --load disk"),
         ({"model": "vllm"}, "encoder-decoders are not for --model vllm: give --model hf"),
-    ):
+    ]
+    for options, sentence in refused:
         with pytest.raises(UserError, match=sentence):
             choose_layout(Config(model_args=args, **options), transformers.T5Config(), world)

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ class CountingModel:
         ]
 
     def _answer(self, last, most):
-        tokens = []
+        tokens: list[int] = []
         while len(tokens) < most and (not tokens or tokens[-1] != 1):
             last = (last + 7) % 400
             tokens.append(last)
@@ -253,7 +254,7 @@ def test_rounds_of_generation(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
     tokenizer, llm = tiny_models.make_tokenizer(), CountingModel()
     engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
-    stop = tokenizer.decode([(50 + 7 * 40) % 400])  # 40 tokens behind the prompt that ends in 50
+    stop = str(tokenizer.decode([(50 + 7 * 40) % 400]))  # 40 tokens behind the prompt that ends in 50
     settings = batches.Settings((stop,), {"do_sample": False, "temperature": 0.0})
     prompts = batches.Prompts(
         [np.array([5, last]) for last in (50, 3, 394)], [0] * 3, [90, 70, 90], [0] * 3, [settings], ["task"] * 3
@@ -305,7 +306,7 @@ def test_lm_evals_own_arguments_do_not_reach_vllm(monkeypatch, tiny_model_path):
 def test_max_gen_toks_is_for_tasks_without_a_limit():
     """Catches lm_eval's model_args max_gen_toks that is taken and changes nothing, or that overrules a task."""
     encoder = Encoder(tiny_models.make_tokenizer(), 512)
-    pairs = [("a b", {"until": ["x"]}), ("a b c", {"until": ["x"], "max_gen_toks": 9})]
+    pairs: list[tuple[str, dict[str, Any]]] = [("a b", {"until": ["x"]}), ("a b c", {"until": ["x"], "max_gen_toks": 9})]
     assert list(GenerationRequests(encoder, pairs, ["task"] * 2, 0, max_gen_toks=7).prompts.limits) == [7, 9]
     assert list(GenerationRequests(encoder, pairs, ["task"] * 2, 0).prompts.limits) == [256, 9]
     with pytest.raises(UserError, match="max_gen_toks in --model_args must be a whole number of 1 or more, got 0"):

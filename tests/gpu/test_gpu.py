@@ -1,5 +1,7 @@
 """The CUDA paths: flex_attention, masked sdpa and chains against plain rows, launches that wait for nothing, short memory."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -177,7 +179,8 @@ def test_evaluate_on_the_gpu():
 
     import ddp_eval
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH, dtype=torch.bfloat16).to("cuda")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH, dtype=torch.bfloat16)
+    model.to("cuda")
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)
     results = ddp_eval.evaluate(model, tokenizer, ["demo_boolean_expressions"], bootstrap_iters=0)
     assert results["results"]["demo_boolean_expressions"]["acc,none"] > 0.8
@@ -194,7 +197,8 @@ def test_texts_on_the_gpu_are_lm_evals(numerics):
 
     import ddp_eval
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH, dtype=torch.float32).to("cuda")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH, dtype=torch.float32)
+    model.to("cuda")
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)
     manager = TaskManager(include_path=TEXTS, include_defaults=False)
     tasks = ["gen_boolean", "gen_story"]
@@ -213,5 +217,5 @@ def test_node_checks_try_the_gpu():
     (line,) = preflight.check_nodes(config).lines
     assert f"rank 0, 1 x {torch.cuda.get_device_name(0)}" in line
     facts = preflight._look_at_gpu(config)
-    assert facts["memory_bytes"] > 2**30
+    assert facts is not None and facts["memory_bytes"] > 2**30
     assert facts["uuid"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ def quick(monkeypatch):
 def holder(path):
     """Another process that holds the lock."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
     yield process
     process.kill()
     process.wait()
@@ -192,7 +193,8 @@ def test_release_leaves_anothers_lock(path):
 
 def test_disk_that_fails_once(path, monkeypatch):
     """Catches a run that gives itself up because the disk refused one touch, while its file is there."""
-    lost, touch, failures = threading.Event(), os.utime, []
+    lost, touch = threading.Event(), os.utime
+    failures: list[Any] = []
 
     def fail_twice(*names):
         if len(failures) < 2:

@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,12 +55,13 @@ SAMPLES = [
 
 
 def example_scores() -> Scores:
+    is_greedy: list[Any] = [np.bool_(True), False, None]
     return Scores(
         task=["arc", "arc", "wiki"],
         doc_id=[0, 0, 7],
         idx=[0, 1, 0],
         loglikelihood=[-1.25, math.nan, -1e-300],
-        is_greedy=[np.bool_(True), False, None],
+        is_greedy=is_greedy,
         num_tokens=np.array([3, 4, 900], dtype=np.int64),
     )
 
@@ -176,8 +178,8 @@ def test_scores_come_back_to_the_bit(tmp_path):
     scores = read_scores(tmp_path / "scores.parquet")
     assert scores.task == ["arc", "arc", "wiki"]
     assert scores.is_greedy == [True, False, None]
-    assert [scores.doc_id.tolist(), scores.idx.tolist(), scores.num_tokens.tolist()] == [[0, 0, 7], [0, 1, 0], [3, 4, 900]]
-    assert scores.loglikelihood.dtype == np.float64
+    assert [list(scores.doc_id), list(scores.idx), list(scores.num_tokens)] == [[0, 0, 7], [0, 1, 0], [3, 4, 900]]
+    assert isinstance(scores.loglikelihood, np.ndarray) and scores.loglikelihood.dtype == np.float64
     assert scores.loglikelihood.tobytes() == np.array([-1.25, math.nan, -1e-300]).tobytes()
     assert len(scores) == 3
 
@@ -223,8 +225,9 @@ def test_disk_that_fills_up_midway_keeps_what_is_whole(tmp_path):
 
 def test_what_json_cannot_write_fails_before_any_file(tmp_path):
     """Would catch results written beside no manifest because of a defect in the manifest."""
+    manifest: dict[Any, Any] = {("a", "tuple"): 1}
     with pytest.raises(TypeError):
-        write_run(tmp_path, {}, {("a", "tuple"): 1})
+        write_run(tmp_path, {}, manifest)
     assert names_in(tmp_path) == []
 
 

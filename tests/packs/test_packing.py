@@ -33,7 +33,7 @@ def request_sets(draw: st.DrawFn, min_size: int = 0, max_size: int = 12) -> list
     requests: list[Request] = []
     for _ in range(draw(st.integers(min_size, max_size))):
         tokens = tuple(draw(tails))
-        if requests and draw(st.booleans()):
+        if len(requests) > 0 and draw(st.booleans()):
             earlier = draw(st.sampled_from(requests))[0]
             tokens = (earlier[: draw(st.integers(0, len(earlier)))] + tokens)[:16]
             tokens = earlier if draw(st.integers(0, 3)) == 0 else tokens
@@ -200,7 +200,8 @@ def test_rows_are_not_padded_beyond_what_a_forward_costs(requests: list[Request]
 @pytest.mark.parametrize("masked", [True, False])
 def test_added_tokens_change_nothing_for_those_that_were_there(masked: bool) -> None:
     """Catches padding at a position that the model may not have, and padding that a token of the pack sees."""
-    plan, _ = plan_packs(to_requests([([7, 8, 9, 1], 1)] + [([7, 8, 9, 2], 1)] * masked), ONE_PACK, NO_LIMIT)
+    requests: list[Request] = [((7, 8, 9, 1), 1), ((7, 8, 9, 2), 1)]
+    plan, _ = plan_packs(to_requests(requests[: 1 + masked]), ONE_PACK, NO_LIMIT)
     pack = build_pack(plan, 0)
     longer, old = pad_tail(pack, 32, masked), slice(len(pack))
     assert len(longer) == 32 and longer.depth.max() == pack.depth.max()
@@ -378,7 +379,7 @@ def test_select_and_concatenate(first: list[Request], second: list[Request], dat
 
 def test_tokens_beyond_one_byte_are_told_apart() -> None:
     """Catches a sort key that keeps only part of an id, and so mixes families: vocabularies hold 250,000 ids and more."""
-    requests = [((1, base + 3, tail, 9), 1) for tail in (4, 5) for base in (0, 2**8, 2**16, 2**17)]
+    requests: list[Request] = [((1, base + 3, tail, 9), 1) for tail in (4, 5) for base in (0, 2**8, 2**16, 2**17)]
     plan, item_of_request = plan_packs(to_requests(requests), ONE_PACK, NO_LIMIT)
     packs = check_plan(plan, item_of_request, requests)
     assert len(packs) == 1 and len(packs[0]) == 1 + 4 * 3

@@ -10,6 +10,7 @@ import shutil
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -335,7 +336,8 @@ def run_here(monkeypatch, capfd, place, no_lm_eval_index):
             __main__.main()
         _wait_for_threads(others)
         out, err = capfd.readouterr()
-        return Finished(left.value.code, out, err, 0.0, [])
+        code: Any = left.value.code
+        return Finished(code, out, err, 0.0, [])
 
     transformers.utils.logging.disable_progress_bar()  # TQDM_DISABLE comes too late for this process
     yield run

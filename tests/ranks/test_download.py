@@ -51,7 +51,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     """The address of a hub, and how often each file was downloaded from it."""
-    downloads = Counter()
+    downloads: Counter[str] = Counter()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"downloads": downloads}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", downloads

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+from typing import Any
 
 import pyarrow.parquet
 import pytest
@@ -53,7 +54,7 @@ def stuck(tmp_path):
     contexts = []
 
     def start(rank):
-        variables = {"FAULT": "forward_stuck", "FAULT_RANK": str(rank), "FAULT_FILE": str(tmp_path / "pid")}
+        variables: Any = {"FAULT": "forward_stuck", "FAULT_RANK": str(rank), "FAULT_FILE": str(tmp_path / "pid")}
         contexts.append(launching(2, *RUN, program=FAULTY, **variables))
         running = contexts[0].__enter__()
         return running, int(wait_for(tmp_path / "pid", running))

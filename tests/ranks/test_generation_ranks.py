@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from typing import Any
 
 import pytest
 from launch import QUICK, launch, launching, wait_for
@@ -56,7 +57,7 @@ def test_texts_after_a_kill(run_on, tmp_path):
     """Catches finished batches that are generated again, lost, or come back as other texts, on another number of ranks."""
     path = tmp_path / "run"
     flags = [*shlex.split(RUNS["mixed"]), "--output_path", path]
-    variables = {"FAULT": "killed_after", "FAULT_RANK": "1", "FAULT_FILE": str(tmp_path / "pid")}
+    variables: Any = {"FAULT": "killed_after", "FAULT_RANK": "1", "FAULT_FILE": str(tmp_path / "pid")}
     with launching(2, *flags, program=FAULTY, **variables) as running:
         wait_for(tmp_path / "pid", running, 150)
         assert running.finish(400).returncode != 0

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+from typing import Any
 
 import pytest
 from launch import launch, launching, wait_for
@@ -51,7 +52,7 @@ def test_rank_that_hangs_in_the_first_all_reduce(flags):
 def waiting(tmp_path):
     """A launch of two ranks that wait within a run in tmp_path; torchrun passes SIGUSR1 on."""
     status.write_status(tmp_path, status.RUNNING, "the run is at work")
-    variables = {"FAULT": "none", "FAULT_FILE": str(tmp_path / "pid"), "FAULT_OUT": str(tmp_path)}
+    variables: Any = {"FAULT": "none", "FAULT_FILE": str(tmp_path / "pid"), "FAULT_OUT": str(tmp_path)}
     signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     with launching(2, *RUN, program=HANGING, PET_SIGNALS_TO_HANDLE=signals, **variables) as running:
         for rank in range(2):

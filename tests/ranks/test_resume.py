@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launch import QUICK, launch, launching, wait_for
@@ -127,7 +128,7 @@ def test_killed_rank_is_no_preemption(stuck, tmp_path):
 def test_elastic_restart(stuck, tmp_path, undisturbed):
     """Catches a restart that starts over, wipes what is there because of --fresh, or hangs."""
     flags = (*RUN, "--fresh", "--output_path", tmp_path / "run")
-    variables = {"FAULT": "forward_stuck", "FAULT_RANK": "1", "FAULT_FILE": str(tmp_path / "pid")}
+    variables: Any = {"FAULT": "forward_stuck", "FAULT_RANK": "1", "FAULT_FILE": str(tmp_path / "pid")}
     variables |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with launching(2, *flags, program=FAULTY, restarts=1, cold=True, **variables) as running:
         os.kill(int(wait_for(tmp_path / "pid", running, START_S)), signal.SIGKILL)

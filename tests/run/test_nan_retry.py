@@ -22,7 +22,7 @@ from ddp_eval.packs import batches
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings, build_batch
 from ddp_eval.packs.cut import plan_one_tree
 from ddp_eval.packs.plan import build_pack
-from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.packs.requests import IntArray, requests_from_lists
 from ddp_eval.packs.results import RESULT, Results
 from ddp_eval.run import nan_retry
 from ddp_eval.run.planning import Decision, make_plan
@@ -139,7 +139,7 @@ def test_an_answer_ends_where_there_is_nothing_to_choose(
 ) -> None:
     """Catches token 0 chosen of NaN to the limit, torch's own error over a NaN, and neighbours that fall with it."""
     random = np.random.default_rng(0)
-    prompts = [random.integers(100, 200, 12).astype(np.int32) for _ in range(8)]
+    prompts: list[IntArray] = [random.integers(100, 200, 12).astype(np.int32) for _ in range(8)]
     healthy = Batch(prompts, [6] * 8, list(range(21, 29)), Settings((), options), 0 if alone else 3, 0, range(8))
     expected = _generate(tiny_model("llama"), healthy, tiny_tokenizer)
     ill = [prompt.copy() for prompt in prompts]
@@ -153,7 +153,7 @@ def test_an_answer_ends_where_there_is_nothing_to_choose(
 def test_one_nan_does_not_stay_in_a_slot(poisoned: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches keys of a broken row left behind the next one's, which is shorter: all that come to the slot would be run again."""
     random = np.random.default_rng(0)
-    prompts = [random.integers(100, 200, length).astype(np.int32) for length in range(60, 20, -2)]
+    prompts: list[IntArray] = [random.integers(100, 200, length).astype(np.int32) for length in range(60, 20, -2)]
     prompts[0][3] = BAD
     singles, single = [], decode._single
     monkeypatch.setattr(decode, "_single", lambda batch, index: singles.append(index) or single(batch, index))
@@ -169,7 +169,7 @@ def test_where_all_fall_the_first_few_tell(poisoned: Any, tiny_tokenizer: Any, m
     singles, single = [], decode._single
     monkeypatch.setattr(decode, "_single", lambda batch, index: singles.append(index) or single(batch, index))
     stem = np.array([*range(100, 140), BAD], dtype=np.int32)
-    prompts = [np.append(stem, np.arange(150, 155 + number)).astype(np.int32) for number in range(12)]
+    prompts: list[IntArray] = [np.append(stem, np.arange(150, 155 + number)).astype(np.int32) for number in range(12)]
     batch = Batch(prompts, [6] * 12, [0] * 12, Settings((), {}), 4, len(stem), range(12))
     assert _generate(poisoned, batch, tiny_tokenizer) == [[NO_TOKEN]] * 12
     assert singles == list(range(decode.NAN_PROBE))

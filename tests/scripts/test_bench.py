@@ -98,13 +98,14 @@ def test_half_precision_is_explained_in_float32(tiny_model, tiny_tokenizer):
     assert found["logits"] == pytest.approx([float(logits[9]), float(logits[11])], abs=1e-6)
 
 
-class FakeSide:
+class FakeSide(sides.Side):
     """Answers what `measure_task` asks, in turn. answer: (limit, batch size) -> what a side answers."""
 
     def __init__(self, answer):
         self.answer, self.asked = answer, []
 
-    def ask(self, question, task, limit, size):
+    def ask(self, *question):
+        _, _, limit, size = question
         self.asked.append((limit, size))
         return self.answer(limit, size)
 

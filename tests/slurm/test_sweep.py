@@ -44,9 +44,9 @@ def sweep(cluster, tmp_path):
         command = [tmp_path / "sweep.sh", tmp_path / "list.txt", tmp_path / "out", *options]
         finished = subprocess.run(command, env={**cluster.environment, **variables}, capture_output=True, text=True, timeout=60)
         assert finished.returncode == 0, finished.stderr
-        array, report = re.fullmatch(
-            r"array (\d+): 2 models x 2 task sets, in .*\nreport (\d+) follows\n", finished.stdout
-        ).groups()
+        printed = re.fullmatch(r"array (\d+): 2 models x 2 task sets, in .*\nreport (\d+) follows\n", finished.stdout)
+        assert printed is not None, finished.stdout
+        array, report = printed.groups()
         return array, report
 
     yield submit

@@ -81,19 +81,20 @@ _ENCODER_DECODER: dict[str, Any] = {
     "pad_token_id": 1,
     "decoder_start_token_id": 1,
 }
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "n_positions": 512,
+    "pad_token_id": 1,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 1,
+}
 SEQ2SEQ_CONFIGS: dict[str, Callable[[], Any]] = {
-    "t5": lambda: transformers.T5Config(
-        vocab_size=VOCAB_SIZE,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        n_positions=512,
-        pad_token_id=1,
-        eos_token_id=1,
-        decoder_start_token_id=1,
-    ),
+    "t5": lambda: transformers.T5Config(**_T5),
     "bart": lambda: transformers.BartConfig(**_ENCODER_DECODER),
     # has no `prepare_decoder_input_ids_from_labels`
     "m2m_100": lambda: transformers.M2M100Config(**_ENCODER_DECODER),

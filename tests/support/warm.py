@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 MODULES = (
     "torch.distributed.launcher.api", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2",
@@ -46,7 +47,8 @@ def serve(path: str) -> None:
     owner.sendall(b"ready\n")
     running: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> process id, connection
     while True:
-        ready, _, _ = select.select([owner, listening, *running], [], [])
+        waited_for: list[Any] = [owner, listening, *running]
+        ready, _, _ = select.select(waited_for, [], [])
         if owner in ready:
             return
         for pidfd in set(ready) & set(running):
@@ -136,12 +138,13 @@ def _launch(order: dict[str, Any]) -> None:
 
     def is_done(context: MultiprocessContext) -> bool:
         """A forked function is done when it has returned a value, which a program that ends by `os._exit` never does."""
+        assert context._pc is not None
         if any(process.is_alive() for process in context._pc.processes):
             return False
         context._return_values = dict.fromkeys(range(context.nprocs))
         return True
 
-    MultiprocessContext._is_done = is_done
+    mock.patch.object(MultiprocessContext, "_is_done", is_done).start()
 
     config = LaunchConfig(
         min_nodes=1,
@@ -179,4 +182,4 @@ def run_program(program: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1]))
+    serve(sys.argv[1])

@@ -66,7 +66,9 @@ def test_a_run_collects_beside_its_work_and_once(tmp_path, monkeypatch):
             bootstrap_iters=1000,
             output_path=str(tmp_path / name),
         )
-        telemetry = runner.run(config, join_group("cpu"))["ddp_eval"]["telemetry"]
+        results = runner.run(config, join_group("cpu"))
+        assert results is not None
+        telemetry = results["ddp_eval"]["telemetry"]
         saved = json.loads((tmp_path / name / "results.json").read_text())
         assert saved["pretty_env_info"].startswith("PyTorch version: ") and "CUDA_MODULE_LOADING" not in saved["pretty_env_info"]
         assert telemetry["ranks"][0]["phases_s"]["bootstrap"] > 0, "perplexity's standard error is bootstrapped"

@@ -357,7 +357,8 @@ def test_templates_that_only_read_are_kept(template: str, cache: TemplateCache) 
 
 def test_change_of_one_document_leaves_the_others_kept(cache: TemplateCache) -> None:
     """Catches a task whose template changes its examples and thereby makes every other task slow."""
-    changing, other = {"choices": ["a", "b"], "field": Counted()}, {"choices": ["a"], "field": Counted()}
+    changing: dict[str, Any] = {"choices": ["a", "b"], "field": Counted()}
+    other: dict[str, Any] = {"choices": ["a"], "field": Counted()}
     cache.keep([changing, other])
     for _ in range(3):
         cache.render("{{ field }}", other)
@@ -423,7 +424,7 @@ def test_filters_and_tests_of_a_tasks_own(template: str, drawing_names: None) ->
 def test_literals(text: str) -> None:
     """Catches a literal parsed to another value or type, an error raised once, and a value that its receiver can change."""
     parsers = (ast.literal_eval, parse_literal, parse_literal)
-    results = [render_or_error(lambda text, _, parse=parse: repr(parse(text)), text, None) for parse in parsers]  # type: ignore
+    results = [render_or_error(lambda text, _, parse=parse: repr(parse(text)), text, None) for parse in parsers]  # type: ignore[misc]
     assert results[0] == results[1] == results[2]
     if isinstance(results[0], str) and isinstance(value := parse_literal(text), list):
         for inner in [value, *(one for one in value if isinstance(one, list))]:

@@ -249,6 +249,10 @@ class OwnEncode(transformers.PreTrainedTokenizerFast):
         return [2, *super().encode(text, *rest, **options)]
 
 
+def llama3_with(text: str, **options: bool) -> Tokenizer:
+    return with_added(byte_level(splitting(LLAMA3)), AddedToken(text, **options))
+
+
 WHITE_SPACE = [" the", "the\n", " ", "\n\n"]
 UNCERTAIN: dict[str, Callable[[], Tokenizer]] = {
     "words left out": lambda: byte_level(pre_tokenizers.Sequence([pre_tokenizers.CharDelimiterSplit("."), GPT2()])),
@@ -262,14 +266,8 @@ UNCERTAIN: dict[str, Callable[[], Tokenizer]] = {
     "quotations": lambda: byte_level(pre_tokenizers.Sequence([pre_tokenizers.Split(Regex('"[^"]*"'), "isolated"), GPT2()])),
     "the anchor": lambda: with_added(byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)), AddedToken("a")),
     "lower case": lambda: with_added(byte_level(GPT2(), normalizers.Lowercase()), AddedToken("[END]", normalized=True)),
-    **{
-        f"{text!r} alone": lambda text=text: with_added(byte_level(splitting(LLAMA3)), AddedToken(text, single_word=True))
-        for text in WHITE_SPACE
-    },
-    **{
-        f"{text!r} taking space": lambda text=text: with_added(byte_level(splitting(LLAMA3)), AddedToken(text, lstrip=True))
-        for text in WHITE_SPACE
-    },
+    **{f"{text!r} alone": functools.partial(llama3_with, text, single_word=True) for text in WHITE_SPACE},
+    **{f"{text!r} taking space": functools.partial(llama3_with, text, lstrip=True) for text in WHITE_SPACE},
 }
 
 

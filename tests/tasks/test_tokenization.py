@@ -121,7 +121,7 @@ def test_pairs(
     """Catches any rule of lm_eval's that we read wrongly: spaces, BOS, special tokens, prefix, where the continuation starts."""
     monkeypatch.setattr(tokenization, "MANY_CHARACTERS", many)
     tokenizer = make_tokenizer(kind)
-    options = {"add_bos_token": add_bos_token, "prefix_token_id": prefix_token_id}
+    options: dict[str, Any] = {"add_bos_token": add_bos_token, "prefix_token_id": prefix_token_id}
     encoder = Encoder(tokenizer, 10**6, **options)
     # lm_eval stops on an empty context before a continuation without tokens: blanks are nothing to WordPiece.
     pairs = [pair for pair in PAIRS if pair != ("", "  ") or kind != "word_piece"]
@@ -159,7 +159,7 @@ def test_rolling(kind: str, add_bos_token: bool | None, max_length: int, tiny_mo
         assert mine == [(context + scored, len(scored)) for context, scored in windows]
         assert (owner in encoded.empty) == (not windows)
     # Plans are named by their arrays' types, too: other types, other names, and no old journal would be found.
-    assert (encoded.requests.tokens.dtype, encoded.requests.num_targets.dtype) == (np.int32, np.int32)
+    assert encoded.requests.tokens.dtype == np.int32 and encoded.requests.num_targets.dtype == np.int32
 
 
 @given(st.lists(st.integers(1, 99), max_size=40), st.integers(1, 12))
@@ -203,7 +203,8 @@ def letters(text: str) -> list[int]:
 class OneIdPerLetter:
     """The least that Encoder asks of a tokenizer."""
 
-    bos_token_id, eos_token_id = 0, 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 1
 
     def decode(self, token: int) -> str:
         return chr(token)

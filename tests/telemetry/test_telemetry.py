@@ -6,6 +6,7 @@ import functools
 import sys
 import time
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_shares_by_hand():
 
 def test_a_resume_with_nothing_left(tmp_path, monkeypatch, capfd):
     """Catches a start that found all packs done, and tells of 0 tokens a second, 0% of peak and an unknown time left."""
-    flags = {"model_args": {"pretrained": "demo"}, "tasks": ["demo_lambada", "gen_boolean"], "limit": 2}
+    flags: dict[str, Any] = {"model_args": {"pretrained": "demo"}, "tasks": ["demo_lambada", "gen_boolean"], "limit": 2}
     config = Config(**flags, include_path=GENERATION, bootstrap_iters=0, output_path=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
 
@@ -124,7 +125,9 @@ def test_a_resume_with_nothing_left(tmp_path, monkeypatch, capfd):
         with pytest.raises(RuntimeError, match="killed behind its metrics"):
             runner.run(config, join_group("cpu"))
     assert "of 4 requests, " in capfd.readouterr().err
-    found = runner.run(config, join_group("cpu"))["ddp_eval"]["telemetry"]
+    results = runner.run(config, join_group("cpu"))
+    assert results is not None
+    found = results["ddp_eval"]["telemetry"]
     assert "ddp_eval: " not in capfd.readouterr().err
     summary = telemetry.format_summary(found).splitlines()[2]
     assert summary.startswith("nothing was left to run, sharing ") and "peak" not in summary and "imbalance" not in summary

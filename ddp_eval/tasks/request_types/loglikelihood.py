@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from lm_eval.api.instance import Instance
 
@@ -13,7 +15,7 @@ class Loglikelihood(ScoredType):
     """(context, continuation) -> (nats, whether greedy). What nothing can score has -inf, see irregular.py."""
 
     name = "loglikelihood"
-    output_types = ("loglikelihood", "multiple_choice")
+    output_types: ClassVar[tuple[str, ...]] = ("loglikelihood", "multiple_choice")
 
     def encode(self, instances: list[Instance]) -> None:
         self.instances = instances

@@ -7,6 +7,8 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
@@ -21,23 +23,24 @@ from ddp_eval.distributed import progress
 TASKS = ["demo_hellaswag", "demo_lambada", "demo_wikitext"]
 
 
-def watch_tallies():
+def watch_tallies() -> list[int]:
     """What the progress bar reads from now on."""
-    read, values = progress.Tally.read, []
+    read = progress.Tally.read
+    values: list[int] = []
 
-    def read_and_note(tally):
+    def read_and_note(tally: progress.Tally) -> int:
         values.append(read(tally))
         return values[-1]
 
-    progress.Tally.read = read_and_note
+    mock.patch.object(progress.Tally, "read", read_and_note).start()
     return values
 
 
-def numbers_of(results):
+def numbers_of(results: dict[str, Any] | None) -> dict[str, Any] | None:
     return results and {task: {name: value for name, value in row.items()} for task, row in results["results"].items()}
 
 
-def error_of(model, tokenizer, **wrong):
+def error_of(model: Any, tokenizer: Any, **wrong: Any) -> str | None:
     try:
         ddp_eval.evaluate(model=model, tokenizer=tokenizer, limit=2, **{"tasks": TASKS, **wrong})
     except ddp_eval.UserError as error:
@@ -45,11 +48,12 @@ def error_of(model, tokenizer, **wrong):
     return None
 
 
-def random_states():
-    return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]]
+def random_states() -> list[Any]:
+    state: Any = np.random.get_state()
+    return [torch.get_rng_state().tolist(), random.getstate(), state[1].tolist(), state[2]]
 
 
-def state_of(model, tokenizer):
+def state_of(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Everything that an evaluation must leave as it was."""
     return {
         "training": [module.training for module in model.modules()],
@@ -63,7 +67,7 @@ def state_of(model, tokenizer):
     }
 
 
-def train_one_step(model):
+def train_one_step(model: Any) -> float:
     """The sum of all gradients. DDP has made them the same on all ranks."""
     tokens = torch.arange(20)[None] + (dist.get_rank() if dist.is_initialized() else 0)
     model.zero_grad()
@@ -71,7 +75,7 @@ def train_one_step(model):
     return sum(float(parameter.grad.abs().sum()) for parameter in model.parameters() if parameter.requires_grad)
 
 
-def main():
+def main() -> None:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(rank)
     random.seed(rank)
@@ -80,7 +84,7 @@ def main():
     tokenizer.pad_token = None
     bare = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
     bare.model.layers[0].requires_grad_(False)  # a frozen part
-    model = bare
+    model: torch.nn.Module = bare
     if world_size > 1:
         dist.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(bare)

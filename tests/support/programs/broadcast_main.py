@@ -1,13 +1,14 @@
 """`quick_main` where ranks other than the first find no checkpoint to read."""
 
 import os
+from typing import NoReturn
 
 from quick_main import main
 
 from ddp_eval.engines.hf import engine
 
 
-def refuse(*args, **kwargs):
+def refuse(*args: object, **kwargs: object) -> NoReturn:
     raise AssertionError("this rank reads the checkpoint")
 
 

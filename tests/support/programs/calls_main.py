@@ -10,7 +10,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
 import torch.distributed as dist
@@ -26,7 +28,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)
 model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
 
 
-def evaluate(tasks="demo_lambada", **options):
+def evaluate(tasks: str = "demo_lambada", **options: Any) -> tuple[Any, float]:
     """(what it came to, after how many seconds)"""
     started = time.monotonic()
     try:
@@ -37,7 +39,7 @@ def evaluate(tasks="demo_lambada", **options):
     return outcome, time.monotonic() - started
 
 
-def open_lm(**arguments):
+def open_lm(**arguments: Any) -> str | None:
     try:
         lm = launch(device="cpu", **arguments)
         if lm is not None:
@@ -47,23 +49,28 @@ def open_lm(**arguments):
     return None
 
 
-def in_step(name):
+def in_step(name: str) -> None:
     """All ranks are here; no collective of the group, which may time out."""
     store = dist.distributed_c10d._get_default_store()
     store.set(f"{name}/{RANK}", "here")
     store.wait([f"{name}/{rank}" for rank in range(dist.get_world_size())], datetime.timedelta(seconds=60))
 
 
-def apart():
+def evaluate_late() -> tuple[Any, float]:
+    time.sleep(RANK)
+    return evaluate()
+
+
+def apart() -> dict[str, Any]:
     outcome = {}
-    steps = {
+    steps: dict[str, Callable[[], Any]] = {
         "rank 0 alone": lambda: evaluate() if RANK == 0 else None,
         "rank 1 alone": lambda: evaluate() if RANK == 1 else None,
         "after that": evaluate,
         "other tasks": lambda: evaluate("demo_lambada" if RANK == 0 else "demo_wikitext"),
         "other options": lambda: evaluate(num_fewshot=RANK),
         "rank 0 twice": lambda: [evaluate(), *([evaluate()] if RANK == 0 else [])],
-        "rank 1 late": lambda: [time.sleep(RANK), evaluate()][1],
+        "rank 1 late": evaluate_late,
         "launch on rank 0 alone": lambda: open_lm(pretrained="demo") if RANK == 0 else None,
         "launch of other models": lambda: open_lm(pretrained="demo", dtype="float32" if RANK == 0 else "bfloat16"),
         "at the end": evaluate,
@@ -74,8 +81,8 @@ def apart():
     return outcome
 
 
-def main(directory, how):
-    outcome = {}
+def main(directory: str, how: str) -> None:
+    outcome: dict[str, Any] = {}
     if how != "no_group":
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=GROUP_S))
         dist.barrier()

@@ -12,7 +12,7 @@ from pathlib import Path
 from quick_main import main
 
 
-def leave_peak():
+def leave_peak() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (Path(os.environ["DDP_EVAL_PEAKS"]) / os.environ.get("RANK", "0")).write_text(str(peak))
 

@@ -18,24 +18,27 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 from quick_main import main
 
 from ddp_eval.distributed import collectives
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import tree_attention
 from ddp_eval.errors import UserError
 from ddp_eval.output import journal
 
 
-def fail_to_load(*args, **kwargs):
+def fail_to_load(*args: object, **kwargs: object) -> NoReturn:
     if os.environ["FAULT"].startswith("load_user_error"):
         raise UserError("the checkpoint has fallen off the shelf")
     raise RuntimeError("a defect in the loader")
 
 
-def fail_to_forward(pack):
+def fail_to_forward(pack: Any) -> None:
     fault = os.environ["FAULT"]
     if fault == "none":
         return
@@ -51,63 +54,65 @@ def fail_to_forward(pack):
     time.sleep(600)
 
 
-def tell_who():
+def tell_who() -> None:
     path = Path(os.environ["FAULT_FILE"])
     path.with_suffix(".new").write_text(str(os.getpid()))
     path.with_suffix(".new").rename(path)
 
 
-def die_after_texts():
+def die_after_texts() -> None:
     append = journal.Journal.append_texts
 
-    def append_and_die(own, *texts):
+    def append_and_die(own: journal.Journal, *texts: Any) -> None:
         append(own, *texts)
         tell_who()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    journal.Journal.append_texts = append_and_die
+    mock.patch.object(journal.Journal, "append_texts", append_and_die).start()
 
 
-def break_forward():
+def break_forward() -> None:
     """Fail in the second pack of the plan; the leader's trial of packs, which comes before, is left alone."""
     shard, launch = collectives.shard, hf.HFEngine.launch
-    packs = []
+    packs: list[Any] = []
 
-    def count_from_here(world, count):
+    def count_from_here(world: World, count: int) -> list[int]:
         packs.append(None)
         return shard(world, count)
 
-    def launch_or_fail(engine, pack):
+    def launch_or_fail(engine: hf.HFEngine, pack: Any) -> Any:
         if packs:
             packs.append(pack)
         if len(packs) > 2:
             fail_to_forward(pack)
         return launch(engine, pack)
 
-    collectives.shard, hf.HFEngine.launch = count_from_here, launch_or_fail
+    collectives.shard = count_from_here
+    mock.patch.object(hf.HFEngine, "launch", launch_or_fail).start()
 
 
-def fill_disk():
+def fill_disk() -> None:
     """No room from the second pack on."""
-    append, packs = journal.Journal.append, []
+    append = journal.Journal.append
+    packs: list[None] = []
 
-    def append_or_fail(own, *pack):
+    def append_or_fail(own: journal.Journal, *pack: Any) -> None:
         if packs:
-            journal.os.write = refuse
+            mock.patch.object(os, "write", refuse).start()
         packs.append(None)
         append(own, *pack)
 
-    def refuse(descriptor, data):
+    def refuse(descriptor: int, data: bytes) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    journal.Journal.append = append_or_fail
+    mock.patch.object(journal.Journal, "append", append_or_fail).start()
 
 
-def refuse_to_compile(*args, **kwargs):
+def refuse_to_compile(*args: object, **kwargs: object) -> NoReturn:
     raise RuntimeError("Failed to find C compiler")
 
 
-def load_slowly(*args, **kwargs):
+def load_slowly(*args: object, **kwargs: object) -> Any:
     time.sleep(600)
 
 

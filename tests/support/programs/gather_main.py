@@ -4,28 +4,29 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ddp_eval.distributed import collectives, progress, store
-from ddp_eval.distributed.world import join_group, leave_group
+from ddp_eval.distributed.world import World, join_group, leave_group
 from ddp_eval.packs.results import RESULT
 
 FLOATS = np.array([-0.0, np.nan, -np.inf, 5e-324, -1.0 / 3.0])
 
 
-def rows_of(rank, counts):
+def rows_of(rank: int, counts: list[int]) -> np.ndarray:
     """(counts[rank], 2): a number that says whose row it is, and the bits of a float."""
     numbers = 1000 * rank + np.arange(counts[rank])
     return np.stack([numbers, np.resize(FLOATS.view(np.int64), counts[rank])], axis=1)
 
 
-def results_of(rank):
+def results_of(rank: int) -> np.ndarray:
     """One result for each rank before, and one: of a type with three fields of different sizes."""
     return np.array([(10 * rank + item, FLOATS[item], item == rank) for item in range(rank + 1)], dtype=RESULT)
 
 
-def count(world):
+def count(world: World) -> list[int]:
     """What the leader reads after each rank has added its number plus one to one tally and ten to another."""
     first, second = progress.Tally(world, "first"), progress.Tally(world, "second")
     first.add(world.rank + 1)
@@ -36,10 +37,15 @@ def count(world):
     return [first.read(), second.read()]
 
 
-MESSAGE = {"text": "Ä", "numbers": np.arange(3_000_000, dtype=np.int32), "floats": FLOATS, "empty": np.zeros((0, 3))}
+MESSAGE: dict[str, Any] = {
+    "text": "Ä",
+    "numbers": np.arange(3_000_000, dtype=np.int32),
+    "floats": FLOATS,
+    "empty": np.zeros((0, 3)),
+}
 
 
-def exchange(world):
+def exchange(world: World) -> list[Any]:
     message = MESSAGE
     if world.is_leader:
         collectives.send_message(world, message)
@@ -50,7 +56,7 @@ def exchange(world):
     return [first["text"], first["numbers"].dtype.name, *same, second]
 
 
-def main():
+def main() -> None:
     world = join_group("cpu")
     counts = ([2, 0, 5], [0, 0, 0], [1, 1, 1], [0, 0, 4])
     got = {

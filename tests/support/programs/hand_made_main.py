@@ -6,6 +6,7 @@ python hand_made_main.py MODEL OUT: rank 0 writes what they came to to OUT, as J
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from lm_eval.api.instance import Instance
 
@@ -16,7 +17,7 @@ TEXTS = ["The cat sat on the mat.", "", "One two three four five."]
 PROMPTS = ["The cat", "One two", "Q: what?"]
 
 
-def answers_of(lm):
+def answers_of(lm: Any) -> list[Any]:
     pairs = [Instance("loglikelihood", {}, pair, 0) for pair in PAIRS]
     texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
     settings = {"until": ".", "max_gen_toks": 6}

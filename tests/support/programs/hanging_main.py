@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 from ddp_eval import __main__ as command
 from ddp_eval.distributed import collectives, watchdog
@@ -19,11 +20,11 @@ from ddp_eval.run import preflight
 from ddp_eval.tasks import trackers
 
 
-def hang(*args):
+def hang(*args: object, **options: object) -> Any:
     time.sleep(600)
 
 
-def wait(config, world, inspect):
+def wait(config: Any, world: Any, inspect: Any) -> None:
     if "FAULT_OUT" in os.environ:
         watchdog.set_run_directory(Path(os.environ["FAULT_OUT"]))
         Path(f"{os.environ['FAULT_FILE']}.{world.rank}").write_text(str(os.getpid()))
@@ -32,7 +33,7 @@ def wait(config, world, inspect):
 
 
 class HangingImport(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
         if name == "ddp_eval.run.runner":
             hang()
 
@@ -47,7 +48,9 @@ if __name__ == "__main__":
         sys.modules.pop("ddp_eval.run.runner", None)
         sys.meta_path.insert(0, HangingImport())
     else:
-        sys.modules["ddp_eval.run.runner"] = types.SimpleNamespace(run=wait)
+        runner: Any = types.ModuleType("ddp_eval.run.runner")
+        runner.run = wait
+        sys.modules["ddp_eval.run.runner"] = runner
     if os.environ["RANK"] == os.environ.get("FAULT_RANK"):
         if fault == "before_join":
             trackers.check_installed = hang

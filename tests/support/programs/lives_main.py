@@ -8,7 +8,9 @@ import atexit
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import quick_main
@@ -24,13 +26,13 @@ from ddp_eval.lm import launch
 RANK = int(os.environ.get("RANK", "0"))
 
 
-def perplexity(model, **more):
+def perplexity(model: Any, **more: Any) -> float:
     manager = TaskManager(include_path=[demo.TASKS_PATH], include_defaults=False)
     options = {"tasks": ["demo_lambada"], "task_manager": manager, "limit": 2, "bootstrap_iters": 0, **more}
     return lm_eval.simple_evaluate(model=model, **options)["results"]["demo_lambada"]["perplexity,none"]
 
 
-def error_of(function, *args, **options):
+def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> str | None:
     try:
         function(*args, **options)
     except ddp_eval.UserError as error:
@@ -38,8 +40,8 @@ def error_of(function, *args, **options):
     return None
 
 
-def by_launch(directory, other):
-    outcome = {"values": []}
+def by_launch(directory: str, other: str) -> dict[str, Any]:
+    outcome: dict[str, Any] = {"values": []}
     dist.init_process_group("gloo")
     dist.all_reduce(torch.ones(1))
     dist.destroy_process_group()
@@ -57,8 +59,8 @@ def by_launch(directory, other):
     return outcome
 
 
-def by_name(other):
-    outcome = {"values": []}
+def by_name(other: str) -> dict[str, Any]:
+    outcome: dict[str, Any] = {"values": []}
     names = ("demo", "nowhere/at/all", other)
     for name in names:
         try:
@@ -71,8 +73,8 @@ def by_name(other):
     return outcome
 
 
-def main(directory, how, other):
-    outcome = {}
+def main(directory: str, how: str, other: str) -> None:
+    outcome: dict[str, Any] = {}
     atexit.register(lambda: (Path(directory) / f"{RANK}.json").write_text(json.dumps(outcome)))
     outcome.update(by_launch(directory, other) if how == "launch" else by_name(other))
 

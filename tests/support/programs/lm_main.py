@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import torch.distributed as dist
@@ -20,19 +21,19 @@ GENERATING = ["gen_boolean", "gen_story"]  # a batch for each of two ranks
 GENERATION = str(Path(__file__).resolve().parents[1] / "generation_tasks")
 
 
-def evaluate(model, **more):
+def evaluate(model: Any, **more: Any) -> Any:
     manager = TaskManager(include_path=[demo.TASKS_PATH, GENERATION], include_defaults=False)
     return lm_eval.simple_evaluate(
         model=model, tasks=TASKS + GENERATING, task_manager=manager, limit=3, bootstrap_iters=0, log_samples=True, **more
     )
 
 
-def numbers_of(results):
+def numbers_of(results: dict[str, Any]) -> dict[str, Any]:
     answers = {task: [one["resps"] for one in rows] for task, rows in results["samples"].items()}
     return {"metrics": results["results"], "answers": answers, "config": {"model": results["config"]["model"]}}
 
 
-def gloo_threads():
+def gloo_threads() -> list[str]:
     """Names of this process's threads that gloo has left; one that was joined may show for a moment more."""
     deadline = time.monotonic() + 5
     while True:
@@ -46,11 +47,11 @@ def gloo_threads():
         time.sleep(0.02)
 
 
-def main(directory, how):
+def main(directory: str, how: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    outcome = {"results": None}
+    outcome: dict[str, Any] = {"results": None}
 
-    def write():
+    def write() -> None:
         outcome["group"] = dist.is_initialized()
         outcome["threads"] = gloo_threads()
         (Path(directory) / f"{rank}.json").write_text(json.dumps(outcome))

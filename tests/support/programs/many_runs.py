@@ -15,7 +15,7 @@ from ddp_eval.distributed.world import join_group, leave_group
 from ddp_eval.run import runner
 
 
-def main():
+def main() -> None:
     command_lines = [cli.parse(flags)[0] for flags in json.loads(Path(sys.argv[1]).read_text())]
     world = join_group()
     if world.is_leader:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import Any
 
 from quick_main import main
 
@@ -10,7 +11,7 @@ from ddp_eval.run import execute
 build_pack = execute.build_pack
 
 
-def build_slowly(plan, index):
+def build_slowly(plan: Any, index: int) -> Any:
     if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         time.sleep(float(os.environ.get("SLOW_PACK_S", "0")))
     return build_pack(plan, index)

@@ -1,6 +1,7 @@
 """`quick_main.py` where the last rank cannot load its stage of a model whose layers are split."""
 
 import os
+from typing import NoReturn
 
 import quick_main
 
@@ -9,7 +10,7 @@ from ddp_eval.errors import UserError
 
 if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
 
-    def refuse(*args, **kwargs):
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise UserError("the model does not fit into the memory of cpu")
 
     pipeline_parallel.load_layers_engine = refuse

@@ -11,6 +11,9 @@ directory_later  it answers after 4 s
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 from quick_main import main
 
@@ -21,39 +24,41 @@ from ddp_eval.output import status
 NOTICE_S = 1.0
 
 
-def hang(*args, **options):
+def hang(*args: object, **options: object) -> Any:
     time.sleep(600)
 
 
-def slowly(function, seconds):
-    def do(*args, **options):
+def slowly(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def do(*args: Any, **options: Any) -> Any:
         time.sleep(seconds)
         return function(*args, **options)
 
     return do
 
 
-def be_impatient():
-    watches, step, renew = [], watchdog.step, watchdog.touch
+def be_impatient() -> None:
+    watches: list[watchdog.Watch] = []
+    step, renew = watchdog.step, watchdog.touch
     start = watchdog.Watch.start
 
-    def start_and_note(watching):
+    def start_and_note(watching: watchdog.Watch) -> None:
         watches.append(watching)
         start(watching)
 
-    def step_patiently(*args, **options):
+    def step_patiently(*args: Any, **options: Any) -> None:
         watches[0].timeout_s = 600
         step(*args, **options)
 
-    def renew_impatiently(detail=None):
+    def renew_impatiently(detail: str | None = None) -> None:
         if detail is not None:
             watches[0].timeout_s = 2.5 if ", document " in detail else 600
         renew(detail)
 
-    watchdog.Watch.start, watchdog.step, watchdog.touch = start_and_note, step_patiently, renew_impatiently
+    mock.patch.object(watchdog.Watch, "start", start_and_note).start()
+    watchdog.step, watchdog.touch = step_patiently, renew_impatiently
 
 
-def break_it(fault):
+def break_it(fault: str) -> None:
     is_rank_1 = os.environ.get("RANK") == "1"
     if fault == "late" and is_rank_1:
         time.sleep(4)

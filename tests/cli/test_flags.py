@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_arg_string
 
 from ddp_eval.cli.flags import build_parser, parse
-from ddp_eval.cli.model_args import _IGNORED_MODEL_ARGS, KNOWN_MODEL_ARGS, _OPTIONAL_MODEL_ARGS, _REFUSED_MODEL_ARGS
+from ddp_eval.cli.model_args import _IGNORED_MODEL_ARGS, _OPTIONAL_MODEL_ARGS, _REFUSED_MODEL_ARGS, KNOWN_MODEL_ARGS
 from ddp_eval.config import DEFAULT_SEED, Config
 from ddp_eval.errors import UserError
 from ddp_eval.values import convert_value, split_top_level

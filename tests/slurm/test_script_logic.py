@@ -69,7 +69,7 @@ def lines(path):
 def test_outside_a_job():
     """Catches `unbound variable` in place of what to do."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    command = ["bash", ROOT / "slurm" / "eval.sh", "--tasks", "demo"]
+    command = ["bash", str(ROOT / "slurm" / "eval.sh"), "--tasks", "demo"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert finished.returncode == 2 and finished.stderr.startswith("slurm/eval.sh runs in a SLURM job: sbatch"), finished
 

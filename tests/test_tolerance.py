@@ -21,9 +21,11 @@ import torch
 import transformers
 from engine_runs import ONE_PACK, Answer, build_prefix_tree, load, run, to_requests
 
+from ddp_eval import demo
 from ddp_eval.engines.ops import masks
-from ddp_eval.packs.cut import plan_packs
+from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.plan import Pack, build_pack
+from ddp_eval.packs.rows import plan_rows
 
 KINDS = (*tiny_models.CONFIGS, *tiny_models.SEQ2SEQ_CONFIGS)
 MARGIN = 2  # between what is seen here and the bound, at the least
@@ -104,7 +106,7 @@ def test_other_kernels_are_within(tiny_model: Callable[..., Any], tmp_path: Path
             assert share_of_bound(here, other, rounding) < 1 / MARGIN, kind
 
 
-def shares(got: list[tuple[float, bool]], expected: list[Answer]) -> float:
+def largest_share(got: list[tuple[float, bool]], expected: list[Answer]) -> float:
     """The largest difference as a part of its bound."""
     return max(abs(value - answer.logprob) / answer.allowed_nats for (value, _), answer in zip(got, expected, strict=True))
 
@@ -125,7 +127,7 @@ def test_faults_are_not(
     requests, expected = build_prefix_tree(tiny_model(kind), seed=0)
     plan, item_of_request = plan_packs(to_requests(requests), ONE_PACK, 10**6)
     pack, random = build_pack(plan, 0), np.random.default_rng(0)
-    assert shares(run(engine, plan, item_of_request), expected) < 1 / MARGIN
+    assert largest_share(run(engine, plan, item_of_request), expected) < 1 / MARGIN
     visible, call, pairs = masks.visible, engine._call, hidden_pairs(pack)
     found: dict[str, list[float]] = {"leaks": [], "shifts": []}
     for index in random.choice(len(pairs), 9, replace=False):
@@ -144,10 +146,29 @@ def test_faults_are_not(
         for name, target, fault in (("leaks", (masks, "visible"), leak), ("shifts", (engine, "_call"), shift)):
             with monkeypatch.context() as patch:
                 patch.setattr(*target, fault)
-                found[name].append(shares(run(engine, plan, item_of_request), expected))
+                found[name].append(largest_share(run(engine, plan, item_of_request), expected))
     # Of single faults a few weigh little, such as a key of low score; those of a defect come in numbers.
     for name, sizes in found.items():
         assert np.median(sizes) > SMALLEST_FAULT and np.mean(np.array(sizes) > 1) > 0.8, (name, sizes)
+
+
+def test_half_precision_against_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bound for 16-bit runs that a causal mask over a tree would pass, or that rounding alone exceeds."""
+    random = np.random.default_rng(0)
+    stems = [random.integers(1, 2000, 150).tolist() for _ in range(3)]
+    requests = to_requests([(stem + random.integers(1, 2000, 7).tolist(), 5) for stem in stems for _ in range(8)])
+    alone, packs = plan_rows(requests, 1), plan_packs(requests, CostModel(), 512)
+
+    def score(engine: Any, plan: Any) -> list[float]:
+        return [value for value, _ in run(engine, *plan)]
+
+    half = load(Path(demo.MODEL_PATH), dtype="bfloat16", attn_implementation="sdpa")
+    exact, plain = score(load(Path(demo.MODEL_PATH)), alone), score(half, alone)
+    error, allowed = tolerance.error_of_half(score(half, packs), plain, exact)
+    assert 0 < error < allowed
+    monkeypatch.setattr(half, "_make_mask", lambda pack, depth: None)
+    error, allowed = tolerance.error_of_half(score(half, packs), plain, exact)
+    assert error > 2 * allowed
 
 
 def test_bounds_by_hand() -> None:

@@ -178,13 +178,13 @@ def attention_error(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 def error_of_half(found: npt.ArrayLike, plain: npt.ArrayLike, exact: npt.ArrayLike) -> tuple[float, float]:
-    """(largest error of `found`, what is allowed) for a 16-bit run.
+    """(mean error of `found`, what is allowed) for a 16-bit run of some dozen requests, in nats.
 
-    exact: the same weights in float32. plain: the same dtype, one request for each forward. The bound is four times
-    the largest error that the dtype brings there: a fault is a matter of nats, and rounding has the same size both ways.
+    exact: the same weights in float32. plain: the same dtype, one request in each forward. Either way rounding has the same size,
+    and the mean of dozens stays below twice the other.
     """
-    errors = [float(np.abs(np.asarray(side) - np.asarray(exact)).max()) for side in (found, plain)]
-    return errors[0], 4 * errors[1]
+    errors = [float(np.abs(np.asarray(side) - np.asarray(exact)).mean()) for side in (found, plain)]
+    return errors[0], 2 * errors[1]
 
 
 def as_float64(model: Any) -> Any:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import tiny_models
+import tolerance
 import transformers
 from encoded_rows import encode_with_lm_eval, rows_of
 from lm_eval.models.huggingface import HFLM
-from lm_eval_answers import by_lm_eval, odd_answers
+from lm_eval_answers import by_lm_eval, odd_answers, texts_of
 from task_files import write_task
 
 import ddp_eval
@@ -100,13 +101,13 @@ def evaluate(model: Any, tokenizer: Any, path: str, **options: Any) -> dict[str,
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert [one["arguments"] for one in ours["samples"]["odd"]] == [one["arguments"] for one in theirs["samples"]["odd"]]
-    got, expected = odd_answers(ours), odd_answers(theirs)
+    got, expected, texts = odd_answers(ours), odd_answers(theirs), texts_of(theirs["samples"]["odd"])
     assert list(got) == list(expected)
     for key, answer in expected.items():
         if isinstance(answer, tuple):
-            assert got[key] == (pytest.approx(answer[0], abs=1e-4), answer[1])
+            assert got[key] == (tolerance.of_kind("llama").close_for(answer[0], texts[key]), answer[1])
         else:
-            assert got[key] == (answer if isinstance(answer, str) else pytest.approx(answer, abs=1e-3))
+            assert isinstance(answer, str) and got[key] == answer
 
 
 ROWS = [

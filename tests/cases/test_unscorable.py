@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+import tolerance
 from lm_eval.api.instance import Instance
-from lm_eval_answers import answer_with_lm_eval, by_lm_eval, odd_answers
+from lm_eval_answers import answer_with_lm_eval, assert_same_outcome, by_lm_eval, odd_answers
 from task_files import write_task
 from tiny_models import make_joining_tokenizer
 
@@ -29,8 +30,6 @@ from ddp_eval.output import irregular
 from ddp_eval.tasks import tokenization
 from ddp_eval.tasks.tokenization import Encoder
 
-TOLERANCE_NATS = 1e-4
-
 
 def evaluate(model: Any, tokenizer: Any, path: str, **options: Any) -> dict[str, Any]:
     options = {"log_samples": True, "bootstrap_iters": 0, **options}
@@ -40,9 +39,9 @@ def evaluate(model: Any, tokenizer: Any, path: str, **options: Any) -> dict[str,
 
 
 def score_behind(model: Any, context: list[int], continuation: list[int]) -> Any:
-    """By hand: (log-probability within the tolerance, flag)."""
+    """By hand: (log-probability within rounding, flag)."""
     value, greedy = tiny_models.score_plainly(model, [*context, *continuation], len(continuation))
-    return pytest.approx(value, abs=TOLERANCE_NATS), greedy
+    return tolerance.of(model).close(value, len(continuation)), greedy
 
 
 def test_a_token_across_the_joint(tiny_model: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -65,7 +64,7 @@ def test_a_token_across_the_joint(tiny_model: Callable[..., Any], tmp_path: Path
         whole = tokenizer.encode("Ans" + choice)
         if len(whole) > len(ids):
             value, greedy = answer_with_lm_eval(model, tokenizer, "Ans", choice)
-            assert answers[0, idx] == (pytest.approx(value, abs=TOLERANCE_NATS), greedy)
+            assert answers[0, idx] == (tolerance.of_kind("llama").close_for(value, choice), greedy)
         else:
             assert answers[0, idx] == score_behind(model, ids, tokenizer.encode(choice))
     assert all(value < -0.1 for value, _ in answers.values())
@@ -188,9 +187,7 @@ def test_texts_without_tokens(tiny_model: Callable[..., Any], tiny_tokenizer: An
     rows = [{"context": "", "target": target} for target in ("A text.", "", "Another text")]
     path = write_task(tmp_path / "tasks", "loglikelihood_rolling", rows, ["word_perplexity", "byte_perplexity"])
     theirs, ours = by_lm_eval(tiny_model("llama"), tiny_tokenizer, path), evaluate(tiny_model("llama"), tiny_tokenizer, path)
-    assert odd_answers(ours) == pytest.approx(odd_answers(theirs), abs=TOLERANCE_NATS)
-    for metric in ("word_perplexity,none", "byte_perplexity,none"):
-        assert ours["results"]["odd"][metric] == pytest.approx(theirs["results"]["odd"][metric], rel=1e-5)
+    assert_same_outcome(ours, theirs, tolerance.of_kind("llama"))
     assert ours["ddp_eval"]["irregular"] == {"text_without_tokens": {"odd": {"requests": 1, "first": [[1, 0]]}}}
 
 
@@ -224,7 +221,7 @@ def test_encoder_decoders(tiny_model: Callable[..., Any], tiny_tokenizer: Any, t
     assert "".join(pieces) == choices[2]
     for idx, parts in ((1, [choices[1]]), (2, pieces)):
         theirs = [answer_with_lm_eval(tiny_model("t5"), tiny_tokenizer, rows[0]["context"], part) for part in parts]
-        assert answers[1, idx][0] == pytest.approx(sum(value for value, _ in theirs), abs=TOLERANCE_NATS)
+        assert answers[1, idx][0] == tolerance.of_kind("t5").close_for(sum(value for value, _ in theirs), choices[idx])
     assert set(ours["ddp_eval"]["irregular"]) == {"nothing_to_score", "continuation_in_windows"}
 
 

@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import tiny_models
+import tolerance
 import torch
 import transformers
 from engine_runs import (
     CPU,
     ONE_PACK,
-    TOLERANCE_NATS,
     Request,
+    answer_plainly,
     assert_equal_answers,
+    assert_equal_values,
     build_prefix_tree,
     continue_greedily,
     load,
@@ -90,9 +92,7 @@ def test_chains_equal_plain_forwards(kind: str, tiny_model: Callable[..., Any], 
         requests = [(tokens, scored), (likely, 1)] if length > 1 else [(likely, 1)]
         plan, item_of_request = plan_packs(to_requests(requests), ONE_PACK, 10**6)
         assert plan.num_packs == 1 and build_pack(plan, 0).is_chain
-        answers, expected = run(engine, plan, item_of_request), [tiny_models.score_plainly(model, *each) for each in requests]
-        assert [value for value, _ in answers] == pytest.approx([value for value, _ in expected], abs=TOLERANCE_NATS)
-        assert [flag for _, flag in answers] == [flag for _, flag in expected]
+        assert_equal_values(run(engine, plan, item_of_request), answer_plainly(model, requests))
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -279,8 +279,7 @@ def test_numbers_that_depend_on_the_longest_request(rope: dict[str, Any]) -> Non
     engine = hf.HFEngine(model, CPU)
     plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert plan.rows and "rotary" in (why_rows or "")
-    expected = [tiny_models.score_plainly(model, tokens, count) for tokens, count in requests]
-    assert_equal_answers(run(engine, plan, item_of_request), expected)
+    assert_equal_answers(run(engine, plan, item_of_request), answer_plainly(model, requests))
 
 
 @pytest.mark.parametrize("shared", [0, 30, 300])
@@ -355,10 +354,15 @@ def test_low_precision_is_summed_in_float32(tiny_model_path: Callable[[str], Pat
     """Catches a softmax or a sum in bfloat16: the logits are rounded, what is computed from them may not be."""
     engine = load(tiny_model_path("llama"), dtype="bfloat16")
     assert engine.model.dtype == torch.bfloat16
-    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, 30).tolist()
-    expected = tiny_models.score_plainly(engine.model, tokens, 20)  # in float64, from the same bfloat16 logits
-    ((value, _),) = run(engine, *plan_packs(requests_from_lists([tokens], [20]), CostModel(), 100))
-    assert value == pytest.approx(expected[0], abs=1e-3)
+    tokens, count = np.random.default_rng(0).integers(0, VOCAB_SIZE, 30).tolist(), 20
+    seen: list[torch.Tensor] = []
+    engine.model.get_output_embeddings().register_forward_hook(lambda module, args, logits: seen.append(logits))
+    ((value, _),) = run(engine, *plan_packs(requests_from_lists([tokens], [count]), CostModel(), 100))
+    # In float64, from the same logits: another forward may round them to other values of bfloat16.
+    logits = seen[-1].reshape(-1, VOCAB_SIZE)[-count:].double()
+    expected = float(logits.log_softmax(-1)[torch.arange(count), torch.tensor(tokens[-count:])].sum())
+    assert seen[-1].dtype == torch.bfloat16
+    assert value == pytest.approx(expected, abs=tolerance.log_softmax_nats(count, logits))
 
 
 def test_cost_model_counts_the_weights_that_work(tiny_model_path: Callable[[str], Path]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+import tolerance
 import torch
 import transformers
 from launch import QUICK, launch
@@ -147,6 +148,7 @@ def scores_of(tmp_path_factory):
 
     model = tmp_path_factory.mktemp("model")
     save_model(model)
+    rounding = tolerance.of(transformers.AutoModelForCausalLM.from_pretrained(model))
     tasks = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy demo_lambada --limit 3"
 
     def run(ranks, engine, extra=""):
@@ -156,6 +158,7 @@ def scores_of(tmp_path_factory):
         assert finished.returncode == 0, str(finished)
         return tables.read_scores(path / tables.SCORES), json.loads((path / write.MANIFEST).read_text())
 
+    run.rounding = rounding
     return run
 
 
@@ -169,8 +172,7 @@ def test_vllm_gives_the_numbers_of_transformers(ranks, size, scores_of):
     found, manifest = scores_of(ranks, "vllm", f",tensor_parallel_size={size},max_model_len=2048,enforce_eager=True")
     assert manifest["engine"]["name"] == "vllm"
     assert found.task == expected.task and found.is_greedy == expected.is_greedy
-    drift = np.abs(np.array(found.loglikelihood) - np.array(expected.loglikelihood))
-    assert (drift / np.array(expected.num_tokens)).max() < 1e-4
+    scores_of.rounding.assert_close(found.loglikelihood, expected.loglikelihood, expected.num_tokens)
 
 
 @pytest.mark.vllm

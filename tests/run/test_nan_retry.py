@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+import tolerance
 import torch
 from lm_eval_answers import answers_of
 from task_files import write_generation_task, write_pairs_task
@@ -64,7 +65,8 @@ def test_a_request_keeps_its_nan_to_itself(poisoned: Any, tmp_path: Path, caplog
     ours = answers_of(run["samples"]["pairs"])
     assert [np.isnan(ours[key][0]) for key in theirs] == [np.isnan(theirs[key][0]) for key in theirs]
     assert sum(np.isnan(ours[key][0]) for key in theirs) == 1
-    assert all(abs(ours[key][0] - theirs[key][0]) < 1e-4 for key in theirs if not np.isnan(theirs[key][0]))
+    rounding = tolerance.of_kind("llama")
+    assert all(ours[key][0] == rounding.close_for(value, " of the end") for key, (value, _) in theirs.items() if value == value)
     assert run["ddp_eval"]["nan_recovered"] >= 1
     assert run["ddp_eval"]["not_finite"] == {"pairs": {"requests": 1, "first": [[3, 0]]}}
     said = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
@@ -118,7 +120,7 @@ def test_each_answer_goes_to_its_own_item(tiny_model: Callable[[str], Any]) -> N
         broken["logprob"][chosen], broken["greedy"][chosen] = np.nan, ~broken["greedy"][chosen]
         found, saved = nan_retry.rescore_nan(broken, requests, decision, engine, run)
         assert saved == len(chosen)
-        np.testing.assert_allclose(found["logprob"], right["logprob"], atol=1e-4)
+        tolerance.of_kind("llama").assert_close(found["logprob"], right["logprob"], decision.plan.num_targets)
         np.testing.assert_array_equal(found[["item", "greedy"]], right[["item", "greedy"]])
     engine.close()
 

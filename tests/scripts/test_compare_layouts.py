@@ -18,3 +18,10 @@ def outcome(nats):
 def test_long_requests_get_no_allowance(moved, exact, agrees):
     """Catches a pass mark that grows with a request's tokens: here 5,000, of which each might have moved by 1e-6."""
     assert compare(outcome(-100.0), outcome(-100.0 + moved), exact)["agrees"] == agrees
+
+
+def test_the_limit_can_be_given():
+    """Catches a limit for one model and processor that another cannot change, or that reaches rows of equal bits."""
+    runs = outcome(-100.0), outcome(-100.0002)
+    assert compare(*runs, exact=False, within_nats=1e-3)["agrees"]
+    assert not compare(*runs, exact=True, within_nats=1e-3)["agrees"]

@@ -30,7 +30,10 @@ def evaluate(model: Any, **more: Any) -> Any:
 
 def numbers_of(results: dict[str, Any]) -> dict[str, Any]:
     answers = {task: [one["resps"] for one in rows] for task, rows in results["samples"].items()}
-    return {"metrics": results["results"], "answers": answers, "config": {"model": results["config"]["model"]}}
+    kept = ("doc_id", "arguments", "resps")
+    samples = {task: [{name: one[name] for name in kept} for one in rows] for task, rows in results["samples"].items()}
+    config = {"model": results["config"]["model"]}
+    return {"metrics": results["results"], "answers": answers, "samples": samples, "config": config}
 
 
 def gloo_threads() -> list[str]:

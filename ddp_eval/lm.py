@@ -224,7 +224,9 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
             _open_model = None
             occupy(_ENDED if self._by_name else None)
         if self._world.is_leader:
-            followers.__exit__(type(error), error, None)
+            with watchdog.speaking():
+                watchdog.step(watchdog.WAITING)
+                followers.__exit__(type(error), error, None)
         if self._borrowed:
             release_group(self._world)
         else:

@@ -24,7 +24,8 @@ class LaunchEnvironment:
     """This process among those of its launch. address, port: where ranks meet; "" and 0 with one rank.
 
     local_world_size: ranks on this machine; None where the launcher does not say. by_torchrun: not by hand or a script.
-    agent_store: torchrun's own store is at `address`; otherwise rank 0 opens one there.
+    agent_store: torchrun's own store is at `address`; otherwise rank 0 opens one there. inherited: torchrun's variables come from
+    the parent process, a script that torchrun has started or a shell in which they are left over.
     """
 
     rank: int = 0
@@ -35,14 +36,16 @@ class LaunchEnvironment:
     port: int = 0
     by_torchrun: bool = False
     agent_store: bool = False
+    inherited: bool = False
 
     def way_out(self) -> str:
-        """What to do where nobody meant to start several processes; empty under torchrun."""
-        if self.by_torchrun:
+        """What to do where nobody meant to start several processes; empty where torchrun has started this one itself."""
+        if self.by_torchrun and not self.inherited:
             return ""
+        names = ("WORLD_SIZE", "RANK", *(["TORCHELASTIC_RUN_ID"] if self.by_torchrun else []))
         return (
             f"the variables WORLD_SIZE={self.world_size} and RANK={self.rank} ask for {self.world_size} processes; if they are "
-            f"left over in this shell, start with `{without('WORLD_SIZE', 'RANK')}` in front"
+            f"left over in this shell, start with `{without(*names)}` in front"
         )
 
 
@@ -104,7 +107,17 @@ def read(environment: Mapping[str, str] | None = None) -> LaunchEnvironment:
         raise UserError(f"the environment variable MASTER_PORT must be a port from 1 to 65535, got {port}")
     agent_store = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = variables["MASTER_ADDR"].strip()
-    return LaunchEnvironment(rank, world_size, local_rank, local_world_size, address, port, by_torchrun, agent_store)
+    inherited = by_torchrun and _parent_has("TORCHELASTIC_RUN_ID")
+    return LaunchEnvironment(rank, world_size, local_rank, local_world_size, address, port, by_torchrun, agent_store, inherited)
+
+
+def _parent_has(name: str) -> bool:
+    """Whether this process has a variable from a shell or a program, not from the launcher itself, whose own it is not."""
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as file:
+            return f"\0{name}=".encode() in b"\0" + file.read()
+    except OSError:
+        return False
 
 
 def whole_number(name: str, default: int, least: int | None = None, environment: Mapping[str, str] | None = None) -> int:
@@ -121,7 +134,8 @@ def whole_number(name: str, default: int, least: int | None = None, environment:
 
 def is_first() -> bool:
     """Whether this process is rank 0, as far as is known: the one that logs. Never raises."""
-    return read_count(os.environ.get("RANK", "").strip() or "0") == 0
+    text = os.environ.get("RANK", "").strip() or "0"
+    return read_count(text.lstrip("+-")) == 0
 
 
 def drop_empty() -> None:

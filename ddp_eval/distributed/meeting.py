@@ -27,6 +27,7 @@ from ddp_eval.system import processes
 _CONNECT_S = 5.0  # for one try to reach the store
 _HANDSHAKE_S = 10.0  # for what listens there to answer as a store does
 _LOOK_S = 0.2
+_SIZE = "ddp_eval/join/size"
 _ASK_S = 2.0
 _stores: dict[tuple[str, int], Any] = {}  # kept: a second group of this process, or the others' last words, need them
 
@@ -97,6 +98,8 @@ def _host_store(launch: LaunchEnvironment) -> Any:
                 f"rank 0 cannot open port {launch.port} (MASTER_PORT): another program listens there, or another process with "
                 f"RANK=0; give a free MASTER_PORT to all ranks{_or(launch)}"
             ) from None
+        if "EACCES" in str(error):
+            raise NotMet(f"rank 0 may not open port {launch.port} (MASTER_PORT): give one above 1023 to all ranks") from None
         raise NotMet(
             f"rank 0 opens port {launch.port} here and does not find it at {launch.address}: MASTER_ADDR must be an address of "
             f"the machine of rank 0, the same on all ranks{_or(launch)}"
@@ -135,8 +138,11 @@ def _reach_store(launch: LaunchEnvironment, timeout_s: float, what: str) -> Any:
 
 
 def _speaks(launch: LaunchEnvironment) -> bool:
-    """Whether this rank says for whom it waits: rank 0; and, who may wait for rank 0, rank 1 and the first of each machine."""
-    return launch.rank < 2 or launch.local_rank == 0
+    """Whether this rank says for whom it waits: rank 0; and, who may wait for rank 0, rank 1 and the first of each machine.
+
+    By hand every rank: it may be the only one there, and each has a terminal of its own.
+    """
+    return not launch.by_torchrun or launch.rank < 2 or launch.local_rank == 0
 
 
 def _why_unreachable(address: str, port: int) -> str:
@@ -199,7 +205,11 @@ def meet(launch: LaunchEnvironment, timeout_s: float) -> tuple[Any, Met]:
     while True:
         left_s = max(0.5, timeout_s - (time.monotonic() - started))
         store = open_store(launch, left_s)
+        if launch.rank == 0 and not launch.agent_store:
+            store.set(_SIZE, str(launch.world_size))
         try:
+            if launch.rank > 0 and not launch.agent_store:  # torchrun's store holds what earlier attempts said
+                _check_size(store, launch, left_s)
             texts = exchange_through(
                 store, launch.rank, launch.world_size, "ddp_eval/join", json.dumps(me), left_s, notify, known,
                 alone=not launch.by_torchrun,
@@ -220,6 +230,18 @@ def meet(launch: LaunchEnvironment, timeout_s: float) -> tuple[Any, Met]:
             time.sleep(0.2)
     here = [rank for rank, one in enumerate(facts) if me["machine"] and one["machine"] == me["machine"]]
     return store, Met(facts[0]["id"], tuple(one["pid"] for one in facts), tuple(here or [launch.rank]))
+
+
+def _check_size(store: Any, launch: LaunchEnvironment, timeout_s: float) -> None:
+    """A rank that rank 0 does not count would wait for it in vain."""
+    store = _Answering(store, time.monotonic() + min(timeout_s, _HANDSHAKE_S), lambda: None)
+    with contextlib.suppress(TimeoutError):
+        _refuse_size(store, launch)
+
+
+def _refuse_size(store: Any, launch: LaunchEnvironment) -> None:
+    if store.check([_SIZE]) and int(size := store.get(_SIZE)) <= launch.rank:
+        raise NotMet(f"WORLD_SIZE is {launch.world_size} on rank {launch.rank} and {int(size)} on rank 0{_or(launch)}")
 
 
 def _agreed(
@@ -245,6 +267,7 @@ def missing(launch: LaunchEnvironment, sentence: str) -> Exception:
     if launch.by_torchrun:
         return LostContact(
             f"{sentence}: look after that machine, then start it again, or give a longer --timeout if starting may take so long"
+            f"{_or(launch)}"
         )
     everyone = f"start all {launch.world_size} ranks, each with MASTER_ADDR={launch.address} and MASTER_PORT={launch.port}"
     return NotMet(f"{sentence}: {everyone}, or use torchrun{_or(launch)}")
@@ -298,8 +321,61 @@ def exchange_through(
     texts: list[str | None] = [None] * world_size
     texts[rank] = text
     heard = {} if heard is None else heard
-    if rank == 0:
-        return _collect(store, name, texts, started, timeout_s, notify, heard)
+    answering = _Answering(store, started + timeout_s, lambda: notify([0], time.monotonic() - started))
+    with contextlib.suppress(TimeoutError):  # the store's host is frozen, or cut off: what is known is known
+        if rank == 0:
+            return _collect(answering, name, texts, started, timeout_s, notify, heard)
+        return _follow(answering, rank, world_size, name, texts, started, timeout_s, notify, alone)
+    return texts
+
+
+class _Answering:
+    """A store that may fall silent, as one in a process that is stopped: its methods wait, with `on_wait`, no longer than `until`.
+
+    torch waits for ever.
+    """
+
+    def __init__(self, store: Any, until: float, on_wait: Callable[[], None]) -> None:
+        self._store, self._until, self._on_wait = store, until, on_wait
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        outcome: list[Any] = []
+
+        def run() -> None:
+            try:
+                outcome.append((question(), None))
+            except Exception as error:
+                outcome.append((None, error))
+
+        thread = threading.Thread(target=run, daemon=True, name="ddp_eval store")
+        thread.start()
+        thread.join(1.0)
+        while not outcome:
+            if time.monotonic() > self._until:
+                raise TimeoutError
+            self._on_wait()
+            thread.join(1.0)
+        made, error = outcome[0]
+        if error is not None:
+            raise error
+        return made
+
+    def set(self, key: str, value: str) -> None:
+        self._ask(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> Any:
+        return self._ask(lambda: self._store.get(key))
+
+    def check(self, keys: list[str]) -> Any:
+        return self._ask(lambda: self._store.check(keys))
+
+
+def _follow(
+    store: Any, rank: int, world_size: int, name: str, texts: list[str | None], started: float, timeout_s: float,
+    notify: Notify, alone: bool,
+) -> list[str | None]:  # fmt: skip
+    """The other ranks' part."""
+    text = texts[rank]
     asked, asked_at, common = "", float("-inf"), ""
     while (waited_s := time.monotonic() - started) < timeout_s:
         if time.monotonic() - asked_at > _ASK_S:

@@ -24,18 +24,16 @@ def can_exchange() -> bool:
     return shared or dist.is_initialized() or whole_number("WORLD_SIZE", 1) == 1
 
 
-def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
+def exchange(name: str, text: str, timeout_s: float) -> list[str | None] | None:
     """Every rank's `text` in rank order, through the group's store, or the launcher's before the group is joined.
 
-    None for a rank that has given none in that time, and for all others where there is no common store. Raises LostContact when
+    None for a rank that has given none in that time, and for the whole where there is no common store. Raises LostContact when
     the store is lost with its host.
     """
     rank, world_size = launch_rank(), whole_number("WORLD_SIZE", 1)
-    texts: list[str | None] = [None] * world_size
-    texts[rank] = text
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _agent_store()
     if store is None:
-        return texts
+        return [text] if world_size == 1 else None
     patience, first = watchdog.Patience(), rank == 1 or launch_local_rank() == 0
 
     def notify(missing: list[int], waited_s: float) -> None:
@@ -61,15 +59,16 @@ def report_once(message: str, shared: bool = False) -> None:
     ever reached, rank 1 does too: it may be the only one there.
     """
     store = _error_store()
-    if store is None and not shared and 0 < launch_rank() < whole_number("WORLD_SIZE", 1):
-        return  # no common store: what is wrong with the command is wrong on rank 0 too
-    mine = not shared or launch_local_rank() == 0 or (store is None and launch_rank() == 1)
+    by_hand = not os.environ.get("TORCHELASTIC_RUN_ID")  # each rank may have a terminal of its own, and be the only one there
+    first = launch_local_rank() == 0 or launch_rank() == 1 and shared
+    mine = by_hand or first if store is None else not shared or first
     try:
-        mine = store.add("ddp_eval/error/claim", 1) == 1 if store is not None else mine
-    except RuntimeError:
-        store = None
+        claims = meeting._within(5.0, lambda: store.add("ddp_eval/error/claim", 1)) if store is not None else 0
+        mine = claims == 1 if store is not None else mine
+    except (RuntimeError, TimeoutError):
+        store, mine = None, by_hand or first
     if mine:
-        print(f"ddp_eval: {printable(message)}", file=sys.stderr, flush=True)
+        watchdog.say(message)
     with contextlib.suppress(Exception):
         if store is not None and mine:
             store.set("ddp_eval/error/printed", "yes")

@@ -42,6 +42,7 @@ _BEAT_S = 2.0
 _LOOK_S = 2 * _BEAT_S  # more time than that between two looks is none of the others': this process was stopped, as by SIGSTOP
 _SILENCE_S = 25.0  # of a rank in the middle of its packs, whose threads have nothing else to do
 NOTICE_S = 20.0  # who waits, or takes long over a step, says so by then, and again each time it has taken twice as long
+_AFTER_RANK_0_S = 150.0
 PACKS = "running packs"
 
 
@@ -144,6 +145,7 @@ def shown() -> Iterator[None]:
 def speaking(waiting_for: str = "the other ranks") -> Iterator[None]:
     """Say of steps that take long what they are, for the length of the block: in a caller's process, which nobody watches."""
     over = threading.Event()
+    step("getting ready")  # what this process did last may be hours ago
     thread = threading.Thread(target=_speak, args=(over, lambda: waiting_for), daemon=True, name="ddp_eval notices")
     thread.start()
     try:
@@ -155,10 +157,15 @@ def speaking(waiting_for: str = "the other ranks") -> Iterator[None]:
 
 def notice(sentence: str, waited_s: float) -> None:
     """A line about what takes long. On a terminal it takes the place of a bar, which comes back by itself."""
-    line = f"ddp_eval: {sentence}, {waited_s:.0f} s so far"
+    say(f"{sentence}, {waited_s:.0f} s so far", clear=True)
+
+
+def say(sentence: str, clear: bool = False) -> None:
+    """One line on stderr. clear: it takes the place of a bar."""
+    line = f"ddp_eval: {printable(sentence)}\n"
     with contextlib.suppress(OSError, ValueError):
         # One write: `print` writes the line's end separately, and another rank or process may write in between.
-        sys.stderr.write(f"\r\x1b[K{line}\n" if sys.stderr.isatty() else f"{line}\n")
+        sys.stderr.write(f"\r\x1b[K{line}" if clear and sys.stderr.isatty() else line)
         sys.stderr.flush()
 
 
@@ -244,14 +251,17 @@ class Watch:
 
     def __init__(self) -> None:
         self.timeout_s = float("inf")
-        self.rank = read_count(os.environ.get("RANK", "")) or 0
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.rank = read_count(os.environ.get("RANK", "").strip()) or 0
+        # A variable left over in a shell makes no launcher of that: torchrun always says which rank this is, too.
+        self._launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys() else None
         self._siblings: dict[int, int] = {}
         self._report: Any = None
         self._stopped = threading.Event()
         self._beats: _Beats | None = None
         self._wakeup, self._signalled = os.pipe()
         self._looked = time.monotonic()
+        self._joined = threading.Event()
+        self._mute_s, self._store_patience = 0.0, Patience()
 
     def start(self) -> None:
         """One rank: watch from now on. Several: until they have met, signals and the launcher's death just end this process.
@@ -266,8 +276,17 @@ class Watch:
             _die_with_parent(signal.SIGKILL)
             if _is_orphan():  # it was killed before we asked
                 os._exit(1)
+            threading.Thread(target=self._await_joining, daemon=True, name="ddp_eval start").start()
         else:
             self._begin()
+
+    def _await_joining(self) -> None:
+        """Before the ranks have met all of them may hang in the same step, as in front of a file server that is dead."""
+        later_s = 0 if self.rank == 0 else _AFTER_RANK_0_S  # which names those that do not come
+        while not self._joined.wait(_TICK_S):
+            place, late_s = _place, time.monotonic() - _place.since
+            if place.step != WAITING and late_s > self.timeout_s + later_s:
+                _leave_hanging(self.rank, socket.gethostname(), str(place), late_s, _print)
 
     def _begin(self) -> None:
         _die_with_parent(0)
@@ -301,6 +320,7 @@ class Watch:
         """
         self.timeout_s, self._siblings = timeout_s, {other: pids[other] for other in local_ranks if other != rank}
         self._report = report
+        self._joined.set()
         if self._launcher is not None:
             self._begin()
         if store is not None:
@@ -347,9 +367,25 @@ class Watch:
                 leave(1, status.FAILED, "torchrun was killed; the same command resumes", first_hand=False)
             place, now = _place, time.monotonic()
             place.since += max(0.0, now - looked - _LOOK_S)
+            self._look_at_store(min(now - looked, _LOOK_S))
             looked, late_s = now, now - place.since
             if place.step != WAITING and late_s > self.timeout_s and not self._stopped.is_set():
                 _leave_hanging(self.rank, socket.gethostname(), str(place), late_s, self._beats and self._beats.report)
+
+    def _look_at_store(self, passed_s: float) -> None:
+        """Its host may be frozen, and torch waits for its answer for ever: the beats with it."""
+        if self._beats is None or not self._beats.asking or self._stopped.is_set():
+            self._mute_s, self._store_patience = 0.0, Patience()
+            return
+        self._mute_s += passed_s
+        whose = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+        if self.rank < 2 and self._store_patience.is_due(self._mute_s):
+            notice(f"{whose} gives no sign of life: the store that it keeps for all ranks does not answer", self._mute_s)
+        if self._mute_s > self.timeout_s:
+            sentence = f"{whose} has shown no sign of life for {self._mute_s:.0f} s: the run ends; look after its machine, then "
+            sentence += "the same command resumes" if _directory is not None else "start it again"
+            _say(sentence, 0 if self.rank < 2 else self.rank)
+            leave(1, status.FAILED, sentence, first_hand=False)
 
     def _handle_signal(self, number: int) -> None:
         """Finish or abandon the pack in hand, and leave."""
@@ -382,6 +418,7 @@ class _Beats:
         self._seen: dict[int, tuple[str, float]] = {}  # the last word of each, and for how long it has been the last, in seconds
         self._patience: dict[int, Patience] = {}
         self._looked = time.monotonic()
+        self.asking = False  # whether the store has been asked, and has not answered yet
         self.thread = threading.Thread(target=self._run, daemon=True, name="ddp_eval beats")
 
     def places(self) -> list[tuple[int, str, str]]:
@@ -394,10 +431,13 @@ class _Beats:
         self._store.set(_beat_key(self.rank), json.dumps([0, host, str(_place)]))
         while not self._stopped.wait(_BEAT_S):
             count += 1
+            self.asking = True
             try:
                 self._store.set(_beat_key(self.rank), json.dumps([count, host, str(_place)]))
                 self._check_peers()
+                self.asking = False
             except RuntimeError:
+                self.asking = False
                 if not self._stopped.wait(3):  # a leader that has ended well has sent its message by now
                     if os.environ.get("LOCAL_RANK") == "0":
                         _say(f"rank {self.rank} on {host} lost contact with rank 0 while {_describe_step(_place)}", 0)
@@ -482,8 +522,7 @@ def _say(sentence: str, rank: int) -> None:
 
 
 def _print(sentence: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"ddp_eval: {printable(sentence)}", file=sys.stderr, flush=True)
+    _within(_TELL_S, lambda: say(sentence))  # whoever reads it may have been stopped
 
 
 def _let_watch_run(*_: Any) -> None:

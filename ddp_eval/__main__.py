@@ -51,7 +51,7 @@ def main() -> None:
             watchdog.step(f"at work on {name}")
             try:
                 sys.exit(importlib.import_module(command.module).main(argv) if _is_rank_zero() else 0)
-            except UserError as error:  # no other rank has it to say, and a store may remember an earlier command's
+            except UserError as error:  # of rank 0 alone: there is nobody to agree with
                 watchdog.say(str(error))
                 watchdog.leave(2, status.FAILED, str(error))
         watching.timeout_s = Config.timeout
@@ -62,7 +62,7 @@ def main() -> None:
             if not _is_rank_zero():
                 sys.exit(0)
             with watchdog.speaking():
-                watchdog.step("holding both runs together")
+                watchdog.step("comparing the two runs")
                 sys.exit(evaluation.conclude())
     except UserError as error:
         _report_and_leave(error)
@@ -131,6 +131,7 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
 
     config = evaluation.config
     try:
+        watchdog.step("preparing to join the other ranks")
         trackers.check_installed(config)
         checks = preflight.check_if_due(config)
         world = world_module.join_group(config.device, max(config.timeout, MIN_JOIN_S))
@@ -138,7 +139,7 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
         watching.join_ranks(
             world.rank, store, world.pids, local_ranks, config.timeout, functools.partial(report_once, shared=True)
         )
-        checks = checks or preflight.check_if_due(config)  # which has steps of its own
+        checks = checks or preflight.check_if_due(config)
         if checks is not None:
             watchdog.step("trying an all-reduce, in which any rank may be the one that hangs")
             speed = preflight.check_group(world)

@@ -59,14 +59,13 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     bare = _unwrap(model)
     warn_of_no_group(config.output_path)
     world = adopt_group(next(bare.parameters()).device, "ddp_eval.evaluate", _describe_call(bare, config))
-    speaking = watchdog.speaking(*([] if world.is_leader else ["rank 0"])) if world.rank < 2 else contextlib.nullcontext()
     try:
         with (
             _as_it_was(bare),
             loading_for(config.seed, world.is_leader),
             contextlib.closing(wrap_model(bare, world.device)) as engine,
             Sampler(world.meter, world.device),
-            speaking,
+            watchdog.speaking("the other ranks" if world.is_leader else "rank 0", world.rank < 2),
         ):
             bare.eval()
             if not world.is_leader:

@@ -119,8 +119,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         self._quiet = contextlib.ExitStack()
         try:
             if not world.is_leader:
-                speaking = watchdog.speaking("rank 0, which has the model open") if world.rank == 1 else contextlib.nullcontext()
-                with only_rank_zero_logs(False), speaking:
+                with only_rank_zero_logs(False), watchdog.speaking("rank 0, which has the model open", world.rank == 1):
                     follow(world, lambda world, layout: load_replica(config, checkpoint.load_config(model_args), world, layout))
                 raise WorkerExit(0)
             for note in notes:

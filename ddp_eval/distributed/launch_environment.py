@@ -5,13 +5,13 @@ An empty variable counts as one that is not set.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 from collections.abc import Mapping
 
 from ddp_eval.errors import UserError
-from ddp_eval.system.text import read_count
 
 # Of torchrun's kind. Left over in a shell, they make a process wait for others: `env -u` takes them away.
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -24,8 +24,9 @@ class LaunchEnvironment:
     """This process among those of its launch. address, port: where ranks meet; "" and 0 with one rank.
 
     local_world_size: ranks on this machine; None where the launcher does not say. by_torchrun: not by hand or a script.
-    agent_store: torchrun's own store is at `address`; otherwise rank 0 opens one there. inherited: torchrun's variables come from
-    the parent process, a script that torchrun has started or a shell in which they are left over.
+    agent_store: torchrun's own store is at `address`; otherwise rank 0 opens one there.
+    inherited: the parent process has torchrun's variables too: a script that torchrun has started, or a shell in which they are
+    left over.
     """
 
     rank: int = 0
@@ -82,7 +83,7 @@ def read(environment: Mapping[str, str] | None = None) -> LaunchEnvironment:
             f"RANK must lie between 0 and WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={world_size}: start with torchrun, or "
             f"one process alone with `{without('RANK', 'WORLD_SIZE')}` in front"
         )
-    local_world_size = number("LOCAL_WORLD_SIZE", 0) or None
+    local_world_size = number("LOCAL_WORLD_SIZE", 1, 1) if is_set("LOCAL_WORLD_SIZE") else None
     if local_world_size is not None and local_rank >= local_world_size:
         raise UserError(
             f"LOCAL_RANK must lie between 0 and LOCAL_WORLD_SIZE - 1, got LOCAL_RANK={local_rank} and "
@@ -112,7 +113,7 @@ def read(environment: Mapping[str, str] | None = None) -> LaunchEnvironment:
 
 
 def _parent_has(name: str) -> bool:
-    """Whether this process has a variable from a shell or a program, not from the launcher itself, whose own it is not."""
+    """Whether the parent process has this variable too, which torchrun gives to its ranks and does not have itself."""
     try:
         with open(f"/proc/{os.getppid()}/environ", "rb") as file:
             return f"\0{name}=".encode() in b"\0" + file.read()
@@ -134,8 +135,14 @@ def whole_number(name: str, default: int, least: int | None = None, environment:
 
 def is_first() -> bool:
     """Whether this process is rank 0, as far as is known: the one that logs. Never raises."""
-    text = os.environ.get("RANK", "").strip() or "0"
-    return read_count(text.lstrip("+-")) == 0
+    return known_rank() == 0
+
+
+def known_rank() -> int | None:
+    """As `launch_rank`; None where RANK is no number. Never raises."""
+    with contextlib.suppress(UserError):
+        return launch_rank()
+    return None
 
 
 def drop_empty() -> None:

@@ -27,7 +27,7 @@ from ddp_eval.system import processes
 _CONNECT_S = 5.0  # for one try to reach the store
 _HANDSHAKE_S = 10.0  # for what listens there to answer as a store does
 _LOOK_S = 0.2
-_SIZE = "ddp_eval/join/size"
+_SILENT_S = 2.0  # a store that has not answered for so long is not about to
 _ASK_S = 2.0
 _stores: dict[tuple[str, int], Any] = {}  # kept: a second group of this process, or the others' last words, need them
 
@@ -40,6 +40,10 @@ class LostContact(RuntimeError):
 
 class TwoOfOneRank(Exception):
     """Two processes have the same rank."""
+
+
+class FewerRanks(Exception):
+    """Rank 0 counts so few ranks that this one is none of them. The text is their number."""
 
 
 class NotMet(UserError):
@@ -80,7 +84,7 @@ def agent_store(launch: LaunchEnvironment) -> Any:
 def _host_store(launch: LaunchEnvironment) -> Any:
     """As torch's own `env://` does it, but without a wait for the others."""
     try:
-        return _within(
+        return within(
             _HANDSHAKE_S,
             lambda: dist.TCPStore(
                 launch.address,
@@ -114,7 +118,7 @@ def _reach_store(launch: LaunchEnvironment, timeout_s: float, what: str) -> Any:
         left_s = timeout_s - (time.monotonic() - started)
         if not why:
             try:
-                return _within(
+                return within(
                     max(1.0, min(left_s, _HANDSHAKE_S)),
                     lambda: dist.TCPStore(
                         launch.address, launch.port, is_master=False, timeout=datetime.timedelta(seconds=_CONNECT_S)
@@ -122,8 +126,9 @@ def _reach_store(launch: LaunchEnvironment, timeout_s: float, what: str) -> Any:
                 )
             except TimeoutError:
                 raise NotMet(
-                    f"what listens at {launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT) is no store of torch's: give the "
-                    f"address and port at which rank 0 or torchrun waits{_or(launch)}"
+                    f"what listens at {launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT) is no store of torch's, or "
+                    f"{'torchrun' if launch.agent_store else 'rank 0'} is frozen: give the address and port at which rank 0 or "
+                    f"torchrun waits, or look after that process{_or(launch)}"
                 ) from None
             except RuntimeError as error:  # it has gone again
                 why = str(error).partition("\n")[0]
@@ -156,8 +161,11 @@ def _why_unreachable(address: str, port: int) -> str:
     return ""
 
 
-def _within(limit_s: float, make: Callable[[], Any]) -> Any:
-    """What `make` returns or raises. TimeoutError if it takes longer: torch waits for ever for a port that is mute."""
+def within(limit_s: float, make: Callable[[], Any], on_wait: Callable[[], None] = lambda: None) -> Any:
+    """What `make` returns or raises. TimeoutError if it takes longer: torch waits for ever for a port or a store that is mute.
+
+    on_wait: called every second while it takes.
+    """
     outcome: list[Any] = []
 
     def run() -> None:
@@ -168,9 +176,13 @@ def _within(limit_s: float, make: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, daemon=True, name="ddp_eval store")
     thread.start()
-    thread.join(limit_s)
-    if not outcome:
-        raise TimeoutError
+    deadline = time.monotonic() + limit_s
+    thread.join(min(limit_s, 1.0))
+    while thread.is_alive():
+        if (left_s := deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        on_wait()
+        thread.join(min(left_s, 1.0))
     made, error = outcome[0]
     if error is not None:
         raise error
@@ -205,11 +217,7 @@ def meet(launch: LaunchEnvironment, timeout_s: float) -> tuple[Any, Met]:
     while True:
         left_s = max(0.5, timeout_s - (time.monotonic() - started))
         store = open_store(launch, left_s)
-        if launch.rank == 0 and not launch.agent_store:
-            store.set(_SIZE, str(launch.world_size))
         try:
-            if launch.rank > 0 and not launch.agent_store:  # torchrun's store holds what earlier attempts said
-                _check_size(store, launch, left_s)
             texts = exchange_through(
                 store, launch.rank, launch.world_size, "ddp_eval/join", json.dumps(me), left_s, notify, known,
                 alone=not launch.by_torchrun,
@@ -220,6 +228,8 @@ def meet(launch: LaunchEnvironment, timeout_s: float) -> tuple[Any, Met]:
             raise NotMet(
                 f"two processes have RANK={launch.rank}, one of them {me['pid']} on {me['host']}: give each a number of its own"
             ) from None
+        except FewerRanks as size:
+            raise NotMet(f"WORLD_SIZE is {launch.world_size} on rank {launch.rank} and {size} on rank 0{_or(launch)}") from None
         except LostContact:
             raise
         except RuntimeError:
@@ -230,18 +240,6 @@ def meet(launch: LaunchEnvironment, timeout_s: float) -> tuple[Any, Met]:
             time.sleep(0.2)
     here = [rank for rank, one in enumerate(facts) if me["machine"] and one["machine"] == me["machine"]]
     return store, Met(facts[0]["id"], tuple(one["pid"] for one in facts), tuple(here or [launch.rank]))
-
-
-def _check_size(store: Any, launch: LaunchEnvironment, timeout_s: float) -> None:
-    """A rank that rank 0 does not count would wait for it in vain."""
-    store = _Answering(store, time.monotonic() + min(timeout_s, _HANDSHAKE_S), lambda: None)
-    with contextlib.suppress(TimeoutError):
-        _refuse_size(store, launch)
-
-
-def _refuse_size(store: Any, launch: LaunchEnvironment) -> None:
-    if store.check([_SIZE]) and int(size := store.get(_SIZE)) <= launch.rank:
-        raise NotMet(f"WORLD_SIZE is {launch.world_size} on rank {launch.rank} and {int(size)} on rank 0{_or(launch)}")
 
 
 def _agreed(
@@ -313,69 +311,48 @@ def exchange_through(
     A rank asks again and again while it waits: the rank 0 that has answered may be one of an earlier attempt, and gone.
 
     notify: called now and then. heard: filled, on rank 0, with what has come so far. alone: no launcher starts a rank again, so
-    that TwoOfOneRank is raised when another process asks as this rank.
+    that TwoOfOneRank is raised when another process asks as this rank, and FewerRanks when rank 0 does not count this one.
 
-    It looks again and again: torch logs each wait of its store that ends by a timeout.
+    It looks again and again: torch logs each wait of its store that ends by a timeout. In a thread: torch waits for ever for a
+    store whose host is stopped or cut off. What is known by then is known.
     """
-    started = time.monotonic()
+    started = looked = time.monotonic()
+    given_up = threading.Event()
     texts: list[str | None] = [None] * world_size
     texts[rank] = text
     heard = {} if heard is None else heard
-    answering = _Answering(store, started + timeout_s, lambda: notify([0], time.monotonic() - started))
-    with contextlib.suppress(TimeoutError):  # the store's host is frozen, or cut off: what is known is known
+
+    def look(missing: list[int], waited_s: float) -> None:
+        nonlocal looked
+        looked = time.monotonic()
+        if given_up.is_set():
+            raise TimeoutError
+        notify(missing, waited_s)
+
+    def notify_of_silence() -> None:
+        if time.monotonic() - looked > _SILENT_S:
+            absent = [other for other, one in enumerate(texts) if one is None]
+            notify(absent if rank == 0 else [0], time.monotonic() - started)
+
+    def exchange() -> list[str | None]:
         if rank == 0:
-            return _collect(answering, name, texts, started, timeout_s, notify, heard)
-        return _follow(answering, rank, world_size, name, texts, started, timeout_s, notify, alone)
-    return texts
+            return _collect(store, name, texts, started, timeout_s, look, heard)
+        return _follow(store, rank, name, texts, started, timeout_s, look, alone)
 
-
-class _Answering:
-    """A store that may fall silent, as one in a process that is stopped: its methods wait, with `on_wait`, no longer than `until`.
-
-    torch waits for ever.
-    """
-
-    def __init__(self, store: Any, until: float, on_wait: Callable[[], None]) -> None:
-        self._store, self._until, self._on_wait = store, until, on_wait
-
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        outcome: list[Any] = []
-
-        def run() -> None:
-            try:
-                outcome.append((question(), None))
-            except Exception as error:
-                outcome.append((None, error))
-
-        thread = threading.Thread(target=run, daemon=True, name="ddp_eval store")
-        thread.start()
-        thread.join(1.0)
-        while not outcome:
-            if time.monotonic() > self._until:
-                raise TimeoutError
-            self._on_wait()
-            thread.join(1.0)
-        made, error = outcome[0]
-        if error is not None:
-            raise error
-        return made
-
-    def set(self, key: str, value: str) -> None:
-        self._ask(lambda: self._store.set(key, value))
-
-    def get(self, key: str) -> Any:
-        return self._ask(lambda: self._store.get(key))
-
-    def check(self, keys: list[str]) -> Any:
-        return self._ask(lambda: self._store.check(keys))
+    try:
+        found: list[str | None] = within(timeout_s + _SILENT_S, exchange, notify_of_silence)
+        return found
+    except TimeoutError:
+        return list(texts)
+    finally:
+        given_up.set()
 
 
 def _follow(
-    store: Any, rank: int, world_size: int, name: str, texts: list[str | None], started: float, timeout_s: float,
-    notify: Notify, alone: bool,
-) -> list[str | None]:  # fmt: skip
+    store: Any, rank: int, name: str, texts: list[str | None], started: float, timeout_s: float, notify: Notify, alone: bool
+) -> list[str | None]:
     """The other ranks' part."""
-    text = texts[rank]
+    text, world_size = texts[rank], len(texts)
     asked, asked_at, common = "", float("-inf"), ""
     while (waited_s := time.monotonic() - started) < timeout_s:
         if time.monotonic() - asked_at > _ASK_S:
@@ -391,6 +368,8 @@ def _follow(
             return found
         if alone and store.get(f"{name}/ask/{rank}").decode() != asked:
             raise TwoOfOneRank
+        if alone and not common and store.check([f"{name}/size"]) and int(size := store.get(f"{name}/size")) <= rank:
+            raise FewerRanks(int(size))
         notify([] if common else [0], waited_s)
         time.sleep(min(_LOOK_S, 0.005 + waited_s / 50))
     for other in range(world_size) if common else ():
@@ -404,6 +383,7 @@ def _collect(
 ) -> list[str | None]:
     """Rank 0's part."""
     common, answered = uuid.uuid4().hex, set()
+    store.set(f"{name}/size", str(len(texts)))
     store.set(f"{name}/{common}/0", texts[0])
     while True:
         for other in [other for other, text in enumerate(texts) if text is None]:

@@ -152,15 +152,15 @@ def adopt_group(device: torch.device, caller: str, arguments: dict[str, Any]) ->
     """A World over the process group that the caller already has, if any. Collective; undo with `release_group`.
 
     caller: the function that every rank must have called. arguments: by name, as texts; those that all ranks must give alike.
-    Raises UserError, within the group's own time-out, where a rank has not called, or with other arguments.
+    Raises UserError, within the group's own time-out, where a rank has not called, or with other arguments; LostContact where one
+    does not take part any more.
     """
     _check_free()
     if not has_group():
         return World(0, 0, 1, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check_in(rank, world_size, caller, arguments)
-    speaking = watchdog.speaking() if rank < 2 else contextlib.nullcontext()
-    with naming_lost_ranks("setting up a group of ranks"), speaking:
+    with naming_lost_ranks("setting up a group of ranks"), watchdog.speaking(aloud=rank < 2):
         watchdog.step(watchdog.WAITING)
         group = _message_group(datetime.timedelta(seconds=_group_timeout_s()))
     return World(rank, whole_number("LOCAL_RANK", rank), world_size, device, group, borrowed=True)
@@ -193,10 +193,11 @@ def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any])
         return
     group_s = _group_timeout_s()
     limit_s = max(0.6 * group_s, group_s - 60)
-    patience = watchdog.Patience(min(watchdog.NOTICE_S, limit_s / 2))
+    # Each other rank may be the only one that has called. It speaks late: usually rank 0 or 1 has said it all by then.
+    patience = watchdog.Patience(min(watchdog.NOTICE_S, limit_s / 2) if rank < 2 else limit_s / 2)
 
     def notify(missing: list[int], waited_s: float) -> None:
-        if missing and (rank < 2 or missing == [0]) and patience.is_due(waited_s):
+        if missing and patience.is_due(waited_s):
             absent = name_some(missing)
             watchdog.notice(f"rank {rank} is waiting for {absent} to call {caller} too (at most {limit_s:.0f} s)", waited_s)
 
@@ -271,7 +272,9 @@ def local_ranks(world: World) -> tuple[int, ...]:
 
 
 def _message_group(setup: datetime.timedelta) -> OwnGroup:
-    """setup: how long to wait for ranks that do not come, where messages may take LEADER_TIMEOUT."""
+    """The group for messages, which may take LEADER_TIMEOUT. setup: how long to wait for ranks that do not come to set it up."""
+    if dist.get_debug_level() is dist.DebugLevel.DETAIL:  # torch then wraps the group, and the wrapper keeps its first timeout
+        return OwnGroup(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
     group = dist.new_group(backend="gloo", timeout=setup)
     dist.distributed_c10d._set_pg_timeout(LEADER_TIMEOUT, group)
     return OwnGroup(group)

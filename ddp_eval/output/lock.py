@@ -201,7 +201,7 @@ def _parse_holder(data: bytes) -> dict[str, Any]:
 
 def _name(holder: dict[str, Any]) -> str:
     if not {"pid", "host"} <= holder.keys():
-        return "somebody whose words in it cannot be read"
+        return "an unknown process (the file does not name it)"
     return f"process {one_line(holder['pid'], 20)} on {one_line(holder['host'], 100)}"
 
 
@@ -217,7 +217,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _is_alive_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a holder on this machine lives; None for one on another, which this machine cannot know."""
+    """Whether a holder on this machine lives; None for one on another machine, and for another user's that /proc hides."""
     if not holder.get("machine") or holder["machine"] != machine():
         return None
     if "born" not in holder or "pid" not in holder:
@@ -229,13 +229,13 @@ def _is_alive_here(holder: dict[str, Any]) -> bool | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether it is another user's, of which /proc shows nothing here (hidepid=2): it may live, and is watched like a far one."""
+    """Whether it lives as another user's, of whom /proc shows nothing here (hidepid=2)."""
     try:
         os.kill(pid, 0)
     except PermissionError:
         return True
     except (OSError, OverflowError):
-        return False
+        pass
     return False
 
 

@@ -273,7 +273,7 @@ def local_ranks(world: World) -> tuple[int, ...]:
 
 def _message_group(setup: datetime.timedelta) -> OwnGroup:
     """The group for messages, which may take LEADER_TIMEOUT. setup: how long to wait for ranks that do not come to set it up."""
-    if dist.get_debug_level() is dist.DebugLevel.DETAIL:  # torch then wraps the group, and the wrapper keeps its first timeout
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:  # torch then wraps the group, and the wrapper keeps its first timeout
         return OwnGroup(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
     group = dist.new_group(backend="gloo", timeout=setup)
     dist.distributed_c10d._set_pg_timeout(LEADER_TIMEOUT, group)

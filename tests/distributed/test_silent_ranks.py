@@ -365,7 +365,7 @@ def test_who_says_that_ranks_have_not_called(rank, first_s, monkeypatch, capsys)
 def test_limits_of_the_group_for_messages(level, monkeypatch):
     """Catches a second group whose set-up may take 24 h, and messages that may not, as where torch wraps groups (DETAIL)."""
     made, changed = [], []
-    monkeypatch.setattr(world.dist, "get_debug_level", lambda: getattr(dist.DebugLevel, level))
+    monkeypatch.setattr(world.dist, "get_debug_level", lambda: dist.DebugLevel(int(getattr(dist.DebugLevel, level))))
     monkeypatch.setattr(world.dist, "new_group", lambda **options: made.append(options["timeout"]))
     monkeypatch.setattr(world.dist.distributed_c10d, "_set_pg_timeout", lambda timeout, group: changed.append(timeout))
     setup = datetime.timedelta(seconds=7)

@@ -49,13 +49,21 @@ def main() -> None:
         command = COMMANDS[name]
         if not command.runs_on_all_ranks:
             watchdog.step(f"at work on {name}")
-            sys.exit(importlib.import_module(command.module).main(argv) if _is_rank_zero() else 0)
+            try:
+                sys.exit(importlib.import_module(command.module).main(argv) if _is_rank_zero() else 0)
+            except UserError as error:  # of rank 0 alone: there is nobody to agree with
+                watchdog.say(str(error))
+                watchdog.leave(2, status.FAILED, str(error))
         watching.timeout_s = Config.timeout
         evaluation: Evaluation = importlib.import_module(command.module).parse(argv)
         _check_launch()
         _run(evaluation, watching)
         if evaluation.conclude is not None:
-            sys.exit(evaluation.conclude() if _is_rank_zero() else 0)
+            if not _is_rank_zero():
+                sys.exit(0)
+            with watchdog.speaking():
+                watchdog.step("comparing the two runs")
+                sys.exit(evaluation.conclude())
     except UserError as error:
         _report_and_leave(error)
 
@@ -96,7 +104,7 @@ def _check_launch() -> None:
     try:
         launch_environment.read()
     except UserError as error:
-        print(f"ddp_eval: {error}", file=sys.stderr, flush=True)
+        watchdog.say(str(error))
         watchdog.leave(2, status.FAILED, str(error))
 
 
@@ -123,8 +131,8 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
 
     config = evaluation.config
     try:
+        watchdog.step("preparing to join the other ranks")
         trackers.check_installed(config)
-        watchdog.step(watchdog.WAITING)
         checks = preflight.check_if_due(config)
         world = world_module.join_group(config.device, max(config.timeout, MIN_JOIN_S))
         store, local_ranks = common_store(world), world_module.local_ranks(world)

@@ -59,14 +59,13 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     bare = _unwrap(model)
     warn_of_no_group(config.output_path)
     world = adopt_group(next(bare.parameters()).device, "ddp_eval.evaluate", _describe_call(bare, config))
-    speaking = watchdog.speaking() if world.is_leader else contextlib.nullcontext()
     try:
         with (
             _as_it_was(bare),
             loading_for(config.seed, world.is_leader),
             contextlib.closing(wrap_model(bare, world.device)) as engine,
             Sampler(world.meter, world.device),
-            speaking,
+            watchdog.speaking("the other ranks" if world.is_leader else "rank 0", world.rank < 2),
         ):
             bare.eval()
             if not world.is_leader:
@@ -75,9 +74,11 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
             for note in notes:
                 log.warning("%s", note)
             with Followers(world) as followers:
+                watchdog.step("preparing the output directory")
                 _prepare_output(config)
                 followers.load(layouts.WHOLE_COPIES)
                 replica = LoadedReplica(Replica(world, layouts.WHOLE_COPIES, engine), lambda: describe_loaded_model(bare))
+                watchdog.step("building the prompts")
                 return lead(
                     Job(config, followers, NoDirectory(), bare.config, make_encoder(config, bare.config, tokenizer), replica)
                 )

@@ -119,8 +119,7 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
         self._quiet = contextlib.ExitStack()
         try:
             if not world.is_leader:
-                speaking = watchdog.speaking("rank 0, which has the model open") if world.rank == 1 else contextlib.nullcontext()
-                with only_rank_zero_logs(False), speaking:
+                with only_rank_zero_logs(False), watchdog.speaking("rank 0, which has the model open", world.rank == 1):
                     follow(world, lambda world, layout: load_replica(config, checkpoint.load_config(model_args), world, layout))
                 raise WorkerExit(0)
             for note in notes:
@@ -224,7 +223,9 @@ class DDPEvalLM(HFLMMembers, RequestCollector):
             _open_model = None
             occupy(_ENDED if self._by_name else None)
         if self._world.is_leader:
-            followers.__exit__(type(error), error, None)
+            with watchdog.speaking():
+                watchdog.step(watchdog.WAITING)
+                followers.__exit__(type(error), error, None)
         if self._borrowed:
             release_group(self._world)
         else:

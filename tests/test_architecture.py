@@ -121,6 +121,18 @@ def test_where_lm_eval_is_imported() -> None:
     assert_only(importers("lm_eval") - modules_in("tasks", "lm"), LM_EVAL_ELSEWHERE)
 
 
+def test_no_print_on_stderr() -> None:
+    """Catches a sentence in two writes, between which another rank's may stand: `watchdog.say` makes one."""
+    calls = {
+        f"{module}:{node.lineno}"
+        for module, path in MODULES.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stderr.write")
+        if ast.unparse(node.func) != "print" or any(keyword.arg == "file" for keyword in node.keywords)
+    }
+    assert_only(calls, set())
+
+
 def test_where_torch_distributed_is_imported() -> None:
     """Catches a collective far from where one sees which ranks join it."""
     assert_only(importers("torch.distributed") - modules_in("distributed"), TORCH_DISTRIBUTED_ELSEWHERE)

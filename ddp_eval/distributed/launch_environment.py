@@ -5,13 +5,13 @@ An empty variable counts as one that is not set.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 from collections.abc import Mapping
 
 from ddp_eval.errors import UserError
-from ddp_eval.system.text import read_count
 
 # Of torchrun's kind. Left over in a shell, they make a process wait for others: `env -u` takes them away.
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -25,6 +25,8 @@ class LaunchEnvironment:
 
     local_world_size: ranks on this machine; None where the launcher does not say. by_torchrun: not by hand or a script.
     agent_store: torchrun's own store is at `address`; otherwise rank 0 opens one there.
+    inherited: the parent process has torchrun's variables too: a script that torchrun has started, or a shell in which they are
+    left over.
     """
 
     rank: int = 0
@@ -35,14 +37,16 @@ class LaunchEnvironment:
     port: int = 0
     by_torchrun: bool = False
     agent_store: bool = False
+    inherited: bool = False
 
     def way_out(self) -> str:
-        """What to do where nobody meant to start several processes; empty under torchrun."""
-        if self.by_torchrun:
+        """What to do where nobody meant to start several processes; empty where torchrun has started this one itself."""
+        if self.by_torchrun and not self.inherited:
             return ""
+        names = ("WORLD_SIZE", "RANK", *(["TORCHELASTIC_RUN_ID"] if self.by_torchrun else []))
         return (
             f"the variables WORLD_SIZE={self.world_size} and RANK={self.rank} ask for {self.world_size} processes; if they are "
-            f"left over in this shell, start with `{without('WORLD_SIZE', 'RANK')}` in front"
+            f"left over in this shell, start with `{without(*names)}` in front"
         )
 
 
@@ -79,7 +83,7 @@ def read(environment: Mapping[str, str] | None = None) -> LaunchEnvironment:
             f"RANK must lie between 0 and WORLD_SIZE - 1, got RANK={rank} and WORLD_SIZE={world_size}: start with torchrun, or "
             f"one process alone with `{without('RANK', 'WORLD_SIZE')}` in front"
         )
-    local_world_size = number("LOCAL_WORLD_SIZE", 0) or None
+    local_world_size = number("LOCAL_WORLD_SIZE", 1, 1) if is_set("LOCAL_WORLD_SIZE") else None
     if local_world_size is not None and local_rank >= local_world_size:
         raise UserError(
             f"LOCAL_RANK must lie between 0 and LOCAL_WORLD_SIZE - 1, got LOCAL_RANK={local_rank} and "
@@ -104,7 +108,17 @@ def read(environment: Mapping[str, str] | None = None) -> LaunchEnvironment:
         raise UserError(f"the environment variable MASTER_PORT must be a port from 1 to 65535, got {port}")
     agent_store = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = variables["MASTER_ADDR"].strip()
-    return LaunchEnvironment(rank, world_size, local_rank, local_world_size, address, port, by_torchrun, agent_store)
+    inherited = by_torchrun and _parent_has("TORCHELASTIC_RUN_ID")
+    return LaunchEnvironment(rank, world_size, local_rank, local_world_size, address, port, by_torchrun, agent_store, inherited)
+
+
+def _parent_has(name: str) -> bool:
+    """Whether the parent process has this variable too, which torchrun gives to its ranks and does not have itself."""
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as file:
+            return f"\0{name}=".encode() in b"\0" + file.read()
+    except OSError:
+        return False
 
 
 def whole_number(name: str, default: int, least: int | None = None, environment: Mapping[str, str] | None = None) -> int:
@@ -121,7 +135,14 @@ def whole_number(name: str, default: int, least: int | None = None, environment:
 
 def is_first() -> bool:
     """Whether this process is rank 0, as far as is known: the one that logs. Never raises."""
-    return read_count(os.environ.get("RANK", "").strip() or "0") == 0
+    return known_rank() == 0
+
+
+def known_rank() -> int | None:
+    """As `launch_rank`; None where RANK is no number. Never raises."""
+    with contextlib.suppress(UserError):
+        return launch_rank()
+    return None
 
 
 def drop_empty() -> None:

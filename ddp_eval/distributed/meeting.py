@@ -27,6 +27,7 @@ from ddp_eval.system import processes
 _CONNECT_S = 5.0  # for one try to reach the store
 _HANDSHAKE_S = 10.0  # for what listens there to answer as a store does
 _LOOK_S = 0.2
+_SILENT_S = 2.0  # a store that has not answered for so long is not about to
 _ASK_S = 2.0
 _stores: dict[tuple[str, int], Any] = {}  # kept: a second group of this process, or the others' last words, need them
 
@@ -39,6 +40,10 @@ class LostContact(RuntimeError):
 
 class TwoOfOneRank(Exception):
     """Two processes have the same rank."""
+
+
+class FewerRanks(Exception):
+    """Rank 0 counts so few ranks that this one is none of them. The text is their number."""
 
 
 class NotMet(UserError):
@@ -79,7 +84,7 @@ def agent_store(launch: LaunchEnvironment) -> Any:
 def _host_store(launch: LaunchEnvironment) -> Any:
     """As torch's own `env://` does it, but without a wait for the others."""
     try:
-        return _within(
+        return within(
             _HANDSHAKE_S,
             lambda: dist.TCPStore(
                 launch.address,
@@ -97,6 +102,8 @@ def _host_store(launch: LaunchEnvironment) -> Any:
                 f"rank 0 cannot open port {launch.port} (MASTER_PORT): another program listens there, or another process with "
                 f"RANK=0; give a free MASTER_PORT to all ranks{_or(launch)}"
             ) from None
+        if "EACCES" in str(error):
+            raise NotMet(f"rank 0 may not open port {launch.port} (MASTER_PORT): give one above 1023 to all ranks") from None
         raise NotMet(
             f"rank 0 opens port {launch.port} here and does not find it at {launch.address}: MASTER_ADDR must be an address of "
             f"the machine of rank 0, the same on all ranks{_or(launch)}"
@@ -111,7 +118,7 @@ def _reach_store(launch: LaunchEnvironment, timeout_s: float, what: str) -> Any:
         left_s = timeout_s - (time.monotonic() - started)
         if not why:
             try:
-                return _within(
+                return within(
                     max(1.0, min(left_s, _HANDSHAKE_S)),
                     lambda: dist.TCPStore(
                         launch.address, launch.port, is_master=False, timeout=datetime.timedelta(seconds=_CONNECT_S)
@@ -119,8 +126,9 @@ def _reach_store(launch: LaunchEnvironment, timeout_s: float, what: str) -> Any:
                 )
             except TimeoutError:
                 raise NotMet(
-                    f"what listens at {launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT) is no store of torch's: give the "
-                    f"address and port at which rank 0 or torchrun waits{_or(launch)}"
+                    f"what listens at {launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT) is no store of torch's, or "
+                    f"{'torchrun' if launch.agent_store else 'rank 0'} is frozen: give the address and port at which rank 0 or "
+                    f"torchrun waits, or look after that process{_or(launch)}"
                 ) from None
             except RuntimeError as error:  # it has gone again
                 why = str(error).partition("\n")[0]
@@ -135,8 +143,11 @@ def _reach_store(launch: LaunchEnvironment, timeout_s: float, what: str) -> Any:
 
 
 def _speaks(launch: LaunchEnvironment) -> bool:
-    """Whether this rank says for whom it waits: rank 0; and, who may wait for rank 0, rank 1 and the first of each machine."""
-    return launch.rank < 2 or launch.local_rank == 0
+    """Whether this rank says for whom it waits: rank 0; and, who may wait for rank 0, rank 1 and the first of each machine.
+
+    By hand every rank: it may be the only one there, and each has a terminal of its own.
+    """
+    return not launch.by_torchrun or launch.rank < 2 or launch.local_rank == 0
 
 
 def _why_unreachable(address: str, port: int) -> str:
@@ -150,8 +161,11 @@ def _why_unreachable(address: str, port: int) -> str:
     return ""
 
 
-def _within(limit_s: float, make: Callable[[], Any]) -> Any:
-    """What `make` returns or raises. TimeoutError if it takes longer: torch waits for ever for a port that is mute."""
+def within(limit_s: float, make: Callable[[], Any], on_wait: Callable[[], None] = lambda: None) -> Any:
+    """What `make` returns or raises. TimeoutError if it takes longer: torch waits for ever for a port or a store that is mute.
+
+    on_wait: called every second while it takes.
+    """
     outcome: list[Any] = []
 
     def run() -> None:
@@ -162,9 +176,13 @@ def _within(limit_s: float, make: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, daemon=True, name="ddp_eval store")
     thread.start()
-    thread.join(limit_s)
-    if not outcome:
-        raise TimeoutError
+    deadline = time.monotonic() + limit_s
+    thread.join(min(limit_s, 1.0))
+    while thread.is_alive():
+        if (left_s := deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        on_wait()
+        thread.join(min(left_s, 1.0))
     made, error = outcome[0]
     if error is not None:
         raise error
@@ -210,6 +228,8 @@ def meet(launch: LaunchEnvironment, timeout_s: float) -> tuple[Any, Met]:
             raise NotMet(
                 f"two processes have RANK={launch.rank}, one of them {me['pid']} on {me['host']}: give each a number of its own"
             ) from None
+        except FewerRanks as size:
+            raise NotMet(f"WORLD_SIZE is {launch.world_size} on rank {launch.rank} and {size} on rank 0{_or(launch)}") from None
         except LostContact:
             raise
         except RuntimeError:
@@ -245,6 +265,7 @@ def missing(launch: LaunchEnvironment, sentence: str) -> Exception:
     if launch.by_torchrun:
         return LostContact(
             f"{sentence}: look after that machine, then start it again, or give a longer --timeout if starting may take so long"
+            f"{_or(launch)}"
         )
     everyone = f"start all {launch.world_size} ranks, each with MASTER_ADDR={launch.address} and MASTER_PORT={launch.port}"
     return NotMet(f"{sentence}: {everyone}, or use torchrun{_or(launch)}")
@@ -290,16 +311,48 @@ def exchange_through(
     A rank asks again and again while it waits: the rank 0 that has answered may be one of an earlier attempt, and gone.
 
     notify: called now and then. heard: filled, on rank 0, with what has come so far. alone: no launcher starts a rank again, so
-    that TwoOfOneRank is raised when another process asks as this rank.
+    that TwoOfOneRank is raised when another process asks as this rank, and FewerRanks when rank 0 does not count this one.
 
-    It looks again and again: torch logs each wait of its store that ends by a timeout.
+    It looks again and again: torch logs each wait of its store that ends by a timeout. In a thread: torch waits for ever for a
+    store whose host is stopped or cut off. What is known by then is known.
     """
-    started = time.monotonic()
+    started = looked = time.monotonic()
+    given_up = threading.Event()
     texts: list[str | None] = [None] * world_size
     texts[rank] = text
     heard = {} if heard is None else heard
-    if rank == 0:
-        return _collect(store, name, texts, started, timeout_s, notify, heard)
+
+    def look(missing: list[int], waited_s: float) -> None:
+        nonlocal looked
+        looked = time.monotonic()
+        if given_up.is_set():
+            raise TimeoutError
+        notify(missing, waited_s)
+
+    def notify_of_silence() -> None:
+        if time.monotonic() - looked > _SILENT_S:
+            absent = [other for other, one in enumerate(texts) if one is None]
+            notify(absent if rank == 0 else [0], time.monotonic() - started)
+
+    def exchange() -> list[str | None]:
+        if rank == 0:
+            return _collect(store, name, texts, started, timeout_s, look, heard)
+        return _follow(store, rank, name, texts, started, timeout_s, look, alone)
+
+    try:
+        found: list[str | None] = within(timeout_s + _SILENT_S, exchange, notify_of_silence)
+        return found
+    except TimeoutError:
+        return list(texts)
+    finally:
+        given_up.set()
+
+
+def _follow(
+    store: Any, rank: int, name: str, texts: list[str | None], started: float, timeout_s: float, notify: Notify, alone: bool
+) -> list[str | None]:
+    """The other ranks' part."""
+    text, world_size = texts[rank], len(texts)
     asked, asked_at, common = "", float("-inf"), ""
     while (waited_s := time.monotonic() - started) < timeout_s:
         if time.monotonic() - asked_at > _ASK_S:
@@ -315,6 +368,8 @@ def exchange_through(
             return found
         if alone and store.get(f"{name}/ask/{rank}").decode() != asked:
             raise TwoOfOneRank
+        if alone and not common and store.check([f"{name}/size"]) and int(size := store.get(f"{name}/size")) <= rank:
+            raise FewerRanks(int(size))
         notify([] if common else [0], waited_s)
         time.sleep(min(_LOOK_S, 0.005 + waited_s / 50))
     for other in range(world_size) if common else ():
@@ -328,6 +383,7 @@ def _collect(
 ) -> list[str | None]:
     """Rank 0's part."""
     common, answered = uuid.uuid4().hex, set()
+    store.set(f"{name}/size", str(len(texts)))
     store.set(f"{name}/{common}/0", texts[0])
     while True:
         for other in [other for other, text in enumerate(texts) if text is None]:

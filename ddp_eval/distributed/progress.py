@@ -100,11 +100,7 @@ class Progress:
         elapsed_s = time.monotonic() - self._started
         left = f"{elapsed_s * (self._left - done) / done:.0f} s left" if done else "time left unknown"
         whole = f"{self._done + done:,} of {self._total:,} requests"
-        print(
-            f"ddp_eval: {whole}, {rate:,.0f} tokens/s, {elapsed_s:.0f} s so far, {left}",
-            file=self._stream,
-            flush=True,
-        )
+        watchdog.say(f"{whole}, {rate:,.0f} tokens/s, {elapsed_s:.0f} s so far, {left}", stream=self._stream)
 
 
 class Tally:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
-import sys
+import socket
+import time
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +17,10 @@ from ddp_eval.distributed.contact import naming_lost_ranks
 from ddp_eval.distributed.launch_environment import launch_local_rank, launch_rank, whole_number
 from ddp_eval.distributed.meeting import exchange_through
 from ddp_eval.distributed.world import World
-from ddp_eval.errors import UserError, printable
+from ddp_eval.errors import UserError
+from ddp_eval.telemetry.meter import process_age_s
+
+_CLAIM_S = 5.0
 
 
 def can_exchange() -> bool:
@@ -27,15 +32,18 @@ def can_exchange() -> bool:
 def exchange(name: str, text: str, timeout_s: float) -> list[str | None]:
     """Every rank's `text` in rank order, through the group's store, or the launcher's before the group is joined.
 
-    None for a rank that has given none in that time, and for all others where there is no common store. Raises LostContact when
+    None for a rank that has given none in that time. Raises NotMet when this rank does not reach the store, and LostContact when
     the store is lost with its host.
     """
     rank, world_size = launch_rank(), whole_number("WORLD_SIZE", 1)
-    texts: list[str | None] = [None] * world_size
-    texts[rank] = text
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else _agent_store()
+    if store is None and world_size == 1:
+        return [text]
     if store is None:
-        return texts
+        raise meeting.NotMet(
+            f"rank {rank} on {socket.gethostname()} cannot reach torchrun's store at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} for {name}: check that this machine reaches that address, and the firewall"
+        )
     patience, first = watchdog.Patience(), rank == 1 or launch_local_rank() == 0
 
     def notify(missing: list[int], waited_s: float) -> None:
@@ -57,24 +65,41 @@ def report_once(message: str, shared: bool = False) -> None:
     The first rank to claim the word prints. The others wait until it has: the launcher ends everybody as soon as one rank is
     gone, and might else end the speaker first. Never raises.
 
-    shared: many ranks have this to say; if the store has died with its host, the first rank of each node does. Where no store was
-    ever reached, rank 1 does too: it may be the only one there.
+    shared: many ranks have this to say; if the store has died with its host, the first rank of each node prints, and rank 1, as
+    rank 0 has gone with it. Where no store was ever reached, so it is for all messages; and by hand every rank prints: it may be
+    the only one there, and each may have a terminal of its own.
     """
     store = _error_store()
-    if store is None and not shared and 0 < launch_rank() < whole_number("WORLD_SIZE", 1):
-        return  # no common store: what is wrong with the command is wrong on rank 0 too
-    mine = not shared or launch_local_rank() == 0 or (store is None and launch_rank() == 1)
-    try:
-        mine = store.add("ddp_eval/error/claim", 1) == 1 if store is not None else mine
-    except RuntimeError:
-        store = None
+    first = launch_local_rank() == 0 or (shared and launch_rank() == 1)
+    place = ""
+    if store is None:
+        mine = first or not os.environ.get("TORCHELASTIC_RUN_ID")
+    else:
+        mine = first or not shared
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            place, mine = meeting.within(_CLAIM_S, lambda: _claim(store))
     if mine:
-        print(f"ddp_eval: {printable(message)}", file=sys.stderr, flush=True)
+        watchdog.say(message)
     with contextlib.suppress(Exception):
-        if store is not None and mine:
-            store.set("ddp_eval/error/printed", "yes")
-        elif store is not None:
-            store.wait(["ddp_eval/error/printed"], datetime.timedelta(seconds=5))
+        if place and mine:
+            store.set(f"{place}/printed", str(time.time()))
+        elif place:
+            store.wait([f"{place}/printed"], datetime.timedelta(seconds=_CLAIM_S))
+
+
+def _claim(store: Any) -> tuple[str, bool]:
+    """Where ranks compete for the word, in the store, and whether this one has it.
+
+    A launch may run one command after the other: what was printed before this process began was printed by an earlier one.
+    """
+    began = time.time() - process_age_s()
+    for number in itertools.count():
+        place = f"ddp_eval/error/{number}"
+        if store.add(f"{place}/claim", 1) == 1:
+            return place, True
+        if not store.check([f"{place}/printed"]) or float(store.get(f"{place}/printed")) >= began:
+            return place, False
+    raise AssertionError("numbers do not end")
 
 
 def _error_store() -> Any:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import select
@@ -21,12 +23,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
+from ddp_eval.distributed.launch_environment import known_rank, launch_local_rank
 from ddp_eval.errors import one_line, printable
 from ddp_eval.output import status
 from ddp_eval.system.processes import birth
-from ddp_eval.system.text import read_count
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 EXIT_INTERRUPTED = 130
@@ -42,6 +44,7 @@ _BEAT_S = 2.0
 _LOOK_S = 2 * _BEAT_S  # more time than that between two looks is none of the others': this process was stopped, as by SIGSTOP
 _SILENCE_S = 25.0  # of a rank in the middle of its packs, whose threads have nothing else to do
 NOTICE_S = 20.0  # who waits, or takes long over a step, says so by then, and again each time it has taken twice as long
+_AFTER_RANK_0_S = 150.0  # by how much ranks outwait rank 0 before they have met: it names those that do not come
 PACKS = "running packs"
 
 
@@ -141,8 +144,15 @@ def shown() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def speaking(waiting_for: str = "the other ranks") -> Iterator[None]:
-    """Say of steps that take long what they are, for the length of the block: in a caller's process, which nobody watches."""
+def speaking(waiting_for: str = "the other ranks", aloud: bool = True) -> Iterator[None]:
+    """Say of steps that take long what they are, for the length of the block: in a caller's process, which nobody watches.
+
+    aloud: whether this rank is the one to say it.
+    """
+    step("starting")  # the last step of this process may have begun hours ago
+    if not aloud:
+        yield
+        return
     over = threading.Event()
     thread = threading.Thread(target=_speak, args=(over, lambda: waiting_for), daemon=True, name="ddp_eval notices")
     thread.start()
@@ -155,11 +165,16 @@ def speaking(waiting_for: str = "the other ranks") -> Iterator[None]:
 
 def notice(sentence: str, waited_s: float) -> None:
     """A line about what takes long. On a terminal it takes the place of a bar, which comes back by itself."""
-    line = f"ddp_eval: {sentence}, {waited_s:.0f} s so far"
+    say(f"{sentence}, {waited_s:.0f} s so far", clear=True)
+
+
+def say(sentence: str, clear: bool = False, stream: TextIO | None = None) -> None:
+    """One line on stderr, or on another stream. clear: it takes the place of a bar."""
+    line, stream = f"ddp_eval: {printable(sentence)}\n", stream or sys.stderr
     with contextlib.suppress(OSError, ValueError):
         # One write: `print` writes the line's end separately, and another rank or process may write in between.
-        sys.stderr.write(f"\r\x1b[K{line}\n" if sys.stderr.isatty() else f"{line}\n")
-        sys.stderr.flush()
+        stream.write(f"\r\x1b[K{line}" if clear and stream.isatty() else line)
+        stream.flush()
 
 
 def _speak(over: threading.Event, whom: Callable[[], str]) -> None:
@@ -202,10 +217,15 @@ def leave(code: int, state: str, reason: str, first_hand: bool = True) -> NoRetu
         time.sleep(60)  # another thread is at it
     _ending = threading.get_ident()
     _within(_DISK_S, lambda: _tidy_up(state, reason, first_hand))
+    _within(_TELL_S, _flush)
+    os._exit(code)
+
+
+def _flush() -> None:
+    """Waits for whoever reads them, and for a thread that does."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)
 
 
 def _tidy_up(state: str, reason: str, first_hand: bool) -> None:
@@ -244,14 +264,16 @@ class Watch:
 
     def __init__(self) -> None:
         self.timeout_s = float("inf")
-        self.rank = read_count(os.environ.get("RANK", "")) or 0
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.rank = known_rank() or 0
+        # A variable left over in a shell makes no launcher of that: torchrun always says which rank this is, too.
+        self._launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys() else None
         self._siblings: dict[int, int] = {}
         self._report: Any = None
         self._stopped = threading.Event()
         self._beats: _Beats | None = None
         self._wakeup, self._signalled = os.pipe()
         self._looked = time.monotonic()
+        self._joined = threading.Event()
 
     def start(self) -> None:
         """One rank: watch from now on. Several: until they have met, signals and the launcher's death just end this process.
@@ -266,8 +288,15 @@ class Watch:
             _die_with_parent(signal.SIGKILL)
             if _is_orphan():  # it was killed before we asked
                 os._exit(1)
+            threading.Thread(target=self._await_joining, daemon=True, name="ddp_eval start").start()
         else:
             self._begin()
+
+    def _await_joining(self) -> None:
+        """Before the ranks have met, all of them may hang in the same step, as in front of a file server that is dead."""
+        looked, later_s = time.monotonic(), 0.0 if self.rank == 0 else _AFTER_RANK_0_S
+        while not self._joined.wait(_TICK_S):
+            looked = self._check_step(looked, self.timeout_s + later_s)
 
     def _begin(self) -> None:
         _die_with_parent(0)
@@ -301,6 +330,7 @@ class Watch:
         """
         self.timeout_s, self._siblings = timeout_s, {other: pids[other] for other in local_ranks if other != rank}
         self._report = report
+        self._joined.set()
         if self._launcher is not None:
             self._begin()
         if store is not None:
@@ -345,11 +375,22 @@ class Watch:
             if self._launcher is not None and os.getppid() != self._launcher:
                 _say("torchrun is gone: this rank leaves too", self.rank)
                 leave(1, status.FAILED, "torchrun was killed; the same command resumes", first_hand=False)
-            place, now = _place, time.monotonic()
-            place.since += max(0.0, now - looked - _LOOK_S)
-            looked, late_s = now, now - place.since
-            if place.step != WAITING and late_s > self.timeout_s and not self._stopped.is_set():
-                _leave_hanging(self.rank, socket.gethostname(), str(place), late_s, self._beats and self._beats.report)
+            now = self._check_step(looked, self.timeout_s)
+            if self._beats is not None:
+                self._beats.check_store(min(now - looked, _LOOK_S))
+            looked = now
+
+    def _check_step(self, looked: float, limit_s: float) -> float:
+        """End the run if the step under way takes longer than that. Time in which this process was stopped does not count.
+
+        looked: when it was checked last. Returns the time of this check.
+        """
+        place, now = _place, time.monotonic()
+        place.since += max(0.0, now - looked - _LOOK_S)
+        late_s = now - place.since
+        if place.step != WAITING and late_s > limit_s and not self._stopped.is_set():
+            _leave_hanging(self.rank, socket.gethostname(), str(place), late_s, self._beats and self._beats.report)
+        return now
 
     def _handle_signal(self, number: int) -> None:
         """Finish or abandon the pack in hand, and leave."""
@@ -382,6 +423,12 @@ class _Beats:
         self._seen: dict[int, tuple[str, float]] = {}  # the last word of each, and for how long it has been the last, in seconds
         self._patience: dict[int, Patience] = {}
         self._looked = time.monotonic()
+        self._host = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"  # of the store
+        # Of the store's silence or loss: the first rank of each machine, and rank 1 where rank 0 has no words left.
+        self._speaks = launch_local_rank() == 0 or (rank == 1 and self._host == "rank 0")
+        self._questions = itertools.count(1)
+        self._question = 0  # the number of the one that the store has not answered yet; 0: none
+        self._mute_s, self._mute_question, self._mute_patience = 0.0, 0, Patience()
         self.thread = threading.Thread(target=self._run, daemon=True, name="ddp_eval beats")
 
     def places(self) -> list[tuple[int, str, str]]:
@@ -390,23 +437,47 @@ class _Beats:
         return [(rank, host, place) for rank, (_, host, place) in words]
 
     def _run(self) -> None:
-        host, count = socket.gethostname(), 0
-        self._store.set(_beat_key(self.rank), json.dumps([0, host, str(_place)]))
-        while not self._stopped.wait(_BEAT_S):
-            count += 1
+        host = socket.gethostname()
+        for count in itertools.count():
             try:
+                self._question = next(self._questions)
                 self._store.set(_beat_key(self.rank), json.dumps([count, host, str(_place)]))
                 self._check_peers()
             except RuntimeError:
+                self._question = 0
                 if not self._stopped.wait(3):  # a leader that has ended well has sent its message by now
-                    if os.environ.get("LOCAL_RANK") == "0":
-                        _say(f"rank {self.rank} on {host} lost contact with rank 0 while {_describe_step(_place)}", 0)
+                    if self._speaks:
+                        _print(f"rank {self.rank} on {host} lost contact with rank 0 while {_describe_step(_place)}")
                     leave(1, status.FAILED, "contact with rank 0 was lost; the same command resumes", first_hand=False)
+            self._question = 0
+            if self._stopped.wait(_BEAT_S):
+                return
+
+    def check_store(self, passed_s: float) -> None:
+        """End the run if the store does not answer: its host may be stopped, and torch waits for ever.
+
+        passed_s: since the last check, which is made by another thread than the one that asks.
+        """
+        if not self._question or self._question != self._mute_question or self._stopped.is_set():
+            self._mute_s, self._mute_question, self._mute_patience = 0.0, self._question, Patience()
+            return
+        self._mute_s += passed_s
+        if self._speaks and self._mute_patience.is_due(self._mute_s):
+            silent = f"{self._host} gives no sign of life: the store that it keeps for all ranks does not answer"
+            _within(_TELL_S, functools.partial(notice, silent, self._mute_s))
+        if self._mute_s > self._timeout_s:
+            again = "the same command resumes" if _directory is not None else "start it again"
+            sentence = f"{self._host} has shown no sign of life for {self._mute_s:.0f} s: the run ends; "
+            sentence += f"look after its machine, then {again}"
+            if self._speaks:
+                _print(sentence)
+            leave(1, status.FAILED, sentence, first_hand=False)
 
     def _check_peers(self) -> None:
         now = time.monotonic()
         passed_s, self._looked = min(now - self._looked, _LOOK_S), now
         for rank in self._others:
+            self._question = next(self._questions)
             if rank not in self._heard and self._store.check([_beat_key(rank)]):
                 self._heard.add(rank)
             if rank in self._heard:
@@ -482,8 +553,7 @@ def _say(sentence: str, rank: int) -> None:
 
 
 def _print(sentence: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"ddp_eval: {printable(sentence)}", file=sys.stderr, flush=True)
+    _within(_TELL_S, lambda: say(sentence))  # whoever reads it may have been stopped
 
 
 def _let_watch_run(*_: Any) -> None:

@@ -106,6 +106,7 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     _check_free()
     launch = launch_environment.read()
     rank, world_size, local_rank = launch.rank, launch.world_size, launch.local_rank
+    watchdog.step("looking for this rank's device")  # a driver may hang
     chosen = choose_device(device, local_rank)
     meter = Meter("start", process_age_s())
     if world_size == 1:
@@ -121,6 +122,7 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     pids = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
     with naming_lost_ranks("joining the process group"), meter.collective("all_gather (processes)", 8, 8 * (world_size - 1)):
+        watchdog.step(watchdog.WAITING)
         store, met = meeting.meet(launch, timeout_s)
         watchdog.step("joining the process group")
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -129,13 +131,14 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
         # A rank that died on the way here is noticed now; setting up the next group would wait for LEADER_TIMEOUT.
         dist.all_gather(pids, torch.tensor([os.getpid()]))
-    ranks_per_node = whole_number("LOCAL_WORLD_SIZE", world_size)
+        message_group = _message_group(timeout)
+    ranks_per_node = launch.local_world_size or world_size
     world = World(
         rank,
         local_rank,
         world_size,
         chosen,
-        _message_group(),
+        message_group,
         ranks_per_node=ranks_per_node,
         pids=tuple(map(int, pids)),
         neighbours=met.local_ranks,
@@ -149,14 +152,18 @@ def adopt_group(device: torch.device, caller: str, arguments: dict[str, Any]) ->
     """A World over the process group that the caller already has, if any. Collective; undo with `release_group`.
 
     caller: the function that every rank must have called. arguments: by name, as texts; those that all ranks must give alike.
-    Raises UserError, within the group's own time-out, where a rank has not called, or with other arguments.
+    Raises UserError, within the group's own time-out, where a rank has not called, or with other arguments; LostContact where one
+    does not take part any more.
     """
     _check_free()
     if not has_group():
         return World(0, 0, 1, device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     check_in(rank, world_size, caller, arguments)
-    return World(rank, whole_number("LOCAL_RANK", rank), world_size, device, _message_group(), borrowed=True)
+    with naming_lost_ranks("setting up a group of ranks"), watchdog.speaking(aloud=rank < 2):
+        watchdog.step(watchdog.WAITING)
+        group = _message_group(datetime.timedelta(seconds=_group_timeout_s()))
+    return World(rank, whole_number("LOCAL_RANK", rank), world_size, device, group, borrowed=True)
 
 
 def warn_of_no_group(output_path: str | None) -> None:
@@ -186,10 +193,11 @@ def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any])
         return
     group_s = _group_timeout_s()
     limit_s = max(0.6 * group_s, group_s - 60)
-    patience = watchdog.Patience(min(watchdog.NOTICE_S, limit_s / 2))
+    # Each other rank may be the only one that has called. It speaks late: usually rank 0 or 1 has said it all by then.
+    patience = watchdog.Patience(min(watchdog.NOTICE_S, limit_s / 2) if rank < 2 else limit_s / 2)
 
     def notify(missing: list[int], waited_s: float) -> None:
-        if missing and rank < 2 and patience.is_due(waited_s):
+        if missing and patience.is_due(waited_s):
             absent = name_some(missing)
             watchdog.notice(f"rank {rank} is waiting for {absent} to call {caller} too (at most {limit_s:.0f} s)", waited_s)
 
@@ -263,8 +271,13 @@ def local_ranks(world: World) -> tuple[int, ...]:
     return world.neighbours or (world.rank,)
 
 
-def _message_group() -> OwnGroup:
-    return OwnGroup(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
+def _message_group(setup: datetime.timedelta) -> OwnGroup:
+    """The group for messages, which may take LEADER_TIMEOUT. setup: how long to wait for ranks that do not come to set it up."""
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:  # torch then wraps the group, and the wrapper keeps its first timeout
+        return OwnGroup(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
+    group = dist.new_group(backend="gloo", timeout=setup)
+    dist.distributed_c10d._set_pg_timeout(LEADER_TIMEOUT, group)
+    return OwnGroup(group)
 
 
 def choose_device(asked: str | None, local_rank: int) -> torch.device:

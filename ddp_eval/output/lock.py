@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.system import read_back
 from ddp_eval.system.launch_id import slurm_job
 from ddp_eval.system.processes import birth, machine
@@ -65,16 +65,14 @@ class Lock:
             holder, seen = _read(self.path)
             if holder is None:
                 continue
-            self._on_wait(
-                f"{self.path} is held by process {holder.get('pid')} on {holder.get('host')}: looking whether that lives"
-            )
+            self._on_wait(f"{self.path} is held by {_name(holder)}: looking whether that lives")
             if _is_alive_here(holder) is None:
                 stale = self._watch(seen, WATCH_S, lambda: False)
             else:
                 stale = self._watch(None, DYING_S, functools.partial(_is_dead_here, holder))
             if stale is False:
-                job = f", SLURM job {holder['slurm_job']}" if holder.get("slurm_job") else ""
-                raise LockHeldError(f"process {holder.get('pid')} on {holder.get('host')}{job}")
+                job = f", SLURM job {one_line(holder['slurm_job'], 40)}" if holder.get("slurm_job") else ""
+                raise LockHeldError(f"{_name(holder)}{job}")
             if stale and self._take_over(holder):
                 break
         self._on_wait("")
@@ -201,6 +199,12 @@ def _parse_holder(data: bytes) -> dict[str, Any]:
     return found
 
 
+def _name(holder: dict[str, Any]) -> str:
+    if not {"pid", "host"} <= holder.keys():
+        return "an unknown process (the file does not name it)"
+    return f"process {one_line(holder['pid'], 20)} on {one_line(holder['host'], 100)}"
+
+
 def _describe_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
@@ -213,10 +217,26 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _is_alive_here(holder: dict[str, Any]) -> bool | None:
-    """Whether a holder on this machine lives; None for one on another, which this machine cannot know."""
+    """Whether a holder on this machine lives; None for one on another machine, and for another user's that /proc hides."""
     if not holder.get("machine") or holder["machine"] != machine():
         return None
-    return "born" in holder and "pid" in holder and birth(holder["pid"]) == holder["born"]
+    if "born" not in holder or "pid" not in holder:
+        return False
+    born = birth(holder["pid"])
+    if born is None and _is_hidden(holder["pid"]):
+        return None
+    return born == holder["born"]
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it lives as another user's, of whom /proc shows nothing here (hidepid=2)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 def _is_dead_here(holder: dict[str, Any]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -186,11 +185,7 @@ def _own_journal(world: World, work: Work, journals: Journals | None) -> Iterato
     """This rank's file among the journals; None where none are kept, or where this machine does not see the run directory."""
     if journals is None or not preflight.sees(str(journals.directory)):
         if journals is not None:
-            print(
-                f"ddp_eval: rank {world.rank} does not see {journals.directory}: its packs are not kept for a resume",
-                file=sys.stderr,
-                flush=True,
-            )
+            watchdog.say(f"rank {world.rank} does not see {journals.directory}: its packs are not kept for a resume")
         yield None
         return
     path = journals.directory / f"{work.name}-{world.rank:05d}{journal.SUFFIX}"

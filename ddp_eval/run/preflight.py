@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_eval.config import Config
-from ddp_eval.distributed import collectives, launch_environment, store
+from ddp_eval.distributed import collectives, launch_environment, store, watchdog
 from ddp_eval.distributed.world import World, choose_device
 from ddp_eval.engines.hf import model_files
 from ddp_eval.errors import UserError
@@ -57,6 +57,7 @@ def check_nodes(config: Config) -> PreflightReport:
 
     Raises UserError, the same sentence on every rank, naming the nodes and what is wrong with them.
     """
+    watchdog.step("checking this node")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(network.listening())
         marker = _leave_marker(config, stack)
@@ -313,7 +314,8 @@ def _shared_gpus(facts: Sequence[dict[str, Any]]) -> list[str]:
 
 def _exchange(name: str, mine: dict[str, Any]) -> list[dict[str, Any]]:
     """What every rank has to say, in rank order. Raises UserError, naming the ranks that have said nothing."""
-    texts = store.exchange(f"preflight/{name}", json.dumps(mine), EXCHANGE_S)
+    with watchdog.waiting():
+        texts = store.exchange(f"preflight/{name}", json.dumps(mine), EXCHANGE_S)
     silent = [rank for rank, text in enumerate(texts) if text is None]
     if silent:
         raise UserError(

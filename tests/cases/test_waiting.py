@@ -157,7 +157,9 @@ def meet(monkeypatch):
 
 def test_address_that_is_wrong(mute, meet, capsys):
     """Catches a rank that waits for ever where something else listens (as torch does), and silence where nobody can."""
-    assert f"what listens at 127.0.0.1:{mute} (MASTER_ADDR, MASTER_PORT) is no store of torch's" in meet(1, "127.0.0.1", mute)
+    assert f"what listens at 127.0.0.1:{mute} (MASTER_ADDR, MASTER_PORT) is no store of torch's, or rank 0 is frozen" in meet(
+        1, "127.0.0.1", mute
+    )
     assert capsys.readouterr().err == ""
     assert "rank 0 at no.such.host.invalid:2 (" in meet(1, "no.such.host.invalid", 2)
     assert "waiting for rank 0 at no.such.host.invalid:2 (" in capsys.readouterr().err

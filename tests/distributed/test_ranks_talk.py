@@ -122,6 +122,7 @@ def test_report_when_the_store_is_gone(store, local_rank, shared, said, monkeypa
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setenv("RANK", "7")
     monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setattr(store_module, "_error_store", store)
     store_module.report_once("what to do", shared=shared)
     assert capsys.readouterr().err.count("ddp_eval: what to do") == said

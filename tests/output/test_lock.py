@@ -114,6 +114,44 @@ def test_holder_on_another_machine(path):
     second.release()
 
 
+def test_holder_that_proc_hides(path, monkeypatch):
+    """Catches the lock of another user's living run taken over where /proc hides that user's processes (hidepid)."""
+    assert Lock(path, lambda: None)._create()
+
+    def hide(pid, number):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(lock, "birth", lambda pid: None)
+    monkeypatch.setattr(lock.os, "kill", hide)
+    toucher = threading.Timer(0.3, os.utime, (path,))
+    toucher.start()
+    with pytest.raises(LockHeldError, match=f"process {os.getpid()} on "):
+        Lock(path, lambda: None).acquire()
+    toucher.join()
+
+
+def test_holder_that_writes_to_the_terminal(path):
+    """Catches another user's lock file whose names of itself forge a line, or take the screen."""
+    held = {
+        "host": "far\nddp_eval: all is well" + "x" * 500,
+        "pid": 10**40,
+        "born": "1",
+        "machine": "elsewhere",
+        "slurm_job": "1\n2",
+    }
+    said = []
+    for text in (json.dumps(held), "no JSON"):
+        path.write_text(text)
+        waiting = Lock(path, lambda: None, said.append)
+        threading.Timer(0.3, os.utime, (path,)).start()
+        with pytest.raises(LockHeldError) as caught:
+            waiting.acquire()
+        said.append(str(caught.value))
+    said = [text for text in said if text]
+    assert all("\n" not in text and len(text) < 400 for text in said)
+    assert said[1].endswith("..., SLURM job 1 2") and said[3] == "an unknown process (the file does not name it)"
+
+
 def test_only_one_of_many_takes_over(path):
     """Catches two that both remove the dead holder's file, one of them the other's new one."""
     assert Lock(path, lambda: None)._create()

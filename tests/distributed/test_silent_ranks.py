@@ -83,11 +83,11 @@ def test_rank_0_stopped_while_ranks_meet(stopped, monkeypatch):
 
 def test_what_is_known_of_a_store_that_stops():
     """Catches ranks that have come called absent by a rank 0 whose store falls silent."""
-    store, heard = StoppedStore(), {}
+    store, heard = StoppedStore(), dict[int, str]()
     thread = threading.Thread(target=meeting.exchange_through, args=(store, 1, 3, "facts", "b", 3.0))
     thread.start()
     try:
-        found = meeting.exchange_through(store, 0, 3, "facts", "a", 2.0, lambda *_: heard and store.stopped.set(), heard)
+        found = meeting.exchange_through(store, 0, 3, "facts", "a", 2.0, lambda *_: store.stopped.set() if heard else None, heard)
     finally:
         store.over.set()
         thread.join()
@@ -106,7 +106,7 @@ def test_exchange_that_is_interrupted_ends(monkeypatch):
         threads[0].start()
         raise KeyboardInterrupt
 
-    threads = []
+    threads: list[threading.Thread] = []
     monkeypatch.setattr(meeting, "within", interrupt)
     with pytest.raises(KeyboardInterrupt):
         meeting.exchange_through(dist.HashStore(), 1, 2, "facts", "b", 60.0)
@@ -180,7 +180,8 @@ def test_step_before_ranks_have_met(rank, limit_s, monkeypatch):
     seconds = iter([3600.0, *[2.0] * 200])
     monkeypatch.setattr(watchdog, "_place", _Place("importing torch", since=1000.0))
     monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    watching._joined = types.SimpleNamespace(wait=lambda _: now.__setitem__(0, now[0] + next(seconds)))
+    joined = types.SimpleNamespace(wait=lambda _: now.__setitem__(0, now[0] + next(seconds)))
+    monkeypatch.setattr(watching, "_joined", joined)
 
     def leave_hanging(other, host, step, late_s, report):
         raise Left(other, step, late_s)
@@ -436,6 +437,7 @@ def test_sigterm_while_nobody_reads_stderr(unbuffered):
     environment = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
     environment |= {"PYTHONUNBUFFERED": unbuffered}
     process = subprocess.Popen([sys.executable, "-c", FULL], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
     try:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGTERM)

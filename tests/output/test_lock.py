@@ -139,10 +139,10 @@ def test_holder_that_writes_to_the_terminal(path):
         "machine": "elsewhere",
         "slurm_job": "1\n2",
     }
-    said = []
+    said: list[str] = []
     for text in (json.dumps(held), "no JSON"):
         path.write_text(text)
-        waiting = Lock(path, lambda: None, said.append)
+        waiting = Lock(path, lambda: None, lambda words: said.append(words or ""))
         threading.Timer(0.3, os.utime, (path,)).start()
         with pytest.raises(LockHeldError) as caught:
             waiting.acquire()

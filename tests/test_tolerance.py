@@ -143,9 +143,10 @@ def test_faults_are_not(
             positions[0, query] += 1
             return call(*args, **{**more, "position_ids": positions})
 
-        for name, target, fault in (("leaks", (masks, "visible"), leak), ("shifts", (engine, "_call"), shift)):
+        faults: list[tuple[str, Any, str, Any]] = [("leaks", masks, "visible", leak), ("shifts", engine, "_call", shift)]
+        for name, target, attribute, fault in faults:
             with monkeypatch.context() as patch:
-                patch.setattr(*target, fault)
+                patch.setattr(target, attribute, fault)
                 found[name].append(largest_share(run(engine, plan, item_of_request), expected))
     # Of single faults a few weigh little, such as a key of low score; those of a defect come in numbers.
     for name, sizes in found.items():

@@ -92,7 +92,8 @@ def compared(a: Path, b: Path) -> tuple[dict[str, Any], list[str]]:
 
 def allowed_nats(run: Path) -> dict[str, float]:
     """By task, what rounding may bring between our run and another of the same requests, one of lm_eval's too."""
-    scores, allowed = tables.read_scores(run / tables.SCORES), {}
+    scores = tables.read_scores(run / tables.SCORES)
+    allowed: dict[str, float] = {}
     nats = tolerance.of_kind("llama").nats(scores.num_tokens)
     nats = nats + tolerance.float32_sum_nats(scores.num_tokens, scores.loglikelihood)
     for task, limit in zip(scores.task, nats.tolist(), strict=True):

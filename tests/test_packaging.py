@@ -59,6 +59,7 @@ def version() -> str:
     return setup["metadata"]["version"]
 
 
+@pytest.mark.processes
 def test_the_wheel_holds_the_files_of_the_package(wheel: Path, tracked: list[str]) -> None:
     """Catches a new kind of package data that setup.cfg does not name, and tests or scripts that get installed."""
     with zipfile.ZipFile(wheel) as archive:
@@ -67,6 +68,7 @@ def test_the_wheel_holds_the_files_of_the_package(wheel: Path, tracked: list[str
     assert {"ddp_eval/py.typed", "ddp_eval/analysis/report.html.jinja", "ddp_eval/demo/model/model.safetensors"} <= set(names)
 
 
+@pytest.mark.processes
 def test_the_demo_runs_from_the_wheel_alone(wheel: Path, version: str, tmp_path: Path) -> None:
     """Catches a file that is found because the clone is the working directory or on the path."""
     target = tmp_path / "target"

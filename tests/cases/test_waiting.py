@@ -198,7 +198,7 @@ def test_ranks_that_contradict_each_other(monkeypatch):
 @pytest.mark.slow
 def test_rank_0_that_is_stopped(tmp_path):
     """Catches a launch by hand whose other ranks wait for ever: rank 0, which keeps the store, is stopped in the run."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common: dict[str, Any] = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     flags = ("directory", *DEMO, "-o", tmp_path / "run", "--timeout", "6")
     with (
         launching(0, *flags, program=MAIN, RANK="0", LOCAL_RANK="0", **common) as leader,

@@ -16,7 +16,7 @@ setup_venv test,dev,docs
 cd "$REPOSITORY"
 if [[ "${1:-}" == quick ]]; then
     shift
-    (($#)) || set -- tests/{analysis,cli,distributed,output,packs,placement,system,telemetry} tests/test_*.py
+    (($#)) || set -- tests/{analysis,cli,distributed,output,packs,placement,system,telemetry} tests/test_{architecture,config,layout}.py
     set -- -m "not slow and not processes" "$@"
 fi
 exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

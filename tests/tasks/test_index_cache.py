@@ -109,6 +109,7 @@ def the_cache_file(cache_home: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_lm_evals_own_folder(parsed: list[str], caplog: pytest.LogCaptureFixture) -> None:
     """Catches any task of lm_eval that comes out changed, missing or elsewhere, and messages that a warm cache changes."""
     caplog.set_level(logging.DEBUG)

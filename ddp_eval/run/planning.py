@@ -116,6 +116,11 @@ class Decision(NamedTuple):
     item_of_request: IntArray
     why_rows: str | None
 
+    @property
+    def mode(self) -> str:
+        """How the requests run: "packs" or "rows"."""
+        return "rows" if self.plan.rows else "packs"
+
 
 def make_plan(
     engine: Engine,

@@ -19,7 +19,7 @@ import torch
 
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Capabilities, OnProgress
-from ddp_eval.engines.hf import capabilities, checkpoint
+from ddp_eval.engines.hf import capabilities, checkpoint, layer_configs
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
@@ -148,7 +148,7 @@ class HFEngine(TransformersEngine):
 
     def cost_model(self) -> CostModel:
         """Floating-point operations of a forward, from the model's shape alone."""
-        layers = int(getattr(self.config, "num_hidden_layers", 1))
+        layers = layer_configs.num_layers(self.config) or 1
         pair, read = flops_of_pair_and_read(self.config)
         # A forward's fixed cost (launches, Python) in the operations that the device could have done meanwhile.
         fixed_per_layer = 3e10 if self.device.type == "cuda" else 1.5e7

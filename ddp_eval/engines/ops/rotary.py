@@ -21,10 +21,19 @@ def install(model: Any) -> Callable[[], None]:
     """Have the model's rotary embeddings work in slices. Returns what undoes it."""
     code = sys.modules[type(model).__module__]
     rotate = getattr(code, _FUNCTION, None)
-    if not (inspect.isfunction(rotate) and [*inspect.signature(rotate).parameters] == ["q", "k", "cos", "sin", "unsqueeze_dim"]):
+    if not _is_known(rotate):
         return lambda: None
     setattr(code, _FUNCTION, functools.partial(_rotate, rotate))
     return lambda: setattr(code, _FUNCTION, rotate)
+
+
+def _is_known(rotate: Any) -> bool:
+    """Whether it turns queries and keys together, always: some functions of this name take queries alone (Qwen 4)."""
+    if not inspect.isfunction(rotate):
+        return False
+    parameters = inspect.signature(rotate).parameters
+    required = [name for name, one in parameters.items() if one.default is inspect.Parameter.empty]
+    return [*parameters] == ["q", "k", "cos", "sin", "unsqueeze_dim"] and required == ["q", "k", "cos", "sin"]
 
 
 def _rotate(

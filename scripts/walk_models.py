@@ -2,7 +2,7 @@
 
     python scripts/walk_models.py [--types NAME ...] [--images] [--again] [--output benchmarks/walk_models]
 
-Of every type in transformers' mapping of causal models, and with --images of those that read images and text, a checkpoint is made
+A checkpoint is made of every type in transformers' mapping of causal models, and with --images of those that read images, too:
 from the type's own config with small sizes (tiny_configs.py), in float32. Both sides answer the same requests: questions with
 choices behind a few examples, cloze words, and some texts, from the data in the package. What is recorded for each type: how it
 ran (packs, rows, ...) and why, the largest difference, whether all texts are equal, what either side raised.
@@ -146,7 +146,7 @@ def by_ddp_eval(directory: str, outcome: Outcome) -> Answers:
     def watch(*arguments: Any) -> Any:
         plan = plan_work(*arguments)
         if len(plan.scoring.item_of_request):
-            outcome.mode = plan.scoring.mode
+            outcome.mode = plan.scoring.instead if plan.scoring.plan.rows else "packs"
             outcome.why = plan.scoring.why_rows or ""
         if len(plan.generation.item_of_prompt):
             outcome.generation = "batches" if plan.generation.plan.slots.all() else "one by one"

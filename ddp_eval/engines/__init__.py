@@ -28,7 +28,7 @@ class Capabilities:
     needs_equal_lengths: a request's numbers depend on how long the others in its forward are: rows must be of one length.
     serves_generation: it answers with texts, too (`generate`).
     max_tree_tokens: the most tokens of a pack in which the model uses the positions that it is given; None: any number.
-    longest_reach: the widest window or chunk of its layers, in tokens; None if all attend to everything.
+    reaches: lengths, in tokens, at which a layer begins to compute otherwise: windows, chunks, top-k of an indexer, ...
     """
 
     reports_results: bool = True
@@ -38,7 +38,7 @@ class Capabilities:
     needs_equal_lengths: bool = False
     serves_generation: bool = True
     max_tree_tokens: int | None = None
-    longest_reach: int | None = None
+    reaches: tuple[int, ...] = ()
 
 
 class Engine(abc.ABC):
@@ -127,3 +127,5 @@ class Engine(abc.ABC):
 
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+# The same where a model's own rows differ by more than that: beyond it, something else than rounding is at work.
+LARGEST_ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}

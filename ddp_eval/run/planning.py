@@ -18,7 +18,7 @@ from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run.self_check import ScorePlan, choose_trees, score_alone, trial_requests
+from ddp_eval.run.self_check import ScorePlan, check_rows, choose_trees, score_alone, trial_requests
 
 log = logging.getLogger("ddp_eval")
 
@@ -109,17 +109,19 @@ class WorkPlan(NamedTuple):
         return self.scoring.plan.num_packs + self.generation.plan.num_batches
 
 
+PADDED, SINGLE = "padded rows", "each request by itself"
+
+
 class Decision(NamedTuple):
-    """plan; item_of_request: (N,) the item that answers each request; why_rows: why there are no packs, None when there are."""
+    """plan; item_of_request: (N,) the item that answers each request; why_rows: why there are no packs, None when there are.
+
+    instead: what runs where there are no packs.
+    """
 
     plan: Plan
     item_of_request: IntArray
     why_rows: str | None
-
-    @property
-    def mode(self) -> str:
-        """How the requests run: "packs" or "rows"."""
-        return "rows" if self.plan.rows else "packs"
+    instead: str = PADDED
 
 
 def make_plan(
@@ -139,15 +141,19 @@ def make_plan(
     if alone and can.is_encoder_decoder:
         return Decision(*plan_pairs(requests, 1, share=False), "--numerics alone was given")
     if alone:
-        return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
+        return Decision(*cut_single(engine, requests), "--numerics alone was given", SINGLE)
     if can.is_encoder_decoder:
         return _plan_pairs(engine, requests, max_pack_tokens or engine.max_tokens(), packing)
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
-    if why_rows is None and len(requests):
-        why_rows = choose_trees(engine, trial_requests(requests, engine.vocab_size, can.longest_reach), score_plan)
+    trial = trial_requests(requests, engine.vocab_size, can.reaches) if len(requests) else requests
+    if why_rows is None and len(trial):
+        why_rows = choose_trees(engine, trial, score_plan)
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens), None)
+    why_single = check_rows(engine, trial, score_plan) if len(trial) else None
+    if why_single is not None:
+        return Decision(*cut_single(engine, requests), f"{why_rows}; {why_single}", SINGLE)
     return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
 
 
@@ -155,6 +161,11 @@ def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan
     """Packs as the engine takes them. Returns as `plan_packs`."""
     in_tree = min(max_tokens, engine.capabilities.max_tree_tokens or max_tokens)
     return plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
+
+
+def cut_single(engine: Engine, requests: Requests) -> tuple[Plan, IntArray]:
+    """A forward for each distinct input. Returns as `plan_packs`."""
+    return plan_rows(requests, 1, engine.max_reads(), isolate=True)
 
 
 def cut_rows(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
@@ -168,7 +179,7 @@ def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool
     batches = plan_pairs(requests, max_tokens, engine.max_reads(), share)
     if not len(requests):
         return Decision(*batches, None)
-    trial = trial_requests(requests, engine.vocab_size, None)
+    trial = trial_requests(requests, engine.vocab_size)
     together, alone = (
         score_alone(engine, plan)[item_of_request]
         for plan, item_of_request in (plan_pairs(trial, 2**30), plan_pairs(trial, 1, share=False))

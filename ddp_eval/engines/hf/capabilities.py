@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from ddp_eval.engines.ops import masks, tree_attention
@@ -18,9 +19,7 @@ def takes_positions(model: Any) -> bool:
 
 def needs_equal_lengths(config: Any) -> bool:
     """Whether a request's numbers depend on how long the others in its forward are: rows must then be of one length."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
-    return bool(kinds & {"dynamic", "longrope"})
+    return bool({part.get("rope_type") for part in _rope_parts(config)} & {"dynamic", "longrope"})
 
 
 def max_tree_tokens(config: Any) -> int | None:
@@ -48,7 +47,21 @@ def tree_rules(model: Any, config: Any, implementation: str) -> tuple[dict[str, 
         return {}, str(error)
 
 
-def longest_reach(rules: dict[str, masks.LayerRule]) -> int | None:
-    """The widest window or chunk of the model's layers, in tokens; None if all attend to everything."""
-    reaches = [reach for rule in rules.values() for reach in (rule.window, rule.chunk) if reach]
-    return max(reaches, default=None)
+# What configs call lengths, in tokens, at which a layer begins to compute otherwise.
+_REACHES = re.compile(r"sliding_window\w*|\w*window_size|attention_chunk_size|chunk_size|\w*index\w*_(topk|budget)|\w*block_size")
+_ROPE = "original_max_position_embeddings"
+
+
+def reaches(config: Any) -> tuple[int, ...]:
+    """Lengths of a forward at which some layer begins to compute otherwise: windows, chunks, top-k of an indexer, ..."""
+    found = {value for name, value in config.to_dict().items() if _REACHES.fullmatch(name) and type(value) is int}
+    rates = getattr(config, "compress_rates", None) or {}
+    found.update(rate for rate in (rates.values() if isinstance(rates, dict) else rates) if type(rate) is int)
+    found.update(int(part[_ROPE]) for part in _rope_parts(config) if part.get(_ROPE))
+    return tuple(sorted(value for value in found if value > 0))
+
+
+def _rope_parts(config: Any) -> list[dict[str, Any]]:
+    """The parameters of rotary positions: of all layers, or of each kind."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddp_eval.engines.hf import layer_configs
-from ddp_eval.engines.ops import onednn_linear
+from ddp_eval.engines.ops import masks, onednn_linear
 from ddp_eval.engines.ops import tree_attention as blocks
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
@@ -55,7 +55,7 @@ def choose_attention(model: Any, plain: str, device: torch.device) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if plain != "sdpa":
+    if plain != "sdpa" or masks.needs_dense_masks(model.config.get_text_config()):
         return plain
     if device.type == "cpu":
         AttentionInterface.register(blocks.NAME, blocks.attend)

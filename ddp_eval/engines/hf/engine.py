@@ -71,7 +71,7 @@ class HFEngine(TransformersEngine):
             launches_ahead=device.type != "cpu",
             needs_equal_lengths=capabilities.needs_equal_lengths(self.config),
             max_tree_tokens=capabilities.max_tree_tokens(self.config),
-            longest_reach=capabilities.longest_reach(self._rules),
+            reaches=capabilities.reaches(self.config),
         )
 
     def close(self) -> None:

@@ -48,9 +48,10 @@ def check_model(whole: Any, ranks: int) -> None:
         "columns of its feed-forward layers": set(layer_configs.read_each(config, "intermediate_size", ranks)),
         "columns of its experts": set(layer_configs.read_each(config, "moe_intermediate_size", ranks)),
     }
-    split = {what for what, names in _SPLIT.items() if any(names.search(name) for name in whole.tp_plan)}
-    for what, size in ((what, size) for what in sizes if what in split for size in sorted(sizes[what])):
-        if size % ranks:
+    for what, names in _SPLIT.items():
+        uneven = sorted(size for size in sizes[what] if size % ranks)
+        if uneven and any(names.search(name) for name in whole.tp_plan):
+            size = uneven[0]
             raise UserError(f"--layout tensor:{ranks} must divide the model's {size} {what}: {size} = {_division(size, ranks)}")
 
 

@@ -55,8 +55,10 @@ def test_packs_equal_plain_forwards(
     kind: str, implementation: str | None, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
 ) -> None:
     """Catches a mask, position, window, chunk or read that is off by anything, in whole trees and cut ones."""
-    if kind == "gemma2" and implementation == "sdpa":
-        pytest.skip("transformers refuses sdpa for Gemma 2: it caps its attention scores")
+    if kind in ("gemma2", "mpt", "bloom", "gpt_neo") and implementation == "sdpa":
+        pytest.skip(f"transformers refuses sdpa for {kind}")
+    if kind == "falcon_alibi" and implementation == "eager":
+        pytest.skip("transformers (5.23) adds Falcon's ALiBi twice under eager: other numbers than the model's own")
     engine = load(tiny_model_path(kind), **({"attn_implementation": implementation} if implementation else {}))
     assert engine.why_not_packs is None
     for seed in range(3):

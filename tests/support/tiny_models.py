@@ -91,6 +91,20 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_SMALL, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=514
     ),
     "mpt": lambda: transformers.MptConfig(**_SMALL, d_model=32, n_heads=4, n_layers=2, max_seq_len=2048),
+    "bloom": lambda: transformers.BloomConfig(**_SMALL, hidden_size=32, n_layer=2, n_head=4),
+    "falcon_alibi": lambda: transformers.FalconConfig(
+        **_SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, max_position_embeddings=2048
+    ),
+    # one layer that sees all, one that slides, each by a buffer of its own
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **_SMALL,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        max_position_embeddings=2048,
+    ),
     "mamba": lambda: transformers.MambaConfig(**_SMALL, hidden_size=32, num_hidden_layers=2, state_size=8),
 }
 _ENCODER_DECODER: dict[str, Any] = {
@@ -124,8 +138,10 @@ SEQ2SEQ_CONFIGS: dict[str, Callable[[], Any]] = {
     # has no `prepare_decoder_input_ids_from_labels`
     "m2m_100": lambda: transformers.M2M100Config(**_ENCODER_DECODER),
 }
-TREE_KINDS = ("llama", "gpt2", "mistral", "gemma2", "gemma3", "qwen3_moe", "llama4", "deepseek_v32")
-ROW_KINDS = ("mpt", "mamba")
+DEPTH_KINDS = ("mpt", "bloom", "falcon_alibi", "gpt_neo")  # count by index, and are made to count by depth
+BATCHED_KINDS = ("llama", "gpt2", "mistral", "gemma2", "gemma3", "qwen3_moe", "llama4")  # generate in batches, too
+TREE_KINDS = (*BATCHED_KINDS, "deepseek_v32", *DEPTH_KINDS)
+ROW_KINDS = ("mamba",)
 SINGLE_KINDS = ("bert", "roberta")
 
 

@@ -6,6 +6,7 @@ import inspect
 import re
 from typing import Any
 
+from ddp_eval.engines.hf import by_depth
 from ddp_eval.engines.ops import masks, tree_attention
 
 DYNAMIC_ROTARY = "its rotary frequencies depend on the longest request of a forward pass"
@@ -37,6 +38,8 @@ def tree_rules(model: Any, config: Any, implementation: str) -> tuple[dict[str, 
     """What each kind of layer sees in a pack whose attention is `implementation`; or nothing, and why only rows must be run."""
     if implementation not in (*masks.IMPLEMENTATIONS, tree_attention.NAME):
         return {}, f"its attention implementation {implementation} takes no tree mask"
+    if by_depth.counting_of(model) is not None:
+        return {"": masks.LayerRule()}, None
     if not takes_positions(model):
         return {}, NO_POSITIONS
     if needs_equal_lengths(config):

@@ -19,7 +19,7 @@ import torch
 
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Capabilities, OnProgress
-from ddp_eval.engines.hf import capabilities, checkpoint, layer_configs
+from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
@@ -66,6 +66,8 @@ class HFEngine(TransformersEngine):
             self._faster.callback(rotary.install(model))
         self.last_layer = LastLayer(model)
         self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._counting = by_depth.counting_of(model)
+        self._takes_positions = capabilities.takes_positions(model)
         self._rules, self.why_not_packs = capabilities.tree_rules(model, self.config, self.tree_attention)
         self.capabilities = Capabilities(
             launches_ahead=device.type != "cpu",
@@ -254,8 +256,14 @@ class HFEngine(TransformersEngine):
         depth = self._to_device(pack.depth)
         mask = self._make_mask(pack, depth) if masked else None
         reads = self._to_device(pack.reads)
-        output = self._call(tokens[None], reads, attention_mask=mask, position_ids=depth[None])
-        return output[0]
+        if masked and self._counting is not None:
+            with self._counting(depth, self._to_device(pack.end)):
+                return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
+        return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
+
+    def _positions(self, depth: torch.Tensor) -> dict[str, torch.Tensor]:
+        """depth: (L,). Some models that count by themselves (BLOOM, MPT) take no positions."""
+        return {"position_ids": depth[None]} if self._takes_positions else {}
 
     def _attention_for(self, pack: Pack) -> str:
         """Chains need no mask. Blocks serve them too, and leave out of the last layer what is not read."""

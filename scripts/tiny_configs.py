@@ -113,6 +113,7 @@ def _shrink(fields: dict[str, Any]) -> dict[str, Any]:
             by_number = {int(number): changes for number, changes in value.items()}
             small[name] = {place: _shrink(by_number[index]) for place, index in enumerate(kept) if index in by_number}
         elif isinstance(value, dict):
+            value = _scale_sections(value) if "mrope_section" in value else value
             small[name] = _shrink(value) if name.endswith("config") or name in ("encoder", "decoder") else value
         elif isinstance(value, (list, tuple)):
             per_layer = len(value) == layers and not KEEP_LISTS.fullmatch(name)
@@ -125,6 +126,13 @@ def _shrink(fields: dict[str, Any]) -> dict[str, Any]:
     if fields.get("num_key_value_heads") == fields.get("num_attention_heads") is not None:
         small["num_key_value_heads"] = small["num_attention_heads"]
     return small
+
+
+def _scale_sections(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters whose parts for time, height and width add up to half of what is turned of a head."""
+    half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
+    part = half * 3 // 8
+    return {**rope, "mrope_section": [half - 2 * part, part, part]}
 
 
 def _small_value(name: str, value: Any) -> Any:
@@ -170,6 +178,8 @@ _DOTS_3 = {
         "_whole": True,
     },
 }
+_ROPE_OF_8 = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_ROPE_OF_4 = {**_ROPE_OF_8, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
 _COMPASS_ROPE = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in _SLIDING_AND_FULL}
 _QWEN_4 = {
     "layer_types": ["linear_attention", "indexed_attention"],
@@ -199,7 +209,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
     "ministral": {"head_dim": HEAD_DIM},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [32, 64]},
+    "qwen2_vl": {"text_config": {"rope_parameters": _ROPE_OF_8}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _ROPE_OF_8}},
+    "glm4v": {"text_config": {"rope_parameters": _ROPE_OF_8}},
+    "glm4v_moe": {"text_config": {"rope_parameters": _ROPE_OF_4}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "bailing_hybrid": {"num_expert_group": 1, "num_experts_per_token": 2, "linear_head_dim": HEAD_DIM, "linear_num_heads": 4},

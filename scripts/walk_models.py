@@ -43,6 +43,7 @@ from ddp_eval.lm import DDPEvalLM
 from ddp_eval.run import leader
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+SEQ2SEQ = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 IMAGE_TEXT = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 SPREAD = 0.25  # of the weights of matrices: a wrong mask or position then shows by whole nats
 RIGHT_NATS = 1e-3  # the largest difference of a right answer
@@ -98,6 +99,9 @@ def instances(kind: str, arguments: list[Any]) -> list[Instance]:
 
 
 def auto_class(model_type: str) -> Any:
+    """What lm_eval loads a type with; for types that it cannot load, what has a language head."""
+    if model_type in SEQ2SEQ:
+        return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForCausalLM if model_type in CAUSAL else transformers.AutoModelForImageTextToText
 
 
@@ -146,7 +150,8 @@ def by_ddp_eval(directory: str, outcome: Outcome) -> Answers:
     def watch(*arguments: Any) -> Any:
         plan = plan_work(*arguments)
         if len(plan.scoring.item_of_request):
-            outcome.mode = plan.scoring.instead if plan.scoring.plan.rows else "packs"
+            engine, rows = arguments[3].engine, plan.scoring.plan.rows
+            outcome.mode = "pairs" if engine.capabilities.is_encoder_decoder else plan.scoring.instead if rows else "packs"
             outcome.why = plan.scoring.why_rows or ""
         if len(plan.generation.item_of_prompt):
             outcome.generation = "batches" if plan.generation.plan.slots.all() else "one by one"

@@ -133,7 +133,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
         raise Counted(asked.requests, asked.prompts)
 
     tokenizer = checkpoint.load_tokenizer(config.loader_args)
-    max_length = harness.max_length_of(config.model_args, model_config, tokenizer)
+    max_length = harness.max_length_of(config.model_args, checkpoint.window_config(model_config), tokenizer)
     encoder = Encoder(tokenizer, max_length, config.model_args.get("add_bos_token"), config.model_args.get("prefix_token_id"))
     try:
         harness.evaluate_tasks(config, encoder, model_config, stop, Phases(), [demo.TASKS_PATH])

@@ -92,7 +92,9 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
 
 
 def _layers(whole: Any, count: int) -> list[Any]:
-    lists = (module for module in whole.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    """The modules of the language model's layers; none where they cannot be told."""
+    holder = whole.get_decoder() if hasattr(whole, "get_decoder") else whole
+    lists = (module for module in (holder or whole).modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     return list(next(lists, []))
 
 

@@ -84,7 +84,7 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
         raise  # no word on packs
     except Exception as error:
         return f"it fails on packs ({type(error).__name__}: {one_line(error, 200)})"
-    alone = _score(engine, score_plan, *plan_rows(requests, 1, isolate=True))
+    alone = _score_single(engine, score_plan, requests)
     drift, allowed = np.abs(packed - alone) / requests.num_targets, ROUNDING.get(engine.dtype, 1e-4)
     if _within(drift, allowed):
         return None
@@ -106,13 +106,13 @@ def check_rows(engine: Engine, requests: Requests, score_plan: ScorePlan | None 
     Models that are not causal (BERT and its like) see the padding, and what is mixed by the length of a row differs, too.
     """
     isolate = engine.capabilities.needs_equal_lengths
+    alone = _score_single(engine, score_plan, requests)
     try:
         rows = _score(engine, score_plan, *plan_rows(requests, 2**30, isolate=isolate))
     except (LostContact, UserError):
         raise
     except Exception as error:
         return f"it fails on padded rows ({type(error).__name__}: {one_line(error, 200)})"
-    alone = _score(engine, score_plan, *plan_rows(requests, 1, isolate=True))
     both = np.isfinite(alone) | np.isfinite(rows)  # NaN is reported where it ends up
     drift = (np.abs(rows - alone) / requests.num_targets)[both]
     allowed = LARGEST_ROUNDING.get(engine.dtype, 1e-3)
@@ -125,6 +125,18 @@ def check_rows(engine: Engine, requests: Requests, score_plan: ScorePlan | None 
 def _within(drift: npt.NDArray[np.float64], allowed: float) -> bool:
     """Whether errors per token are no more than rounding. A NaN is not "at most" anything."""
     return float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed
+
+
+def _score_single(engine: Engine, score_plan: ScorePlan | None, requests: Requests) -> npt.NDArray[np.float64]:
+    """(requests,) sums in nats, each of a forward of its own. Raises UserError where the model cannot do even that."""
+    try:
+        return _score(engine, score_plan, *plan_rows(requests, 1, isolate=True))
+    except (LostContact, UserError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the model cannot score text, one request at a time: {type(error).__name__}: {one_line(error, 200)}"
+        ) from error
 
 
 def _score(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddp_eval.engines import ROUNDING, Engine
+from ddp_eval.engines import DYNAMIC_ROTARY, ROUNDING, Engine
 from ddp_eval.engines.hf import limits
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packs.batches import Prompts, Settings, TextPlan, plan_batches
@@ -18,7 +18,7 @@ from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run.self_check import ScorePlan, check_rows, choose_trees, score_alone, trial_requests
+from ddp_eval.run.self_check import ScorePlan, check_rows, choose_trees, needs_equal_lengths, score_alone, trial_requests
 
 log = logging.getLogger("ddp_eval")
 
@@ -145,7 +145,10 @@ def make_plan(
     if can.is_encoder_decoder:
         return _plan_pairs(engine, requests, max_pack_tokens or engine.max_tokens(), packing)
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
-    trial = trial_requests(requests, engine.vocab_size, can.reaches) if len(requests) else requests
+    if why_rows is None and needs_equal_lengths(engine, requests):
+        why_rows = DYNAMIC_ROTARY
+    most = None if needs_equal_lengths(engine, requests) else can.equal_lengths_beyond
+    trial = trial_requests(requests, engine.vocab_size, can.reaches, most) if len(requests) else requests
     if why_rows is None and len(trial):
         why_rows = choose_trees(engine, trial, score_plan)
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
@@ -171,7 +174,7 @@ def cut_single(engine: Engine, requests: Requests) -> tuple[Plan, IntArray]:
 def cut_rows(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
     """Batches of plain rows, as few and as little padded as pays. Returns as `plan_rows`."""
     most_padding = None if engine.capabilities.rows_are_independent else engine.cost_model().most_padding
-    return plan_rows(requests, max_tokens, engine.max_reads(), engine.capabilities.needs_equal_lengths, most_padding)
+    return plan_rows(requests, max_tokens, engine.max_reads(), needs_equal_lengths(engine, requests), most_padding)
 
 
 def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool) -> Decision:

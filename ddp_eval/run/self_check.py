@@ -26,7 +26,7 @@ _SAMPLE = 2**18  # tokens of a run that are looked at: all of MMLU's 35 million 
 ScorePlan = Callable[[Plan], npt.NDArray[np.float64]]
 
 
-def trial_requests(requests: Requests, vocab_size: int, reaches: Sequence[int] = ()) -> Requests:
+def trial_requests(requests: Requests, vocab_size: int, reaches: Sequence[int] = (), most: int | None = None) -> Requests:
     """A small tree out of the run's own tokens that has every shape a pack can have.
 
     prefix ─┬─ a ─┬─ x        two tails of one branch
@@ -37,10 +37,12 @@ def trial_requests(requests: Requests, vocab_size: int, reaches: Sequence[int] =
 
     reaches: lengths at which a layer begins to compute otherwise (windows, chunks, top-k of an indexer, ...), in tokens. The
         prefix is longer than all that the run's own requests are longer than.
+    most: tokens of the longest, if that matters.
     """
     longest = int(np.diff(requests.starts).max(initial=1)) - 1
     reach = max((reach for reach in reaches if reach < longest), default=0)
     length = min(max(24, reach + 8), max(24, longest - 16), MOST_PREFIX)
+    length = length if most is None else min(length, max(4, most - 16))
     random = np.random.default_rng(0)
     own = np.unique(requests.tokens[:: max(1, len(requests.tokens) // _SAMPLE)])
     pool = own if len(own) >= 64 else np.arange(vocab_size)
@@ -52,6 +54,12 @@ def trial_requests(requests: Requests, vocab_size: int, reaches: Sequence[int] =
     prefix, a = take(length), take(9)
     sequences = [prefix + a + take(4), prefix + a + take(6), prefix + take(11), prefix[: len(prefix) // 2] + take(7), take(13)]
     return requests_from_lists(sequences, [3, 5, 4, 6, 12])
+
+
+def needs_equal_lengths(engine: Engine, requests: Requests) -> bool:
+    """Whether rows must be of one length, and no pack will do, for a request among these is too long for anything else."""
+    beyond = engine.capabilities.equal_lengths_beyond
+    return beyond is not None and int(np.diff(requests.starts).max(initial=1)) - 1 > beyond
 
 
 def choose_trees(engine: Engine, requests: Requests, score_plan: ScorePlan | None = None) -> str | None:
@@ -92,7 +100,7 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
         return "its scores are not finite"
     if not np.isfinite(packed).all():
         return "it fails on packs, or its scores there are not finite"
-    rows = _score(engine, score_plan, *plan_rows(requests, 2**30, isolate=engine.capabilities.needs_equal_lengths))
+    rows = _score(engine, score_plan, *plan_rows(requests, 2**30, isolate=needs_equal_lengths(engine, requests)))
     rounding = float((np.abs(rows - alone) / requests.num_targets).mean())
     allowed = max(allowed, min(5 * rounding, LARGEST_ROUNDING.get(engine.dtype, 1e-3)))
     if _within(drift, allowed):
@@ -105,7 +113,7 @@ def check_rows(engine: Engine, requests: Requests, score_plan: ScorePlan | None 
 
     Models that are not causal (BERT and its like) see the padding, and what is mixed by the length of a row differs, too.
     """
-    isolate = engine.capabilities.needs_equal_lengths
+    isolate = needs_equal_lengths(engine, requests)
     alone = _score_single(engine, score_plan, requests)
     try:
         rows = _score(engine, score_plan, *plan_rows(requests, 2**30, isolate=isolate))

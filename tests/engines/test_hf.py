@@ -306,6 +306,13 @@ def test_numbers_that_depend_on_the_longest_request(rope: dict[str, Any]) -> Non
     plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert plan.rows and "rotary" in (why_rows or "")
     assert_equal_answers(run(engine, plan, item_of_request), answer_plainly(model, requests))
+    short = [(tokens[:33], count) for tokens, count in requests[:3]] + [
+        (requests[3][0][:20] + requests[4][0][:8], 2),
+        requests[-1],
+    ]
+    plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(short), packing=True, max_pack_tokens=None)
+    assert why_rows is None and not plan.rows, "up to 32 fed tokens, the frequencies are the same for all"
+    assert_equal_answers(run(engine, plan, item_of_request), answer_plainly(model, short))
 
 
 @pytest.mark.parametrize("shared", [0, 30, 300])

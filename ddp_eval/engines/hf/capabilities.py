@@ -9,7 +9,6 @@ from typing import Any
 from ddp_eval.engines.hf import by_depth
 from ddp_eval.engines.ops import masks, tree_attention
 
-DYNAMIC_ROTARY = "its rotary frequencies depend on the longest request of a forward pass"
 NO_POSITIONS = "its forward takes no attention mask and positions"
 
 
@@ -18,9 +17,19 @@ def takes_positions(model: Any) -> bool:
     return {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters)
 
 
-def needs_equal_lengths(config: Any) -> bool:
-    """Whether a request's numbers depend on how long the others in its forward are: rows must then be of one length."""
-    return bool({part.get("rope_type") for part in _rope_parts(config)} & {"dynamic", "longrope"})
+def equal_lengths_beyond(config: Any) -> int | None:
+    """Tokens of a forward from which on its rotary frequencies go by the longest request: what the model was first trained on.
+
+    None where they never do. Positions decide in transformers (5.23), so a pack counts by its deepest token.
+    """
+    lengths = []
+    for part in _rope_parts(config):
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            known = [part.get(_ROPE), getattr(config, _ROPE, None)]
+            if part["rope_type"] == "dynamic":
+                known.append(getattr(config, "max_position_embeddings", None))
+            lengths.append(min((int(length) for length in known if length), default=0))
+    return min(lengths, default=None)
 
 
 def max_tree_tokens(config: Any) -> int | None:
@@ -42,8 +51,6 @@ def tree_rules(model: Any, config: Any, implementation: str) -> tuple[dict[str, 
         return {"": masks.LayerRule()}, None
     if not takes_positions(model):
         return {}, NO_POSITIONS
-    if needs_equal_lengths(config):
-        return {}, DYNAMIC_ROTARY
     try:
         return masks.layer_rules(config), None
     except ValueError as error:

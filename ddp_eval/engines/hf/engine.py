@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import Capabilities, OnProgress
+from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
 from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
@@ -71,7 +71,7 @@ class HFEngine(TransformersEngine):
         self._rules, self.why_not_packs = capabilities.tree_rules(model, self.config, self.tree_attention)
         self.capabilities = Capabilities(
             launches_ahead=device.type != "cpu",
-            needs_equal_lengths=capabilities.needs_equal_lengths(self.config),
+            equal_lengths_beyond=capabilities.equal_lengths_beyond(self.config),
             max_tree_tokens=capabilities.max_tree_tokens(self.config),
             reaches=capabilities.reaches(self.config),
         )
@@ -195,8 +195,8 @@ class HFEngine(TransformersEngine):
         """Why texts must be generated one by one with the model's own `generate`; None if batches have proved themselves."""
         from ddp_eval.engines.hf import decode
 
-        if self.capabilities.needs_equal_lengths:
-            return capabilities.DYNAMIC_ROTARY
+        if self.capabilities.equal_lengths_beyond is not None:
+            return DYNAMIC_ROTARY
         if not capabilities.takes_positions(self.model):
             return capabilities.NO_POSITIONS
         return decode.check_decoding(self)

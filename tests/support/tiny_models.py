@@ -105,6 +105,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         window_size=WINDOW,
         max_position_embeddings=2048,
     ),
+    "openai_gpt": lambda: transformers.OpenAIGPTConfig(
+        vocab_size=VOCAB_SIZE, initializer_range=0.3, n_embd=32, n_layer=2, n_head=4, n_positions=2048
+    ),
     "mamba": lambda: transformers.MambaConfig(**_SMALL, hidden_size=32, num_hidden_layers=2, state_size=8),
 }
 _ENCODER_DECODER: dict[str, Any] = {
@@ -138,7 +141,7 @@ SEQ2SEQ_CONFIGS: dict[str, Callable[[], Any]] = {
     # has no `prepare_decoder_input_ids_from_labels`
     "m2m_100": lambda: transformers.M2M100Config(**_ENCODER_DECODER),
 }
-DEPTH_KINDS = ("mpt", "bloom", "falcon_alibi", "gpt_neo")  # count by index, and are made to count by depth
+DEPTH_KINDS = ("mpt", "bloom", "falcon_alibi", "gpt_neo", "openai_gpt")  # count by index, and are made to count by depth
 BATCHED_KINDS = ("llama", "gpt2", "mistral", "gemma2", "gemma3", "qwen3_moe", "llama4")  # generate in batches, too
 TREE_KINDS = (*BATCHED_KINDS, "deepseek_v32", *DEPTH_KINDS)
 ROW_KINDS = ("mamba",)

@@ -1,8 +1,9 @@
 """Models that count positions by a token's index in the forward, whatever they are told: for a tree they must count its depth.
 
 ALiBi adds slope * (position of the key) to the scores. A key's position counts alone, since a softmax takes no notice of what is
-added to a whole row of scores: so the bias of a pack is the plain one, each key's taken at its depth. GPT-Neo's layers hold masks
-of their own, by index: they are given the tree's. What is replaced is replaced for one forward (transformers 5.23).
+added to a whole row of scores: so the bias of a pack is the plain one, each key's taken at its depth. The layers of GPT-Neo and
+of the first GPT hold masks of their own, by index: they are given the tree's. What is replaced is replaced for one forward
+(transformers 5.23).
 
 Letters: N heads, L pack length.
 """
@@ -15,25 +16,34 @@ import sys
 import unittest.mock
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ddp_eval.engines.ops.masks import LayerRule, visible
 
-# (depth, end), both (L,) -> a block in which the model's forward counts by them.
-Counting = Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[Any]]
+
+class Counting(NamedTuple):
+    """count: (depth, end), both (L,) -> a block in which the model's forward counts by them. takes_mask: it wants the tree's mask
+    besides."""
+
+    count: Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[Any]]
+    takes_mask: bool = True
 
 
 def counting_of(model: Any) -> Counting | None:
     """How a causal model is made to count by depth; None for models that take positions, and those that are not known."""
     body, kind = model.base_model, getattr(model.config, "model_type", None)
     if kind in ("bloom", "mpt") and hasattr(body, f"build_{'mpt_' if kind == 'mpt' else ''}alibi_tensor"):
-        return functools.partial(_count_bloom if kind == "bloom" else _count_mpt, body)
+        return Counting(functools.partial(_count_bloom if kind == "bloom" else _count_mpt, body))
     if kind == "falcon" and model.config.alibi:
-        return functools.partial(_count_falcon, sys.modules[type(model).__module__])
+        return Counting(functools.partial(_count_falcon, sys.modules[type(model).__module__]))
     if kind == "gpt_neo":
-        return functools.partial(_count_gpt_neo, body)
+        window = {"local": LayerRule(window=body.config.window_size)}
+        layers = [(layer, window.get(layer.attention_type, LayerRule())) for layer in (block.attn.attention for block in body.h)]
+        return Counting(functools.partial(_mask_layers, layers), takes_mask=False)
+    if kind == "openai-gpt":
+        return Counting(functools.partial(_mask_layers, [(block.attn, LayerRule()) for block in body.h]), takes_mask=False)
     return None
 
 
@@ -72,16 +82,14 @@ def _count_falcon(code: Any, depth: torch.Tensor, end: torch.Tensor) -> Abstract
 
 
 @contextlib.contextmanager
-def _count_gpt_neo(body: Any, depth: torch.Tensor, end: torch.Tensor) -> Any:
-    """Its layers keep (1, 1, positions, positions) buffers of who sees whom: causal, or within a window."""
-    rules = {"global": LayerRule(), "local": LayerRule(window=body.config.window_size)}
-    seen = {kind: visible(depth, end, rule)[None, None] for kind, rule in rules.items()}
-    layers = [block.attn.attention for block in body.h]
-    before = [layer.bias for layer in layers]
+def _mask_layers(layers: list[tuple[Any, LayerRule]], depth: torch.Tensor, end: torch.Tensor) -> Any:
+    """Give attention layers the tree in place of their (1, 1, positions, positions) buffers of who sees whom."""
+    seen = {rule: visible(depth, end, rule)[None, None] for _, rule in layers}
+    before = [layer.bias for layer, _ in layers]
     try:
-        for layer in layers:
-            layer.bias = seen[layer.attention_type]
+        for layer, rule in layers:
+            layer.bias = seen[rule].to(layer.bias.dtype)
         yield
     finally:
-        for layer, bias in zip(layers, before, strict=True):
+        for (layer, _), bias in zip(layers, before, strict=True):
             layer.bias = bias

@@ -254,12 +254,11 @@ class HFEngine(TransformersEngine):
         pack = pad_tail(pack, self.input_shape(pack)[1], masked)
         tokens = self._to_device(pack.tokens)
         depth = self._to_device(pack.depth)
-        mask = self._make_mask(pack, depth) if masked else None
+        counting = self._counting if masked else None
+        mask = self._make_mask(pack, depth) if masked and (counting is None or counting.takes_mask) else None
         reads = self._to_device(pack.reads)
-        if masked and self._counting is not None:
-            with self._counting(depth, self._to_device(pack.end)):
-                return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
-        return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
+        with counting.count(depth, self._to_device(pack.end)) if counting is not None else contextlib.nullcontext():
+            return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
 
     def _positions(self, depth: torch.Tensor) -> dict[str, torch.Tensor]:
         """depth: (L,). Some models that count by themselves (BLOOM, MPT) take no positions."""

@@ -209,6 +209,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
     "ministral": {"head_dim": HEAD_DIM},
+    "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": KV_HEADS, "clip_qkv": 8.0}},
+    "xlnet": {"d_head": HEAD_DIM},
+    "zamba": {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [32, 64]},
     "qwen2_vl": {"text_config": {"rope_parameters": _ROPE_OF_8}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": _ROPE_OF_8}},

@@ -69,7 +69,7 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
     embedding_bytes = _bytes(embedding) if embedding is not None else 0
     head_bytes = 0 if tied or head is None else _bytes(head)
     total = _bytes(whole)
-    hidden, shapes = int(config.hidden_size), costs.head_shapes(config)
+    hidden, shapes = int(layer_configs.read(config, "hidden_size", 1)), costs.head_shapes(config)
     heads = max(heads for heads, _, _ in shapes)
     attention = costs.choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
     return ModelSizes(

@@ -11,19 +11,21 @@ Letters: N heads, L pack length.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import unittest.mock
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ddp_eval.engines.ops.masks import LayerRule, visible
 
 
-class Counting(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Counting:
     """count: (depth, end), both (L,) -> a block in which the model's forward counts by them. takes_mask: it wants the tree's mask
     besides."""
 

@@ -26,7 +26,7 @@ def read(config: Any, name: str, default: Any = None) -> Any:
 
 def read_each(config: Any, name: str, default: Any = None) -> list[Any]:
     """The value of every layer; `default` where one has none."""
-    found = [getattr(layer, name, None) for layer in layer_configs(config)]
+    found: list[Any] = [getattr(layer, name, None) for layer in layer_configs(config)]
     found = [value[number] if _is_list_of(value, found) else value for number, value in enumerate(found)]
     return [default if value is None else value for value in found]
 

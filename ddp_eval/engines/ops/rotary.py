@@ -22,7 +22,7 @@ def install(model: Any) -> Callable[[], None]:
     """Have the model's rotary embeddings work in slices. Returns what undoes it."""
     undo = contextlib.ExitStack()
     for name in sorted({type(module).__module__ for module in model.modules()}):  # a language model within another has its own
-        rotate = getattr(sys.modules[name], _FUNCTION, None)
+        rotate: Any = getattr(sys.modules[name], _FUNCTION, None)
         if _is_known(rotate):
             setattr(sys.modules[name], _FUNCTION, functools.partial(_rotate, rotate))
             undo.callback(setattr, sys.modules[name], _FUNCTION, rotate)

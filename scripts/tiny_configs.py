@@ -13,11 +13,10 @@ from typing import Any
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 4, 2, 16, 2
 WINDOW, TOP_K, POSITIONS = 24, 16, 2048
 MOST_LAYERS = 8
+VOCAB_SIZE = 2048  # of the tokenizer in the package
 
 # Name of a field -> value, the first pattern that matches the whole name.
 RULES: tuple[tuple[str, int], ...] = (
-    (r"vocab_size|text_vocab_size|input_vocab_size", 2048),
-    (r"vocab_size_per_layer_input", 2048),
     (r"hidden_size_per_layer_input", 8),
     (
         r"hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|word_embed_proj_dim|backbone_hidden_size|dim_model|text_hidden_size",
@@ -138,6 +137,8 @@ def _scale_sections(rope: dict[str, Any]) -> dict[str, Any]:
 def _small_value(name: str, value: Any) -> Any:
     if type(value) is not int or value < 1:
         return value
+    if "vocab_size" in name:
+        return VOCAB_SIZE
     return next((min(size, value) if size > 4 else size for pattern, size in RULES if re.fullmatch(pattern, name)), value)
 
 

@@ -147,8 +147,7 @@ def make_plan(
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
     if why_rows is None and needs_equal_lengths(engine, requests):
         why_rows = DYNAMIC_ROTARY
-    most = None if needs_equal_lengths(engine, requests) else can.equal_lengths_beyond
-    trial = trial_requests(requests, engine.vocab_size, can.reaches, most) if len(requests) else requests
+    trial = _trial_of(engine, requests) if len(requests) else requests
     if why_rows is None and len(trial):
         why_rows = choose_trees(engine, trial, score_plan)
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
@@ -158,6 +157,14 @@ def make_plan(
     if why_single is not None:
         return Decision(*cut_single(engine, requests), f"{why_rows}; {why_single}", SINGLE)
     return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
+
+
+def _trial_of(engine: Engine, requests: Requests) -> Requests:
+    """A small tree that the engine can run: within its positions, and within what the run's own requests do not leave either."""
+    beyond = None if needs_equal_lengths(engine, requests) else engine.capabilities.equal_lengths_beyond
+    positions = limits.limits_of(engine.whole).positions if getattr(engine, "whole", None) is not None else None
+    most = min((count for count in (beyond, positions) if count is not None), default=None)
+    return trial_requests(requests, engine.vocab_size, engine.capabilities.reaches, most)
 
 
 def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:

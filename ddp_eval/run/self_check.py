@@ -19,7 +19,7 @@ from ddp_eval.packs.rows import plan_rows
 log = logging.getLogger("ddp_eval")
 
 
-MOST_PREFIX = 4096 + 8  # tokens of the trial's prefix
+MOST_REACH = 4096  # tokens: a trial beyond it would cost more than it can find
 _SAMPLE = 2**18  # tokens of a run that are looked at: all of MMLU's 35 million take half a second
 
 # Runs a plan, on whatever ranks that takes, and returns the (items,) sums in nats.
@@ -37,11 +37,11 @@ def trial_requests(requests: Requests, vocab_size: int, reaches: Sequence[int] =
 
     reaches: lengths at which a layer begins to compute otherwise (windows, chunks, top-k of an indexer, ...), in tokens. The
         prefix is longer than all that the run's own requests are longer than.
-    most: tokens of the longest, if that matters.
+    most: tokens that a forward may be given, if that is limited.
     """
     longest = int(np.diff(requests.starts).max(initial=1)) - 1
-    reach = max((reach for reach in reaches if reach < longest), default=0)
-    length = min(max(24, reach + 8), max(24, longest - 16), MOST_PREFIX)
+    reach = max((reach for reach in reaches if reach < min(longest, MOST_REACH + 1)), default=0)
+    length = min(max(24, reach + 8), max(24, longest - 16))
     length = length if most is None else min(length, max(4, most - 16))
     random = np.random.default_rng(0)
     own = np.unique(requests.tokens[:: max(1, len(requests.tokens) // _SAMPLE)])
@@ -53,7 +53,10 @@ def trial_requests(requests: Requests, vocab_size: int, reaches: Sequence[int] =
 
     prefix, a = take(length), take(9)
     sequences = [prefix + a + take(4), prefix + a + take(6), prefix + take(11), prefix[: len(prefix) // 2] + take(7), take(13)]
-    return requests_from_lists(sequences, [3, 5, 4, 6, 12])
+    sequences = sequences if most is None else [sequence[: most + 1] for sequence in sequences]
+    return requests_from_lists(
+        sequences, [min(count, len(one) - 1) for count, one in zip((3, 5, 4, 6, 12), sequences, strict=True)]
+    )
 
 
 def needs_equal_lengths(engine: Engine, requests: Requests) -> bool:

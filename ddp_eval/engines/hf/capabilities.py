@@ -67,7 +67,7 @@ def reaches(config: Any) -> tuple[int, ...]:
     found = {value for name, value in config.to_dict().items() if _REACHES.fullmatch(name) and type(value) is int}
     rates = getattr(config, "compress_rates", None) or {}
     found.update(rate for rate in (rates.values() if isinstance(rates, dict) else rates) if type(rate) is int)
-    found.update(int(part[_ROPE]) for part in _rope_parts(config) if part.get(_ROPE))
+    found.update(length for length in (equal_lengths_beyond(config),) if length)
     return tuple(sorted(value for value in found if value > 0))
 
 

@@ -222,6 +222,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "glm46v": {"text_config": {"rope_parameters": _ROPE_OF_8}},
     "glmga": {"text_config": {"rope_parameters": _ROPE_OF_8}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": _ROPE_OF_8}},
     "glm_ocr": {"text_config": {"rope_parameters": _ROPE_OF_8}},
     "qwen2_vl": {"text_config": {"rope_parameters": _ROPE_OF_8}},
     "qwen2_5_vl": {"text_config": {"rope_parameters": _ROPE_OF_8}},

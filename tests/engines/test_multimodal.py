@@ -52,10 +52,12 @@ def test_window_of_the_language_model() -> None:
     assert max_length_of({}, checkpoint.window_config(config), tiny_models.make_tokenizer()) == 777
 
 
-def test_encoder_decoders_that_read_images() -> None:
+def test_models_that_cannot_be_evaluated_on_text() -> None:
     """Catches a traceback for a model that only describes images."""
     with pytest.raises(UserError, match="florence2 models are encoder-decoders that read images"):
         checkpoint.auto_class(transformers.Florence2Config(is_encoder_decoder=True))
+    with pytest.raises(UserError, match="pi0 models have no vocabulary"):
+        checkpoint.auto_class(transformers.PI0Config())
 
 
 def test_layers_of_a_language_model_within_another() -> None:

@@ -77,7 +77,7 @@ def auto_class(config: Any, is_pair: bool = False) -> Any:
     """transformers' class that loads the model of a config: lm_eval's, and where that does not know the kind of model (those that
     read images, too: Qwen3-VL, Mistral 3, ...), the one that gives it a language head.
 
-    is_pair: as an encoder-decoder. Raises UserError for models that only describe images.
+    is_pair: as an encoder-decoder. Raises UserError for models that only describe images, or have no vocabulary.
     """
     import transformers
 
@@ -89,6 +89,8 @@ def auto_class(config: Any, is_pair: bool = False) -> Any:
         raise UserError(
             f"{config.model_type} models are encoder-decoders that read images, and cannot be evaluated on text alone"
         )
+    if getattr(config.get_text_config(), "vocab_size", None) is None:
+        raise UserError(f"{config.model_type} models have no vocabulary, and cannot be evaluated on text")
     return transformers.AutoModelForMultimodalLM
 
 

@@ -115,6 +115,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
     from ddp_eval.engines.hf import engine as hf
     from ddp_eval.packs.batches import plan_batches
     from ddp_eval.run.planning import cut_packs, cut_rows
+    from ddp_eval.run.self_check import needs_equal_lengths
     from ddp_eval.tasks import harness
     from ddp_eval.tasks.request_types import Answers, Asked
     from ddp_eval.tasks.tokenization import Encoder
@@ -133,7 +134,7 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
         raise Counted(asked.requests, asked.prompts)
 
     tokenizer = checkpoint.load_tokenizer(config.loader_args)
-    max_length = harness.max_length_of(config.model_args, model_config, tokenizer)
+    max_length = harness.max_length_of(config.model_args, checkpoint.window_config(model_config), tokenizer)
     encoder = Encoder(tokenizer, max_length, config.model_args.get("add_bos_token"), config.model_args.get("prefix_token_id"))
     try:
         harness.evaluate_tasks(config, encoder, model_config, stop, Phases(), [demo.TASKS_PATH])
@@ -141,7 +142,8 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
         requests, prompts = counted.args
 
     max_tokens = config.max_pack_tokens or engine.max_tokens()
-    cut = cut_rows if engine.why_not_packs or not config.packing else cut_packs
+    only_rows = engine.why_not_packs or not config.packing or needs_equal_lengths(engine, requests)
+    cut = cut_rows if only_rows else cut_packs
     plan, _ = cut(engine, requests, max_tokens)
     texts, _ = plan_batches(prompts, engine.generation_sizes(), [False] * len(prompts.settings))
     answers = int(texts.limits.sum())

@@ -25,20 +25,21 @@ class Capabilities:
     launches_ahead: `launch` returns before the work is done, so that the next can be launched before this is collected.
     is_encoder_decoder: its packs are those of packs/pairs.py.
     rows_are_independent: each request of a pack has a row of its own, so that no NaN of others can reach it, and no padding.
-    needs_equal_lengths: a request's numbers depend on how long the others in its forward are: rows must be of one length.
+    equal_lengths_beyond: where some request has more tokens than this, the numbers of each depend on how long the others in its
+        forward are, and rows must be of one length; None: never.
     serves_generation: it answers with texts, too (`generate`).
     max_tree_tokens: the most tokens of a pack in which the model uses the positions that it is given; None: any number.
-    longest_reach: the widest window or chunk of its layers, in tokens; None if all attend to everything.
+    reaches: lengths, in tokens, at which a layer begins to compute otherwise: windows, chunks, top-k of an indexer, ...
     """
 
     reports_results: bool = True
     launches_ahead: bool = False
     is_encoder_decoder: bool = False
     rows_are_independent: bool = False
-    needs_equal_lengths: bool = False
+    equal_lengths_beyond: int | None = None
     serves_generation: bool = True
     max_tree_tokens: int | None = None
-    longest_reach: int | None = None
+    reaches: tuple[int, ...] = ()
 
 
 class Engine(abc.ABC):
@@ -125,5 +126,9 @@ class Engine(abc.ABC):
         return
 
 
+# Why there are no packs where `Capabilities.equal_lengths_beyond` is passed.
+DYNAMIC_ROTARY = "its rotary frequencies depend on the longest request of a forward pass"
 # Mean error per scored token, in nats, that rounding alone can bring: logits near 16 have steps of 2^-3 in bfloat16.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+# The same where a model's own rows differ by more than that: beyond it, something else than rounding is at work.
+LARGEST_ROUNDING = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}

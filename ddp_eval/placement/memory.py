@@ -59,20 +59,18 @@ class ModelSizes:
 
 def measure_model(whole: Any, device: torch.device) -> ModelSizes:
     """The sizes of a transformers model on the meta device, when it runs on `device`."""
-    from ddp_eval.engines.hf import costs
+    from ddp_eval.engines.hf import costs, layer_configs
 
     config = whole.config.get_text_config()
-    layers = _layers(whole, int(getattr(config, "num_hidden_layers", 0)))
+    layers = _layers(whole, layer_configs.num_layers(config))
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     tied = embedding is not None and head is not None and head.weight is embedding.weight
     layer_bytes = [_bytes(layer) for layer in layers]
     embedding_bytes = _bytes(embedding) if embedding is not None else 0
     head_bytes = 0 if tied or head is None else _bytes(head)
     total = _bytes(whole)
-    heads = int(getattr(config, "num_attention_heads", 1))
-    hidden = int(config.hidden_size)
-    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    hidden, shapes = int(layer_configs.read(config, "hidden_size", 1)), costs.head_shapes(config)
+    heads = max(heads for heads, _, _ in shapes)
     attention = costs.choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
     return ModelSizes(
         layers=layer_bytes,
@@ -85,7 +83,7 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
         active=[costs.active_parameters(layer, config) for layer in layers] or [costs.active_parameters(whole, config)],
         hidden=hidden,
         inner=_inner_width(config, hidden),
-        attended=(heads + 2 * kv_heads) * head_dim,
+        attended=max((heads + 2 * kv_heads) * head_dim for heads, kv_heads, head_dim in shapes),
         vocab=int(config.vocab_size),
         largest_pack=costs.largest_pack(config, attention, device),
         mask=0 if attention == tree_attention.NAME else _MASK_BYTES,
@@ -94,7 +92,9 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
 
 
 def _layers(whole: Any, count: int) -> list[Any]:
-    lists = (module for module in whole.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    """The modules of the language model's layers; none where they cannot be told."""
+    holder = whole.get_decoder() if hasattr(whole, "get_decoder") else whole
+    lists = (module for module in (holder or whole).modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     return list(next(lists, []))
 
 
@@ -104,10 +104,12 @@ def _bytes(module: Any) -> int:
 
 def _inner_width(config: Any, hidden: int) -> int:
     """Values per token in the widest feed-forward layer; with experts, in all that a token is sent to."""
-    dense = int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden)
-    routed = int(getattr(config, "num_experts_per_tok", None) or 0)
-    one = int(getattr(config, "moe_intermediate_size", None) or dense)
-    return max(dense, routed * one + int(getattr(config, "shared_expert_intermediate_size", None) or 0)) if routed else dense
+    from ddp_eval.engines.hf.layer_configs import read
+
+    dense = int(read(config, "intermediate_size") or read(config, "n_inner") or 4 * hidden)
+    routed = int(read(config, "num_experts_per_tok", 0))
+    one = int(read(config, "moe_intermediate_size") or dense)
+    return max(dense, routed * one + int(read(config, "shared_expert_intermediate_size", 0))) if routed else dense
 
 
 def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = True, in_flight: int = 0) -> int:

@@ -81,7 +81,7 @@ def make_encoder(config: Config, model_config: Any, tokenizer: Any) -> Encoder:
     from ddp_eval.tasks import harness
 
     model_args = config.model_args
-    max_length = harness.max_length_of(model_args, model_config, tokenizer)
+    max_length = harness.max_length_of(model_args, checkpoint.window_config(model_config), tokenizer)
     max_length = registry.spec_of(config.model).longest_input(model_args, max_length)
     try:
         return Encoder(

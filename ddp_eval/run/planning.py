@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddp_eval.engines import ROUNDING, Engine
+from ddp_eval.engines import DYNAMIC_ROTARY, ROUNDING, Engine
 from ddp_eval.engines.hf import limits
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packs.batches import Prompts, Settings, TextPlan, plan_batches
@@ -18,7 +18,7 @@ from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run.self_check import ScorePlan, choose_trees, score_alone, trial_requests
+from ddp_eval.run.self_check import ScorePlan, check_rows, choose_trees, needs_equal_lengths, score_alone, trial_requests
 
 log = logging.getLogger("ddp_eval")
 
@@ -109,12 +109,19 @@ class WorkPlan(NamedTuple):
         return self.scoring.plan.num_packs + self.generation.plan.num_batches
 
 
+PADDED, SINGLE = "padded rows", "each request by itself"
+
+
 class Decision(NamedTuple):
-    """plan; item_of_request: (N,) the item that answers each request; why_rows: why there are no packs, None when there are."""
+    """plan; item_of_request: (N,) the item that answers each request; why_rows: why there are no packs, None when there are.
+
+    instead: what runs where there are no packs.
+    """
 
     plan: Plan
     item_of_request: IntArray
     why_rows: str | None
+    instead: str = PADDED
 
 
 def make_plan(
@@ -134,16 +141,30 @@ def make_plan(
     if alone and can.is_encoder_decoder:
         return Decision(*plan_pairs(requests, 1, share=False), "--numerics alone was given")
     if alone:
-        return Decision(*plan_rows(requests, 1, engine.max_reads(), isolate=True), "--numerics alone was given")
+        return Decision(*cut_single(engine, requests), "--numerics alone was given", SINGLE)
     if can.is_encoder_decoder:
         return _plan_pairs(engine, requests, max_pack_tokens or engine.max_tokens(), packing)
     why_rows = engine.why_not_packs if packing else "--no_packing was given"
-    if why_rows is None and len(requests):
-        why_rows = choose_trees(engine, trial_requests(requests, engine.vocab_size, can.longest_reach), score_plan)
+    if why_rows is None and needs_equal_lengths(engine, requests):
+        why_rows = DYNAMIC_ROTARY
+    trial = _trial_of(engine, requests) if len(requests) else requests
+    if why_rows is None and len(trial):
+        why_rows = choose_trees(engine, trial, score_plan)
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens), None)
+    why_single = check_rows(engine, trial, score_plan) if len(trial) else None
+    if why_single is not None:
+        return Decision(*cut_single(engine, requests), f"{why_rows}; {why_single}", SINGLE)
     return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
+
+
+def _trial_of(engine: Engine, requests: Requests) -> Requests:
+    """A small tree that the engine can run: within its positions, and within what the run's own requests do not leave either."""
+    beyond = None if needs_equal_lengths(engine, requests) else engine.capabilities.equal_lengths_beyond
+    positions = limits.limits_of(engine.whole).positions if getattr(engine, "whole", None) is not None else None
+    most = min((count for count in (beyond, positions) if count is not None), default=None)
+    return trial_requests(requests, engine.vocab_size, engine.capabilities.reaches, most)
 
 
 def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
@@ -152,10 +173,15 @@ def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan
     return plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
 
 
+def cut_single(engine: Engine, requests: Requests) -> tuple[Plan, IntArray]:
+    """A forward for each distinct input. Returns as `plan_packs`."""
+    return plan_rows(requests, 1, engine.max_reads(), isolate=True)
+
+
 def cut_rows(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
     """Batches of plain rows, as few and as little padded as pays. Returns as `plan_rows`."""
     most_padding = None if engine.capabilities.rows_are_independent else engine.cost_model().most_padding
-    return plan_rows(requests, max_tokens, engine.max_reads(), engine.capabilities.needs_equal_lengths, most_padding)
+    return plan_rows(requests, max_tokens, engine.max_reads(), needs_equal_lengths(engine, requests), most_padding)
 
 
 def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool) -> Decision:
@@ -163,7 +189,7 @@ def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool
     batches = plan_pairs(requests, max_tokens, engine.max_reads(), share)
     if not len(requests):
         return Decision(*batches, None)
-    trial = trial_requests(requests, engine.vocab_size, None)
+    trial = trial_requests(requests, engine.vocab_size)
     together, alone = (
         score_alone(engine, plan)[item_of_request]
         for plan, item_of_request in (plan_pairs(trial, 2**30), plan_pairs(trial, 1, share=False))

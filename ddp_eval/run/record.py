@@ -96,7 +96,7 @@ def find_plan_warnings(config: Config, plan: WorkPlan) -> list[str]:
     """What of a plan is slower than a user expects, unless a flag asks for it."""
     found = []
     if plan.scoring.why_rows and config.packing and config.numerics != "alone":
-        found.append(f"packs are off for this model: {plan.scoring.why_rows}; running padded rows instead")
+        found.append(f"packs are off for this model: {plan.scoring.why_rows}; running {plan.scoring.instead}")
     if plan.generation.why_alone and config.packing and config.numerics != "alone":
         found.append(f"this model generates one answer at a time: {plan.generation.why_alone}")
     return found

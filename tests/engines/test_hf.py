@@ -33,7 +33,7 @@ from engine_runs import (
     run,
     to_requests,
 )
-from tiny_models import ROW_KINDS, TREE_KINDS, VOCAB_SIZE
+from tiny_models import ROW_KINDS, SINGLE_KINDS, TREE_KINDS, VOCAB_SIZE
 
 from ddp_eval.engines import Capabilities
 from ddp_eval.engines.hf import checkpoint
@@ -46,7 +46,7 @@ from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import planning
 from ddp_eval.run.planning import cut_packs, make_plan
-from ddp_eval.run.self_check import check_packs
+from ddp_eval.run.self_check import check_packs, trial_requests
 
 
 @pytest.mark.parametrize("implementation", [None, "sdpa", "eager"], ids=str)
@@ -55,8 +55,10 @@ def test_packs_equal_plain_forwards(
     kind: str, implementation: str | None, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
 ) -> None:
     """Catches a mask, position, window, chunk or read that is off by anything, in whole trees and cut ones."""
-    if kind == "gemma2" and implementation == "sdpa":
-        pytest.skip("transformers refuses sdpa for Gemma 2: it caps its attention scores")
+    if kind in ("gemma2", "mpt", "bloom", "gpt_neo", "openai_gpt") and implementation == "sdpa":
+        pytest.skip(f"transformers refuses sdpa for {kind}")
+    if kind == "falcon_alibi" and implementation == "eager":
+        pytest.skip("transformers (5.23) adds Falcon's ALiBi twice under eager: other numbers than the model's own")
     engine = load(tiny_model_path(kind), **({"attn_implementation": implementation} if implementation else {}))
     assert engine.why_not_packs is None
     for seed in range(3):
@@ -69,7 +71,7 @@ def test_packs_equal_plain_forwards(
         assert_equal_answers(run(engine, *cut), expected)
 
 
-@pytest.mark.parametrize("kind", TREE_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in TREE_KINDS if kind != "deepseek_v32"])  # rounding reorders its top-k there
 def test_large_packs_equal_plain_forwards(
     kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
 ) -> None:
@@ -204,7 +206,7 @@ def test_llama4_packs_stop_where_its_queries_go_by_index(tmp_path: Path) -> None
     engine = load(tmp_path)
     # Chains beyond the limit are right by themselves; what would be wrong is to lay several behind one another.
     requests, expected = build_prefix_tree(model, seed=3, count=16, longest_prefix=60, longest_tail=40)
-    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=20_000)
+    plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=20_000)
     assert why_rows is None and not plan.rows
     assert max(len(build_pack(plan, index)) for index in range(plan.num_packs)) <= 199
     assert_equal_answers(run(engine, plan, item_of_request), expected)
@@ -217,9 +219,33 @@ def test_models_that_packs_cannot_serve_run_as_rows(
     """Catches ALiBi and state-space models put into trees: MPT takes the mask and is silently wrong."""
     engine = load(tiny_model_path(kind))
     requests, expected = build_prefix_tree(tiny_model(kind), seed=3)
-    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert why_rows and plan.rows
     assert_equal_answers(run(engine, plan, item_of_request), expected)
+
+
+@pytest.mark.parametrize("kind", SINGLE_KINDS)
+def test_models_that_see_padding_run_request_by_request(
+    kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
+) -> None:
+    """Catches packs 12 nats off: padded rows differ as much, and were taken for the measure of rounding."""
+    engine = load(tiny_model_path(kind))
+    requests, expected = build_prefix_tree(tiny_model(kind), seed=3)
+    decision = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert decision.instead == planning.SINGLE and "padded rows and single ones differ" in (decision.why_rows or "")
+    assert_equal_answers(run(engine, decision.plan, decision.item_of_request), expected)
+    assert make_plan(engine, to_requests(requests), packing=False, max_pack_tokens=None).instead == planning.SINGLE
+
+
+def test_trial_reaches_what_the_run_reaches() -> None:
+    """Catches a window, chunk or top-k that the run passes and the trial does not; and a trial far longer than the run."""
+    requests = to_requests([(list(range(1, 200)), 1), (list(range(1, 300)), 2)])
+    for reaches, prefix in (((), 24), ((100,), 108), ((64, 250, 4096), 258), ((290,), 282), ((4096,), 24)):
+        trial = trial_requests(requests, VOCAB_SIZE, reaches)
+        lengths = np.diff(trial.starts) - 1
+        assert lengths[0] == prefix + 9 + 4 - 1 and lengths.max() <= 298
+        passed = [reach for reach in reaches if reach < 298]
+        assert all(lengths.max() > reach for reach in passed)
 
 
 def test_check_catches_a_mask_of_the_wrong_type(tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +255,7 @@ def test_check_catches_a_mask_of_the_wrong_type(tiny_model_path: Callable[[str],
     make_mask = masks.make_mask
     monkeypatch.setattr(masks, "make_mask", lambda implementation, *rest: make_mask("sdpa", *rest))
     assert "differ by" in (check_packs(engine, to_requests(requests)) or "")
-    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert plan.rows and "differ by" in (why_rows or "")
     assert_equal_answers(run(engine, plan, item_of_request), expected)
 
@@ -277,9 +303,16 @@ def test_numbers_that_depend_on_the_longest_request(rope: dict[str, Any]) -> Non
     requests: list[Request] = [(random.integers(0, VOCAB_SIZE, length).tolist(), 3) for length in (20, 20, 40, 40, 28, 45)]
     requests += [(requests[3][0][:30], 2), (continue_greedily(model, requests[0][0], 2), 2)]
     engine = hf.HFEngine(model, CPU)
-    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert plan.rows and "rotary" in (why_rows or "")
     assert_equal_answers(run(engine, plan, item_of_request), answer_plainly(model, requests))
+    short = [(tokens[:33], count) for tokens, count in requests[:3]] + [
+        (requests[3][0][:20] + requests[4][0][:8], 2),
+        requests[-1],
+    ]
+    plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(short), packing=True, max_pack_tokens=None)
+    assert why_rows is None and not plan.rows, "up to 32 fed tokens, the frequencies are the same for all"
+    assert_equal_answers(run(engine, plan, item_of_request), answer_plainly(model, short))
 
 
 @pytest.mark.parametrize("shared", [0, 30, 300])
@@ -294,7 +327,7 @@ def test_positions_by_index_are_seen_on_questions_with_choices(
     prefix = random.integers(0, VOCAB_SIZE, shared).tolist()
     questions = [prefix + random.integers(0, VOCAB_SIZE, 20).tolist() for _ in range(6)]
     requests: list[Request] = [([*question, choice], 1) for question in questions for choice in range(4)]
-    plan, _, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    plan, _, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert plan.rows and "differ by" in (why_rows or "")
 
 
@@ -325,7 +358,7 @@ def test_model_that_fails_on_packs_runs_as_rows(tiny_model_path: Callable[[str],
 
     monkeypatch.setattr(engine, "_forward_tree", fail)
     requests: list[Request] = [([1, 2, 3, 4], 1), ([1, 2, 5, 6], 2)]
-    plan, _, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    plan, _, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert plan.rows and "too many values" in (why_rows or "")
 
 
@@ -333,7 +366,7 @@ def test_no_packing_gives_rows(tiny_model_path: Callable[[str], Path]) -> None:
     """Catches a flag that is read nowhere."""
     engine = load(tiny_model_path("llama"))
     requests, _ = build_prefix_tree(engine.model, seed=6)
-    plan, _, why_rows = make_plan(engine, to_requests(requests), packing=False, max_pack_tokens=None)
+    plan, _, why_rows, _ = make_plan(engine, to_requests(requests), packing=False, max_pack_tokens=None)
     assert plan.rows and why_rows == "--no_packing was given"
 
 
@@ -543,7 +576,7 @@ def test_last_layer_works_only_where_it_is_read(
     """Catches a last layer that computes what nobody reads, and one that leaves out what somebody does."""
     engine = load(tiny_model_path(kind), **attention_args)
     requests, expected = build_prefix_tree(engine.model, seed=11)
-    plan, item_of_request, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    plan, item_of_request, *_ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     seen: list[int] = []
     assert engine.last_layer.feed_forward is not None
     forward = engine.last_layer.feed_forward.forward
@@ -612,7 +645,7 @@ def test_trees_by_the_models_own_attention_where_the_fastest_fails(
     assert engine.tree_attention == tree_attention.NAME
     most = []
     monkeypatch.setattr(planning, "cut_packs", lambda *args: most.append(args[2]) or cut_packs(*args))
-    plan, item_of_request, why_rows = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert why_rows is None and not plan.rows and engine.tree_attention == "sdpa" and engine.cost_model().dense
     assert most == [4096] == [engine.max_tokens()], "dense masks pay for the square"
     assert_equal_answers(run(engine, plan, item_of_request), expected)

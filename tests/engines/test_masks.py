@@ -132,6 +132,7 @@ def test_unknown_implementation_is_refused_by_name() -> None:
         ("gemma2", {"full_attention": LayerRule(), "sliding_attention": LayerRule(window=WINDOW)}),
         ("gemma3", {"full_attention": LayerRule(), "sliding_attention": LayerRule(window=WINDOW)}),
         ("qwen3_moe", {"": LayerRule()}),
+        ("deepseek_v32", {"indexed_attention": LayerRule()}),
         ("llama4", {"full_attention": LayerRule(), "chunked_attention": LayerRule(chunk=WINDOW)}),
     ],
 )

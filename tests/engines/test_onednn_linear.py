@@ -97,13 +97,13 @@ def test_packs_lengthened_to_the_grid_give_the_same_answers(
     fed: list[tuple[int, int]] = []
     call = engine._call
     monkeypatch.setattr(engine, "_call", lambda tokens, *rest, **more: fed.append(tokens.shape) or call(tokens, *rest, **more))
-    plan, item_of_request, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    plan, item_of_request, *_ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     fed.clear()
     assert_equal_answers(run(engine, plan, item_of_request), expected)
     packs = [build_pack(plan, index) for index in range(plan.num_packs)]
     assert fed == [engine.input_shape(pack) for pack in packs] and all(length % 32 == 0 for _, length in fed)
     assert any(length > len(pack) for (_, length), pack in zip(fed, packs, strict=True))
-    chain, item_of_request, _ = make_plan(engine, to_requests(requests[:1]), packing=True, max_pack_tokens=None)
+    chain, item_of_request, *_ = make_plan(engine, to_requests(requests[:1]), packing=True, max_pack_tokens=None)
     assert build_pack(chain, 0).is_chain and len(build_pack(chain, 0)) % 32
     assert_equal_values(run(engine, chain, item_of_request), expected[:1])
     engine.close()

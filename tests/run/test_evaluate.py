@@ -85,7 +85,7 @@ def test_rolling_task(run: Callable[..., Any], tiny_model: Callable[..., Any], t
         ("gemma3", "demo_boolean_expressions", "packs"),
         ("qwen3_moe", "demo_mmlu_global_facts", "packs"),
         ("llama4", "demo_hellaswag", "packs"),
-        ("mpt", "demo_hellaswag", "rows"),
+        ("mpt", "demo_hellaswag", "packs"),
         ("mamba", "demo_boolean_expressions", "rows"),
     ],
 )

@@ -65,7 +65,49 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         no_rope_layers=[1, 0],
         moe_layers=[1],
     ),
+    # an indexer lets each token attend to at most 12 others; with many heads, so that no two of its scores are equal
+    "deepseek_v32": lambda: transformers.DeepseekV32Config(
+        **{**_SHAPE, "num_key_value_heads": 4, "head_dim": 8},
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_topk=12,
+        index_n_heads=16,
+        index_head_dim=16,
+    ),
+    # not causal: each token sees the whole row, and the padding behind it
+    "bert": lambda: transformers.BertConfig(
+        **_SMALL, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512
+    ),
+    "roberta": lambda: transformers.RobertaConfig(
+        **_SMALL, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=514
+    ),
     "mpt": lambda: transformers.MptConfig(**_SMALL, d_model=32, n_heads=4, n_layers=2, max_seq_len=2048),
+    "bloom": lambda: transformers.BloomConfig(**_SMALL, hidden_size=32, n_layer=2, n_head=4),
+    "falcon_alibi": lambda: transformers.FalconConfig(
+        **_SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, max_position_embeddings=2048
+    ),
+    # one layer that sees all, one that slides, each by a buffer of its own
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **_SMALL,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        max_position_embeddings=2048,
+    ),
+    "openai_gpt": lambda: transformers.OpenAIGPTConfig(
+        vocab_size=VOCAB_SIZE, initializer_range=0.3, n_embd=32, n_layer=2, n_head=4, n_positions=2048
+    ),
     "mamba": lambda: transformers.MambaConfig(**_SMALL, hidden_size=32, num_hidden_layers=2, state_size=8),
 }
 _ENCODER_DECODER: dict[str, Any] = {
@@ -99,8 +141,11 @@ SEQ2SEQ_CONFIGS: dict[str, Callable[[], Any]] = {
     # has no `prepare_decoder_input_ids_from_labels`
     "m2m_100": lambda: transformers.M2M100Config(**_ENCODER_DECODER),
 }
-TREE_KINDS = ("llama", "gpt2", "mistral", "gemma2", "gemma3", "qwen3_moe", "llama4")
-ROW_KINDS = ("mpt", "mamba")
+DEPTH_KINDS = ("mpt", "bloom", "falcon_alibi", "gpt_neo", "openai_gpt")  # count by index, and are made to count by depth
+BATCHED_KINDS = ("llama", "gpt2", "mistral", "gemma2", "gemma3", "qwen3_moe", "llama4")  # generate in batches, too
+TREE_KINDS = (*BATCHED_KINDS, "deepseek_v32", *DEPTH_KINDS)
+ROW_KINDS = ("mamba",)
+SINGLE_KINDS = ("bert", "roberta")
 
 
 def make_model(kind: str, attn_implementation: str | None = None) -> Any:

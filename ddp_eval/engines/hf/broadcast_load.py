@@ -12,6 +12,7 @@ import torch
 from ddp_eval.distributed import collectives
 from ddp_eval.distributed.messages import next_work
 from ddp_eval.distributed.world import World
+from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.errors import UserError, is_out_of_memory
 
@@ -58,11 +59,9 @@ def _named_tensors(model: Any) -> list[tuple[str, torch.Tensor, bool]]:
 
 
 def _build_empty(model_args: dict[str, Any], config: Any) -> Any:
-    import transformers
-
     options = {key: model_args[key] for key in ("attn_implementation", "trust_remote_code") if key in model_args}
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, **options)
+        return checkpoint.auto_class(config).from_config(config, **options)
 
 
 def _fill(model: Any, header: list[_Tensor], device: torch.device) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
+from ddp_eval.engines.hf import by_depth
 from ddp_eval.engines.ops import masks, tree_attention
 
-DYNAMIC_ROTARY = "its rotary frequencies depend on the longest request of a forward pass"
 NO_POSITIONS = "its forward takes no attention mask and positions"
 
 
@@ -16,11 +17,19 @@ def takes_positions(model: Any) -> bool:
     return {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters)
 
 
-def needs_equal_lengths(config: Any) -> bool:
-    """Whether a request's numbers depend on how long the others in its forward are: rows must then be of one length."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = {rope.get("rope_type"), *(part.get("rope_type") for part in rope.values() if isinstance(part, dict))}
-    return bool(kinds & {"dynamic", "longrope"})
+def equal_lengths_beyond(config: Any) -> int | None:
+    """Tokens of a forward from which on its rotary frequencies go by the longest request: what the model was first trained on.
+
+    None where they never do. Positions decide in transformers (5.23), so a pack counts by its deepest token.
+    """
+    lengths = []
+    for part in _rope_parts(config):
+        if part.get("rope_type") in ("dynamic", "longrope"):
+            known = [part.get(_ROPE), getattr(config, _ROPE, None)]
+            if part["rope_type"] == "dynamic":
+                known.append(getattr(config, "max_position_embeddings", None))
+            lengths.append(min((int(length) for length in known if length), default=0))
+    return min(lengths, default=None)
 
 
 def max_tree_tokens(config: Any) -> int | None:
@@ -38,17 +47,31 @@ def tree_rules(model: Any, config: Any, implementation: str) -> tuple[dict[str, 
     """What each kind of layer sees in a pack whose attention is `implementation`; or nothing, and why only rows must be run."""
     if implementation not in (*masks.IMPLEMENTATIONS, tree_attention.NAME):
         return {}, f"its attention implementation {implementation} takes no tree mask"
+    if by_depth.counting_of(model) is not None:
+        return {"": masks.LayerRule()}, None
     if not takes_positions(model):
         return {}, NO_POSITIONS
-    if needs_equal_lengths(config):
-        return {}, DYNAMIC_ROTARY
     try:
         return masks.layer_rules(config), None
     except ValueError as error:
         return {}, str(error)
 
 
-def longest_reach(rules: dict[str, masks.LayerRule]) -> int | None:
-    """The widest window or chunk of the model's layers, in tokens; None if all attend to everything."""
-    reaches = [reach for rule in rules.values() for reach in (rule.window, rule.chunk) if reach]
-    return max(reaches, default=None)
+# What configs call lengths, in tokens, at which a layer begins to compute otherwise.
+_REACHES = re.compile(r"sliding_window\w*|\w*window_size|attention_chunk_size|chunk_size|\w*index\w*_(topk|budget)|\w*block_size")
+_ROPE = "original_max_position_embeddings"
+
+
+def reaches(config: Any) -> tuple[int, ...]:
+    """Lengths of a forward at which some layer begins to compute otherwise: windows, chunks, top-k of an indexer, ..."""
+    found = {value for name, value in config.to_dict().items() if _REACHES.fullmatch(name) and type(value) is int}
+    rates = getattr(config, "compress_rates", None) or {}
+    found.update(rate for rate in (rates.values() if isinstance(rates, dict) else rates) if type(rate) is int)
+    found.update(length for length in (equal_lengths_beyond(config),) if length)
+    return tuple(sorted(value for value in found if value > 0))
+
+
+def _rope_parts(config: Any) -> list[dict[str, Any]]:
+    """The parameters of rotary positions: of all layers, or of each kind."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, dict))]

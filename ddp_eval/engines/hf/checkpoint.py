@@ -73,6 +73,41 @@ def is_seq2seq(model_args: dict[str, Any], config: Any) -> bool:
     return known and getattr(config, "is_encoder_decoder", True)  # the decoder of such a model alone is causal
 
 
+def auto_class(config: Any, is_pair: bool = False) -> Any:
+    """transformers' class that loads the model of a config: lm_eval's, and where that does not know the kind of model (those that
+    read images, too: Qwen3-VL, Mistral 3, ...), the one that gives it a language head.
+
+    is_pair: as an encoder-decoder. Raises UserError for models that only describe images, or have no vocabulary.
+    """
+    import transformers
+
+    if is_pair:
+        return transformers.AutoModelForSeq2SeqLM
+    if not reads_images(config):
+        return transformers.AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{config.model_type} models are encoder-decoders that read images, and cannot be evaluated on text alone"
+        )
+    if getattr(config.get_text_config(), "vocab_size", None) is None:
+        raise UserError(f"{config.model_type} models have no vocabulary, and cannot be evaluated on text")
+    return transformers.AutoModelForMultimodalLM
+
+
+def reads_images(config: Any) -> bool:
+    """Whether the model reads images or sound, and transformers' class of causal models does not know it."""
+    from transformers.models.auto import modeling_auto
+
+    causal, multimodal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return type(config) in multimodal and type(config) not in causal and not own_code
+
+
+def window_config(config: Any) -> Any:
+    """What lm_eval's rule for the window is applied to: of a model that it cannot load, the language model's config."""
+    return config.get_text_config() if reads_images(config) else config
+
+
 def load_tokenizer(model_args: dict[str, Any]) -> Any:
     """The tokenizer named by `tokenizer=`, else the model's own. Raises UserError when there is none."""
     import transformers
@@ -95,8 +130,6 @@ def whole_model(model_args: dict[str, Any], config: Any, is_pair: bool = False) 
 
     is_pair: as an encoder-decoder.
     """
-    import transformers
-
     dtype = _dtype(model_args.get("dtype", "auto"))
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
@@ -104,8 +137,7 @@ def whole_model(model_args: dict[str, Any], config: Any, is_pair: bool = False) 
     if model_args.get("attn_implementation") in masks.IMPLEMENTATIONS:  # others may not be installed here
         options["attn_implementation"] = model_args["attn_implementation"]
     with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
-        source = transformers.AutoModelForSeq2SeqLM if is_pair else transformers.AutoModelForCausalLM
-        return source.from_config(config, dtype=dtype, **options)
+        return auto_class(config, is_pair).from_config(config, dtype=dtype, **options)
 
 
 def load_weights(
@@ -113,11 +145,9 @@ def load_weights(
 ) -> Any:
     """A model in evaluation mode on `device`. What loading draws comes from the seed of `draws.loading_for`.
 
-    source: the class whose `from_pretrained` loads it; AutoModelForCausalLM if not given. part: it takes only some of the
+    source: the class whose `from_pretrained` loads it; `auto_class` if not given. part: it takes only some of the
     checkpoint's weights. options: for `from_pretrained`.
     """
-    import transformers
-
     if device.type == "cpu":
         keep_freed_memory()
     name = resolve_pretrained(model_args)
@@ -136,7 +166,7 @@ def load_weights(
         _as_user_error(f"cannot load the model {model_args['pretrained']}"),
         draws,
     ):
-        loaded: Any = (source or transformers.AutoModelForCausalLM).from_pretrained(
+        loaded: Any = (source or auto_class(config)).from_pretrained(
             name,
             config=config,
             dtype=_dtype(model_args.get("dtype", "auto")),
@@ -207,6 +237,8 @@ def _as_user_error(what: str) -> Any:
     """Turn what transformers raises over unusable names, files and arguments into one sentence."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown:

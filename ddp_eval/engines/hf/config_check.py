@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ddp_eval.engines.hf import layer_configs
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.system import read_back
 
@@ -89,7 +90,7 @@ class _Fields(dict[str, Any]):
 
     def __init__(self, config: Any) -> None:
         names = (name for names, _, _ in _RANGES for name in names)
-        super().__init__({name: getattr(config, name) for name in names if getattr(config, name, None) is not None})
+        super().__init__({name: value for name in names if (value := layer_configs.read(config, name)) is not None})
 
 
 def _check_sizes(fields: Mapping[str, Any], name: str) -> None:
@@ -111,7 +112,7 @@ def _estimate(config: Any) -> int:
     sizes = {field: value for field, value in text.to_dict().items() if type(value) is int}
 
     def size(name: str, pattern: str) -> int:
-        mapped = getattr(text, name, None)  # by transformers' name, whatever the file calls it
+        mapped = layer_configs.read(text, name)  # by transformers' name, whatever the file calls it
         return max([mapped if type(mapped) is int else 0, *(sizes[field] for field in sizes if re.fullmatch(pattern, field))])
 
     layers = size("num_hidden_layers", r"\w+_layers") * (2 if getattr(config, "is_encoder_decoder", False) else 1)

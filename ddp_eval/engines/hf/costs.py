@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ddp_eval.engines.ops import onednn_linear
+from ddp_eval.engines.hf import layer_configs
+from ddp_eval.engines.ops import masks, onednn_linear
 from ddp_eval.engines.ops import tree_attention as blocks
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
@@ -40,7 +41,7 @@ def largest_pack(config: Any, tree_attention: str, device: torch.device) -> int:
     most = 8192 if device.type == "cuda" or tree_attention == blocks.NAME else 4096
     if tree_attention != "eager":
         return most
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    heads = int(layer_configs.read(config, "num_attention_heads", 1))
     pairs = _MOST_SCORE_BYTES["cuda" if device.type == "cuda" else "cpu"] // (SCORE_BYTES * heads)
     return min(most, math.isqrt(pairs))
 
@@ -54,7 +55,7 @@ def choose_attention(model: Any, plain: str, device: torch.device) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if plain != "sdpa":
+    if plain != "sdpa" or masks.needs_dense_masks(model.config.get_text_config()):
         return plain
     if device.type == "cpu":
         AttentionInterface.register(blocks.NAME, blocks.attend)
@@ -73,11 +74,21 @@ def choose_attention(model: Any, plain: str, device: torch.device) -> str:
 
 def flops_of_pair_and_read(config: Any) -> tuple[float, float]:
     """Floating-point operations of a token that sees another, in all layers, and of the head at one read."""
-    layers = int(getattr(config, "num_hidden_layers", 1))
-    heads = int(getattr(config, "num_attention_heads", 1))
-    hidden = int(getattr(config, "hidden_size", 1))
-    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-    return 4.0 * heads * head_dim * layers, 2.0 * hidden * int(config.vocab_size)
+    hidden = int(layer_configs.read(config, "hidden_size", 1))
+    widths = [heads * head_dim for heads, _, head_dim in head_shapes(config)]
+    return 4.0 * sum(widths), 2.0 * hidden * int(config.vocab_size)
+
+
+def head_shapes(config: Any) -> list[tuple[int, int, int]]:
+    """(heads, key-value heads, head size) of every layer; of one layer where the config does not say how many there are."""
+    hidden = int(layer_configs.read(config, "hidden_size", 1))
+    if not layer_configs.num_layers(config):
+        heads = int(layer_configs.read(config, "num_attention_heads", 1))
+        return [(heads, heads, hidden // heads)]
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    each = zip(*(layer_configs.read_each(config, name) for name in names), strict=True)
+    shapes = [(heads or 1, kv_heads or heads or 1, head_dim or hidden // (heads or 1)) for heads, kv_heads, head_dim in each]
+    return [(int(heads), int(kv_heads), int(head_dim)) for heads, kv_heads, head_dim in shapes]
 
 
 def active_parameters(model: Any, config: Any) -> float:
@@ -86,8 +97,8 @@ def active_parameters(model: Any, config: Any) -> float:
     Routed experts lie below `experts` (Mixtral, Qwen 2, 3, DeepSeek, Llama 4, gpt-oss; transformers 5.23); `shared_expert`,
     `shared_experts` and the router run for every token. model: the whole of it, or a module of one of its layers.
     """
-    experts = next((count for key in _EXPERT_COUNTS if (count := getattr(config, key, None))), None)
-    routed = getattr(config, "num_experts_per_tok", None)
+    experts = next((count for key in _EXPERT_COUNTS if (count := layer_configs.read(config, key))), None)
+    routed = layer_configs.read(config, "num_experts_per_tok")
     share = routed / experts if experts and routed else 1.0
     has_ends = hasattr(model, "get_input_embeddings")
     ends = (model.get_input_embeddings(), model.get_output_embeddings()) if has_ends else ()

@@ -24,6 +24,7 @@ import torch
 
 from ddp_eval.engines import ROUNDING, OnProgress
 from ddp_eval.engines.hf import generate_one
+from ddp_eval.engines.hf.costs import head_shapes
 from ddp_eval.engines.hf.kv_slots import NAME, KVSlots, register
 from ddp_eval.engines.hf.sampling import TokenSampler, draws_of
 from ddp_eval.engines.ops.masks import layer_rules
@@ -140,11 +141,7 @@ class BatchDecoder:
 def choose_sizes(engine: CausalModel) -> BatchLimits:
     """How many rows may decode together, from the model's shape and the kind of device alone."""
     config, on_gpu = engine.config, engine.device.type == "cuda"
-    heads = int(getattr(config, "num_attention_heads", 1))
-    size = int(getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", heads)) // heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    layers = int(getattr(config, "num_hidden_layers", 1))
-    token_bytes = 2 * layers * kv_heads * size * engine.dtype.itemsize
+    token_bytes = 2 * sum(kv_heads * size for _, kv_heads, size in head_shapes(config)) * engine.dtype.itemsize
     budget = 2**33 if on_gpu else 2**30
     return BatchLimits(max(1, budget // token_bytes), 128 if on_gpu else 16, 256 if on_gpu else 64)
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import Capabilities, OnProgress
-from ddp_eval.engines.hf import capabilities, checkpoint
+from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
+from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
@@ -66,12 +66,14 @@ class HFEngine(TransformersEngine):
             self._faster.callback(rotary.install(model))
         self.last_layer = LastLayer(model)
         self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._counting = by_depth.counting_of(model)
+        self._takes_positions = capabilities.takes_positions(model)
         self._rules, self.why_not_packs = capabilities.tree_rules(model, self.config, self.tree_attention)
         self.capabilities = Capabilities(
             launches_ahead=device.type != "cpu",
-            needs_equal_lengths=capabilities.needs_equal_lengths(self.config),
+            equal_lengths_beyond=capabilities.equal_lengths_beyond(self.config),
             max_tree_tokens=capabilities.max_tree_tokens(self.config),
-            longest_reach=capabilities.longest_reach(self._rules),
+            reaches=capabilities.reaches(self.config),
         )
 
     def close(self) -> None:
@@ -148,7 +150,7 @@ class HFEngine(TransformersEngine):
 
     def cost_model(self) -> CostModel:
         """Floating-point operations of a forward, from the model's shape alone."""
-        layers = int(getattr(self.config, "num_hidden_layers", 1))
+        layers = layer_configs.num_layers(self.config) or 1
         pair, read = flops_of_pair_and_read(self.config)
         # A forward's fixed cost (launches, Python) in the operations that the device could have done meanwhile.
         fixed_per_layer = 3e10 if self.device.type == "cuda" else 1.5e7
@@ -193,8 +195,8 @@ class HFEngine(TransformersEngine):
         """Why texts must be generated one by one with the model's own `generate`; None if batches have proved themselves."""
         from ddp_eval.engines.hf import decode
 
-        if self.capabilities.needs_equal_lengths:
-            return capabilities.DYNAMIC_ROTARY
+        if self.capabilities.equal_lengths_beyond is not None:
+            return DYNAMIC_ROTARY
         if not capabilities.takes_positions(self.model):
             return capabilities.NO_POSITIONS
         return decode.check_decoding(self)
@@ -252,10 +254,15 @@ class HFEngine(TransformersEngine):
         pack = pad_tail(pack, self.input_shape(pack)[1], masked)
         tokens = self._to_device(pack.tokens)
         depth = self._to_device(pack.depth)
-        mask = self._make_mask(pack, depth) if masked else None
+        counting = self._counting if masked else None
+        mask = self._make_mask(pack, depth) if masked and (counting is None or counting.takes_mask) else None
         reads = self._to_device(pack.reads)
-        output = self._call(tokens[None], reads, attention_mask=mask, position_ids=depth[None])
-        return output[0]
+        with counting.count(depth, self._to_device(pack.end)) if counting is not None else contextlib.nullcontext():
+            return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
+
+    def _positions(self, depth: torch.Tensor) -> dict[str, torch.Tensor]:
+        """depth: (L,). Some models that count by themselves (BLOOM, MPT) take no positions."""
+        return {"position_ids": depth[None]} if self._takes_positions else {}
 
     def _attention_for(self, pack: Pack) -> str:
         """Chains need no mask. Blocks serve them too, and leave out of the last layer what is not read."""

@@ -10,6 +10,7 @@ import torch
 
 from ddp_eval.engines import OnProgress
 from ddp_eval.engines.stop_strings import StopRule
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings
 
 if TYPE_CHECKING:
@@ -92,15 +93,19 @@ def answer(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed % 2**63)
-        output = model.generate(
-            **inputs,
-            max_length=start + limit,
-            logits_processor=LogitsProcessorList([guard]),
-            stopping_criteria=StoppingCriteriaList([stop]),
-            pad_token_id=pad,
-            use_cache=True,
-            **_greedy_or_not(settings.options),
-        )
+        try:
+            output = model.generate(
+                **inputs,
+                max_length=start + limit,
+                logits_processor=LogitsProcessorList([guard]),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                pad_token_id=pad,
+                use_cache=True,
+                **_greedy_or_not(settings.options),
+            )
+        except (AttributeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+            what = f"{type(error).__name__}: {one_line(error, 200)}"
+            raise UserError(f"the model cannot generate, one prompt at a time: {what}") from error
     row: list[int] = output[0].tolist()
     end = guard.end_of(row)
     return row[start:] if end is None else [*row[start:end], NO_TOKEN]

@@ -25,6 +25,7 @@ log = logging.getLogger("ddp_eval")
 
 # What transformers (5.23) calls a table of positions: an embedding with a row for each, or a buffer of sines.
 _TABLE = re.compile(r"wpe|embed_positions|position_embeddings?|positions_embed|pos_emb(ed)?|position_embeds_layer")
+_TOWER = re.compile(r"vision|visual|image|audio|speech")  # in names of what lies beside a language model
 _BUFFER = re.compile(r"embed_positions|pos_encoding")
 
 
@@ -167,7 +168,8 @@ def _positions(model: Any) -> int | None:
     if model is None:
         return None
     found = [rows for holder in _holders(model) for rows in _tables_in(holder)]
-    found += [buffer.shape[0] for name, buffer in model.named_buffers() if _BUFFER.fullmatch(name.rsplit(".", 1)[-1])]
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if not _TOWER.search(name))
+    found += [buffer.shape[0] for name, buffer in buffers if _BUFFER.fullmatch(name.rsplit(".", 1)[-1])]
     if getattr(getattr(model, "config", None), "model_type", None) == "mpt":  # its ALiBi is made for so many, once
         found.append(int(model.config.max_seq_len))
     return min(found, default=None)

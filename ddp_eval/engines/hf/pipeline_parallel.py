@@ -87,7 +87,7 @@ def plan_stages(whole: Any, stages: int) -> list[Stage]:
 
     Raises UserError for a model whose layers cannot be split, or that has fewer layers than stages.
     """
-    kind = whole.config.get_text_config().model_type
+    kind = whole.config.model_type  # of a model that reads images, too: its layers lie deeper
     if kind not in MODEL_TYPES:
         raise UserError(f"--layout layers cannot split {kind} models: it knows how to for {', '.join(MODEL_TYPES)}")
     config = whole.config.get_text_config()

@@ -10,13 +10,24 @@ same end, is silently ignored in 5.23: the model is then split over all ranks an
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import checkpoint, engine
+from ddp_eval.engines.hf import checkpoint, costs, engine, layer_configs, pipeline_parallel
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError
 from ddp_eval.packs.plan import Pack
+
+# Names of matrices in transformers' plans whose columns belong to heads, or are the width of a feed-forward layer.
+_SPLIT = {
+    "attention heads": re.compile(r"\.(q_proj|q_b_proj|qkv_proj|query_key_value|query|c_attn)$"),
+    "key-value heads": re.compile(r"\.(k_proj|v_proj|qkv_proj|query_key_value|key|value|c_attn)$"),
+    "columns of its feed-forward layers": re.compile(
+        r"\.(mlp|feed_forward)\.(gate_proj|up_proj|gate_up_proj|fc1|dense_h_to_4h|c_fc|w1)$"
+    ),
+    "columns of its experts": re.compile(r"\.experts\.gate_up_proj$"),
+}
 
 
 def check_model(whole: Any, ranks: int) -> None:
@@ -27,17 +38,20 @@ def check_model(whole: Any, ranks: int) -> None:
     config = whole.config.get_text_config()
     if not whole.tp_plan:
         raise UserError(
-            f"--layout tensor:{ranks} cannot split {config.model_type} models: transformers has no plan for them; "
-            f"--layout layers:{ranks} may do"
+            f"--layout tensor:{ranks} cannot split {config.model_type} models: transformers has no plan for them: "
+            f"give --layout {f'layers:{ranks}' if config.model_type in pipeline_parallel.MODEL_TYPES else 'replicas'}"
         )
-    heads = config.num_attention_heads
+    shapes = costs.head_shapes(config)
     sizes = {
-        "attention heads": heads,
-        "key-value heads": getattr(config, "num_key_value_heads", None) or heads,
-        "columns of its feed-forward layers": getattr(config, "intermediate_size", None) or ranks,
+        "attention heads": {heads for heads, _, _ in shapes},
+        "key-value heads": {kv_heads for _, kv_heads, _ in shapes},
+        "columns of its feed-forward layers": set(layer_configs.read_each(config, "intermediate_size", ranks)),
+        "columns of its experts": set(layer_configs.read_each(config, "moe_intermediate_size", ranks)),
     }
-    for what, size in sizes.items():
-        if size % ranks:
+    for what, names in _SPLIT.items():
+        uneven = sorted(size for size in sizes[what] if size % ranks)
+        if uneven and any(names.search(name) for name in whole.tp_plan):
+            size = uneven[0]
             raise UserError(f"--layout tensor:{ranks} must divide the model's {size} {what}: {size} = {_division(size, ranks)}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+_OTHERS = re.compile(r"vision|visual|image|audio|speech")  # in names of modules: towers beside the language model
 MOST = 0.75  # share of columns that are read from which picking them saves nothing
 
 
@@ -25,7 +26,8 @@ class LastLayer:
 
     def __init__(self, model: Any) -> None:
         last = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0)) - 1
-        found = [module for name, module in model.named_modules() if re.search(rf"(?:^|\.){last}\.mlp$", name)]
+        at_end = re.compile(rf"(?:^|\.){last}\.mlp$")
+        found = [module for name, module in model.named_modules() if at_end.search(name) and not _OTHERS.search(name)]
         self.index = last if len(found) == 1 else None
         self.feed_forward = found[0] if self.index is not None else None
         self._columns: torch.Tensor | None = None

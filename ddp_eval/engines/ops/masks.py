@@ -16,6 +16,17 @@ from typing import Any
 import torch
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+INDEXED = "indexed_attention"  # an indexer chooses some of the tokens that the mask lets a token see
+WITHOUT_ATTENTION = ("mlp", "moe", "dense", "sparse")
+_WHY_NOT = {
+    "linear_attention": "keep a state instead of attending",
+    "conv": "mix neighbouring tokens (a short convolution)",
+    "hybrid": "keep a state beside attending",
+    "hybrid_sliding": "keep a state beside attending",
+    "compressed_sparse_attention": "compress runs of tokens by their index",
+    "heavily_compressed_attention": "compress runs of tokens by their index",
+    "minimax_m3_sparse": "choose blocks of tokens by their index",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +44,37 @@ def layer_rules(config: Any) -> dict[str, LayerRule]:
     """
     if hasattr(config, "attention_layers"):  # GPT-Neo
         raise ValueError("its local layers mask by index, in a buffer of their own")
-    window = getattr(config, "sliding_window", None)
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    kinds = [kind for kind in layer_kinds(config) if kind not in WITHOUT_ATTENTION]
+    of_kind = {kind: _config_of(config, kind) for kind in kinds}
+    window = getattr(config, "sliding_window", None) if not kinds else None
     if kinds in ([], ["full_attention"]):
-        return {"": LayerRule(window=None if kinds else window)}
+        return {"": LayerRule(window=window)}
     rules = {}
     for kind in kinds:
-        if kind == "full_attention":
+        if kind in ("full_attention", INDEXED):
             rules[kind] = LayerRule()
         elif kind == "sliding_attention":
-            rules[kind] = LayerRule(window=window)
+            rules[kind] = LayerRule(window=of_kind[kind].sliding_window)
         elif kind == "chunked_attention":
-            rules[kind] = LayerRule(chunk=config.attention_chunk_size)
+            rules[kind] = LayerRule(chunk=of_kind[kind].attention_chunk_size)
         else:
-            raise ValueError(f"its layers of the kind {kind} keep a state instead of attending")
+            raise ValueError(f"its layers of the kind {kind} {_WHY_NOT.get(kind, 'are not known to take a tree mask')}")
     return rules
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """The distinct kinds of layer that a transformers config names, in the order of their first layers."""
+    return list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+
+
+def needs_dense_masks(config: Any) -> bool:
+    """Whether the model's own code reads its masks, beside its attention function."""
+    return INDEXED in layer_kinds(config)
+
+
+def _config_of(config: Any, kind: str) -> Any:
+    """The config of all layers of a kind. Raises ValueError where they differ."""
+    return config.per_layer_config[kind] if getattr(config, "is_heterogeneous", False) else config
 
 
 def visible(

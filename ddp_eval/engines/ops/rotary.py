@@ -5,6 +5,7 @@ One token's embedding does not depend on the others, so the slices together are 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -19,12 +20,22 @@ _FUNCTION = "apply_rotary_pos_emb"  # what nearly all of transformers' modeling 
 
 def install(model: Any) -> Callable[[], None]:
     """Have the model's rotary embeddings work in slices. Returns what undoes it."""
-    code = sys.modules[type(model).__module__]
-    rotate = getattr(code, _FUNCTION, None)
-    if not (inspect.isfunction(rotate) and [*inspect.signature(rotate).parameters] == ["q", "k", "cos", "sin", "unsqueeze_dim"]):
-        return lambda: None
-    setattr(code, _FUNCTION, functools.partial(_rotate, rotate))
-    return lambda: setattr(code, _FUNCTION, rotate)
+    undo = contextlib.ExitStack()
+    for name in sorted({type(module).__module__ for module in model.modules()}):  # a language model within another has its own
+        rotate: Any = getattr(sys.modules[name], _FUNCTION, None)
+        if _is_known(rotate):
+            setattr(sys.modules[name], _FUNCTION, functools.partial(_rotate, rotate))
+            undo.callback(setattr, sys.modules[name], _FUNCTION, rotate)
+    return undo.close
+
+
+def _is_known(rotate: Any) -> bool:
+    """Whether it turns queries and keys together, always: some functions of this name take queries alone (Qwen 4)."""
+    if not inspect.isfunction(rotate):
+        return False
+    parameters = inspect.signature(rotate).parameters
+    required = [name for name, one in parameters.items() if one.default is inspect.Parameter.empty]
+    return [*parameters] == ["q", "k", "cos", "sin", "unsqueeze_dim"] and required == ["q", "k", "cos", "sin"]
 
 
 def _rotate(

@@ -1,0 +1,47 @@
+"""The walk over model types: a sample of each way in which models run, and a walk that goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import walk_models
+
+
+@pytest.mark.parametrize(
+    ("model_type", "mode", "generation"),
+    [
+        ("gemma4_text", "packs", "batches"),  # heads of two sizes
+        ("glm_moe_dsa", "packs", "one by one"),  # an indexer
+        ("lfm2", "padded rows", "one by one"),  # short convolutions
+        ("bert", "each request by itself", "one by one"),  # not causal
+        ("bart", "pairs", "one by one"),
+    ],
+)
+def test_a_sample_of_each_mode(model_type: str, mode: str, generation: str) -> None:
+    """Catches a kind of model whose numbers are not lm_eval's any more, or that no longer runs as it did."""
+    found = walk_models.walk_in_child(model_type, limit_s=200)
+    assert (found.verdict, found.mode, found.generation) == ("right", mode, generation), found
+    assert found.largest_nats is not None and found.largest_nats < 5e-4 and found.texts_equal
+
+
+def test_a_walk_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches types walked twice, results of an earlier start lost, and a table without them."""
+    walked: list[str] = []
+
+    def walk(model_type: str, limit_s: float) -> walk_models.Outcome:
+        walked.append(model_type)
+        return walk_models.Outcome("right", "packs", "batches", 1e-5, True)
+
+    monkeypatch.setattr(walk_models, "walk_in_child", walk)
+    monkeypatch.setattr(walk_models, "CAUSAL", ["llama", "mamba", "bert"])
+    start = ["walk_models.py", "--output", str(tmp_path / "walk")]
+    for more in (["--types", "mamba"], [], []):
+        monkeypatch.setattr(sys, "argv", [*start, *more])
+        walk_models.main()
+    assert walked == ["mamba", "llama", "bert"]
+    assert sorted(json.loads((tmp_path / "walk.json").read_text())) == ["bert", "llama", "mamba"]
+    text = (tmp_path / "walk.md").read_text()
+    assert "| right | packs | 3 |" in text and "| llama | right | packs | batches | 1.0e-05 | yes |  |" in text

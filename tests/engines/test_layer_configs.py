@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
     "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 200,
 }  # fmt: skip
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "vocab_size": 200,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -29,7 +29,8 @@ PLAIN = {
 
 def gemma4() -> Any:
     """Its second layer has heads of twice the size."""
-    return transformers.Gemma4TextConfig(**SMALL, intermediate_size=64, per_layer_config={1: {"head_dim": 16}})
+    options: dict[str, Any] = {**SMALL, "intermediate_size": 64, "per_layer_config": {1: {"head_dim": 16}}}
+    return transformers.Gemma4TextConfig(**options)
 
 
 def gemma3n() -> Any:

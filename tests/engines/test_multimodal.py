@@ -12,6 +12,7 @@ import transformers
 from engine_runs import CPU, assert_equal_answers, build_prefix_tree, load, run, to_requests
 from tiny_configs import tiny_config
 
+from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, pipeline_parallel
 from ddp_eval.engines.hf.load import wrap_model
 from ddp_eval.errors import UserError
@@ -73,7 +74,7 @@ def test_layers_of_a_language_model_within_another() -> None:
 def test_a_model_that_cannot_score_text() -> None:
     """Catches a traceback of ours where transformers itself cannot run the model, and lm_eval neither."""
     model = make("mistral3")
-    engine: Any = wrap_model(model, CPU)
+    engine: Any = wrap_model(model, World(0, 0, 1, CPU))
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("pixel_values are needed")

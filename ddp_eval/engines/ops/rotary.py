@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ddp_eval.distributed.sharding import own_class
+
 TOKENS = 512  # in a slice
 _FUNCTION = "apply_rotary_pos_emb"  # what nearly all of transformers' modeling files call it
 
@@ -21,7 +23,7 @@ _FUNCTION = "apply_rotary_pos_emb"  # what nearly all of transformers' modeling 
 def install(model: Any) -> Callable[[], None]:
     """Have the model's rotary embeddings work in slices. Returns what undoes it."""
     undo = contextlib.ExitStack()
-    for name in sorted({type(module).__module__ for module in model.modules()}):  # a language model within another has its own
+    for name in sorted({own_class(module).__module__ for module in model.modules()}):  # some have one within
         rotate: Any = getattr(sys.modules[name], _FUNCTION, None)
         if _is_known(rotate):
             setattr(sys.modules[name], _FUNCTION, functools.partial(_rotate, rotate))

@@ -215,6 +215,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "marian": {"decoder_start_token_id": 1},
+    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
     "zamba": {
         "attention_hidden_size": 2 * HIDDEN,
         "attention_head_dim": 2 * HEAD_DIM,

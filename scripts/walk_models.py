@@ -249,12 +249,14 @@ def walk_in_child(model_type: str, limit_s: float) -> Outcome:
 def write_report(found: dict[str, dict[str, Any]], path: Path) -> None:
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     totals = collections.Counter((one["verdict"], one["mode"]) for one in found.values())
+    left = [name for name in CAUSAL if name not in found]
+    rest = f" Not walked yet: {', '.join(left)}." if left else ""
     lines = [
         "# Walk over transformers' model types",
         "",
         f"{len(found)} model types ({versions}), a tiny random checkpoint of each in float32: {len(scored_requests())} scored "
         f"requests and {len(text_requests())} texts, against lm_eval's HF backend at batch size 1 (`scripts/walk_models.py`). "
-        f"Right: within {RIGHT_NATS:g} nats a request, and all texts equal but at ties.",
+        f"Right: within {RIGHT_NATS:g} nats a request, and all texts equal but at ties.{rest}",
         "",
         "| outcome | how ddp_eval runs it | types |",
         "|---|---|---|",

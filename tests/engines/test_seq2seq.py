@@ -223,3 +223,14 @@ def test_what_serves_no_encoder_decoder() -> None:
     for options, sentence in refused:
         with pytest.raises(UserError, match=sentence):
             choose_layout(Config(model_args=args, **options), transformers.T5Config(), world)
+
+
+def test_positions_that_no_checkpoint_holds(tmp_path):
+    """Catches Marian refused for random weights: its sines are computed over what was drawn, and are saved nowhere."""
+    config = tiny_models.SEQ2SEQ_CONFIGS["bart"]()
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    model = transformers.MarianMTModel(transformers.MarianConfig(**fields)).eval()
+    model.save_pretrained(tmp_path)
+    args = {"pretrained": str(tmp_path), "dtype": "float32"}
+    loaded = checkpoint.load_weights(args, checkpoint.load_config(args), torch.device("cpu"), transformers.AutoModelForSeq2SeqLM)
+    assert torch.equal(loaded.model.encoder.embed_positions.weight, model.model.encoder.embed_positions.weight)

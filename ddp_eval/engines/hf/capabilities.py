@@ -58,7 +58,9 @@ def tree_rules(model: Any, config: Any, implementation: str) -> tuple[dict[str, 
 
 
 # What configs call lengths, in tokens, at which a layer begins to compute otherwise.
-_REACHES = re.compile(r"sliding_window\w*|\w*window_size|attention_chunk_size|chunk_size|\w*index\w*_(topk|budget)|\w*block_size")
+_REACHES = re.compile(
+    r"sliding_window\w*|\w*window_size|attention_chunk_size|chunk_size|\w*chunk_length|\w*index\w*_(topk|budget)|\w*block_size"
+)
 _ROPE = "original_max_position_embeddings"
 
 

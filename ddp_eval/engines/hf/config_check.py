@@ -23,6 +23,7 @@ _RANGES: tuple[tuple[tuple[str, ...], int, int], ...] = (
 )
 # What lm_eval reads a model's window from, in its order.
 WINDOWS = ("n_positions", "max_position_embeddings", "n_ctx")
+_UNTURNED = "qk_nope_head_dim"  # what of a head has no rotary positions
 _WEIGHTS = (".safetensors", ".bin")
 _MAX_FILE_BYTES = 16 * 2**20
 _PER_BYTE = 8  # weights of a quantised checkpoint, at most; of any other, one
@@ -89,7 +90,7 @@ class _Fields(dict[str, Any]):
     """What a config object calls its sizes, by any of their names."""
 
     def __init__(self, config: Any) -> None:
-        names = (name for names, _, _ in _RANGES for name in names)
+        names = [_UNTURNED, *(name for names, _, _ in _RANGES for name in names)]
         super().__init__({name: value for name in names if (value := layer_configs.read(config, name)) is not None})
 
 
@@ -98,6 +99,8 @@ def _check_sizes(fields: Mapping[str, Any], name: str) -> None:
         for field in names:
             value = fields.get(field)
             if value is None or isinstance(value, (list, tuple)):  # the model's default, or one for each layer
+                continue
+            if field == "head_dim" and value == 0 and fields.get(_UNTURNED):  # what is turned of a head (GLM-5 Next: nothing)
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise UserError(

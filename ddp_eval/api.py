@@ -18,12 +18,13 @@ import torch
 from ddp_eval import layout as layouts
 from ddp_eval.cli import flags
 from ddp_eval.config import TRACKER_FLAGS, Config
-from ddp_eval.distributed import watchdog
+from ddp_eval.distributed import sharding, watchdog
 from ddp_eval.distributed.messages import Followers
-from ddp_eval.distributed.world import adopt_group, release_group, warn_of_no_group
+from ddp_eval.distributed.world import World, adopt_group, name_some, ranks_of_group, release_group, warn_of_no_group
 from ddp_eval.engines.hf import adapters
 from ddp_eval.engines.hf.draws import loading_for
 from ddp_eval.engines.hf.load import wrap_model
+from ddp_eval.engines.hf.wrappers import uncompiled
 from ddp_eval.errors import UserError
 from ddp_eval.output import write
 from ddp_eval.output.directory import NoDirectory
@@ -38,15 +39,17 @@ from ddp_eval.telemetry.sampler import Sampler
 log = logging.getLogger("ddp_eval")
 
 
-def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any) -> dict[str, Any] | None:
+def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, *, group: Any = None, **options: Any) -> dict[str, Any] | None:
     """Evaluate a loaded model on lm_eval tasks, on all ranks of the process group that the caller is in (or on none).
 
-    Every rank calls it with its own copy of the model (plain, DDP-wrapped or compiled). The model's training flags, the random
-    state and the process group are left as they were.
+    Every rank calls it with its own copy of the model (plain, DDP-wrapped or compiled), or with its part of a model that torch's
+    `fully_shard` (FSDP2) has spread over ranks. The model's training flags, gradients, the random state and the process group
+    are left as they were, and a sharded model is sharded.
 
     model:      a transformers model, causal or an encoder-decoder, on this rank's device.
     tokenizer:  its tokenizer; only rank 0 uses it.
     tasks:      lm_eval task names or task configs.
+    group:      a process group or device mesh whose ranks take part; all ranks if not given. Rank 0 is then its first.
     options:    fields of `Config` that are not about loading a model or resuming: num_fewshot, limit, output_path, include_path,
                 model_args={"max_length": …}, … They are the command's flags, and errors call them so. log_samples=True puts
                 the samples into the result, too.
@@ -58,16 +61,16 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
     config = config_from_options(names, **settings)
     bare = _unwrap(model)
     warn_of_no_group(config.output_path)
-    world = adopt_group(next(bare.parameters()).device, "ddp_eval.evaluate", _describe_call(bare, config))
+    world = _join(bare, config, group)
     try:
         with (
-            _as_it_was(bare),
+            _evaluating(bare),
+            uncompiled(bare),
             loading_for(config.seed, world.is_leader),
-            contextlib.closing(wrap_model(bare, world.device)) as engine,
+            contextlib.closing(wrap_model(bare, world)) as engine,
             Sampler(world.meter, world.device),
             watchdog.speaking("the other ranks" if world.is_leader else "rank 0", world.rank < 2),
         ):
-            bare.eval()
             if not world.is_leader:
                 follow(world, lambda world, layout: engine)
                 return None
@@ -87,6 +90,24 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, **options: Any)
         gc.collect()  # lm_eval's tasks refer to each other in circles; a training loop comes here again and again
 
 
+def _join(model: Any, config: Config, group: Any) -> World:
+    """The ranks that take part. Raises UserError where some of those that share the model's weights do not."""
+    call = _describe_call(model, config)
+    ranks = ranks_of_group(group) if group is not None else ()
+    if not sharding.is_sharded(model):
+        return adopt_group(next(model.parameters()).device, "ddp_eval.evaluate", call, ranks)
+    sharers = sharding.shard_ranks(model)
+    if group is not None and (absent := sorted(set(sharers) - set(ranks))):
+        raise UserError(
+            f"the model is sharded over {name_some(sharers)}, of which {name_some(absent)} are not in the group that evaluate "
+            "was given: all of them must take part"
+        )
+    world = adopt_group(sharding.device_of(model), "ddp_eval.evaluate", call, ranks)
+    if world.is_leader and (dtype := sharding.compute_dtype(model)) != model.dtype:
+        log.warning("the model's mixed-precision policy computes in %s: so do the scores", dtype)
+    return dataclasses.replace(world, ranks_per_shard=len(sharers))
+
+
 def _describe_call(model: Any, config: Config) -> dict[str, str]:
     """What all ranks must give alike to `evaluate`, as texts. Where results go is rank 0's own matter."""
 
@@ -99,7 +120,7 @@ def _describe_call(model: Any, config: Config) -> dict[str, str]:
     options = {field.name: repr(getattr(config, field.name)) for field in dataclasses.fields(config) if field.name not in own}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
-        "model": f"{type(model).__name__} with {parameters:,} parameters in {getattr(model, 'dtype', 'no one type')}",
+        "model": f"{sharding.class_name(model)} with {parameters:,} parameters in {getattr(model, 'dtype', 'no one type')}",
         "tasks": ", ".join(map(name_of, config.tasks)),
         **options,
     }
@@ -111,7 +132,7 @@ def _prepare_output(config: Config) -> None:
 
 
 def _unwrap(model: Any) -> Any:
-    """The transformers model inside DDP, torch.compile or PEFT wrappers. Raises UserError for sharded ones."""
+    """The transformers model inside DDP, torch.compile or PEFT wrappers. Raises UserError for what cannot be evaluated."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -121,22 +142,19 @@ def _unwrap(model: Any) -> Any:
             model = adapters.unwrap(model)
         else:
             break
-    if (
-        any(hasattr(parameter, "placements") for parameter in model.parameters())
-        or "FullyShardedDataParallel" in type(model).__name__
-    ):
-        raise UserError("the model is sharded over ranks (FSDP or tensor parallel): evaluate needs a whole copy on every rank")
+    sharding.check_kind(model)
     return model
 
 
 @contextlib.contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """Put back every module's training flag and the random state of Python, numpy and torch."""
+def _evaluating(model: Any) -> Iterator[None]:
+    """In evaluation mode; at the end put back every module's training flag and the random state of Python, numpy and torch."""
     training = [(module, module.training) for module in model.modules()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         try:
+            model.eval()
             yield
         finally:
             random.setstate(python_state)

@@ -39,9 +39,9 @@ def send_message(world: World, message: Any) -> None:
             pickle.dump(message, buffer)
             data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
             with world.meter.collective("broadcast (size)", 8, 0):
-                dist.broadcast(torch.tensor([len(data)]), src=0, group=world.messages.group)
+                dist.broadcast(torch.tensor([len(data)]), group_src=0, group=world.messages.group)
             with world.meter.collective("broadcast (message)", len(data), 0):
-                dist.broadcast(data, src=0, group=world.messages.group)
+                dist.broadcast(data, group_src=0, group=world.messages.group)
 
 
 def receive_message(world: World) -> Any:
@@ -49,10 +49,10 @@ def receive_message(world: World) -> Any:
     with naming_lost_ranks("waiting for rank 0"), world.meter.phases("wait"):
         size = torch.zeros(1, dtype=torch.int64)
         with world.meter.collective("broadcast (size)", 0, 8):
-            dist.broadcast(size, src=0, group=world.messages.group)
+            dist.broadcast(size, group_src=0, group=world.messages.group)
         data = torch.empty(int(size), dtype=torch.uint8)
         with world.meter.collective("broadcast (message)", 0, len(data)):
-            dist.broadcast(data, src=0, group=world.messages.group)
+            dist.broadcast(data, group_src=0, group=world.messages.group)
     return pickle.loads(data.numpy().data)  # from rank 0 of this very launch
 
 
@@ -62,7 +62,7 @@ def gather_reports(world: World, report: Any) -> list[Any] | None:
         return [report]
     everyone: list[Any] | None = [None] * world.world_size if world.is_leader else None
     with naming_lost_ranks("gathering reports"):
-        dist.gather_object(report, everyone, dst=0, group=world.messages.group)
+        dist.gather_object(report, everyone, group_dst=0, group=world.messages.group)
     return everyone
 
 

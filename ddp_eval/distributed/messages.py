@@ -57,6 +57,7 @@ class Work:
     texts, tokenizer: what to generate, and what decodes it. name: unlike that of any other work, of these ranks or any.
     phase: what its time is counted as; all but "forward" is beside the run's own work. In a "trial", a question to the model,
     what fails comes back as NaN. attention: what trees run with, which the leader has tried; empty if there is no choice.
+    asks: a property of the engine that is found out by forwards, which ranks that share weights must run at the same time.
     """
 
     plan: Plan
@@ -67,6 +68,7 @@ class Work:
     texts: TextPlan = NO_TEXTS
     tokenizer: Any = None
     attention: str = ""
+    asks: str = ""
 
     @property
     def is_silent(self) -> bool:
@@ -120,10 +122,11 @@ class Followers:
         texts: TextPlan = NO_TEXTS,
         tokenizer: Any = None,
         attention: str = "",
+        asks: str = "",
     ) -> Iterator[Work]:
         """Have all ranks run `plan` and `texts`, or what is `left` of them, while the leader runs it too."""
         left = np.arange(plan.num_packs + texts.num_batches) if left is None else left
-        work = Work(plan, left, uuid.uuid4().hex, journals, phase, texts, tokenizer, attention)
+        work = Work(plan, left, uuid.uuid4().hex, journals, phase, texts, tokenizer, attention, asks)
         collectives.send_message(self.world, work)
         self._listening = False
         yield work

@@ -8,6 +8,8 @@ import datetime
 import json
 import logging
 import os
+import unittest.mock
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +56,10 @@ class World:
     messages: the group for words from the leader; holds None when there is one rank, or none any more.
     borrowed: the process group belongs to the caller, and must be usable after a failure of ours.
     ranks_per_node: how many ranks share this machine.
-    ranks_per_replica: how many neighbouring ranks hold one copy of the model (layout.py).
+    ranks_per_replica: how many neighbouring ranks run the same packs on one copy of the model (layout.py).
+    ranks_per_shard: how many ranks share the weights of one copy while each runs packs of its own; forwards in lockstep.
+    global_ranks: of a caller's group that is not all of its ranks: what torch calls each rank; () where they are the same.
+    call: in a borrowed group, a name for this one of the caller's calls.
     pids: the process of each rank on its machine; () in a borrowed group. neighbours: the ranks of this machine.
     meter: where this rank's time and bytes go.
     """
@@ -67,6 +72,9 @@ class World:
     borrowed: bool = False
     ranks_per_node: int = 1
     ranks_per_replica: int = 1
+    ranks_per_shard: int = 1
+    global_ranks: tuple[int, ...] = ()
+    call: str = ""
     pids: tuple[int, ...] = ()
     neighbours: tuple[int, ...] = ()
     meter: Meter = dataclasses.field(default_factory=Meter, compare=False, repr=False)
@@ -148,22 +156,49 @@ def join_group(device: str | None = None, timeout_s: float = JOIN_TIMEOUT_S) -> 
     return world
 
 
-def adopt_group(device: torch.device, caller: str, arguments: dict[str, Any]) -> World:
+def adopt_group(device: torch.device, caller: str, arguments: dict[str, Any], ranks: Sequence[int] = ()) -> World:
     """A World over the process group that the caller already has, if any. Collective; undo with `release_group`.
 
     caller: the function that every rank must have called. arguments: by name, as texts; those that all ranks must give alike.
+    ranks: the global ranks that take part, ascending, this one among them; all of the default group if not given.
     Raises UserError, within the group's own time-out, where a rank has not called, or with other arguments; LostContact where one
     does not take part any more.
     """
     _check_free()
     if not has_group():
         return World(0, 0, 1, device)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    check_in(rank, world_size, caller, arguments)
+    own = dist.get_rank()
+    everyone = tuple(range(dist.get_world_size()))
+    taking_part = tuple(ranks) or everyone
+    some = () if taking_part == everyone else taking_part
+    rank, world_size = taking_part.index(own), len(taking_part)
+    call = check_in(rank, world_size, caller, arguments, some)
+    local_rank = whole_number("LOCAL_RANK", rank)
     with naming_lost_ranks("setting up a group of ranks"), watchdog.speaking(aloud=rank < 2):
         watchdog.step(watchdog.WAITING)
-        group = _message_group(datetime.timedelta(seconds=_group_timeout_s()))
-    return World(rank, whole_number("LOCAL_RANK", rank), world_size, device, group, borrowed=True)
+        group = _message_group(datetime.timedelta(seconds=group_timeout_s()), some, f"messages/{call}")
+    return World(rank, local_rank, world_size, device, group, borrowed=True, global_ranks=some, call=call)
+
+
+def ranks_of_group(group: Any) -> list[int]:
+    """The global ranks of a process group, or of a device mesh of any number of dimensions, ascending.
+
+    Raises UserError for something else, and where this rank is not among them.
+    """
+    if hasattr(group, "mesh") and hasattr(group, "mesh_dim_names"):
+        ranks = sorted(int(rank) for rank in group.mesh.flatten())
+    elif isinstance(group, dist.ProcessGroup):
+        ranks = sorted(dist.get_process_group_ranks(group))
+    else:
+        raise UserError(f"group must be a process group or a device mesh of torch.distributed, got {type(group).__name__}")
+    if dist.get_rank() not in ranks:
+        raise UserError(f"rank {dist.get_rank()} is not in the group that evaluate was given, whose {name_some(ranks)} take part")
+    return ranks
+
+
+def global_rank(world: World, rank: int) -> int:
+    """What torch calls a rank of `world`."""
+    return world.global_ranks[rank] if world.global_ranks else rank
 
 
 def warn_of_no_group(output_path: str | None) -> None:
@@ -187,11 +222,15 @@ def warn_of_no_group(output_path: str | None) -> None:
         log.warning("%s, as will any rank that calls it: torch.distributed.init_process_group first shares the work", alone)
 
 
-def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any]) -> None:
-    """Wait until all ranks have called, for less long than they would wait for this one elsewhere. As for `adopt_group`."""
+def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any], some: Sequence[int] = ()) -> str:
+    """Wait until all ranks have called, for less long than they would wait for this one elsewhere. As for `adopt_group`.
+
+    some: the global ranks, where they are not all there are. Returns a name for this call that all of them have.
+    """
+    call = uuid.uuid4().hex
     if world_size == 1:
-        return
-    group_s = _group_timeout_s()
+        return call
+    group_s = group_timeout_s()
     limit_s = max(0.6 * group_s, group_s - 60)
     # Each other rank may be the only one that has called. It speaks late: usually rank 0 or 1 has said it all by then.
     patience = watchdog.Patience(min(watchdog.NOTICE_S, limit_s / 2) if rank < 2 else limit_s / 2)
@@ -203,7 +242,8 @@ def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any])
 
     store = dist.distributed_c10d._get_default_store()
     with naming_lost_ranks(f"waiting for all ranks to call {caller}"):
-        texts = exchange_through(store, rank, world_size, f"ddp_eval/call/{caller}", json.dumps(arguments), limit_s, notify)
+        name = f"ddp_eval/call/{caller}" + "".join(f"/{one}" for one in some)
+        texts = exchange_through(store, rank, world_size, name, json.dumps([call, arguments]), limit_s, notify)
     absent = [other for other, text in enumerate(texts) if text is None]
     if absent:
         # A rank without rank 0's text knows nothing of the others.
@@ -212,14 +252,15 @@ def check_in(rank: int, world_size: int, caller: str, arguments: dict[str, Any])
             f"every rank of the process group must call {caller}, at the same time: {named} did not within {limit_s:.0f} s of "
             f"rank {rank}'s call (the group's timeout is {group_s:.0f} s)"
         )
-    calls = [json.loads(text) for text in texts if text is not None]
-    for other, call in enumerate(calls):
+    names, calls = zip(*(json.loads(text) for text in texts if text is not None), strict=True)
+    for other, given in enumerate(calls):
         for name, value in calls[0].items():
-            if call.get(name) != value:
+            if given.get(name) != value:
                 raise UserError(
                     f"every rank must call {caller} with the same arguments: {name} is {one_line(value)} on rank 0 and "
-                    f"{one_line(call.get(name))} on rank {other}"
+                    f"{one_line(given.get(name))} on rank {other}"
                 )
+    return str(names[0])
 
 
 def name_some(ranks: Sequence[int]) -> str:
@@ -227,7 +268,7 @@ def name_some(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:8])) + more
 
 
-def _group_timeout_s() -> float:
+def group_timeout_s() -> float:
     """After how long the caller's own collectives give up."""
     group, store = dist.distributed_c10d._get_default_group(), dist.distributed_c10d._get_default_store()
     found: list[Any] = [getattr(store, "timeout", JOIN_TIMEOUT)]
@@ -271,13 +312,28 @@ def local_ranks(world: World) -> tuple[int, ...]:
     return world.neighbours or (world.rank,)
 
 
-def _message_group(setup: datetime.timedelta) -> OwnGroup:
-    """The group for messages, which may take LEADER_TIMEOUT. setup: how long to wait for ranks that do not come to set it up."""
+def _message_group(setup: datetime.timedelta, some: Sequence[int] = (), name: str = "") -> OwnGroup:
+    """The group for messages, which may take LEADER_TIMEOUT. setup: how long to wait for ranks that do not come to set it up.
+
+    some, name: as for `new_group`; all ranks if not given.
+    """
+    if some:
+        return OwnGroup(new_group(some, LEADER_TIMEOUT, name))
     if dist.get_debug_level() == dist.DebugLevel.DETAIL:  # torch then wraps the group, and the wrapper keeps its first timeout
         return OwnGroup(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
     group = dist.new_group(backend="gloo", timeout=setup)
     dist.distributed_c10d._set_pg_timeout(LEADER_TIMEOUT, group)
     return OwnGroup(group)
+
+
+def new_group(ranks: Sequence[int], timeout: datetime.timedelta, name: str) -> Any:
+    """A gloo group of these global ranks. Collective over them alone.
+
+    name: never used before, the same on all of them. torch (2.13) names such a group by its ranks and the number of groups that
+    there are, so that the second of two would find the addresses of the first in the store.
+    """
+    with unittest.mock.patch.object(dist.distributed_c10d, "_process_group_name", lambda *args, **kwargs: f"ddp_eval/{name}"):
+        return dist.new_group(list(ranks), backend="gloo", timeout=timeout, use_local_synchronization=True)
 
 
 def choose_device(asked: str | None, local_rank: int) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -97,6 +98,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def collect(self, launched: Any) -> Results:
         """(items,) RESULT of a pack that was launched, as `make_results` makes them."""
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """For all forwards of some work: ranks that share the weights run the same number of them in the block."""
+        return contextlib.nullcontext()
 
     @property
     def why_not_batches(self) -> str | None:

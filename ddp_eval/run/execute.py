@@ -58,7 +58,9 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
         Progress(world, work.name, left, silent=work.is_silent, done=int(num_requests.sum()) - left) as progress,
     ):
         try:
-            with phases(work.phase):
+            with phases(work.phase), engine.together():
+                if work.asks:
+                    getattr(engine, work.asks)
                 for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
                     if engine.capabilities.reports_results:
                         if divided > 1:

@@ -26,7 +26,7 @@ from ddp_eval.output.directory import Directory
 from ddp_eval.output.journal import RecoveredWork
 from ddp_eval.output.lm_eval_names import SECTION, choose_names
 from ddp_eval.packs.batches import Prompts
-from ddp_eval.packs.plan import Plan
+from ddp_eval.packs.plan import Plan, take_packs
 from ddp_eval.packs.requests import Requests
 from ddp_eval.packs.results import Results, fill_slots
 from ddp_eval.placement.choose import check_texts, evaluate_layouts, ranks_of
@@ -166,6 +166,8 @@ def plan_work(job: Job, requests: Requests, prompts: Prompts, replica: Replica) 
         scoring = make_plan(replica.engine, requests, config.packing, config.max_pack_tokens, alone, trial)
         why = "--numerics alone was given" if alone else None if config.packing else "--no_packing was given"
         pad = job.encoder.tokenizer.pad_token_id
+        if len(prompts) and replica.world.ranks_per_shard > 1:
+            run_extra(job.followers, replica, take_packs(scoring.plan, []), "trial", asks="why_not_batches")
         return WorkPlan(scoring, plan_texts(replica.engine, prompts, pad, why))
 
 
@@ -281,14 +283,17 @@ def write_results(job: Job, outcome: Outcome, record: Record) -> dict[str, Any]:
 
 def probe_scorer(followers: Followers, replica: Replica) -> ScorePlan | None:
     """How trial plans are scored where a copy of the model lies on several ranks: by all of them, like the run itself."""
-    if replica.world.ranks_per_replica == 1:
+    if replica.world.ranks_per_replica == 1 and replica.world.ranks_per_shard == 1:
         return None
     return lambda plan: run_extra(followers, replica, plan, "trial")["logprob"]
 
 
-def run_extra(followers: Followers, replica: Replica, plan: Plan, phase: str) -> Results:
-    """Have all ranks run a small plan beside the run's own. Returns the results of its items, in their order."""
-    with followers.working_on(plan, phase=phase, attention=replica.engine.tree_attention) as work:
+def run_extra(followers: Followers, replica: Replica, plan: Plan, phase: str, asks: str = "") -> Results:
+    """Have all ranks run a small plan beside the run's own. Returns the results of its items, in their order.
+
+    asks: see `messages.Work`.
+    """
+    with followers.working_on(plan, phase=phase, attention=replica.engine.tree_attention, asks=asks) as work:
         gathered = run_plan(replica.world, replica.engine, work).results
     return fill_slots(gathered, plan.num_items)[0]
 

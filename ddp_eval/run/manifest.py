@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ddp_eval.config import Config
+from ddp_eval.distributed.sharding import class_name, is_sharded
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import adapters, checkpoint, model_files
 from ddp_eval.errors import UserError, one_line
@@ -129,15 +130,19 @@ def model_info(config: Config, model_config: Any, engine: dict[str, Any]) -> dic
 
 
 def describe_loaded_model(model: Any) -> dict[str, Any]:
-    """What tells one model that was passed in from another; its digest where that is a matter of a second, else None."""
+    """What tells one model that was passed in from another; its digest where that is a matter of a second, else None.
+
+    Weights that are spread over ranks have none: this runs on one rank.
+    """
     weights = model.state_dict()
     size_bytes = sum(weight.nbytes for weight in weights.values())
+    is_small = size_bytes <= _MOST_DIGESTED_BYTES and not is_sharded(model)
     return {
-        "class": type(model).__name__,
+        "class": class_name(model),
         "parameters": int(model.num_parameters()),
         "dtype": str(model.dtype),
         "weights_bytes": size_bytes,
-        "weights_sha256": _digest_weights(weights) if size_bytes <= _MOST_DIGESTED_BYTES else None,
+        "weights_sha256": _digest_weights(weights) if is_small else None,
     }
 
 

@@ -26,10 +26,10 @@ log = logging.getLogger("ddp_eval")
 # What of this package decides numbers, given a plan: all that engines and execution use, but for what a test names with its
 # reason. A change in a report need not undo hours of packs.
 _CODE = (
-    "distributed/collectives.py", "distributed/contact.py", "distributed/messages.py", "distributed/world.py", "engines",
-    "errors.py", "layout.py", "packs", "placement/data_parallel.py", "placement/kinds.py", "placement/load.py",
-    "placement/pipeline_parallel.py", "placement/tensor_parallel.py", "run/execute.py", "run/self_check.py",
-    "system/tokenizer_calls.py",
+    "distributed/collectives.py", "distributed/contact.py", "distributed/messages.py", "distributed/sharding.py",
+    "distributed/world.py", "engines", "errors.py", "layout.py", "packs", "placement/data_parallel.py", "placement/kinds.py",
+    "placement/load.py", "placement/pipeline_parallel.py", "placement/tensor_parallel.py", "run/execute.py",
+    "run/self_check.py", "system/tokenizer_calls.py",
 )  # fmt: skip
 # What else computes, where it is installed: adapters, quantised layers, kernels, and the text in which stop strings are sought.
 _PACKAGES = (

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ddp_eval.distributed.sharding import class_name
 from ddp_eval.engines import Engine
 from ddp_eval.engines.hf import generate_one
 from ddp_eval.engines.ops import logprobs
@@ -39,9 +40,9 @@ class TransformersEngine(Engine):
     def describe(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "class": type(self.model).__name__,
+            "class": class_name(self.model),
             "parameters": int(self.whole.num_parameters()),
-            "dtype": str(self.model.dtype),
+            "dtype": str(self.dtype),
             "attention": self.tree_attention or getattr(self.config, "_attn_implementation", None),
             **({"random_rows": self.model.random_rows} if hasattr(self.model, "random_rows") else {}),
         }

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.engines import ROUNDING, OnProgress
 from ddp_eval.engines.hf import generate_one
 from ddp_eval.engines.hf.kv_slots import NAME, KVSlots, register
@@ -166,6 +167,8 @@ def check_decoding(engine: CausalModel) -> str | None:
         if not taken:
             return "its attention cannot be replaced"
         drift = _try_decoding(engine)
+    except LostContact:
+        raise
     except Exception as error:
         return f"it fails at batches ({type(error).__name__}: {one_line(error, 200)})"
     finally:

@@ -10,13 +10,14 @@ import functools
 import inspect
 import itertools
 import unittest.mock
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Capabilities, OnProgress
 from ddp_eval.engines.hf import capabilities, checkpoint
@@ -33,6 +34,8 @@ from ddp_eval.packs.batches import Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack, pad_tail
 from ddp_eval.system import compile_cache
+
+Result = TypeVar("Result")
 
 
 class HFEngine(TransformersEngine):
@@ -61,7 +64,7 @@ class HFEngine(TransformersEngine):
         self._faster = contextlib.ExitStack()
         if device.type == "cuda":
             compile_cache.keep_private()
-        if device.type == "cpu" and model.dtype == torch.float32:
+        if device.type == "cpu" and self.dtype == torch.float32:
             self._faster.callback(onednn_linear.install(model))
             self._faster.callback(rotary.install(model))
         self.last_layer = LastLayer(model)
@@ -127,8 +130,8 @@ class HFEngine(TransformersEngine):
                 whole = self.model(input_ids=tokens, use_cache=False).logits[0, columns]
             if body is not self.model and self.model.get_output_embeddings() is not None:
                 with self._unless_unable():
-                    hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[0, columns]
-                    splits = _agree(self._head(hidden), whole, self.dtype)
+                    logits = self._run(lambda: self._head(body(input_ids=tokens, use_cache=False).last_hidden_state[0, columns]))
+                    splits = _agree(logits, whole, self.dtype)
             if self.last_layer.index is not None:
                 with self._unless_unable(), self.last_layer.only(columns):
                     skips = _agree(self.model(input_ids=tokens, use_cache=False).logits[0, columns], whole, self.dtype)
@@ -139,6 +142,8 @@ class HFEngine(TransformersEngine):
         """Ignore what a model raises that cannot do a thing. Short memory is no such thing: it raises UserError."""
         try:
             yield
+        except LostContact:
+            raise
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise UserError(
@@ -184,9 +189,17 @@ class HFEngine(TransformersEngine):
     def launch(self, pack: Pack) -> readout.Launched:
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
         splits_head = self.splits_head
-        with self._inference(), self._own_draws.seeded_by(pack.tokens, pack.depth):
+
+        def compute() -> readout.Launched:
             values = self._forward_rows(pack) if pack.rows else self._forward_tree(pack)
             return self._read_off(values, splits_head, pack)
+
+        with self._inference(), self._own_draws.seeded_by(pack.tokens, pack.depth):
+            return self._run(compute)
+
+    def _run(self, compute: Callable[[], Result]) -> Result:
+        """`compute()`: one forward of the model, of which its body and its head may be called by themselves."""
+        return compute()
 
     @functools.cached_property
     def why_not_batches(self) -> str | None:
@@ -233,17 +246,24 @@ class HFEngine(TransformersEngine):
     def logits_at(self, tokens: torch.Tensor, columns: npt.NDArray[Any] | None, **kwargs: Any) -> torch.Tensor | None:
         """(len(columns), V) logits of one row, (1, L) tokens; None if none are asked for."""
         wanted = self._to_device(np.zeros(1, dtype=np.int64) if columns is None else columns)
-        values = self._call(tokens, wanted, **kwargs)[0]
-        if columns is None:
-            return None
-        return self._head(values) if self.splits_head else values
+
+        def compute() -> torch.Tensor | None:
+            values = self._call(tokens, wanted, **kwargs)[0]
+            if columns is None:
+                return None
+            return self._head(values) if self.splits_head else values
+
+        return self._run(compute)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         # A caller's autocast would change the numbers from run to run of a training loop's settings.
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), _one_sequence_a_row():
+        with self._without_gradients(), torch.autocast(self.device.type, enabled=False), _one_sequence_a_row():
             self._forget_lengths()
             yield
+
+    def _without_gradients(self) -> contextlib.AbstractContextManager[None]:
+        return torch.inference_mode()
 
     def _forward_tree(self, pack: Pack) -> torch.Tensor:
         """(R, H) hidden states (or (R, V) logits) at the reads of a prefix tree in one line."""
@@ -264,11 +284,11 @@ class HFEngine(TransformersEngine):
     def _make_mask(self, pack: Pack, depth: torch.Tensor) -> Any:
         """What the model takes as `attention_mask`, by its attention implementation."""
         if self.tree_attention != blocks.NAME:
-            return attention.make_mask(self.tree_attention, depth, self._to_device(pack.end), self._rules, self.model.dtype)
+            return attention.make_mask(self.tree_attention, depth, self._to_device(pack.end), self._rules, self.dtype)
         runs = blocks.split(pack.depth)
         masks = {}
         for kind, rule in self._rules.items():
-            make = functools.partial(blocks.make_blocks, runs, pack.depth, pack.end, rule, self.model.dtype, self.device)
+            make = functools.partial(blocks.make_blocks, runs, pack.depth, pack.end, rule, self.dtype, self.device)
             last = {self.last_layer.index: make(reads=pack.reads)} if self.skips_unread else {}
             masks[kind] = blocks.as_attention_mask(make(), last, self.device)
         return masks.get("", masks)
@@ -292,9 +312,15 @@ class HFEngine(TransformersEngine):
                 hidden: torch.Tensor = output.last_hidden_state[:, columns]
                 return hidden
             if self._keeps_reads:
-                logits: torch.Tensor = self.model(input_ids=tokens, logits_to_keep=columns, use_cache=False, **kwargs).logits
+                logits: torch.Tensor = self._whole(input_ids=tokens, logits_to_keep=columns, use_cache=False, **kwargs).logits
                 return logits
-            return self.model(input_ids=tokens, use_cache=False, **kwargs).logits[:, columns]
+            return self._whole(input_ids=tokens, use_cache=False, **kwargs).logits[:, columns]
+
+    @property
+    def _whole(self) -> Callable[..., Any]:
+        """The whole model's forward, as `_run` calls it."""
+        forward: Callable[..., Any] = self.model
+        return forward
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, H) hidden states -> (n, V) logits, by the model's own forward with its body left out."""
@@ -304,7 +330,7 @@ class HFEngine(TransformersEngine):
         stand_in = BaseModelOutputWithPast(last_hidden_state=hidden[None])
         nothing = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         with unittest.mock.patch.object(body, "forward", lambda *args, **kwargs: stand_in):
-            logits: torch.Tensor = self.model(input_ids=nothing, use_cache=False).logits[0]
+            logits: torch.Tensor = self._whole(input_ids=nothing, use_cache=False).logits[0]
         return logits
 
     def _read_off(self, values: torch.Tensor, hidden: bool, pack: Pack) -> readout.Launched:

@@ -145,7 +145,7 @@ class KVSlots:
         fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
         made = {}
         for kind, rule in self._rules.items():
-            cut = tree_attention.make_blocks(runs, depth, end, rule, engine.model.dtype, device)
+            cut = tree_attention.make_blocks(runs, depth, end, rule, engine.dtype, device)
             made[kind] = _carry(functools.partial(self._attend_tree, cut, behind, fresh), device)
         tokens, positions = (torch.from_numpy(array.astype(np.int64)).to(device) for array in (tree.tokens, tree.depth + behind))
         masks = made.get("", made)
@@ -256,7 +256,7 @@ def attend(
 
 def _carry(run: Callable[..., torch.Tensor], device: torch.device) -> torch.Tensor:
     """An empty 4-D tensor that brings `run` to `attend`: transformers passes 4-D masks through as they are."""
-    carrier = torch.empty((1, 1, 0, 0), device=device)
+    carrier = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)  # no floats: a mixed-precision policy would cast them
     carrier.run = run  # type: ignore[attr-defined]
     return carrier
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ddp_eval.config import Config
+from ddp_eval.distributed import sharding
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, engine
 from ddp_eval.engines.registry import EngineSpec
@@ -36,8 +35,16 @@ def load_whole(config: Config, model_config: Any, world: World) -> engine.HFEngi
     return engine.load_engine(model_args, model_config, world.device)
 
 
-def wrap_model(model: Any, device: torch.device) -> engine.HFEngine | Seq2SeqEngine:
-    """The engine of a whole model that is loaded already. To be closed, which gives the model back as it came."""
+def wrap_model(model: Any, world: World) -> engine.HFEngine | Seq2SeqEngine:
+    """The engine of a model that is loaded already. To be closed, which gives the model back as it came.
+
+    Collective where `fully_shard` has spread the model over ranks.
+    """
+    device = world.device
+    if sharding.is_sharded(model):
+        from ddp_eval.engines.hf.fully_sharded import ShardedEngine
+
+        return ShardedEngine(model, world)
     if checkpoint.is_seq2seq({}, model.config):
         from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 

@@ -105,5 +105,7 @@ def _can_serve(module: Any) -> bool:
     if type(module) is not torch.nn.Linear or "forward" in vars(module):  # or somebody else has hooked it
         return False
     weight = module.weight
+    if hasattr(weight, "placements"):  # sharded over ranks, and plain once it is gathered
+        return bool(weight.dtype == torch.float32 and weight.device.type == "cpu")
     plain = type(weight.data) is torch.Tensor and weight.dtype == torch.float32
     return plain and weight.device.type == "cpu" and weight.is_contiguous()

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from ddp_eval.distributed.sharding import own_class
+
 TOKENS = 512  # in a slice
 _FUNCTION = "apply_rotary_pos_emb"  # what nearly all of transformers' modeling files call it
 
 
 def install(model: Any) -> Callable[[], None]:
     """Have the model's rotary embeddings work in slices. Returns what undoes it."""
-    code = sys.modules[type(model).__module__]
+    code = sys.modules[own_class(model).__module__]
     rotate = getattr(code, _FUNCTION, None)
     if not (inspect.isfunction(rotate) and [*inspect.signature(rotate).parameters] == ["q", "k", "cos", "sin", "unsqueeze_dim"]):
         return lambda: None

@@ -190,7 +190,7 @@ def as_attention_mask(blocks: list[Block], blocks_of_layer: dict[int | None, lis
 
     blocks_of_layer: other blocks for some layers, by number.
     """
-    carrier = torch.empty((1, 1, 0, 0), device=device)
+    carrier = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)  # no floats: a mixed-precision policy would cast them
     carrier.blocks = blocks  # type: ignore[attr-defined]
     carrier.blocks_of_layer = blocks_of_layer  # type: ignore[attr-defined]
     return carrier

@@ -1,0 +1,190 @@
+"""Forwards of a model that is sharded over ranks: each is the same sequence of gathered modules on every rank of the group.
+
+    rank 0   agree   root  layer 0  layer 1  …  head    agree   root  layer 0  …      agree   (done, keeps pace)
+    rank 1   agree   root  layer 0  layer 1  …  head    agree   (done, keeps pace)    agree
+
+A step is one call of the model itself, so that FSDP gathers what belongs to it; within it, body and head may be called by
+themselves. Before a step the ranks agree that some of them run one (`distributed.sharding.Pace`). A rank without work takes
+part with a step in which nothing is computed. One that fails in a step calls the rest of the modules with nothing in them, so
+that the others get their weights, and says afterwards that it has failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import unittest.mock
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from ddp_eval.distributed import sharding
+from ddp_eval.distributed.contact import naming_lost_ranks
+from ddp_eval.distributed.meeting import LostContact
+from ddp_eval.distributed.sharding import DONE, FAILED, RUNS, Pace
+
+Result = TypeVar("Result")
+
+
+class Lockstep:
+    """Installed on a sharded model until `close`, which leaves it as it was, with all weights sharded.
+
+    own_forward: the model's, without hooks: to be called within a step.
+    """
+
+    def __init__(self, model: Any, pace: Pace) -> None:
+        self._model, self._pace = model, pace
+        self.own_forward: Callable[..., Any] = model.forward
+        self._modules = sharding.sharded_modules(model)
+        # Until a forward has shown the order in which they are called, that in which they are defined.
+        self._order = [module for module in self._modules if module is not model]
+        self._is_known = False
+        self._entered: list[Any] = []
+        self._open: list[Any] = []
+        self._kept: set[int] = set()
+        self._keeping = sharding.Kept()
+        self._is_stepping = self._is_skipping = self._in_head = self._is_paced = False
+        self._compute: Callable[[], None] | None = None
+        self._past: sharding.ForwardOrder | None = None
+        self._undo = contextlib.ExitStack()
+        self._install()
+
+    def close(self) -> None:
+        self._undo.close()
+        self._keeping.release()
+        self._reshard()
+        self._pace.close()
+
+    def run(self, compute: Callable[[], Result]) -> Result:
+        """`compute()`, which calls the model's body once and its head any number of times, as one step."""
+        if self._is_stepping:
+            return compute()
+        results: list[Result] = []
+        self._compute = lambda: results.append(compute())
+        try:
+            self._model()
+        finally:
+            self._compute = None
+        return results[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Steps in the block may differ in number from rank to rank. At its end all ranks are done, or all learn who failed."""
+        try:
+            yield
+            while self._pace.agree(DONE):
+                self._idle()
+        except LostContact:
+            raise
+        except BaseException:
+            with contextlib.suppress(LostContact):
+                self._pace.agree(FAILED)
+            raise
+        finally:
+            self._reshard()
+
+    @contextlib.contextmanager
+    def calling_head(self) -> Iterator[None]:
+        """Modules that are called in the block keep their weights between steps: the head runs a different number of times."""
+        before, self._in_head = self._in_head, True
+        try:
+            yield
+        finally:
+            self._in_head = before
+
+    def _install(self) -> None:
+        undo = self._undo
+
+        @functools.wraps(self.own_forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        for module in self._modules:
+            if module is not self._model:
+                undo.callback(module.register_forward_pre_hook(functools.partial(self._enter), prepend=True).remove)
+                undo.callback(module.register_forward_hook(functools.partial(self._leave)).remove)
+        undo.callback(self._model.register_forward_pre_hook(self._begin, prepend=True).remove)
+        undo.enter_context(unittest.mock.patch.object(self._model, "forward", forward))
+
+    def _begin(self, module: Any, args: Any) -> None:
+        """Before the model itself is called, and before FSDP gathers what belongs to it."""
+        if self._is_stepping:
+            return
+        if not self._is_paced:
+            self._pace.agree(RUNS)
+        self._past = sharding.ForwardOrder(self._model)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_skipping:
+            return None
+        if self._is_stepping:
+            return self.own_forward(*args, **kwargs)
+        compute = self._compute or functools.partial(self.own_forward, *args, **kwargs)
+        self._is_stepping = True
+        self._entered, self._open = [], []
+        try:
+            result = compute()
+            self._complete()
+            self._note_order()
+            return result
+        except LostContact:
+            raise
+        except Exception:
+            self._complete()
+            self._skip(self._model)
+            raise
+        finally:
+            self._is_stepping = False
+            if self._past is not None:
+                self._past.restore()
+
+    def _idle(self) -> None:
+        """A step for the others' sake."""
+        self._is_paced = True
+        try:
+            self.run(lambda: None)
+        finally:
+            self._is_paced = False
+
+    def _complete(self) -> None:
+        """Call the modules that this step has not come to, so that every rank has joined in gathering each of them."""
+        with naming_lost_ranks("gathering the weights"):
+            for module in reversed(self._open):
+                self._skip(module)
+            self._open.clear()
+            for module in self._order[len(self._entered) :]:
+                self._skip(module)
+
+    def _note_order(self) -> None:
+        """The first step that ran the whole model shows the order for the others."""
+        if not self._is_known and len(self._entered) >= len(self._order):
+            self._order, self._is_known = list(self._entered), True
+
+    def _skip(self, module: Any) -> None:
+        """Call a module for FSDP's hooks alone: weights are gathered, nothing is computed, they are freed."""
+        self._is_skipping = True
+        try:
+            if module is self._model:
+                module()
+                return
+            with unittest.mock.patch.object(module, "forward", lambda *args, **kwargs: None):
+                module()
+        finally:
+            self._is_skipping = False
+
+    def _enter(self, module: Any, args: Any) -> None:
+        if self._is_skipping:
+            return
+        if self._in_head and id(module) not in self._kept:
+            self._kept.add(id(module))
+            self._keeping.add(module)
+        if id(module) not in self._kept or not any(module is one for one in self._entered):
+            self._entered.append(module)
+        self._open.append(module)
+
+    def _leave(self, module: Any, args: Any, output: Any) -> None:
+        if not self._is_skipping and self._open:
+            self._open.pop()
+
+    def _reshard(self) -> None:
+        for module in self._modules:
+            module.reshard()

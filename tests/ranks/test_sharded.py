@@ -1,0 +1,84 @@
+"""`ddp_eval.evaluate` on models that torch's `fully_shard` (FSDP2) has spread over ranks."""
+
+import json
+
+import pytest
+from launch import launch
+from places import PROGRAMS
+
+PROGRAM = (str(PROGRAMS / "sharded_main.py"),)
+LOOP = (str(PROGRAMS / "sharded_loop_main.py"),)
+CASES = {
+    2: [
+        "llama/root/float32", "llama/layers/float32", "llama/kept/float32", "llama/freed/float32", "llama/grouped/float32",
+        "llama/parts/float32", "llama/offload/float32", "llama/compiled/float32", "llama/policy/bfloat16",
+        "llama/root/bfloat16", "gpt2/root/float32", "gemma2/root/bfloat16", "qwen3_moe/root/float32", "mistral/root/float32",
+    ],
+    3: ["llama/root/float32", "gpt2/root/float32"],
+    4: ["llama/hybrid/float32", "mistral/root/bfloat16"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(ranks) -> what each rank saw of its CASES."""
+    done = {}
+
+    def make(ranks):
+        if ranks not in done:
+            place = tmp_path_factory.mktemp(f"ranks{ranks}_")
+            done[ranks] = place, launch(ranks, place, *CASES[ranks], program=PROGRAM, timeout_s=280)
+        place, finished = done[ranks]
+        assert finished.returncode == 0, str(finished)
+        return [json.loads((place / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+    return make
+
+
+@pytest.mark.parametrize(("ranks", "case"), [(ranks, case) for ranks, cases in CASES.items() for case in cases])
+def test_sharded_models_answer_as_whole_ones(ranks, case, run):
+    """Catches a head that sees a part of its weights, ranks out of step, and what an evaluation leaves changed."""
+    seen = [rank[case] for rank in run(ranks)]
+    assert seen[0]["many"] == seen[0]["whole"], "bits"
+    assert seen[0]["many"]
+    assert [rank["changed"] for rank in seen] == [[]] * ranks
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    place = tmp_path_factory.mktemp("loop")
+    finished = launch(2, place, program=LOOP, timeout_s=280)
+    assert finished.returncode == 0, str(finished)
+    return [json.loads((place / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_training_goes_on_to_the_bit(loop):
+    """Catches an evaluation that moves a generator, drops gradients, or leaves FSDP in another state."""
+    for rank in loop:
+        without, evaluated = rank["losses"]
+        assert len(without) == 20
+        assert without == evaluated
+        assert rank["same weights"]
+
+
+def test_a_rank_short_of_memory_runs_its_pack_in_halves(loop):
+    """Catches a rank that runs more forwards than the others, which then wait for it, or it for them."""
+    answers, _ = loop[0]["memory"]
+    assert answers["demo_lambada"]
+    for task, samples in answers.items():
+        assert [sample[0] for sample in samples] == [sample[0] for sample in loop[0]["usual"][task]]
+
+
+def test_a_rank_that_fails_ends_the_others_by_name(loop):
+    """Catches ranks that wait in a collective for one that has raised, and an error without its rank."""
+    leader, follower = loop
+    assert follower["bug"][0] == "ValueError: a bug"
+    assert "rank 1 failed while it ran its packs" in leader["bug"][0]
+    assert leader["bug on the leader"][0] == "ValueError: a bug"
+    assert "rank 0 failed while it ran its packs" in follower["bug on the leader"][0]
+    assert max(rank[case][1] for rank in loop for case in ("bug", "bug on the leader")) < 20
+
+
+def test_a_model_is_usable_after_a_failure(loop):
+    """Catches weights that stay gathered, or hooks that stay, behind a forward that broke off."""
+    assert loop[0]["afterwards"] == loop[0]["usual"]

@@ -1,0 +1,134 @@
+"""What `test_sharded.py` runs: `ddp_eval.evaluate` on models that `fully_shard` has spread over all ranks, in many ways.
+
+    sharded_main.py DIRECTORY CASE...       a case: kind/way/dtype
+
+Rank R writes what it saw to DIRECTORY/R.json, by case: the answers on the sharded model, those of the whole model on rank 0
+alone, and what an evaluation has changed.
+"""
+
+import copy
+import gc
+import json
+import sys
+from pathlib import Path
+
+import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
+import tiny_models
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+import ddp_eval
+
+TASKS = ["demo_hellaswag", "demo_lambada", "demo_wikitext"]
+
+
+def make_model(kind, dtype):
+    """A tiny model; its buffers stay in float32, as `from_pretrained` has them."""
+    model = tiny_models.make_model(kind)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to(dtype)
+    for name, buffer in buffers.items():
+        model.get_buffer(name).data = buffer
+    return model
+
+
+def layers_of(model):
+    return list(model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers)
+
+
+def shard(model, way, dtype):
+    """Spread the model over the ranks. Returns what the caller would evaluate."""
+    options = {}
+    if way == "policy":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype)
+    if way == "kept":
+        options["reshard_after_forward"] = False
+    if way == "freed":
+        options["reshard_after_forward"] = True
+    if way == "offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if way == "hybrid":
+        count = dist.get_world_size() // 2
+        options["mesh"] = dist.init_device_mesh("cpu", (count, 2), mesh_dim_names=("replicate", "shard"))
+    for layer in layers_of(model):
+        if way == "compiled":
+            layer.compile()
+        fully_shard(layer, **options)
+    if way == "grouped":
+        fully_shard([model.base_model.norm, model.get_output_embeddings()], **options)
+        fully_shard(model.get_input_embeddings(), **options)
+    if way == "parts":
+        fully_shard(model.base_model, **options)
+        fully_shard(model.get_output_embeddings(), **options)
+    elif way == "policy":
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32))
+    elif way != "layers":
+        fully_shard(model, **options)
+    return torch.compile(model) if way == "compiled" else model
+
+
+def answers(results):
+    """Every number of every request."""
+    return results and {
+        task: [[sample["doc_id"], *map(str, sample["filtered_resps"])] for sample in samples]
+        for task, samples in results["samples"].items()
+    }
+
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def state_of(model):
+    return {
+        "training": [module.training for module in model.modules()],
+        "sharded": [hasattr(weight, "placements") for weight in model.parameters()],
+        "values": [local(weight).sum().item() for weight in model.parameters()],
+        "gradients": [None if weight.grad is None else local(weight.grad).sum().item() for weight in model.parameters()],
+        "random": torch.get_rng_state().tolist(),
+        "attention": model.config._attn_implementation,
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        "classes": [f"{type(module).__module__}.{type(module).__name__}" for module in model.modules()],
+        "forward": ["forward" in vars(module) for module in model.modules()],
+        "groups": len(dist.distributed_c10d._world.pg_map),
+    }
+
+
+def train_one_step(model):
+    tokens = torch.arange(20)[None] + dist.get_rank()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def run_case(case, tokenizer, alone):
+    kind, way, dtype = case.split("/")
+    dtype = getattr(torch, dtype)
+    whole = None
+    if alone is not None:
+        whole = answers(ddp_eval.evaluate(make_model(kind, dtype), tokenizer, TASKS, group=alone, limit=3, log_samples=True))
+    model = make_model(kind, torch.float32 if way == "policy" else dtype)
+    called = shard(model, way, dtype)
+    model.train()
+    before_first = way in ("freed", "kept")
+    if not before_first:
+        train_one_step(called)
+    before = copy.deepcopy(state_of(model))
+    many = answers(ddp_eval.evaluate(called, tokenizer, TASKS, limit=3, log_samples=True))
+    after = state_of(model)
+    train_one_step(called)
+    changed = [name for name in before if before[name] != after[name] and not (before_first and name == "sharded")]
+    return {"whole": whole, "many": many, "changed": changed}
+
+
+def main():
+    dist.init_process_group("gloo")
+    alone = dist.new_group([0])
+    tokenizer = tiny_models.make_tokenizer(model_max_length=2048)
+    found = {case: run_case(case, tokenizer, alone if dist.get_rank() == 0 else None) for case in sys.argv[2:]}
+    (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    gc.collect()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ddp_eval.errors import UserError
 from ddp_eval.system.text import read_count
 
-REPLICAS, TENSOR, LAYERS = "replicas", "tensor", "layers"
+REPLICAS, TENSOR, LAYERS, SHARD = "replicas", "tensor", "layers", "shard"
 AUTO, MEASURE = "auto", "measure"
 
 
@@ -26,11 +26,13 @@ class KindName(NamedTuple):
     """module, class_name: in placement/, see kinds.py.
 
     splits: several ranks hold a replica, and their number follows the kind's name.
+    own_packs: each of these ranks runs packs of its own, in lockstep with the others.
     """
 
     module: str
     class_name: str
     splits: bool
+    own_packs: bool = False
 
 
 # Every kind of layout, in the order in which they are listed and tried. A new kind: its module in placement/, a line here, and
@@ -39,6 +41,7 @@ KINDS = {
     REPLICAS: KindName("data_parallel", "DataParallel", splits=False),
     TENSOR: KindName("tensor_parallel", "TensorParallel", splits=True),
     LAYERS: KindName("pipeline_parallel", "PipelineParallel", splits=True),
+    SHARD: KindName("fully_sharded", "FullySharded", splits=True, own_packs=True),
 }
 WHOLE_KINDS = tuple(kind for kind, name in KINDS.items() if not name.splits)
 SPLIT_KINDS = tuple(kind for kind, name in KINDS.items() if name.splits)
@@ -56,6 +59,11 @@ class Layout:
 
     def replicas(self, world_size: int) -> int:
         return world_size // self.ranks_per_replica
+
+    @property
+    def ranks_per_pack(self) -> int:
+        """How many ranks run a pack together."""
+        return 1 if KINDS[self.kind].own_packs else self.ranks_per_replica
 
     def is_local(self, ranks_per_node: int) -> bool:
         """Whether every replica stays within a node.

@@ -9,7 +9,7 @@ from ddp_eval.distributed import collectives
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf.pipeline_parallel import split_layers
 from ddp_eval.errors import UserError
-from ddp_eval.layout import KINDS, LAYERS, TENSOR, WHOLE_COPIES, Layout, possible_layouts
+from ddp_eval.layout import KINDS, LAYERS, SHARD, TENSOR, WHOLE_COPIES, Layout, possible_layouts
 from ddp_eval.placement.kinds import Kind, kind_of, resolve_layout
 
 
@@ -22,7 +22,7 @@ def test_words_become_layouts():
     assert resolve_layout("tensor", 1, 1) == WHOLE_COPIES
     assert [resolve_layout(words, 8, 8) for words in ("auto", "measure", "layers")] == [None] * 3
     assert str(Layout(LAYERS, 4)) == "layers:4"
-    assert possible_layouts(4) == [WHOLE_COPIES, *(Layout(kind, count) for count in (2, 4) for kind in (TENSOR, LAYERS))]
+    assert possible_layouts(4) == [WHOLE_COPIES, *(Layout(kind, count) for count in (2, 4) for kind in (TENSOR, LAYERS, SHARD))]
 
 
 def test_every_kind_has_its_class():

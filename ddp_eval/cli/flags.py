@@ -357,7 +357,8 @@ _FLAGS = {
         "execution",
         to_text,
         "how the model is split over the ranks: replicas (data parallel), layers:K (pipeline parallel over K ranks), tensor:K "
-        "(tensor parallel over K ranks), auto (the fastest that fits) or measure (try what fits on some of the work) "
+        "(tensor parallel over K ranks), shard:K (fully sharded over K ranks, each of which runs packs of its own), auto (the "
+        "fastest that fits) or measure (try what fits on some of the work) "
         "(default: auto)",
         "LAYOUT",
     ),

@@ -22,6 +22,14 @@ from ddp_eval.errors import UserError
 RUNS, DONE, FAILED = 1, 0, -1  # what a rank is about to do: a forward; nothing more; nothing, as it failed
 
 
+def shard(model: Any, layers: list[Any], mesh: Any) -> None:
+    """Spread each layer's weights, and all others together, over the ranks of a one-dimensional mesh."""
+    from torch.distributed.fsdp import fully_shard
+
+    for part in (*layers, model):
+        fully_shard(part, mesh=mesh)
+
+
 def sharded_modules(model: Any) -> list[Any]:
     """The modules that `fully_shard` was called on, the model itself included, in the order of `modules()`."""
     from torch.distributed.fsdp import FSDPModule
@@ -189,6 +197,15 @@ class Pace:
         if FAILED in said and state != FAILED:
             raise LostContact(f"rank {self._name(said.index(FAILED))} failed while it ran its packs")
         return RUNS in said
+
+    def note_gather(self, module: Any) -> None:
+        """Count the bytes that gathering a module's weights moves, if they are not gathered yet."""
+        sharded = [group for group in _groups(module._get_fsdp_state()) if group.is_sharded]
+        sent = sum(weight._sharded_param_data.nbytes for group in sharded for weight in group.fsdp_params)
+        if sent and len(self._ranks) > 1:
+            others = len(self._ranks) - 1
+            with self._world.meter.collective("all_gather (weights)", sent * others, sent * others):
+                pass
 
     def _name(self, place: int) -> int:
         """The rank, as the run counts them, at a place of the group."""

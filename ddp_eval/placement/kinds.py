@@ -71,7 +71,7 @@ class Kind(abc.ABC):
     ) -> Prediction:
         """Seconds that `amount` of work takes. spans: as `spans` returns."""
         is_local = self.layout.is_local(ranks_per_node)
-        work = Workload.of(sizes, amount, self.layout.replicas(world_size), is_local, speeds)
+        work = Workload.of(sizes, amount, world_size // self.layout.ranks_per_pack, is_local, speeds)
         cost = self.run_cost(sizes, spans, work)
         part = sizes.weights / self.ranks
         load_s = part * min(self.ranks, ranks_per_node) / speeds.load + part / speeds.copy
@@ -92,7 +92,7 @@ def kind_of(layout: Layout) -> Kind:
 
 
 def _class_of(kind: str) -> Any:
-    module, name, _ = layouts.KINDS[kind]
+    module, name, *_ = layouts.KINDS[kind]
     return getattr(importlib.import_module(f"ddp_eval.placement.{module}"), name)
 
 

@@ -15,7 +15,9 @@ from ddp_eval.placement.kinds import kind_of
 
 def lay_out(world: World, chosen: Layout) -> World:
     """The same ranks, grouped into replicas."""
-    return dataclasses.replace(world, ranks_per_replica=chosen.ranks_per_replica)
+    own_packs = chosen.ranks_per_pack < chosen.ranks_per_replica
+    ranks_per_shard = chosen.ranks_per_replica if own_packs else 1
+    return dataclasses.replace(world, ranks_per_replica=chosen.ranks_per_pack, ranks_per_shard=ranks_per_shard)
 
 
 def load_replica(config: Config, model_config: Any, world: World, chosen: Layout) -> Engine:

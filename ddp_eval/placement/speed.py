@@ -17,7 +17,7 @@ class Speeds:
     """What the hardware does. flops: floating-point operations per second of a rank in matrix products, as reached in runs;
     link, node_link: bytes per second between ranks of a node, and between nodes; latency_s: of one collective;
     load: bytes of weights per second that a node reads from its disk, once for all of its ranks; copy: that a rank then takes
-    to its device."""
+    to its device; overlaps: whether a layer's weights are gathered while the one before computes."""
 
     flops: float
     link: float
@@ -25,11 +25,12 @@ class Speeds:
     latency_s: float
     load: float
     copy: float
+    overlaps: bool = False
 
 
 # Reached, not peak: H100 in bfloat16 (LOG.md), NVLink and 200 Gbit/s networks at about two thirds; a CPU core and gloo.
-CUDA_SPEEDS = Speeds(flops=4e14, link=2e11, node_link=2e10, latency_s=2e-5, load=2e9, copy=1e10)
-CPU_SPEEDS = Speeds(flops=1e11, link=1e9, node_link=1e9, latency_s=2e-4, load=1e9, copy=4e9)
+CUDA_SPEEDS = Speeds(flops=4e14, link=2e11, node_link=2e10, latency_s=2e-5, load=2e9, copy=1e10, overlaps=True)
+CPU_SPEEDS = Speeds(flops=1e11, link=1e9, node_link=1e9, latency_s=2e-4, load=1e9, copy=4e9, overlaps=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Workload:
     """The packs of the busiest replica, and what one of them takes in the mean.
 
     tokens: of a pack. layers, head: floating-point operations of a pack in each layer, and in the head.
-    flops, link, latency_s: as in `Speeds`; `link` is the slower one where a replica lies across nodes.
+    flops, link, latency_s, overlaps: as in `Speeds`; `link` is the slower one where a replica lies across nodes.
     """
 
     packs: int
@@ -83,6 +84,7 @@ class Workload:
     flops: float
     link: float
     latency_s: float
+    overlaps: bool = True
 
     @property
     def pack_s(self) -> float:
@@ -101,4 +103,5 @@ class Workload:
             flops=speeds.flops,
             link=speeds.link if is_local else speeds.node_link,
             latency_s=speeds.latency_s,
+            overlaps=speeds.overlaps,
         )

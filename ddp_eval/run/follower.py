@@ -24,6 +24,8 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
     while (word := next_work(world)) is not None:
         if isinstance(word, Load):
             watchdog.step("loading the model")
+            if engine is not None:
+                engine.close()
             engine = None  # its memory goes before the next takes some
             if word.config is not None:
                 load = functools.partial(_load_anew, word.config)

@@ -64,6 +64,7 @@ class Replica:
         """
         if loaded := vars(self).pop("engine", None):
             self.attention = loaded.tree_attention
+            loaded.close()
         del loaded
         gc.collect()
         if torch.cuda.is_available():

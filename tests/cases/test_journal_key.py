@@ -18,7 +18,14 @@ from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run import resume
 
 PACKAGE = Path(ddp_eval.__file__).parent
-LAYOUTS = ("load", "kinds", "data_parallel", "pipeline_parallel", "tensor_parallel")  # which layout.KINDS names, not imports
+LAYOUTS = (
+    "load",
+    "kinds",
+    "data_parallel",
+    "pipeline_parallel",
+    "tensor_parallel",
+    "fully_sharded",
+)  # which layout.KINDS names, not imports
 STARTS = (
     *PACKAGE.glob("engines/**/*.py"),
     *(PACKAGE / "placement" / f"{name}.py" for name in LAYOUTS),

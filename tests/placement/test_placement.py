@@ -20,7 +20,7 @@ from ddp_eval.engines.hf import checkpoint, costs
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError
-from ddp_eval.layout import LAYERS, TENSOR, WHOLE_COPIES, Layout
+from ddp_eval.layout import LAYERS, SHARD, TENSOR, WHOLE_COPIES, Layout
 from ddp_eval.packs.cut import plan_packs
 from ddp_eval.packs.plan import build_pack
 from ddp_eval.packs.requests import requests_from_lists
@@ -333,8 +333,8 @@ def test_straddling_copies_are_not_recommended(whole_of):
     candidates = evaluate_layouts(whole_of("llama-3.1-70b"), Ranks(6, 3, usable_bytes(80 * GIB), None, CUDA_SPEEDS, GPU))
     reasons = {str(one.layout): one.prediction.why for one in candidates if one.prediction}
     across = {layout for layout, why in reasons.items() if why.endswith("; some copies lie across nodes")}
-    assert across == {"tensor:2", "layers:2", "layers:6"}
-    assert recommend(candidates).layout == Layout(LAYERS, 3)
+    assert across == {"tensor:2", "layers:2", "layers:6", "shard:2", "shard:6"}
+    assert recommend(candidates).layout == Layout(SHARD, 3)
 
 
 def test_nothing_fits_is_an_exit_code(capsys, tiny_model_path):

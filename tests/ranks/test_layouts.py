@@ -1,18 +1,22 @@
 """Layouts on real ranks: the same scores, however the model lies over them."""
 
 import json
+import os
 import shlex
+import signal
+import time
 
 import pytest
 import tiny_models
 import tolerance
-from launch import QUICK, launch
+from launch import QUICK, launch, launching, wait_for
 from places import PROGRAMS
 
 from ddp_eval.output import tables, write
 
 TASKS = "--tasks demo_hellaswag demo_wikitext demo_mmlu_philosophy --limit 4 --max_pack_tokens 512"
 
+FAULTY = (str(PROGRAMS / "faulty_main.py"),)
 UNLOADABLE = (str(PROGRAMS / "unloadable_main.py"),)
 WAYS = (("send", "sent"), ("receive", "received"))  # of hidden states
 
@@ -73,6 +77,53 @@ def test_layers_give_the_bits_of_one_rank(ranks, layout, kind, run):
 
 
 @pytest.mark.parametrize(
+    ("ranks", "layout", "kind"),
+    [
+        (2, "shard:2", "gpt2"),
+        (4, "shard:2", "gemma2"),
+        pytest.param(2, "shard:2", "llama", marks=pytest.mark.slow),
+        pytest.param(4, "shard:4", "llama", marks=pytest.mark.slow),
+        pytest.param(4, "shard:2", "mistral", marks=pytest.mark.slow),
+        pytest.param(2, "shard:2", "qwen3_moe", marks=pytest.mark.slow),
+        pytest.param(4, "shard:4", "qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_weights_give_the_bits_of_one_rank(ranks, layout, kind, run):
+    """Catches a head that sees a part of its weights, and shards that are read from the wrong place of a file."""
+    one, many = run(0, "replicas", kind), run(ranks, layout, kind)
+    assert score_bytes(many) == score_bytes(one)
+    assert json.loads((many[0] / write.MANIFEST).read_text())["layout"] == layout
+    reports = json.loads((many[0] / write.TELEMETRY).read_text())["ranks"]
+    assert all(report["counts"]["packs"] for report in reports), "every rank runs packs of its own"
+    assert all(report["collectives"]["all_gather (weights)"]["received_bytes"] for report in reports)
+
+
+def test_unfinished_work_goes_on_sharded(run, tmp_path):
+    """Catches packs of a run that broke off which are lost, or run again, when the same command starts once more."""
+    model, place = tiny_models.save_model("llama", tmp_path / "model"), tmp_path / "run"
+    flags = shlex.split(f"--model_args pretrained={model} {TASKS} --layout shard:2 --output_path {place}")
+    broken = launch(2, *flags, program=FAULTY, FAULT="journal_full", FAULT_RANK="1", timeout_s=280)
+    assert broken.returncode != 0 and "No space left" in broken.stderr, str(broken)
+    finished = launch(2, *flags, program=QUICK, timeout_s=280)
+    assert "resuming: " in "".join(finished.sentences()), str(finished)
+    assert score_bytes((place, finished)) == score_bytes(run(0, "replicas"))
+
+
+@pytest.mark.parametrize(("number", "most_s"), [(signal.SIGKILL, 20), (signal.SIGSTOP, 60)])
+def test_a_rank_that_is_gone_ends_a_sharded_run(number, most_s, tmp_path):
+    """Catches ranks that wait in a collective for one that has been killed, or stopped."""
+    model, pid = tiny_models.save_model("llama", tmp_path / "model"), tmp_path / "pid"
+    flags = shlex.split(f"--model_args pretrained={model} {TASKS} --layout shard:2")
+    with launching(2, *flags, program=FAULTY, FAULT="forward_stuck", FAULT_RANK="1", FAULT_FILE=str(pid)) as running:
+        process = int(wait_for(pid, running))
+        time.sleep(5)  # until the others have heard that it runs packs
+        os.kill(process, number)
+        finished = running.finish(most_s)
+    assert finished.returncode != 0
+    assert "rank 1" in "".join(finished.sentences()), str(finished)
+
+
+@pytest.mark.parametrize(
     ("ranks", "kind"),
     [
         (2, "gemma2"),
@@ -130,12 +181,12 @@ def test_measure_tries_what_fits_and_goes_on_with_the_quickest(run):
     path, finished = run(2, "measure", extra="--max_pack_tokens 256")
     assert finished.returncode == 0, str(finished)
     lines = [line for line in finished.stderr.split("\n") if " s for the slice, " in line]
-    assert [line.split()[2] for line in lines] == ["replicas:", "tensor:2:", "layers:2:"], str(finished)
+    assert [line.split()[2] for line in lines] == ["replicas:", "tensor:2:", "layers:2:", "shard:2:"], str(finished)
     assert all("GFLOP/s a rank" in line and "predicted" in line for line in lines)
     (taken,) = [line.split()[2].rstrip(":") for line in lines if line.endswith(": taken")]
     manifest = json.loads((path / write.MANIFEST).read_text())
     assert manifest["layout"] == taken
-    assert [one["layout"] for one in manifest["measured_layouts"]] == ["replicas", "tensor:2", "layers:2"]
+    assert [one["layout"] for one in manifest["measured_layouts"]] == ["replicas", "tensor:2", "layers:2", "shard:2"]
     one = scores(run(0, "replicas", extra="--max_pack_tokens 256"))
     found = scores((path, finished))
     tolerance.of_kind("llama").assert_close(found.loglikelihood, one.loglikelihood, one.num_tokens)

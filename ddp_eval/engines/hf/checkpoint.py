@@ -22,6 +22,7 @@ from ddp_eval.system import hub
 
 # model_args that are read here or elsewhere in this package; the rest goes to `from_pretrained`.
 _OWN_ARGS = (*PROMPT_ARGS, "pretrained", "tokenizer", "device", "peft", "backend")
+ALIGNMENT = 64  # bytes
 _LOADER_ARGS = ("dtype", "attn_implementation")  # for from_pretrained, not fields of the config
 _SHARED_ARGS = ("revision", "subfolder", "trust_remote_code")
 
@@ -155,7 +156,10 @@ def load_weights(
     if model_args.get("peft"):
         model = adapters.apply_adapter(model, load_tokenizer(model_args), model_args)
     try:
-        return (model if "device_map" in extra else model.to(device)).eval()
+        model = (model if "device_map" in extra else model.to(device)).eval()
+        if device.type == "cpu":
+            align_weights(model)
+        return model
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -175,6 +179,18 @@ def _loader_options(model_args: dict[str, Any], config: Any, device: torch.devic
     if quantization.is_quantised(model_args, config):
         options["device_map"] = {"": str(device)}
     return options
+
+
+def align_weights(model: Any) -> None:
+    """Move float32 weights to addresses that are multiples of 64, as torch's own memory is.
+
+    Weights mapped from a file begin anywhere, and MKL's last bits go by the address: the same weights in other files, received
+    from another rank or gathered from several would give other numbers.
+    """
+    for weight in model.parameters():
+        plain = type(weight.data) is torch.Tensor and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if plain and weight.data_ptr() % ALIGNMENT:
+            weight.data = weight.data.clone()
 
 
 def keep_freed_memory() -> None:

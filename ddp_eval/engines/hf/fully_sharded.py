@@ -16,10 +16,10 @@ import torch
 from ddp_eval.distributed import sharding
 from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import engine
+from ddp_eval.engines.hf import checkpoint, engine
 from ddp_eval.engines.hf.lockstep import Lockstep
 from ddp_eval.engines.ops import logprobs
-from ddp_eval.errors import is_out_of_memory
+from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
 
 Result = TypeVar("Result")
@@ -78,6 +78,53 @@ class ShardedEngine(engine.HFEngine):
     def _without_gradients(self) -> contextlib.AbstractContextManager[None]:
         """Gathered weights made in inference mode would stay, and the next training step could not use them."""
         return torch.no_grad()
+
+
+def check_model(whole: Any, ranks: int) -> None:
+    """Raise UserError unless the model `whole` (on the meta device) can be sharded layer by layer."""
+    if not _layers(whole):
+        raise UserError(
+            f"--layout shard:{ranks} cannot shard {whole.config.get_text_config().model_type} models: their layers are in no list"
+        )
+
+
+def _layers(model: Any) -> list[Any]:
+    """The longest list of layers in the model, in order; empty if there is none."""
+    count = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
+    return list(next(lists, []))
+
+
+def load_sharded_engine(model_args: dict[str, Any], config: Any, world: World) -> ShardedEngine:
+    """Load this rank's part of every weight onto its device. Collective. Raises UserError for what cannot be loaded."""
+    from transformers.distributed import DistributedConfig
+
+    whole = checkpoint.whole_model(model_args, config)
+    check_model(whole, world.ranks_per_shard)
+    split = DistributedConfig(fsdp_size=world.ranks_per_shard, dp_replicate_size=world.world_size // world.ranks_per_shard)
+    model = checkpoint.load_weights(model_args, config, world.device, _sharding_class(type(whole)), distributed_config=split)
+    return ShardedEngine(model, world, keep_attention="attn_implementation" in model_args, whole=whole)
+
+
+def _sharding_class(base: type) -> type:
+    """`base` whose `from_pretrained` shards each layer, and then the rest, before it reads any weight.
+
+    transformers (5.23) then reads of each weight the rows of this rank alone. Its own plan knows fewer models, and its sharding
+    over groups that are copies of each other would sum up gradients that there are none of.
+    """
+
+    def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        model._is_distributed_loading_by_transformers = True
+        sharding.shard(model, _layers(model), mesh_manager.get_mesh("fsdp"))
+        return model
+
+    own = {
+        "maybe_distribute_model": classmethod(maybe_distribute_model),
+        # transformers looks into the module of a class to learn what attention it can do.
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
+    return type(base.__name__, (base,), own)
 
 
 @contextlib.contextmanager

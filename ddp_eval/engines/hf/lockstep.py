@@ -112,6 +112,8 @@ class Lockstep:
         if not self._is_paced:
             self._pace.agree(RUNS)
         self._past = sharding.ForwardOrder(self._model)
+        if module in self._modules:
+            self._pace.note_gather(module)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_skipping:
@@ -172,6 +174,7 @@ class Lockstep:
             self._is_skipping = False
 
     def _enter(self, module: Any, args: Any) -> None:
+        self._pace.note_gather(module)
         if self._is_skipping:
             return
         if self._in_head and id(module) not in self._kept:

@@ -196,6 +196,16 @@ def ranks_of_group(group: Any) -> list[int]:
     return ranks
 
 
+def from_first_rank(value: Any) -> Any:
+    """What rank 0 of the default group, if there is one, has given: any picklable object."""
+    if not has_group() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    with naming_lost_ranks("receiving from rank 0"):
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def global_rank(world: World, rank: int) -> int:
     """What torch calls a rank of `world`."""
     return world.global_ranks[rank] if world.global_ranks else rank

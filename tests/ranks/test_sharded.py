@@ -7,6 +7,7 @@ from launch import launch
 from places import PROGRAMS
 
 PROGRAM = (str(PROGRAMS / "sharded_main.py"),)
+TRAINER = (str(PROGRAMS / "trainer_main.py"),)
 LOOP = (str(PROGRAMS / "sharded_loop_main.py"),)
 CASES = {
     2: [
@@ -82,3 +83,16 @@ def test_a_rank_that_fails_ends_the_others_by_name(loop):
 def test_a_model_is_usable_after_a_failure(loop):
     """Catches weights that stay gathered, or hooks that stay, behind a forward that broke off."""
     assert loop[0]["afterwards"] == loop[0]["usual"]
+
+
+def test_the_trainers_callback(tmp_path):
+    """Catches metrics that are missing in the Trainer's logs on some rank, and an evaluation that changes the training."""
+    finished = launch(2, tmp_path, program=TRAINER, timeout_s=280)
+    assert finished.returncode == 0, str(finished)
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert seen["same weights"]
+        losses = [[row["loss"] for row in seen[name] if "loss" in row] for name in ("plain", "evaluated")]
+        assert losses[0] == losses[1] and len(losses[0]) == 6
+        rows = [row for row in seen["evaluated"] if "eval/demo_hellaswag/acc_norm" in row]
+        assert [row["step"] for row in rows] == [3, 6]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ def main() -> None:
     torch.manual_seed(0)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH)
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH).to(device)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
+    model.to(device)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

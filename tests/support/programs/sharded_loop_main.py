@@ -8,7 +8,10 @@ import gc
 import json
 import sys
 import time
+import unittest.mock
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
 import sharded_main
@@ -22,11 +25,11 @@ from ddp_eval.engines.hf.fully_sharded import ShardedEngine
 TASKS = ["demo_hellaswag", "demo_lambada"]
 
 
-def evaluate(model, tokenizer, **options):
+def evaluate(model: Any, tokenizer: Any, **options: Any) -> dict[str, Any] | None:
     return ddp_eval.evaluate(model, tokenizer, TASKS, limit=2, **options)
 
 
-def train(steps, evaluate_at, tokenizer):
+def train(steps: int, evaluate_at: Sequence[int], tokenizer: Any) -> tuple[list[float], list[list[float]]]:
     model = sharded_main.make_model("llama", torch.float32)
     sharded_main.shard(model, "root", torch.float32)
     model.train()
@@ -46,44 +49,39 @@ def train(steps, evaluate_at, tokenizer):
 
 
 @contextlib.contextmanager
-def failing(rank, make_error, times=1):
+def failing(rank: int, make_error: Callable[[], Exception], times: int = 1) -> Iterator[None]:
     """The rank's first layers of some packs raise in the middle of the forward."""
-    layer = None
     left = [times]
     launch = ShardedEngine.launch
 
-    def launch_and_fail(engine, pack):
-        nonlocal layer
+    def launch_and_fail(engine: ShardedEngine, pack: Any) -> Any:
         if dist.get_rank() == rank and left[0] and not engine.is_probe:
             left[0] -= 1
             layer = engine.model.model.layers[0]
             own = layer.forward
 
-            def broken(*args, **kwargs):
+            def broken(*args: Any, **kwargs: Any) -> None:
                 layer.forward = own
                 raise make_error()
 
             layer.forward = broken
         return launch(engine, pack)
 
-    ShardedEngine.launch = launch_and_fail
-    try:
+    with unittest.mock.patch.object(ShardedEngine, "launch", launch_and_fail):
         yield
-    finally:
-        ShardedEngine.launch = launch
 
 
-def failure(model, tokenizer, rank, make_error, times=1):
+def failure(model: Any, tokenizer: Any, rank: int, make_error: Callable[[], Exception]) -> tuple[Any, float]:
     started = time.monotonic()
     try:
-        with failing(rank, make_error, times):
+        with failing(rank, make_error):
             results = evaluate(model, tokenizer, log_samples=True)
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - started
     return sharded_main.answers(results), time.monotonic() - started
 
 
-def main():
+def main() -> None:
     dist.init_process_group("gloo")
     tokenizer = tiny_models.make_tokenizer(model_max_length=2048)
     plain, evaluated = train(20, (), tokenizer), train(20, (5, 10), tokenizer)

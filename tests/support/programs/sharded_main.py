@@ -11,6 +11,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
 import tiny_models
@@ -23,7 +24,7 @@ import ddp_eval
 TASKS = ["demo_hellaswag", "demo_lambada", "demo_wikitext"]
 
 
-def make_model(kind, dtype):
+def make_model(kind: str, dtype: torch.dtype) -> Any:
     """A tiny model; its buffers stay in float32, as `from_pretrained` has them."""
     model = tiny_models.make_model(kind)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -33,13 +34,13 @@ def make_model(kind, dtype):
     return model
 
 
-def layers_of(model):
+def layers_of(model: Any) -> list[Any]:
     return list(model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers)
 
 
-def shard(model, way, dtype):
+def shard(model: Any, way: str, dtype: torch.dtype) -> Any:
     """Spread the model over the ranks. Returns what the caller would evaluate."""
-    options = {}
+    options: dict[str, Any] = {}
     if way == "policy":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype)
     if way == "kept":
@@ -68,7 +69,7 @@ def shard(model, way, dtype):
     return torch.compile(model) if way == "compiled" else model
 
 
-def answers(results):
+def answers(results: dict[str, Any] | None) -> dict[str, Any] | None:
     """Every number of every request."""
     return results and {
         task: [[sample["doc_id"], *map(str, sample["filtered_resps"])] for sample in samples]
@@ -76,11 +77,11 @@ def answers(results):
     }
 
 
-def local(tensor):
+def local(tensor: Any) -> Any:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def state_of(model):
+def state_of(model: Any) -> dict[str, Any]:
     return {
         "training": [module.training for module in model.modules()],
         "sharded": [hasattr(weight, "placements") for weight in model.parameters()],
@@ -95,14 +96,14 @@ def state_of(model):
     }
 
 
-def train_one_step(model):
+def train_one_step(model: Any) -> None:
     tokens = torch.arange(20)[None] + dist.get_rank()
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def run_case(case, tokenizer, alone):
-    kind, way, dtype = case.split("/")
-    dtype = getattr(torch, dtype)
+def run_case(case: str, tokenizer: Any, alone: Any) -> dict[str, Any]:
+    kind, way, dtype_name = case.split("/")
+    dtype = getattr(torch, dtype_name)
     whole = None
     if alone is not None:
         whole = answers(ddp_eval.evaluate(make_model(kind, dtype), tokenizer, TASKS, group=alone, limit=3, log_samples=True))
@@ -120,7 +121,7 @@ def run_case(case, tokenizer, alone):
     return {"whole": whole, "many": many, "changed": changed}
 
 
-def main():
+def main() -> None:
     dist.init_process_group("gloo")
     alone = dist.new_group([0])
     tokenizer = tiny_models.make_tokenizer(model_max_length=2048)

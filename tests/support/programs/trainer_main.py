@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
 import tiny_models
@@ -13,7 +14,7 @@ import transformers
 from ddp_eval.integrations.trainer import EvaluationCallback
 
 
-def train(place, every_steps):
+def train(place: Path, every_steps: int) -> tuple[list[dict[str, Any]], list[Any]]:
     model = tiny_models.make_model("llama")
     rows = [
         {"input_ids": row, "labels": row} for row in torch.randint(0, 400, (64, 16), generator=torch.Generator().manual_seed(0))
@@ -28,11 +29,11 @@ def train(place, every_steps):
     if every_steps:
         trainer.add_callback(EvaluationCallback(trainer, ["demo_hellaswag"], every_steps=every_steps, limit=2))
     trainer.train()
-    weights = [weight.tolist() for weight in trainer.model.parameters()]
+    weights = [weight.tolist() for weight in model.parameters()]
     return trainer.state.log_history, weights
 
 
-def main():
+def main() -> None:
     place = Path(sys.argv[1])
     plain, evaluated = train(place, 0), train(place, 3)
     rank = dist.get_rank() if dist.is_initialized() else 0

@@ -17,6 +17,7 @@ from places import PROGRAMS, ROOT
 # From top to bottom. A module imports from lower layers and from its own part of a layer, never from another part of its layer.
 LAYERS = (
     ("__init__",),
+    ("integrations",),
     ("__main__", "api", "lm"),
     ("cli",),
     ("run",),

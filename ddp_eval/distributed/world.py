@@ -173,12 +173,11 @@ def adopt_group(device: torch.device, caller: str, arguments: dict[str, Any], ra
     some = () if taking_part == everyone else taking_part
     rank, world_size = taking_part.index(own), len(taking_part)
     call = check_in(rank, world_size, caller, arguments, some)
-    setup = datetime.timedelta(seconds=group_timeout_s())
+    local_rank = whole_number("LOCAL_RANK", rank)
     with naming_lost_ranks("setting up a group of ranks"), watchdog.speaking(aloud=rank < 2):
         watchdog.step(watchdog.WAITING)
-        messages = OwnGroup(new_group(some, LEADER_TIMEOUT, f"messages/{call}")) if some else _message_group(setup)
-    local_rank = whole_number("LOCAL_RANK", rank)
-    return World(rank, local_rank, world_size, device, messages, borrowed=True, global_ranks=some, call=call)
+        group = _message_group(datetime.timedelta(seconds=group_timeout_s()), some, f"messages/{call}")
+    return World(rank, local_rank, world_size, device, group, borrowed=True, global_ranks=some, call=call)
 
 
 def ranks_of_group(group: Any) -> list[int]:
@@ -195,6 +194,16 @@ def ranks_of_group(group: Any) -> list[int]:
     if dist.get_rank() not in ranks:
         raise UserError(f"rank {dist.get_rank()} is not in the group that evaluate was given, whose {name_some(ranks)} take part")
     return ranks
+
+
+def from_first_rank(value: Any) -> Any:
+    """What rank 0 of the default group, if there is one, has given: any picklable object."""
+    if not has_group() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    with naming_lost_ranks("receiving from rank 0"):
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def global_rank(world: World, rank: int) -> int:
@@ -313,8 +322,13 @@ def local_ranks(world: World) -> tuple[int, ...]:
     return world.neighbours or (world.rank,)
 
 
-def _message_group(setup: datetime.timedelta) -> OwnGroup:
-    """The group for messages, which may take LEADER_TIMEOUT. setup: how long to wait for ranks that do not come to set it up."""
+def _message_group(setup: datetime.timedelta, some: Sequence[int] = (), name: str = "") -> OwnGroup:
+    """The group for messages, which may take LEADER_TIMEOUT. setup: how long to wait for ranks that do not come to set it up.
+
+    some, name: as for `new_group`; all ranks if not given.
+    """
+    if some:
+        return OwnGroup(new_group(some, LEADER_TIMEOUT, name))
     if dist.get_debug_level() == dist.DebugLevel.DETAIL:  # torch then wraps the group, and the wrapper keeps its first timeout
         return OwnGroup(dist.new_group(backend="gloo", timeout=LEADER_TIMEOUT))
     group = dist.new_group(backend="gloo", timeout=setup)

@@ -42,9 +42,10 @@ def own_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_training_loop() -> None:
+@pytest.mark.parametrize("example", ["training_loop.py", "training_loop_fsdp.py"])
+def test_training_loop(example: str) -> None:
     """Catches an example that does not run, and ranks that do not come out of `evaluate`."""
-    program = (str(EXAMPLES / "training_loop.py"),)
+    program = (str(EXAMPLES / example),)
     finished = launch(2, "--steps", 4, "--every", 2, "--limit", 4, program=program)
     assert finished.returncode == 0, str(finished)
     assert re.findall(r"step (\d): loss [\d.]+, acc {'demo_boolean_expressions': [\d.]+}", finished.stdout) == ["2", "4"]

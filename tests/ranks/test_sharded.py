@@ -1,12 +1,16 @@
 """`ddp_eval.evaluate` on models that torch's `fully_shard` (FSDP2) has spread over ranks."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from launch import launch
 from places import PROGRAMS
 
 PROGRAM = (str(PROGRAMS / "sharded_main.py"),)
+TRAINER = (str(PROGRAMS / "trainer_main.py"),)
 LOOP = (str(PROGRAMS / "sharded_loop_main.py"),)
 CASES = {
     2: [
@@ -20,11 +24,11 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
     """run(ranks) -> what each rank saw of its CASES."""
-    done = {}
+    done: dict[int, Any] = {}
 
-    def make(ranks):
+    def make(ranks: int) -> list[Any]:
         if ranks not in done:
             place = tmp_path_factory.mktemp(f"ranks{ranks}_")
             done[ranks] = place, launch(ranks, place, *CASES[ranks], program=PROGRAM, timeout_s=280)
@@ -36,7 +40,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("ranks", "case"), [(ranks, case) for ranks, cases in CASES.items() for case in cases])
-def test_sharded_models_answer_as_whole_ones(ranks, case, run):
+def test_sharded_models_answer_as_whole_ones(ranks: int, case: str, run: Callable[[int], list[Any]]) -> None:
     """Catches a head that sees a part of its weights, ranks out of step, and what an evaluation leaves changed."""
     seen = [rank[case] for rank in run(ranks)]
     assert seen[0]["many"] == seen[0]["whole"], "bits"
@@ -45,14 +49,14 @@ def test_sharded_models_answer_as_whole_ones(ranks, case, run):
 
 
 @pytest.fixture(scope="module")
-def loop(tmp_path_factory):
+def loop(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     place = tmp_path_factory.mktemp("loop")
     finished = launch(2, place, program=LOOP, timeout_s=280)
     assert finished.returncode == 0, str(finished)
     return [json.loads((place / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_training_goes_on_to_the_bit(loop):
+def test_training_goes_on_to_the_bit(loop: list[Any]) -> None:
     """Catches an evaluation that moves a generator, drops gradients, or leaves FSDP in another state."""
     for rank in loop:
         without, evaluated = rank["losses"]
@@ -61,7 +65,7 @@ def test_training_goes_on_to_the_bit(loop):
         assert rank["same weights"]
 
 
-def test_a_rank_short_of_memory_runs_its_pack_in_halves(loop):
+def test_a_rank_short_of_memory_runs_its_pack_in_halves(loop: list[Any]) -> None:
     """Catches a rank that runs more forwards than the others, which then wait for it, or it for them."""
     answers, _ = loop[0]["memory"]
     assert answers["demo_lambada"]
@@ -69,7 +73,7 @@ def test_a_rank_short_of_memory_runs_its_pack_in_halves(loop):
         assert [sample[0] for sample in samples] == [sample[0] for sample in loop[0]["usual"][task]]
 
 
-def test_a_rank_that_fails_ends_the_others_by_name(loop):
+def test_a_rank_that_fails_ends_the_others_by_name(loop: list[Any]) -> None:
     """Catches ranks that wait in a collective for one that has raised, and an error without its rank."""
     leader, follower = loop
     assert follower["bug"][0] == "ValueError: a bug"
@@ -79,6 +83,19 @@ def test_a_rank_that_fails_ends_the_others_by_name(loop):
     assert max(rank[case][1] for rank in loop for case in ("bug", "bug on the leader")) < 20
 
 
-def test_a_model_is_usable_after_a_failure(loop):
+def test_a_model_is_usable_after_a_failure(loop: list[Any]) -> None:
     """Catches weights that stay gathered, or hooks that stay, behind a forward that broke off."""
     assert loop[0]["afterwards"] == loop[0]["usual"]
+
+
+def test_the_trainers_callback(tmp_path: Path) -> None:
+    """Catches metrics that are missing in the Trainer's logs on some rank, and an evaluation that changes the training."""
+    finished = launch(2, tmp_path, program=TRAINER, timeout_s=280)
+    assert finished.returncode == 0, str(finished)
+    for rank in (0, 1):
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert seen["same weights"]
+        losses = [[row["loss"] for row in seen[name] if "loss" in row] for name in ("plain", "evaluated")]
+        assert losses[0] == losses[1] and len(losses[0]) == 6
+        rows = [row for row in seen["evaluated"] if "eval/demo_hellaswag/acc_norm" in row]
+        assert [row["step"] for row in rows] == [3, 6]

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import unittest.mock
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from ddp_eval.engines.hf.fully_sharded import ShardedEngine
 TASKS = ["demo_hellaswag", "demo_lambada"]
 
 
-def evaluate(model: Any, tokenizer: Any, **options: Any) -> Any:
+def evaluate(model: Any, tokenizer: Any, **options: Any) -> dict[str, Any] | None:
     return ddp_eval.evaluate(model, tokenizer, TASKS, limit=2, **options)
 
 
-def train(steps: Any, evaluate_at: Any, tokenizer: Any) -> Any:
+def train(steps: int, evaluate_at: Sequence[int], tokenizer: Any) -> tuple[list[float], list[list[float]]]:
     model = sharded_main.make_model("llama", torch.float32)
     sharded_main.shard(model, "root", torch.float32)
     model.train()
@@ -48,14 +49,12 @@ def train(steps: Any, evaluate_at: Any, tokenizer: Any) -> Any:
 
 
 @contextlib.contextmanager
-def failing(rank: Any, make_error: Any, times: Any = 1) -> Any:
+def failing(rank: int, make_error: Callable[[], Exception], times: int = 1) -> Iterator[None]:
     """The rank's first layers of some packs raise in the middle of the forward."""
-    layer = None
     left = [times]
     launch = ShardedEngine.launch
 
-    def launch_and_fail(engine: Any, pack: Any) -> Any:
-        nonlocal layer
+    def launch_and_fail(engine: ShardedEngine, pack: Any) -> Any:
         if dist.get_rank() == rank and left[0] and not engine.is_probe:
             left[0] -= 1
             layer = engine.model.model.layers[0]
@@ -72,10 +71,10 @@ def failing(rank: Any, make_error: Any, times: Any = 1) -> Any:
         yield
 
 
-def failure(model: Any, tokenizer: Any, rank: Any, make_error: Any, times: Any = 1) -> Any:
+def failure(model: Any, tokenizer: Any, rank: int, make_error: Callable[[], Exception]) -> tuple[Any, float]:
     started = time.monotonic()
     try:
-        with failing(rank, make_error, times):
+        with failing(rank, make_error):
             results = evaluate(model, tokenizer, log_samples=True)
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - started

@@ -24,7 +24,7 @@ import ddp_eval
 TASKS = ["demo_hellaswag", "demo_lambada", "demo_wikitext"]
 
 
-def make_model(kind: Any, dtype: Any) -> Any:
+def make_model(kind: str, dtype: torch.dtype) -> Any:
     """A tiny model; its buffers stay in float32, as `from_pretrained` has them."""
     model = tiny_models.make_model(kind)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -34,11 +34,11 @@ def make_model(kind: Any, dtype: Any) -> Any:
     return model
 
 
-def layers_of(model: Any) -> Any:
+def layers_of(model: Any) -> list[Any]:
     return list(model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers)
 
 
-def shard(model: Any, way: Any, dtype: Any) -> Any:
+def shard(model: Any, way: str, dtype: torch.dtype) -> Any:
     """Spread the model over the ranks. Returns what the caller would evaluate."""
     options: dict[str, Any] = {}
     if way == "policy":
@@ -69,7 +69,7 @@ def shard(model: Any, way: Any, dtype: Any) -> Any:
     return torch.compile(model) if way == "compiled" else model
 
 
-def answers(results: Any) -> Any:
+def answers(results: dict[str, Any] | None) -> dict[str, Any] | None:
     """Every number of every request."""
     return results and {
         task: [[sample["doc_id"], *map(str, sample["filtered_resps"])] for sample in samples]
@@ -81,7 +81,7 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def state_of(model: Any) -> Any:
+def state_of(model: Any) -> dict[str, Any]:
     return {
         "training": [module.training for module in model.modules()],
         "sharded": [hasattr(weight, "placements") for weight in model.parameters()],
@@ -101,9 +101,9 @@ def train_one_step(model: Any) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def run_case(case: Any, tokenizer: Any, alone: Any) -> Any:
-    kind, way, dtype = case.split("/")
-    dtype = getattr(torch, dtype)
+def run_case(case: str, tokenizer: Any, alone: Any) -> dict[str, Any]:
+    kind, way, dtype_name = case.split("/")
+    dtype = getattr(torch, dtype_name)
     whole = None
     if alone is not None:
         whole = answers(ddp_eval.evaluate(make_model(kind, dtype), tokenizer, TASKS, group=alone, limit=3, log_samples=True))

@@ -1,0 +1,1 @@
+"""Evaluation from within training frameworks. Each module imports its framework, and is imported by its users alone."""

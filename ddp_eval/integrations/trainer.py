@@ -1,0 +1,61 @@
+"""A callback for transformers' Trainer: lm_eval tasks every so many steps, or at each of the Trainer's own evaluations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from ddp_eval.api import evaluate
+from ddp_eval.distributed.world import from_first_rank
+from ddp_eval.errors import UserError
+
+
+class EvaluationCallback(transformers.TrainerCallback):
+    """`trainer.add_callback(EvaluationCallback(trainer, ["hellaswag"], limit=200))`, on every rank.
+
+    Metrics go into the Trainer's logs, on every rank, as `eval/hellaswag/acc_norm`; those of a filter with a name of its own as
+    `eval/gsm8k/exact_match/strict-match`.
+
+    trainer:      whose model is evaluated as it lies: whole, under DDP, or sharded by `fully_shard` (fsdp_version=2).
+    tasks:        as for `ddp_eval.evaluate`, to which `options` go, too.
+    every_steps:  steps between evaluations; None: at each evaluation of the Trainer's own.
+    tokenizer:    the Trainer's processing_class if not given.
+    """
+
+    def __init__(
+        self, trainer: Any, tasks: list[Any] | str, *, every_steps: int | None = None, tokenizer: Any = None, **options: Any
+    ) -> None:
+        self._trainer, self._tasks, self._options = trainer, tasks, options
+        self._every_steps = every_steps
+        self._tokenizer = tokenizer or trainer.processing_class
+        if self._tokenizer is None:
+            raise UserError("EvaluationCallback needs a tokenizer: give tokenizer=, or processing_class= to the Trainer")
+        if every_steps is not None and every_steps < 1:
+            raise UserError(f"every_steps of EvaluationCallback must be 1 or more, got {every_steps}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._every_steps is not None and state.global_step % self._every_steps == 0:
+            self._run(control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._every_steps is None:
+            self._run(control)
+
+    def _run(self, control: Any) -> None:
+        results = evaluate(self._trainer.model, self._tokenizer, self._tasks, **self._options)
+        metrics = metrics_of(results) if results is not None else None
+        logs_next = control.should_log
+        self._trainer.log(from_first_rank(metrics))
+        control.should_log = logs_next  # which `log` takes for done: the loss of this step is still to come
+
+
+def metrics_of(results: dict[str, Any]) -> dict[str, float]:
+    """The metrics of lm_eval's result dict, without standard errors, by plain names."""
+    found = {}
+    for task, row in results["results"].items():
+        for key, value in row.items():
+            metric, comma, kind = key.partition(",")
+            if comma and isinstance(value, (int, float)) and not metric.endswith("_stderr"):
+                found[f"eval/{task}/{metric}" + ("" if kind == "none" else f"/{kind}")] = float(value)
+    return found

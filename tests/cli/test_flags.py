@@ -251,9 +251,9 @@ def test_layouts_have_lm_evals_spellings_too() -> None:
 
 
 REFUSED = {
-    "--layout rows": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got rows",
-    "--layout layers:1": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got layers:1",
-    "--layout replicas:2": "--layout must be auto, measure, replicas, tensor:K or layers:K with K of 2 or more, got replicas:2",
+    "--layout rows": "--layout must be auto, measure, replicas, tensor:K, layers:K or shard:K with K of 2 or more, got rows",
+    "--layout layers:1": "--layout must be auto, measure, replicas, tensor:K, layers:K or shard:K with K of 2 or more, got layers:1",
+    "--layout replicas:2": "--layout must be auto, measure, replicas, tensor:K, layers:K or shard:K with K of 2 or more, got replicas:2",
     "-a tp_plan=mine": "model_args tp_plan must be auto, got mine: the model brings its own plan",
     "-a parallelize=True --layout tensor:2": "--layout and parallelize=True ask for different layouts: give one of them",
     "--model vllm --numerics alone": (

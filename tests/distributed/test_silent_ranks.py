@@ -354,7 +354,7 @@ def test_who_says_that_ranks_have_not_called(rank, first_s, monkeypatch, capsys)
         return [text] * world_size
 
     monkeypatch.setattr(world, "exchange_through", exchange)
-    monkeypatch.setattr(world, "_group_timeout_s", lambda: 360.0)
+    monkeypatch.setattr(world, "group_timeout_s", lambda: 360.0)
     monkeypatch.setattr(world.dist.distributed_c10d, "_get_default_store", dist.HashStore)
     world.check_in(rank, 3, "ddp_eval.evaluate", {})
     first = capsys.readouterr().err.splitlines()[0]

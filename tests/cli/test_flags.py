@@ -250,10 +250,11 @@ def test_layouts_have_lm_evals_spellings_too() -> None:
     assert read("-a", "parallelize=False", "--layout", "tensor:2").layout == "tensor:2"
 
 
+LAYOUTS = "--layout must be auto, measure, replicas, tensor:K, layers:K or shard:K with K of 2 or more, got "
 REFUSED = {
-    "--layout rows": "--layout must be auto, measure, replicas, tensor:K, layers:K or shard:K with K of 2 or more, got rows",
-    "--layout layers:1": "--layout must be auto, measure, replicas, tensor:K, layers:K or shard:K with K of 2 or more, got layers:1",
-    "--layout replicas:2": "--layout must be auto, measure, replicas, tensor:K, layers:K or shard:K with K of 2 or more, got replicas:2",
+    "--layout rows": LAYOUTS + "rows",
+    "--layout layers:1": LAYOUTS + "layers:1",
+    "--layout replicas:2": LAYOUTS + "replicas:2",
     "-a tp_plan=mine": "model_args tp_plan must be auto, got mine: the model brings its own plan",
     "-a parallelize=True --layout tensor:2": "--layout and parallelize=True ask for different layouts: give one of them",
     "--model vllm --numerics alone": (

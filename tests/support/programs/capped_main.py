@@ -9,7 +9,9 @@ import os
 import resource
 from pathlib import Path
 
-from quick_main import main
+import quick_main  # noqa: F401  spares the leader the index of lm_eval's own tasks
+
+from ddp_eval.__main__ import main  # not `command`, which ends the process before what was registered earlier
 
 
 def leave_peak() -> None:

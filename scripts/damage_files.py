@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import yaml
 
@@ -276,9 +277,9 @@ def _damage_columns(table: pyarrow.Table, rng: random.Random) -> tuple[pyarrow.T
     if kind == 9:
         return table.replace_schema_metadata({b"k" * rng.choice((1, 10_000)): b"v" * rng.choice((1, 1_000_000))}), {}
     if kind == 10:
-        mask = np.array([rng.randrange(2) == 0 for _ in range(rows)], dtype=bool)
-        nulled = pyarrow.array(table.column(place).to_pylist(), type=table.schema.field(place).type, mask=mask)
-        return table.set_column(place, name, nulled), {}
+        kept = pyarrow.array([rng.randrange(2) == 1 for _ in range(rows)], type=pyarrow.bool_())
+        column = table.column(place)
+        return table.set_column(place, name, pyarrow.compute.if_else(kept, column, pyarrow.scalar(None, column.type))), {}
     return table, {
         "use_dictionary": rng.randrange(2) == 0,
         "data_page_version": rng.choice(("1.0", "2.0")),

@@ -37,6 +37,8 @@ def send_message(world: World, message: Any) -> None:
         with naming_lost_ranks("sending to the other ranks"), world.meter.phases("send"):
             buffer = io.BytesIO()
             pickle.dump(message, buffer)
+            if world.signs is not None:
+                world.signs.announce()
             data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
             with world.meter.collective("broadcast (size)", 8, 0):
                 dist.broadcast(torch.tensor([len(data)]), group_src=0, group=world.messages.group)
@@ -47,6 +49,8 @@ def send_message(world: World, message: Any) -> None:
 def receive_message(world: World) -> Any:
     """Wait, for hours if need be, for what the leader sends. Raises LostContact when the leader is gone."""
     with naming_lost_ranks("waiting for rank 0"), world.meter.phases("wait"):
+        if world.signs is not None:
+            world.signs.await_message()
         size = torch.zeros(1, dtype=torch.int64)
         with world.meter.collective("broadcast (size)", 0, 8):
             dist.broadcast(size, group_src=0, group=world.messages.group)

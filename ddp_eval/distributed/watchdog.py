@@ -91,6 +91,11 @@ def touch(detail: str | None = None) -> None:
         _give_way(bool(_place.detail))
 
 
+def where() -> str:
+    """What this process is at, in words."""
+    return _describe_step(_place)
+
+
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
     """Within the step under way, this rank waits for others; then the step starts again."""

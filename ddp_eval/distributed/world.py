@@ -20,6 +20,7 @@ import torch.distributed.nn.functional
 from ddp_eval.distributed import launch_environment, meeting, watchdog
 from ddp_eval.distributed.contact import naming_lost_ranks
 from ddp_eval.distributed.launch_environment import whole_number
+from ddp_eval.distributed.leader_signs import LeaderSigns
 from ddp_eval.distributed.meeting import exchange_through
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.system.text import read_count
@@ -59,7 +60,7 @@ class World:
     ranks_per_replica: how many neighbouring ranks run the same packs on one copy of the model (layout.py).
     ranks_per_shard: how many ranks share the weights of one copy while each runs packs of its own; forwards in lockstep.
     global_ranks: of a caller's group that is not all of its ranks: what torch calls each rank; () where they are the same.
-    call: in a borrowed group, a name for this one of the caller's calls.
+    call: in a borrowed group, a name for this one of the caller's calls. signs: of rank 0's life, where ranks wait for it there.
     pids: the process of each rank on its machine; () in a borrowed group. neighbours: the ranks of this machine.
     meter: where this rank's time and bytes go.
     """
@@ -75,6 +76,7 @@ class World:
     ranks_per_shard: int = 1
     global_ranks: tuple[int, ...] = ()
     call: str = ""
+    signs: LeaderSigns | None = dataclasses.field(default=None, compare=False, repr=False)
     pids: tuple[int, ...] = ()
     neighbours: tuple[int, ...] = ()
     meter: Meter = dataclasses.field(default_factory=Meter, compare=False, repr=False)
@@ -177,7 +179,9 @@ def adopt_group(device: torch.device, caller: str, arguments: dict[str, Any], ra
     with naming_lost_ranks("setting up a group of ranks"), watchdog.speaking(aloud=rank < 2):
         watchdog.step(watchdog.WAITING)
         group = _message_group(datetime.timedelta(seconds=group_timeout_s()), some, f"messages/{call}")
-    return World(rank, local_rank, world_size, device, group, borrowed=True, global_ranks=some, call=call)
+    store = dist.distributed_c10d._get_default_store()
+    signs = LeaderSigns(store, call, rank, group_timeout_s()) if world_size > 1 else None
+    return World(rank, local_rank, world_size, device, group, borrowed=True, global_ranks=some, call=call, signs=signs)
 
 
 def ranks_of_group(group: Any) -> list[int]:
@@ -304,6 +308,8 @@ def _check_free() -> None:
 
 def release_group(world: World) -> None:
     """Leave the caller's process group as `adopt_group` found it."""
+    if world.signs is not None:
+        world.signs.stop()
     group, world.messages.group = world.messages.group, None
     if group is not None:
         dist.destroy_process_group(group)

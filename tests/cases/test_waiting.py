@@ -253,6 +253,18 @@ def test_task_whose_code_never_ends(task, step, ranks, tasks):
     assert any(re.match(f"still {place}", line) for line in notices(finished)), str(finished)
 
 
+def test_leader_of_a_callers_group_that_never_comes_back(tasks):
+    """Catches ranks of a training run that wait for a day for one that can say nothing any more."""
+    program = (str(PROGRAMS / "stuck_leader_main.py"),)
+    finished = launch(2, tasks, program=program, timeout_s=60)
+    assert finished.elapsed_s < 40, str(finished)
+    sentence = (tasks / "1.txt").read_text()
+    expected = (
+        r"rank 1 waits no longer: rank 0 has shown no sign of life for [4-9] s \(last: .+\); look after its machine and the "
+    )
+    assert re.match(expected + "tasks' own code, or give the process group a longer timeout$", sentence), sentence
+
+
 @pytest.mark.slow
 def test_chat_template_that_never_ends(tmp_path):
     """Catches the same in the tokenizer's chat template. (Its sandbox refuses one range of more than 100,000 numbers.)"""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import make_bench_model
 import pytest
 import torch
 import transformers
+from launch import launch
 
 from ddp_eval import demo
 
@@ -28,17 +25,17 @@ def test_number_of_parameters(shape, millions):
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def make(directory, *more, seed="0"):
+def make(directory, *more, **environment):
+    """By a forked process, or, with PYTHONHASHSEED, by one that starts anew."""
     flags = ["--shape", "llama23m", "--tasks", "demo_boolean_expressions", "--include_path", demo.TASKS_PATH, "--out", directory]
-    environment = {**os.environ, "PYTHONHASHSEED": seed}
-    done = subprocess.run([sys.executable, SCRIPT, *flags, *more], capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = launch(0, *flags, *more, program=(SCRIPT,), **environment)
+    assert done.returncode == 0, str(done)
     return directory
 
 
 def test_same_files_twice(tmp_path):
     """Catches weights or tokens that depend on the process, so that nobody could make a record's model again."""
-    first, second = (make(tmp_path / seed, seed=seed) for seed in ("1", "2"))
+    first, second = make(tmp_path / "1"), make(tmp_path / "2", PYTHONHASHSEED="2")
     names = sorted(path.name for path in first.iterdir())
     assert "model.safetensors" in names and "tokenizer.json" in names
     for name in names:

@@ -14,6 +14,7 @@ way where a test sets such variables.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -43,6 +44,7 @@ def serve(path: str) -> None:
     listening.listen()
     for module in MODULES:
         importlib.import_module(module)
+    gc.freeze()  # a forked process that looks through these objects for garbage would copy their pages
     owner, _ = listening.accept()
     owner.sendall(b"ready\n")
     running: dict[int, tuple[int, socket.socket]] = {}  # pidfd -> process id, connection

@@ -186,6 +186,7 @@ ranks = [subprocess.Popen([sys.executable, {str(rank)!r}], env={{**os.environ, "
     assert python("memory = bytearray(300 << 20); import time; time.sleep(0.5)").peak_bytes > 300 << 20
 
 
+@pytest.mark.slow
 def test_both_commands_for_real(tiny_model_path):
     """Catches flags, files and phases that the commands no longer have, and metrics that differ between the two sides."""
     args = arguments(model=str(tiny_model_path("llama")), include_path=demo.TASKS_PATH)

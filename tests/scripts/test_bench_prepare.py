@@ -145,6 +145,7 @@ def test_lm_eval_encodes_every_kind_of_request_without_a_forward(tiny_model_path
         assert found["measured_documents"] < found["documents"] and min(found["prompts_s"], found["ids_s"]) > 0
 
 
+@pytest.mark.slow
 def test_a_suite_on_two_ranks_for_real(tiny_model_path, monkeypatch):
     """Catches files, flags and phases that the commands no longer have, and parts that do not add up to the whole command."""
     monkeypatch.setattr(bench_prepare, "LM_EVAL_RANKS", (8,))

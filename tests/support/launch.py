@@ -35,8 +35,9 @@ QUICK = (str(PROGRAMS / "quick_main.py"),)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 _MARK = "DDP_EVAL_TEST_LAUNCH"
-# Libraries read these when they are imported, which the server of warm.py has done.
+# Libraries read these when they are imported, which the server of warm.py has done; that of torch's stores they read at a launch.
 _READ_AT_IMPORT = re.compile(
+    r"(?!TORCH_DISABLE_SHARE_RDZV_TCP_STORE)"
     r"(HF_|XDG_|TRANSFORMERS_|TOKENIZERS_|OMP_|MKL_|KMP_|ATEN_|ONEDNN_|DNNL_|TORCH_|PYTHON|LD_|CUDA_|TQDM_|PET_)"
 )
 _LAUNCHER_VARIABLES = re.compile(r"(LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|PET_|SLURM_|DDP_EVAL_)|(RANK|WORLD_SIZE)$")

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 import ddp_eval
 
-TASKS = ["demo_hellaswag", "demo_lambada", "demo_wikitext"]
+TASKS = ["demo_hellaswag", "demo_lambada"]
 
 
 def make_model(kind: str, dtype: torch.dtype) -> Any:

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: no network, one thread, and tiny models that each session builds once."""
+"""Fixtures for all tests: no network, one thread unless OMP_NUM_THREADS says otherwise, and tiny models that each session builds once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import tiny_models
 import torch
 
 pytest.register_assert_rewrite("engine_runs", "lm_eval_answers")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
 # A test must fail for the change that it is run on: not because the machine is busy, nor for an example drawn by chance.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")

@@ -143,9 +143,10 @@ def _warm_server() -> str:
 
 
 def _plain_environment() -> dict[str, str]:
-    """The environment of a launch: CPU, one thread, no network, and nothing that a launcher sets."""
+    """The environment of a launch: CPU, one thread if no other number is set, no network, and nothing that a launcher sets."""
     environment = {name: value for name, value in os.environ.items() if not _LAUNCHER_VARIABLES.match(name)}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return environment
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: no network, one thread unless OMP_NUM_THREADS says otherwise, and tiny models that each session builds once."""
+"""Fixtures for all tests: no network, OMP_NUM_THREADS threads (1), and tiny models that each session builds once."""
 
 from __future__ import annotations
 

@@ -89,15 +89,14 @@ def check_layout(words: str) -> None:
 
 
 def check_division(layout: Layout, world_size: int) -> None:
-    """Raise UserError, with the arithmetic, when `world_size` ranks do not divide into whole replicas."""
+    """Raise UserError, with what would do, when `world_size` ranks do not divide into whole replicas."""
     each = layout.ranks_per_replica
     if world_size % each == 0:
         return
     whole, left = divmod(world_size, each)
+    found = f"{world_size} ranks leave {left} over" if whole else f"there {'is' if left == 1 else 'are'} only {left}"
     fit = f"start {whole * each} or {(whole + 1) * each} ranks" if whole else f"start {each} ranks"
-    raise UserError(
-        f"--layout {layout} takes {each} ranks for each copy of the model, and {world_size} = {whole} x {each} + {left}: {fit}"
-    )
+    raise UserError(f"--layout {layout} takes {each} ranks for each copy of the model, and {found}: {fit}")
 
 
 def possible_layouts(world_size: int) -> list[Layout]:

@@ -356,8 +356,8 @@ class Watch:
                 if not _is_there(pid):
                     again = "the same command resumes from the finished packs" if _directory is not None else "start it again"
                     return (
-                        f"rank {rank} (process {pid} on {socket.gethostname()}) has died (why: see its words above or torchrun's "
-                        f"below): the run ends; {again}"
+                        f"rank {rank} (process {pid} on {socket.gethostname()}) has died (its output above, or torchrun's "
+                        f"summary below, may say why): the run ends; {again}"
                     )
             if time.monotonic() > deadline:
                 return None

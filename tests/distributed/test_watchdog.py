@@ -154,7 +154,7 @@ def test_dead_sibling_is_named(monkeypatch):
         said = watching.await_death(5)  # nobody has asked for its exit code yet: it is a zombie
         assert said is not None
         assert said.startswith(f"rank 3 (process {process.pid} on ") and said.endswith(
-            " has died (why: see its words above or torchrun's below): the run ends; start it again"
+            " has died (its output above, or torchrun's summary below, may say why): the run ends; start it again"
         )
     finally:
         process.kill()

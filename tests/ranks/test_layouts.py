@@ -147,7 +147,7 @@ def test_rows_over_layers(run):
 @pytest.mark.parametrize(
     ("ranks", "layout", "kind", "sentence"),
     [
-        (3, "layers:2", "llama", "3 = 1 x 2 + 1: start 2 or 4 ranks"),
+        (3, "layers:2", "llama", "3 ranks leave 1 over: start 2 or 4 ranks"),
         (2, "tensor:2", "gpt2", "cannot split gpt2 models: transformers has no plan for them"),
         (4, "tensor:4", "llama", "must divide the model's 2 key-value heads: 2 = 4 x 0 + 2"),
         (3, "layers:3", "llama", "splits a model of 2 layers into more parts than it has layers"),

@@ -142,14 +142,20 @@ def whole_model(model_args: dict[str, Any], config: Any, is_pair: bool = False) 
 
 
 def load_weights(
-    model_args: dict[str, Any], config: Any, device: torch.device, source: Any = None, part: bool = False, **options: Any
+    model_args: dict[str, Any],
+    config: Any,
+    device: torch.device,
+    source: Any = None,
+    part: bool = False,
+    shares: bool = False,
+    **options: Any,
 ) -> Any:
     """A model in evaluation mode on `device`. What loading draws comes from the seed of `draws.loading_for`.
 
     source: the class whose `from_pretrained` loads it; `auto_class` if not given. part: it takes only some of the
-    checkpoint's weights. options: for `from_pretrained`.
+    checkpoint's weights. shares: it takes rows of each, and memory is short. options: for `from_pretrained`.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" and not shares:
         keep_freed_memory()
     name = resolve_pretrained(model_args)
     if os.path.isdir(name):
@@ -209,6 +215,18 @@ def _loader_options(model_args: dict[str, Any], config: Any, device: torch.devic
     if quantization.is_quantised(model_args, config):
         options["device_map"] = {"": str(device)}
     return options
+
+
+def return_freed_memory() -> None:
+    """Have glibc give large tensors back to the kernel as soon as they are freed: layers that are gathered come and go.
+
+    What `keep_freed_memory` would keep of them came to more than the whole model.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 2**16)  # M_MMAP_MAX
+        mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**20)  # M_TRIM_THRESHOLD
 
 
 def align_weights(model: Any) -> None:

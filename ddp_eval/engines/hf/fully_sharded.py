@@ -21,6 +21,7 @@ from ddp_eval.engines.hf.lockstep import Lockstep
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
+from ddp_eval.system import mapped_files
 
 Result = TypeVar("Result")
 
@@ -102,8 +103,35 @@ def load_sharded_engine(model_args: dict[str, Any], config: Any, world: World) -
     whole = checkpoint.whole_model(model_args, config)
     check_model(whole, world.ranks_per_shard)
     split = DistributedConfig(fsdp_size=world.ranks_per_shard, dp_replicate_size=world.world_size // world.ranks_per_shard)
-    model = checkpoint.load_weights(model_args, config, world.device, _sharding_class(type(whole)), distributed_config=split)
+    if world.device.type == "cpu":
+        checkpoint.return_freed_memory()
+    source = _sharding_class(type(whole))
+    with _owning_shards():
+        model = checkpoint.load_weights(model_args, config, world.device, source, shares=True, distributed_config=split)
     return ShardedEngine(model, world, keep_attention="attn_implementation" in model_args, whole=whole)
+
+
+@contextlib.contextmanager
+def _owning_shards() -> Iterator[None]:
+    """Have transformers' loader copy the rows that it takes of a mapped file, and give the file's pages back at once.
+
+    Otherwise every shard stays a view of its whole weight's file, and the memory of all files is held until the last one is read.
+    """
+    from transformers.distributed.sharding_utils import DtensorShardOperation
+
+    take = DtensorShardOperation.shard_tensor
+
+    def take_and_own(operation: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        part: torch.Tensor | None = take(operation, *args, **kwargs)
+        if part is None or part.device.type != "cpu" or part.untyped_storage().nbytes() == part.nbytes:
+            return part
+        own = part.clone()
+        if part.is_contiguous():
+            mapped_files.drop_pages(part.data_ptr(), part.nbytes)
+        return own
+
+    with unittest.mock.patch.object(DtensorShardOperation, "shard_tensor", take_and_own):
+        yield
 
 
 def _sharding_class(base: type) -> type:

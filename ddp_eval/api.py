@@ -21,7 +21,7 @@ from ddp_eval.config import TRACKER_FLAGS, Config
 from ddp_eval.distributed import sharding, watchdog
 from ddp_eval.distributed.messages import Followers
 from ddp_eval.distributed.world import World, adopt_group, name_some, ranks_of_group, release_group, warn_of_no_group
-from ddp_eval.engines.hf import adapters
+from ddp_eval.engines.hf import adapters, checkpoint
 from ddp_eval.engines.hf.draws import loading_for
 from ddp_eval.engines.hf.load import wrap_model
 from ddp_eval.engines.hf.wrappers import uncompiled
@@ -59,21 +59,23 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, *, group: Any =
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
     settings, notes = flags.read_options(options)
     config = config_from_options(names, **settings)
-    bare = _unwrap(model)
+    bare, root = _unwrap(model)
     warn_of_no_group(config.output_path)
     with _garbage_collected():
-        return _evaluate_together(bare, tokenizer, config, notes, group)
+        return _evaluate_together(bare, root, tokenizer, config, notes, group)
 
 
-def _evaluate_together(model: Any, tokenizer: Any, config: Config, notes: list[str], group: Any) -> dict[str, Any] | None:
-    """`evaluate` of a bare model by settings that hold."""
-    world = _join(model, config, group)
+def _evaluate_together(
+    model: Any, root: Any, tokenizer: Any, config: Config, notes: list[str], group: Any
+) -> dict[str, Any] | None:
+    """`evaluate` by settings that hold. model, root: as `_unwrap` returns them."""
+    world = _join(model, root, config, group)
     try:
         with (
             _evaluating(model),
-            uncompiled(model),
+            uncompiled(root),
             loading_for(config.seed, world.is_leader),
-            contextlib.closing(wrap_model(model, world)) as engine,
+            contextlib.closing(wrap_model(model, world, root)) as engine,
             Sampler(world.meter, world.device),
             watchdog.speaking("the other ranks" if world.is_leader else "rank 0", world.rank < 2),
         ):
@@ -95,20 +97,23 @@ def _evaluate_together(model: Any, tokenizer: Any, config: Config, notes: list[s
         release_group(world)
 
 
-def _join(model: Any, config: Config, group: Any) -> World:
-    """The ranks that take part. Raises UserError where some of those that share the model's weights do not."""
+def _join(model: Any, root: Any, config: Config, group: Any) -> World:
+    """The ranks that take part. Raises UserError where some of those that share the model's weights do not.
+
+    model, root: as `_unwrap` returns them.
+    """
     call = _describe_call(model, config)
     ranks = ranks_of_group(group) if group is not None else ()
     if not sharding.is_sharded(model):
         return adopt_group(next(model.parameters()).device, "ddp_eval.evaluate", call, ranks)
-    sharers = sharding.shard_ranks(model)
+    sharers = sharding.shard_ranks(root)
     if group is not None and (absent := sorted(set(sharers) - set(ranks))):
         raise UserError(
             f"the model is sharded over {name_some(sharers)}, of which {name_some(absent)} are not in the group that evaluate "
             "was given: all of them must take part"
         )
-    world = adopt_group(sharding.device_of(model), "ddp_eval.evaluate", call, ranks)
-    if world.is_leader and (dtype := sharding.compute_dtype(model)) != model.dtype:
+    world = adopt_group(sharding.device_of(root), "ddp_eval.evaluate", call, ranks)
+    if world.is_leader and (dtype := sharding.compute_dtype(root)) != model.dtype:
         log.warning("the model's mixed-precision policy computes in %s: so do the scores", dtype)
     return dataclasses.replace(world, ranks_per_shard=len(sharers))
 
@@ -136,19 +141,27 @@ def _prepare_output(config: Config) -> None:
         write.prepare_directory(config.output_path, config.overwrite)
 
 
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside DDP, torch.compile or PEFT wrappers. Raises UserError for what cannot be evaluated."""
+def _unwrap(model: Any) -> tuple[Any, Any]:
+    """The transformers model inside DDP, torch.compile or PEFT wrappers, and its root: the outermost module that is sharded.
+
+    The root is the model itself where nothing around it is sharded. Raises UserError for what cannot be evaluated.
+    """
+    root = None
     while True:
+        root = model if root is None and sharding.is_fsdp_module(model) else root
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
             model = model.module
-        elif type(model).__module__.startswith("peft."):
+        elif sharding.own_class(model).__module__.startswith("peft."):
             model = adapters.unwrap(model)
         else:
             break
-    sharding.check_kind(model)
-    return model
+    root = model if root is None else root
+    sharding.check_kind(root)
+    if sharding.is_sharded(root) and checkpoint.is_seq2seq({}, model.config):
+        raise UserError("evaluate does not serve encoder-decoders that fully_shard has sharded: pass a whole copy on every rank")
+    return model, root
 
 
 @contextlib.contextmanager

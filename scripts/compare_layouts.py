@@ -2,7 +2,7 @@
 
     python scripts/compare_layouts.py --model_args pretrained=DIR --tasks demo --limit 25 --out benchmarks/layouts_demo
     python scripts/compare_layouts.py … --vllm_python ENV/bin/python      also vLLM, from an environment that has it
-    python scripts/compare_layouts.py … --speed                           one rank against layers:2 in turn, medians of 3
+    python scripts/compare_layouts.py … --speed                           one rank and SPEED_RUNS in turn, medians of 3
 
 Each row is a launch of its own: torchrun with as many ranks as the layout takes, one thread each. Writes OUT.json and OUT.md.
 Exits with 1 when a row that should agree does not.
@@ -38,7 +38,11 @@ HF_RUNS: dict[str, tuple[int, list[str], bool]] = {
     "layers:4": (4, ["--layout", "layers:4"], True),
     "2 replicas x tensor:2": (4, ["--layout", "tensor:2"], False),
     "2 replicas x layers:2": (4, ["--layout", "layers:2"], True),
+    "shard:2": (2, ["--layout", "shard:2"], True),
+    "shard:4": (4, ["--layout", "shard:4"], True),
+    "2 groups of shard:2": (4, ["--layout", "shard:2"], True),
 }
+SPEED_RUNS = {"replicas": 1, "layers:2": 2, "tensor:2": 2, "shard:2": 2}  # layout: ranks
 VLLM_RUNS: dict[str, tuple[int, int]] = {"vllm, 1 rank": (1, 1), "vllm, 2 ranks": (2, 1), "vllm, tensor_parallel_size=2": (2, 2)}
 WITHIN_NATS = 1e-4  # by default; rounding grows with the logits and the layers, and depends on the processor
 
@@ -82,7 +86,7 @@ def read_flags() -> argparse.Namespace:
         help=f"largest difference that counts as rounding where bits may differ (default: {WITHIN_NATS:g})",
     )  # fmt: skip
     parser.add_argument("--program", nargs="+", default=["-m", "ddp_eval"], help="what torchrun starts")
-    parser.add_argument("--speed", action="store_true", help="time layers:2 against one rank")
+    parser.add_argument("--speed", action="store_true", help="time one rank against two in each layout")
     parser.add_argument("--out", type=Path, required=True, help="path of the record, without .json or .md")
     return parser.parse_args()
 
@@ -106,7 +110,17 @@ def run(options: argparse.Namespace, python: str, ranks: int, flags: list[str], 
         "metrics": found["results"],
         "scores": tables.read_scores(path / tables.SCORES),
         "engine": found["ddp_eval"]["engine"]["name"],
+        "sent_mb": sent_mb(json.loads((path / write.TELEMETRY).read_text())),
     }
+
+
+def sent_mb(telemetry: dict[str, Any]) -> float:
+    """Hidden states and weights that all ranks sent. Not counted: what transformers adds up within a tensor-parallel model."""
+    sent = [rank["collectives"].get(name, {}).get("sent_bytes", 0) for rank in telemetry["ranks"] for name in _PAYLOADS]
+    return float(sum(sent)) / 1e6
+
+
+_PAYLOADS = ("send", "all_gather (weights)")
 
 
 def compare_numbers(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
@@ -190,29 +204,33 @@ def describe_numbers(rows: list[dict[str, Any]]) -> str:
 
 
 def compare_speed(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
-    """One rank and layers:2 in turn, three times each; seconds of the forward phase."""
-    seconds: dict[str, list[float]] = {"replicas": [], "layers:2": []}
+    """One rank and the layouts in turn, three times each; seconds of the forward phase."""
+    first, *others = SPEED_RUNS
+    seconds: dict[str, list[float]] = {first: [], **{layout: [] for layout in others if layout in (options.only or others)}}
+    sent: dict[str, float] = {}
     packs = 0
     for turn in range(3):
-        for layout, ranks in (("replicas", 1), ("layers:2", 2)):
+        for layout in seconds:
+            ranks = SPEED_RUNS[layout]
             flags = ["--model_args", options.model_args, "--layout", layout]
             outcome = run(options, sys.executable, ranks, flags, scratch / f"{layout}{turn}")
             seconds[layout].append(scoring_s(outcome["phases_s"]))
-            packs = outcome["packs"]
+            packs, sent[layout] = outcome["packs"], outcome["sent_mb"]
             print(f"{layout}: {seconds[layout][-1]:.2f} s", file=sys.stderr, flush=True)
-    one = statistics.median(seconds["replicas"])
+    one = statistics.median(seconds[first])
     return [
         {"layout": layout, "packs": packs, "seconds": taken, "median_s": statistics.median(taken),
-         "times": one / statistics.median(taken)}
+         "times": one / statistics.median(taken), "sent_mb": None if layout.startswith("tensor") else sent[layout]}
         for layout, taken in seconds.items()
     ]  # fmt: skip
 
 
 def describe_speed(rows: list[dict[str, Any]]) -> str:
-    lines = ["| layout | packs | seconds | median | times one rank |", "|---|---|---|---|---|"]
+    lines = ["| layout | packs | seconds | median | times one rank | MB sent |", "|---|---|---|---|---|---|"]
     for row in rows:
         taken = ", ".join(f"{value:.2f}" for value in row["seconds"])
-        lines.append(f"| {row['layout']} | {row['packs']} | {taken} | {row['median_s']:.2f} s | {cut(row['times'])} |")
+        sent = "not counted" if row["sent_mb"] is None else f"{row['sent_mb']:,.0f}"
+        lines.append(f"| {row['layout']} | {row['packs']} | {taken} | {row['median_s']:.2f} s | {cut(row['times'])} | {sent} |")
     return "\n".join(lines)
 
 

@@ -30,11 +30,16 @@ def shard(model: Any, layers: list[Any], mesh: Any) -> None:
         fully_shard(part, mesh=mesh)
 
 
-def sharded_modules(model: Any) -> list[Any]:
-    """The modules that `fully_shard` was called on, the model itself included, in the order of `modules()`."""
+def is_fsdp_module(module: Any) -> bool:
+    """Whether `fully_shard` was called on this very module."""
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return isinstance(module, FSDPModule)
+
+
+def sharded_modules(model: Any) -> list[Any]:
+    """The modules that `fully_shard` was called on, the model itself included, in the order of `modules()`."""
+    return [module for module in model.modules() if is_fsdp_module(module)]
 
 
 def is_sharded(model: Any) -> bool:
@@ -56,7 +61,9 @@ def own_class(model: Any) -> type:
 
 def check_kind(model: Any) -> None:
     """Raise UserError for a model whose weights lie over ranks otherwise than by `fully_shard`."""
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise UserError(
             "the model is wrapped in FullyShardedDataParallel (FSDP1), which evaluate does not serve: shard it with fully_shard "
             "(FSDP2; fsdp_version=2 in accelerate and Trainer), or pass a whole copy on every rank"
@@ -144,6 +151,15 @@ class ForwardOrder:
             order = getattr(state._comm_ctx, "post_forward_order", None)
             if order is not None:
                 order[:] = self._order.get(id(state._comm_ctx), [])
+
+
+def forget_unfinished(model: Any) -> None:
+    """Let modules that `fully_shard` was given together count as not begun, where only some of them ran in a forward.
+
+    torch (2.8) would not gather their weights in the next one; a later one does this by itself behind the model's forward.
+    """
+    for state in _states(model):
+        state._modules_to_run_forward.clear()
 
 
 def _states(model: Any) -> list[Any]:

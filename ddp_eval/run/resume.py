@@ -29,8 +29,7 @@ _CODE = (
     "distributed/collectives.py", "distributed/contact.py", "distributed/messages.py", "distributed/sharding.py",
     "distributed/world.py", "engines", "errors.py", "layout.py", "packs", "placement/data_parallel.py",
     "placement/fully_sharded.py", "placement/kinds.py", "placement/load.py", "placement/pipeline_parallel.py",
-    "placement/tensor_parallel.py", "run/execute.py", "run/self_check.py", "system/mapped_files.py",
-    "system/tokenizer_calls.py",
+    "placement/tensor_parallel.py", "run/execute.py", "run/self_check.py", "system/tokenizer_calls.py",
 )  # fmt: skip
 # What else computes, where it is installed: adapters, quantised layers, kernels, and the text in which stop strings are sought.
 _PACKAGES = (

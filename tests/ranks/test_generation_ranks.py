@@ -43,6 +43,16 @@ def test_texts_on_any_number_of_ranks(ranks, run_on, capsys):
     assert sum(counts) >= manifest["generation"]["generated_tokens"] // 2  # greedy answers of equal requests count once
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed", "one by one"])
+def test_texts_of_sharded_weights(name, run_on, tmp_path):
+    """Catches a rank that is done and keeps the others waiting, and rows that end at other tokens."""
+    finished = launch(2, *shlex.split(RUNS[name]), "--layout", "shard:2", "--output_path", tmp_path, program=QUICK, timeout_s=400)
+    assert finished.returncode == 0, str(finished)
+    for file in (tables.TEXTS, tables.SCORES):
+        assert (run_on(0)[name] / file).read_bytes() == (tmp_path / file).read_bytes(), file
+
+
 def test_texts_that_differ_are_counted(run_on, capsys):
     """Catches a comparison that takes other texts for the same."""
     runs = [str(run_on(0)[name]) for name in ("mixed", "other seed")]

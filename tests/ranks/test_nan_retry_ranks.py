@@ -45,7 +45,7 @@ def run(tmp_path_factory):
     return go
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(0, "replicas"), (2, "layers:2"), (3, "replicas")])
+@pytest.mark.parametrize(("ranks", "layout"), [(0, "replicas"), (2, "layers:2"), (2, "shard:2"), (3, "replicas")])
 def test_only_the_request_itself_is_nan(ranks, layout, run):
     """Catches neighbours in a pack that are lost with it, and ranks that do not know of the second run."""
     scores, content, facts, finished = run(ranks, layout)

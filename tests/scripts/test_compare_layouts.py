@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from compare_layouts import compare
+from compare_layouts import compare, sent_mb
 
 
 def outcome(nats):
@@ -25,3 +25,12 @@ def test_the_limit_can_be_given():
     runs = outcome(-100.0), outcome(-100.0002)
     assert compare(*runs, exact=False, within_nats=1e-3)["agrees"]
     assert not compare(*runs, exact=True, within_nats=1e-3)["agrees"]
+
+
+def test_what_ranks_sent_is_added_up():
+    """Catches bytes of results or messages that are counted as the layout's, and a rank that is left out."""
+    ranks = [
+        {"collectives": {"all_gather (weights)": {"sent_bytes": 3e6}, "all_gather (results)": {"sent_bytes": 5e6}}},
+        {"collectives": {"all_gather (weights)": {"sent_bytes": 1e6}, "send": {"sent_bytes": 2e6}}},
+    ]
+    assert sent_mb({"ranks": ranks}) == 6.0

@@ -147,16 +147,16 @@ def load_weights(
     device: torch.device,
     source: Any = None,
     part: bool = False,
-    shares: bool = False,
+    keeps_freed: bool = True,
     **options: Any,
 ) -> Any:
     """A model in evaluation mode on `device`. What loading draws comes from the seed of `draws.loading_for`.
 
     source: the class whose `from_pretrained` loads it; `auto_class` if not given. part: it takes only some of the
-    checkpoint's weights. shares: it takes rows of each, and memory is short. options: for `from_pretrained`.
+    checkpoint's weights. keeps_freed: see `keep_freed_memory`. options: for `from_pretrained`.
     """
-    if device.type == "cpu" and not shares:
-        keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory() if keeps_freed else return_freed_memory()
     name = resolve_pretrained(model_args)
     if os.path.isdir(name):
         is_pair = is_seq2seq(model_args, config)
@@ -217,18 +217,6 @@ def _loader_options(model_args: dict[str, Any], config: Any, device: torch.devic
     return options
 
 
-def return_freed_memory() -> None:
-    """Have glibc give large tensors back to the kernel as soon as they are freed: layers that are gathered come and go.
-
-    What `keep_freed_memory` would keep of them came to more than the whole model.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 2**16)  # M_MMAP_MAX
-        mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**20)  # M_TRIM_THRESHOLD
-
-
 def align_weights(model: Any) -> None:
     """Move float32 weights to addresses that are multiples of 64, as torch's own memory is.
 
@@ -246,10 +234,30 @@ def keep_freed_memory() -> None:
 
     Otherwise each large tensor of each forward is mapped again and zeroed page by page: 10% of a run of a small model.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: all from the heap
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+    if libc := _glibc():
+        libc.mallopt(_MMAP_MAX, 0)  # all from the heap
+        libc.mallopt(_TRIM_THRESHOLD, 2**30)
+
+
+def return_freed_memory() -> None:
+    """Have glibc return large tensors to the kernel as soon as they are freed: weights that are gathered come and go.
+
+    What it would keep of them came to more than the whole model.
+    """
+    if libc := _glibc():
+        libc.mallopt(_MMAP_MAX, 2**16)
+        libc.mallopt(_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(_TRIM_THRESHOLD, 2**20)
+        libc.malloc_trim(0)  # what was kept so far
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of <malloc.h>
+
+
+def _glibc() -> Any:
+    """The C library, None where it is another one."""
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def _shared(model_args: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ it asks is that the ranks which share weights run the same number of forwards: l
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import inspect
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -21,21 +23,24 @@ from ddp_eval.engines.hf.lockstep import Lockstep
 from ddp_eval.engines.ops import logprobs
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
-from ddp_eval.system import mapped_files
 
 Result = TypeVar("Result")
 
 
 class ShardedEngine(engine.HFEngine):
-    """A causal model that `fully_shard` has spread over ranks. Made, and used within `together`, on all of them at once."""
+    """A causal model that `fully_shard` has spread over ranks. Made, and used within `together`, on all of them at once.
 
-    def __init__(self, model: Any, world: World, keep_attention: bool = False, whole: Any = None) -> None:
+    root: what `fully_shard` was called on last, where an adapter has put that around the model; else the model itself.
+    """
+
+    def __init__(self, model: Any, world: World, keep_attention: bool = False, whole: Any = None, root: Any = None) -> None:
+        root = model if root is None else root
         self._named = contextlib.ExitStack()
-        self._named.enter_context(_under_its_own_name(model))
-        self._lockstep = Lockstep(model, sharding.Pace(world, sharding.shard_ranks(model)))
-        self._dtype = sharding.compute_dtype(model)
+        self._named.enter_context(_under_its_own_name(root))
+        self._lockstep = Lockstep(model, sharding.Pace(world, sharding.shard_ranks(root)), root)
+        self._dtype = sharding.compute_dtype(root)
         try:
-            super().__init__(model, sharding.device_of(model), keep_attention, whole)
+            super().__init__(model, sharding.device_of(root), keep_attention, whole)
             with self.together():
                 _ = self.splits_head  # which asks the model
         except BaseException:
@@ -83,6 +88,12 @@ class ShardedEngine(engine.HFEngine):
 
 def check_model(whole: Any, ranks: int) -> None:
     """Raise UserError unless the model `whole` (on the meta device) can be sharded layer by layer."""
+    distribute = getattr(whole, "maybe_distribute_model", None)
+    if distribute is None or "mesh_manager" not in inspect.signature(distribute).parameters:
+        raise UserError(
+            f"--layout shard:{ranks} needs transformers 5.20 or newer, which loads weights into shards, and "
+            f"{importlib.metadata.version('transformers')} is installed"
+        )
     if not _layers(whole):
         raise UserError(
             f"--layout shard:{ranks} cannot shard {whole.config.get_text_config().model_type} models: their layers are in no list"
@@ -98,39 +109,32 @@ def _layers(model: Any) -> list[Any]:
 
 def load_sharded_engine(model_args: dict[str, Any], config: Any, world: World) -> ShardedEngine:
     """Load this rank's part of every weight onto its device. Collective. Raises UserError for what cannot be loaded."""
-    from transformers.distributed import DistributedConfig
-
     whole = checkpoint.whole_model(model_args, config)
     check_model(whole, world.ranks_per_shard)
+    from transformers.distributed import DistributedConfig
+
     split = DistributedConfig(fsdp_size=world.ranks_per_shard, dp_replicate_size=world.world_size // world.ranks_per_shard)
-    if world.device.type == "cpu":
-        checkpoint.return_freed_memory()
-    source = _sharding_class(type(whole))
-    with _owning_shards():
-        model = checkpoint.load_weights(model_args, config, world.device, source, shares=True, distributed_config=split)
+    with _reading_rows():
+        model = checkpoint.load_weights(
+            model_args, config, world.device, _sharding_class(type(whole)), keeps_freed=False, distributed_config=split
+        )
+    model.requires_grad_(False)  # of weights that are trained together, `fully_shard` wants one dtype
     return ShardedEngine(model, world, keep_attention="attn_implementation" in model_args, whole=whole)
 
 
 @contextlib.contextmanager
-def _owning_shards() -> Iterator[None]:
-    """Have transformers' loader copy the rows that it takes of a mapped file, and give the file's pages back at once.
+def _reading_rows() -> Iterator[None]:
+    """Have transformers' loader read the rows that it takes of a weight, instead of mapping all files and keeping views of them.
 
-    Otherwise every shard stays a view of its whole weight's file, and the memory of all files is held until the last one is read.
+    Pages of a mapped file count as memory of the rank as long as it has a view of any of them: more than the whole model.
     """
-    from transformers.distributed.sharding_utils import DtensorShardOperation
+    from transformers import modeling_utils
 
-    take = DtensorShardOperation.shard_tensor
+    def open_to_read(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **{**kwargs, "backend": "pread"})
 
-    def take_and_own(operation: Any, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        part: torch.Tensor | None = take(operation, *args, **kwargs)
-        if part is None or part.device.type != "cpu" or part.untyped_storage().nbytes() == part.nbytes:
-            return part
-        own = part.clone()
-        if part.is_contiguous():
-            mapped_files.drop_pages(part.data_ptr(), part.nbytes)
-        return own
-
-    with unittest.mock.patch.object(DtensorShardOperation, "shard_tensor", take_and_own):
+    own = modeling_utils.safe_open
+    with unittest.mock.patch.object(modeling_utils, "safe_open", open_to_read):
         yield
 
 

@@ -101,6 +101,7 @@ def answer(
                 stopping_criteria=StoppingCriteriaList([stop]),
                 pad_token_id=pad,
                 use_cache=True,
+                synced_gpus=False,  # ranks that share weights keep pace by themselves: engines/hf/lockstep.py
                 **_greedy_or_not(settings.options),
             )
         except (AttributeError, NotImplementedError, TypeError, ValueError, IndexError) as error:

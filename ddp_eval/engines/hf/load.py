@@ -35,16 +35,16 @@ def load_whole(config: Config, model_config: Any, world: World) -> engine.HFEngi
     return engine.load_engine(model_args, model_config, world.device)
 
 
-def wrap_model(model: Any, world: World) -> engine.HFEngine | Seq2SeqEngine:
+def wrap_model(model: Any, world: World, root: Any = None) -> engine.HFEngine | Seq2SeqEngine:
     """The engine of a model that is loaded already. To be closed, which gives the model back as it came.
 
-    Collective where `fully_shard` has spread the model over ranks.
+    root: see `fully_sharded.ShardedEngine`. Collective where `fully_shard` has spread the model over ranks.
     """
     device = world.device
     if sharding.is_sharded(model):
         from ddp_eval.engines.hf.fully_sharded import ShardedEngine
 
-        return ShardedEngine(model, world)
+        return ShardedEngine(model, world, root=root)
     if checkpoint.is_seq2seq({}, model.config):
         from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 

@@ -28,21 +28,23 @@ Result = TypeVar("Result")
 class Lockstep:
     """Installed on a sharded model until `close`, which leaves it as it was, with all weights sharded.
 
+    root: what gathers the rest of the weights: the model itself, or what an adapter has put around it. It is called once a step.
     own_forward: the model's, without hooks: to be called within a step.
     """
 
-    def __init__(self, model: Any, pace: Pace) -> None:
+    def __init__(self, model: Any, pace: Pace, root: Any = None) -> None:
         self._model, self._pace = model, pace
+        self._root = model if root is None else root
         self.own_forward: Callable[..., Any] = model.forward
-        self._modules = sharding.sharded_modules(model)
+        self._modules = sharding.sharded_modules(self._root)
         # Until a forward has shown the order in which they are called, that in which they are defined.
-        self._order = [module for module in self._modules if module is not model]
+        self._order = [module for module in self._modules if module is not self._root]
         self._is_known = False
         self._entered: list[Any] = []
         self._open: list[Any] = []
         self._kept: set[int] = set()
         self._keeping = sharding.Kept()
-        self._is_stepping = self._is_skipping = self._in_head = self._is_paced = False
+        self._is_stepping = self._is_skipping = self._in_head = self._is_paced = self._has_begun = False
         self._compute: Callable[[], None] | None = None
         self._past: sharding.ForwardOrder | None = None
         self._undo = contextlib.ExitStack()
@@ -59,9 +61,15 @@ class Lockstep:
         if self._is_stepping:
             return compute()
         results: list[Result] = []
-        self._compute = lambda: results.append(compute())
+        self._compute, self._has_begun = lambda: results.append(compute()), False
         try:
-            self._model()
+            self._root()
+        except LostContact:
+            raise
+        except Exception:
+            if not self._has_begun and not self._is_paced:  # it could not gather the root's weights, which the others wait for
+                self._idle()
+            raise
         finally:
             self._compute = None
         return results[0]
@@ -99,11 +107,18 @@ class Lockstep:
             return self._forward(*args, **kwargs)
 
         for module in self._modules:
-            if module is not self._model:
+            if module is not self._root:
                 undo.callback(module.register_forward_pre_hook(functools.partial(self._enter), prepend=True).remove)
                 undo.callback(module.register_forward_hook(functools.partial(self._leave)).remove)
-        undo.callback(self._model.register_forward_pre_hook(self._begin, prepend=True).remove)
-        undo.enter_context(unittest.mock.patch.object(self._model, "forward", forward))
+        undo.callback(self._root.register_forward_pre_hook(self._begin, prepend=True).remove)
+        undo.enter_context(unittest.mock.patch.object(self._root, "forward", forward))
+        if self._model is not self._root:
+
+            @functools.wraps(self.own_forward)
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                return self.run(functools.partial(self.own_forward, *args, **kwargs))
+
+            undo.enter_context(unittest.mock.patch.object(self._model, "forward", inner))
 
     def _begin(self, module: Any, args: Any) -> None:
         """Before the model itself is called, and before FSDP gathers what belongs to it."""
@@ -111,7 +126,8 @@ class Lockstep:
             return
         if not self._is_paced:
             self._pace.agree(RUNS)
-        self._past = sharding.ForwardOrder(self._model)
+        sharding.forget_unfinished(self._root)
+        self._past = sharding.ForwardOrder(self._root)
         if module in self._modules:
             self._pace.note_gather(module)
 
@@ -121,7 +137,7 @@ class Lockstep:
         if self._is_stepping:
             return self.own_forward(*args, **kwargs)
         compute = self._compute or functools.partial(self.own_forward, *args, **kwargs)
-        self._is_stepping = True
+        self._is_stepping = self._has_begun = True
         self._entered, self._open = [], []
         try:
             result = compute()
@@ -132,7 +148,7 @@ class Lockstep:
             raise
         except Exception:
             self._complete()
-            self._skip(self._model)
+            self._skip(self._root)
             raise
         finally:
             self._is_stepping = False
@@ -165,7 +181,7 @@ class Lockstep:
         """Call a module for FSDP's hooks alone: weights are gathered, nothing is computed, they are freed."""
         self._is_skipping = True
         try:
-            if module is self._model:
+            if module is self._root:
                 module()
                 return
             with unittest.mock.patch.object(module, "forward", lambda *args, **kwargs: None):
@@ -189,5 +205,6 @@ class Lockstep:
             self._open.pop()
 
     def _reshard(self) -> None:
+        sharding.forget_unfinished(self._root)
         for module in self._modules:
             module.reshard()

@@ -5,6 +5,7 @@ Rank R writes to DIRECTORY/R.json: losses and final weights of both loops, and t
 
 import contextlib
 import gc
+import itertools
 import json
 import sys
 import time
@@ -18,6 +19,8 @@ import sharded_main
 import tiny_models
 import torch
 import torch.distributed as dist
+from places import GENERATION_TASKS
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 import ddp_eval
 from ddp_eval.engines.hf.fully_sharded import ShardedEngine
@@ -27,6 +30,11 @@ TASKS = ["demo_hellaswag", "demo_lambada"]
 
 def evaluate(model: Any, tokenizer: Any, **options: Any) -> dict[str, Any] | None:
     return ddp_eval.evaluate(model, tokenizer, TASKS, limit=2, **options)
+
+
+def generate(model: Any, tokenizer: Any, **options: Any) -> dict[str, Any] | None:
+    tasks = sharded_main.TEXTS[:2]
+    return ddp_eval.evaluate(model, tokenizer, tasks, limit=4, include_path=str(GENERATION_TASKS), **options)
 
 
 def train(steps: int, evaluate_at: Sequence[int], tokenizer: Any) -> tuple[list[float], list[list[float]]]:
@@ -49,36 +57,55 @@ def train(steps: int, evaluate_at: Sequence[int], tokenizer: Any) -> tuple[list[
 
 
 @contextlib.contextmanager
-def failing(rank: int, make_error: Callable[[], Exception], times: int = 1) -> Iterator[None]:
-    """The rank's first layers of some packs raise in the middle of the forward."""
-    left = [times]
-    launch = ShardedEngine.launch
+def failing(rank: int, make_error: Callable[[], Exception], work: str, gathers: int) -> Iterator[None]:
+    """One forward of the rank fails in the middle.
 
-    def launch_and_fail(engine: ShardedEngine, pack: Any) -> Any:
-        if dist.get_rank() == rank and left[0] and not engine.is_probe:
-            left[0] -= 1
-            layer = engine.model.model.layers[0]
-            own = layer.forward
+    work: the engine's method that does it, `launch` or `generate`. gathers: after how many gathered modules, the root among them:
+    at the gathering itself; with 0 the first layer raises.
+    """
+    is_left = [True]
+    do = getattr(ShardedEngine, work)
 
-            def broken(*args: Any, **kwargs: Any) -> None:
-                layer.forward = own
-                raise make_error()
+    def do_and_fail(engine: ShardedEngine, *args: Any) -> Any:
+        if dist.get_rank() == rank and is_left[0] and not engine.is_probe:
+            is_left[0] = False
+            fail_once(engine.model.model.layers[0], "forward", 1, make_error) if not gathers else fail_once(
+                _fsdp_param_group, "foreach_all_gather", gathers, make_error
+            )
+        return do(engine, *args)
 
-            layer.forward = broken
-        return launch(engine, pack)
-
-    with unittest.mock.patch.object(ShardedEngine, "launch", launch_and_fail):
+    with unittest.mock.patch.object(ShardedEngine, work, do_and_fail):
         yield
 
 
-def failure(model: Any, tokenizer: Any, rank: int, make_error: Callable[[], Exception]) -> tuple[Any, float]:
+def fail_once(owner: Any, name: str, number: int, make_error: Callable[[], Exception]) -> None:
+    """The call of this number from now on raises."""
+    own, calls = getattr(owner, name), itertools.count(1)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) < number:
+            return own(*args, **kwargs)
+        setattr(owner, name, own)
+        raise make_error()
+
+    setattr(owner, name, broken)
+
+
+def failure(
+    model: Any, tokenizer: Any, rank: int, make_error: Callable[[], Exception], work: str = "launch", gathers: int = 0
+) -> tuple[Any, float]:
+    """The answers, or the error, and how long it took."""
     started = time.monotonic()
     try:
-        with failing(rank, make_error):
-            results = evaluate(model, tokenizer, log_samples=True)
+        with failing(rank, make_error, work, gathers):
+            results = (generate if work == "generate" else evaluate)(model, tokenizer, log_samples=True)
     except Exception as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - started
     return sharded_main.answers(results), time.monotonic() - started
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory")
 
 
 def main() -> None:
@@ -88,13 +115,19 @@ def main() -> None:
     model = sharded_main.make_model("llama", torch.float32)
     sharded_main.shard(model, "root", torch.float32)
     usual = sharded_main.answers(evaluate(model, tokenizer, log_samples=True))
+    texts = sharded_main.answers(generate(model, tokenizer, log_samples=True))
     found = {
         "losses": [plain[0], evaluated[0]],
         "same weights": plain[1] == evaluated[1],
         "usual": usual,
-        "memory": failure(model, tokenizer, 1, lambda: torch.OutOfMemoryError("CUDA out of memory")),
+        "texts": texts,
+        "memory": failure(model, tokenizer, 1, out_of_memory),
+        "memory for the root's weights": failure(model, tokenizer, 1, out_of_memory, gathers=1),
+        "memory for a layer's weights": failure(model, tokenizer, 0, out_of_memory, gathers=3),
+        "memory for texts": failure(model, tokenizer, 1, out_of_memory, "generate"),
         "bug": failure(model, tokenizer, 1, lambda: ValueError("a bug")),
         "bug on the leader": failure(model, tokenizer, 0, lambda: ValueError("a bug")),
+        "bug in texts": failure(model, tokenizer, 1, lambda: ValueError("a bug"), "generate"),
         "afterwards": sharded_main.answers(evaluate(model, tokenizer, log_samples=True)),
     }
     (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(found))

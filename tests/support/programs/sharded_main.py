@@ -1,6 +1,6 @@
 """What `test_sharded.py` runs: `ddp_eval.evaluate` on models that `fully_shard` has spread over all ranks, in many ways.
 
-    sharded_main.py DIRECTORY CASE...       a case: kind/way/dtype
+    sharded_main.py DIRECTORY CASE...       a case: kind/way/dtype, or refused/way
 
 Rank R writes what it saw to DIRECTORY/R.json, by case: the answers on the sharded model, those of the whole model on rank 0
 alone, and what an evaluation has changed.
@@ -17,11 +17,13 @@ import quick_main  # noqa: F401  spares the leader the index of lm_eval's own ta
 import tiny_models
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from places import GENERATION_TASKS
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 
 import ddp_eval
 
 TASKS = ["demo_hellaswag", "demo_lambada"]
+TEXTS = ["gen_boolean", "gen_drawn", "gen_story"]
 
 
 def make_model(kind: str, dtype: torch.dtype) -> Any:
@@ -34,7 +36,18 @@ def make_model(kind: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def adapt(model: Any) -> Any:
+    """The model in peft's wrapper, with a LoRA adapter that changes its answers."""
+    import peft
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"]))
+
+
 def layers_of(model: Any) -> list[Any]:
+    if type(model).__module__.startswith("peft."):
+        return layers_of(model.get_base_model())
     return list(model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers)
 
 
@@ -59,6 +72,8 @@ def shard(model: Any, way: str, dtype: torch.dtype) -> Any:
     if way == "grouped":
         fully_shard([model.base_model.norm, model.get_output_embeddings()], **options)
         fully_shard(model.get_input_embeddings(), **options)
+    if way == "tied":  # as accelerate does it
+        fully_shard([model.base_model.norm, model.get_input_embeddings(), model.get_output_embeddings()], **options)
     if way == "parts":
         fully_shard(model.base_model, **options)
         fully_shard(model.get_output_embeddings(), **options)
@@ -101,32 +116,55 @@ def train_one_step(model: Any) -> None:
     model(input_ids=tokens, labels=tokens).loss.backward()
 
 
-def run_case(case: str, tokenizer: Any, wholes: dict[tuple[str, str], Any], alone: Any) -> dict[str, Any]:
-    """wholes: what is known of whole models, by kind and dtype; more are made on ranks that are in the group `alone`."""
-    kind, way, dtype_name = case.split("/")
-    dtype = getattr(torch, dtype_name)
-    if alone is not None and (kind, dtype_name) not in wholes:
-        found = ddp_eval.evaluate(make_model(kind, dtype), tokenizer, TASKS, group=alone, limit=3, log_samples=True)
-        wholes[kind, dtype_name] = answers(found)
-    model = make_model(kind, torch.float32 if way == "policy" else dtype)
+def run_refused(way: str, tokenizer: Any) -> str | None:
+    """The error of a model that `evaluate` does not serve."""
+    model = make_model("t5" if way == "pair" else "llama", torch.float32)
+    if way == "pair":
+        called = fully_shard(model)
+    elif way == "fsdp1":
+        called = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    try:
+        ddp_eval.evaluate(called, tokenizer, TASKS, limit=1)
+    except ddp_eval.UserError as error:
+        return str(error)
+    return None
+
+
+def run_case(case: str, tokenizer: Any, wholes: dict[tuple[str, str, str], Any], alone: Any) -> Any:
+    """wholes: what is known of whole models, by kind, dtype and work; more are made on ranks that are in the group `alone`."""
+    kind, way, *dtype_name = case.split("/")
+    if kind == "refused":
+        return run_refused(way, tokenizer)
+    dtype, work = getattr(torch, dtype_name[0]), way if way in ("texts", "single", "adapter") else ""
+    tasks, options = TASKS, {"limit": 3, "log_samples": True}
+    if work == "texts":
+        tasks, options = TEXTS, {**options, "include_path": str(GENERATION_TASKS)}
+    elif work == "single":  # by the model's own `generate`
+        beams = {"limit": 2, "gen_kwargs": "num_beams=2,max_gen_toks=6", "include_path": str(GENERATION_TASKS)}
+        tasks, options = TEXTS[:1], {**options, **beams}
+    put = adapt if work == "adapter" else lambda model: model
+    key = kind, dtype_name[0], work
+    if alone is not None and key not in wholes:
+        wholes[key] = answers(ddp_eval.evaluate(put(make_model(kind, dtype)), tokenizer, tasks, group=alone, **options))
+    model = put(make_model(kind, torch.float32 if way == "policy" else dtype))
     called = shard(model, way, dtype)
     model.train()
     before_first = way in ("freed", "kept")
     if not before_first:
         train_one_step(called)
     before = copy.deepcopy(state_of(model))
-    many = answers(ddp_eval.evaluate(called, tokenizer, TASKS, limit=3, log_samples=True))
+    many = answers(ddp_eval.evaluate(called, tokenizer, tasks, **options))
     after = state_of(model)
     train_one_step(called)
     changed = [name for name in before if before[name] != after[name] and not (before_first and name == "sharded")]
-    return {"whole": wholes.get((kind, dtype_name)), "many": many, "changed": changed}
+    return {"whole": wholes.get(key), "many": many, "changed": changed}
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     alone = dist.new_group([0])
     tokenizer = tiny_models.make_tokenizer(model_max_length=2048)
-    wholes: dict[tuple[str, str], Any] = {}
+    wholes: dict[tuple[str, str, str], Any] = {}
     found = {case: run_case(case, tokenizer, wholes, alone if dist.get_rank() == 0 else None) for case in sys.argv[2:]}
     (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     gc.collect()

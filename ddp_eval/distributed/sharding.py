@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ def shard(model: Any, layers: list[Any], mesh: Any) -> None:
 
     for part in (*layers, model):
         fully_shard(part, mesh=mesh)
+    check_torch(model)
 
 
 def is_fsdp_module(module: Any) -> bool:
@@ -59,6 +61,25 @@ def own_class(model: Any) -> type:
     return cls.__mro__[2] if issubclass(cls, FSDPModule) else cls
 
 
+# What is read here of FSDP's own objects, which torch promises to nobody. Tried with torch 2.8 and 2.13.
+_OF_STATE = ("_device", "_mp_policy", "_comm_ctx", "_modules_to_run_forward")
+_OF_GROUP = ("fsdp_params", "mesh_info", "post_forward_mesh_info", "_post_forward_indices", "is_sharded")
+
+
+def check_torch(model: Any) -> None:
+    """Raise UserError for a sharded model of a torch whose FSDP is another one than this module knows."""
+    try:
+        for state in _states(model):
+            operator.attrgetter(*_OF_STATE)(state)
+            for group in _groups(state):
+                operator.attrgetter(*_OF_GROUP)(group)
+    except AttributeError as error:
+        raise UserError(
+            f"sharded models need a torch from 2.8 to 2.13, and the FSDP of torch {torch.__version__} is another one ({error}): "
+            "use one of those, or pass a whole copy on every rank"
+        ) from None
+
+
 def check_kind(model: Any) -> None:
     """Raise UserError for a model whose weights lie over ranks otherwise than by `fully_shard`."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -68,6 +89,7 @@ def check_kind(model: Any) -> None:
             "the model is wrapped in FullyShardedDataParallel (FSDP1), which evaluate does not serve: shard it with fully_shard "
             "(FSDP2; fsdp_version=2 in accelerate and Trainer), or pass a whole copy on every rank"
         )
+    check_torch(model)
     managed = {id(weight) for state in _states(model) for group in _groups(state) for weight in _weights(group)}
     for name, weight in model.named_parameters():
         if hasattr(weight, "placements") and id(weight) not in managed:
@@ -194,6 +216,10 @@ class Pace:
         if len(ranks) > 1:
             timeout = datetime.timedelta(seconds=group_timeout_s()) if world.borrowed else LEADER_TIMEOUT
             self._group = new_group(ranks, timeout, f"pace/{world.call or next(_paces)}/{ranks[0]}")
+
+    @property
+    def rank(self) -> int:
+        return self._world.rank
 
     def close(self) -> None:
         group, self._group = self._group, None

@@ -101,16 +101,13 @@ def _across_nodes(candidate: Candidate) -> bool:
 def fewest_local(kind: str, candidates: list[Candidate], ranks_per_node: int) -> Candidate:
     """A layout of this kind over as few ranks of a node as will hold the model; a whole copy where one will do.
 
-    With layers, what lm_eval's parallelize=True does.
+    With layers, what lm_eval's parallelize=True does: where they cannot be split so that they fit, they are sharded, whose
+    numbers are the same, and whose time is at best that of a split.
     """
-    local = [
-        candidate
-        for candidate in candidates
-        if candidate.impossible is None
-        and candidate.layout.kind in (*layouts.WHOLE_KINDS, kind)
-        and candidate.layout.is_local(ranks_per_node)
-    ]
-    return next((candidate for candidate in local if candidate.fits), local[-1])
+    local = [one for one in candidates if one.impossible is None and one.layout.is_local(ranks_per_node)]
+    own = [one for one in local if one.layout.kind in (*layouts.WHOLE_KINDS, kind)]
+    instead = [one for one in local if one.layout.kind == layouts.SHARD] if kind == layouts.LAYERS else []
+    return next((one for one in (*own, *instead) if one.fits), own[-1])
 
 
 def say_memory(candidate: Candidate) -> str:
@@ -160,7 +157,7 @@ def check_texts(config: Config, layout: Layout | None, generating: str) -> None:
     if layout is not None and not kind_of(layout).serves_generation:
         raise UserError(
             f"the task {generating} generates text, which --layout {layout} does not serve: give --layout "
-            "replicas, or --layout tensor:K for a model that is too large for one rank"
+            "replicas, or --layout shard:K for a model that is too large for one rank"
         )
     if config.layout == layouts.MEASURE:
         raise UserError(f"--layout measure is for tasks that score, and {generating} generates text: name a layout")

@@ -214,9 +214,10 @@ def test_only_whole_copies_serve_them(tiny_model_path: Callable[[str], Path]) ->
     model_args = {"pretrained": str(tiny_model_path("llama"))}
     model_config = checkpoint.load_config(model_args)
     for more, what in (({"peft": "a"}, "a model with an adapter"), ({"load_in_8bit": True}, "quantised weights")):
-        config = Config(model_args={**model_args, **more}, layout="tensor:2")
-        with pytest.raises(UserError, match=f"--layout tensor:2 cannot split {what}: give --layout replicas"):
-            choose_layout(config, model_config, world)
+        for layout in ("tensor:2", "shard:2"):
+            config = Config(model_args={**model_args, **more}, layout=layout)
+            with pytest.raises(UserError, match=f"--layout {layout} cannot split {what}: give --layout replicas"):
+                choose_layout(config, model_config, world)
         with pytest.raises(UserError, match=f"--layout measure is not for {what}"):
             choose_layout(Config(model_args={**model_args, **more}, layout="measure"), model_config, world)
         with pytest.raises(UserError, match=f"model_args {next(iter(more))} is not for --model vllm"):

@@ -217,6 +217,7 @@ def test_what_serves_no_encoder_decoder() -> None:
     world, args = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2), {"pretrained": "m"}
     refused: list[tuple[dict[str, Any], str]] = [
         ({"layout": "layers:2"}, "--layout layers:2 cannot split an encoder-decoder: give --layout replicas"),
+        ({"layout": "shard:2"}, "--layout shard:2 cannot split an encoder-decoder: give --layout replicas"),
         ({"load": "broadcast"}, "--load broadcast cannot send an encoder-decoder: give --load disk"),
         ({"model": "vllm"}, "encoder-decoders are not for --model vllm: give --model hf"),
     ]

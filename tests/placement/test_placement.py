@@ -294,6 +294,11 @@ def test_seconds_by_hand():
     across = choose.Candidate(Layout(LAYERS, 2), prediction=one)
     too_large = choose.Candidate(WHOLE_COPIES, spare=-1, prediction=one)
     assert fewest_local(LAYERS, [too_large, across, within], 3) == within
+    sharded = [choose.Candidate(Layout(SHARD, ranks), spare=spare, prediction=one) for ranks, spare in ((2, -1), (4, 1))]
+    no_split = choose.Candidate(Layout(LAYERS, 4), impossible="a model of another kind")
+    assert fewest_local(LAYERS, [too_large, within, *sharded], 12) == within, "what was asked for comes first"
+    assert fewest_local(LAYERS, [too_large, no_split, *sharded], 12) == sharded[1], "the same numbers where nothing else fits"
+    assert fewest_local(TENSOR, [too_large, *sharded], 12) == too_large, "whose numbers are others"
 
 
 def test_memory_is_read():
@@ -426,8 +431,9 @@ def test_quantised_weights_are_left_alone(tiny_model_path):
     model_config.quantization_config = {"quant_method": "gptq", "bits": 4}
     world = World(0, 0, 2, torch.device("cpu"), ranks_per_node=2)
     assert choose.choose_layout(Config(model_args=model_args), model_config, world)[0] == WHOLE_COPIES
-    with pytest.raises(UserError, match="--layout layers:2 cannot split quantised weights: give --layout replicas"):
-        choose.choose_layout(Config(model_args=model_args, layout="layers:2"), model_config, world)
+    for layout in ("layers:2", "shard:2"):
+        with pytest.raises(UserError, match=f"--layout {layout} cannot split quantised weights: give --layout replicas"):
+            choose.choose_layout(Config(model_args=model_args, layout=layout), model_config, world)
     with pytest.raises(UserError, match="--load broadcast sends whole copies of a hf model, and this is layers:2"):
         del model_config.quantization_config
         choose.choose_layout(Config(model_args=model_args, layout="layers:2", load="broadcast"), model_config, world)

@@ -9,6 +9,8 @@ import time
 import pytest
 import tiny_models
 import tolerance
+import torch
+import transformers
 from launch import QUICK, launch, launching, wait_for
 from places import PROGRAMS
 
@@ -96,6 +98,24 @@ def test_sharded_weights_give_the_bits_of_one_rank(ranks, layout, kind, run):
     reports = json.loads((many[0] / write.TELEMETRY).read_text())["ranks"]
     assert all(report["counts"]["packs"] for report in reports), "every rank runs packs of its own"
     assert all(report["collectives"]["all_gather (weights)"]["received_bytes"] for report in reports)
+
+
+@pytest.mark.slow
+def test_weights_of_two_dtypes_are_sharded(tmp_path):
+    """Catches FSDP's refusal of layers whose weights are of two dtypes: routers that stay in float32 in a bfloat16 model."""
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
+    config = transformers.Ernie4_5_MoeConfig(**tiny_models._SHAPE, **experts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_models.make_tokenizer(model_max_length=2048).save_pretrained(tmp_path / "model")
+    outcomes = []
+    for ranks, layout in ((0, "replicas"), (2, "shard:2")):
+        place = tmp_path / str(ranks)
+        flags = shlex.split(f"--model_args pretrained={tmp_path / 'model'} {TASKS} --layout {layout} --output_path {place}")
+        outcomes.append((place, launch(ranks, *flags, program=QUICK, timeout_s=280)))
+    one, many = map(score_bytes, outcomes)
+    assert one == many
 
 
 def test_unfinished_work_goes_on_sharded(run, tmp_path):

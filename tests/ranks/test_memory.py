@@ -50,7 +50,7 @@ def test_a_model_larger_than_a_rank(tmp_path):
             {rank: int((peaks / str(rank)).read_text()) for rank in range(max(ranks, 1)) if (peaks / str(rank)).exists()},
         )
 
-    cap = int(0.93 * whole)  # the leader's imports alone map 1.6 GB, most of it never touched
+    cap = int(0.99 * whole)  # the leader's imports alone map 1.6 GB, most of it never touched
     alone, _, _ = run(1, "replicas", cap)
     assert alone.returncode != 0 and "memory" in alone.stderr, "the cap is below the weights"
     uncapped, one, peak = run(1, "replicas", 0)

@@ -21,6 +21,7 @@ from ddp_eval.distributed import sharding
 from ddp_eval.distributed.contact import naming_lost_ranks
 from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.sharding import DONE, FAILED, RUNS, Pace
+from ddp_eval.errors import one_line
 
 Result = TypeVar("Result")
 
@@ -66,13 +67,21 @@ class Lockstep:
             self._root()
         except LostContact:
             raise
-        except Exception:
-            if not self._has_begun and not self._is_paced:  # it could not gather the root's weights, which the others wait for
-                self._idle()
+        except Exception as error:
+            if not self._has_begun:
+                self._rejoin(error)
             raise
         finally:
             self._compute = None
         return results[0]
+
+    def _rejoin(self, error: Exception) -> None:
+        """Gather the root's weights again, which failed here and the others wait for. Raises LostContact if it fails again."""
+        if self._is_paced:
+            raise LostContact(
+                f"rank {self._pace.rank} cannot gather the weights that its shard group waits for: {one_line(error)}"
+            ) from error
+        self._idle()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -211,7 +211,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}, "text_config": {"rope_scaling_layers": [0, 1]}},
     "mistral4": {"head_dim": 2 * HEAD_DIM, "qk_head_dim": 2 * HEAD_DIM},
     "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": _ROPE_OF_8}},
-    "xlstm": {"embedding_dim": HIDDEN, "num_blocks": LAYERS},
+    "xlstm": {"hidden_size": 2 * HIDDEN, "embedding_dim": 2 * HIDDEN, "num_blocks": LAYERS},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
     "step3p7": {
         "text_config": {
             "layer_types": _SLIDING_AND_FULL,
@@ -220,7 +221,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
     "nemotron": {"num_key_value_heads": KV_HEADS},
-    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "blt": {
+        "vocab_size": VOCAB_SIZE,
+        "encoder_hash_byte_group_vocab": 100,
+        "encoder_config": {"vocab_size": VOCAB_SIZE, "hidden_size_global": HIDDEN},
+        "decoder_config": {"vocab_size": VOCAB_SIZE, "hidden_size_global": HIDDEN},
+        "patcher_config": {"vocab_size": VOCAB_SIZE},
+    },
+    "rwkv": {"attention_hidden_size": HIDDEN},
     "dots3_note_text": _DOTS_3,
     "gemma4": {"text_config": _GEMMA_4},
     "gemma4_text": _GEMMA_4,
@@ -238,7 +246,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "marian": {"decoder_start_token_id": 1},
-    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
+    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM, "hybrid_layer_ids": DROP},
     "zamba": {
         "attention_hidden_size": 2 * HIDDEN,
         "attention_head_dim": 2 * HEAD_DIM,
@@ -246,7 +254,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
     },
     "chameleon": {"vocabulary_map": {"<image>": 5}},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [32, 64]},
+    "reformer": {"is_decoder": True, "hash_seed": 0, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [32, 64]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "glm46v": {"text_config": {"rope_parameters": _ROPE_OF_8}},
     "glmga": {"text_config": {"rope_parameters": _ROPE_OF_8}},

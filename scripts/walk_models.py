@@ -64,6 +64,7 @@ class Outcome:
 
     verdict: right, wrong, traceback (of ours), refused, lm_eval fails, both fail, not built, no answer.
     mode: packs, padded rows, ...
+    lm_eval_error, texts_error: what lm_eval raised over all, or when it generated.
     is_causal: whether what follows a token changes what the model says at it; None where lm_eval does not run it causally.
     code: a digest of this package's modules.
     """
@@ -75,6 +76,7 @@ class Outcome:
     texts_equal: bool | None = None
     why: str = ""
     lm_eval_error: str = ""
+    texts_error: str = ""
     is_causal: bool | None = None
     elapsed_s: float = 0.0
     code: str = ""
@@ -83,7 +85,8 @@ class Outcome:
     def naming(self, directory: str) -> Iterator[None]:
         """Give the directory of the checkpoint one name in what either side raises in the block."""
         yield
-        self.why, self.lm_eval_error = (text.replace(directory, "CHECKPOINT") for text in (self.why, self.lm_eval_error))
+        for field in ("why", "lm_eval_error", "texts_error"):
+            setattr(self, field, getattr(self, field).replace(directory, "CHECKPOINT"))
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:
@@ -154,13 +157,20 @@ def make_checkpoint(model_type: str, directory: str) -> Any:
 
 
 class Answers:
-    """Log-probabilities in nats, whether greedy, and texts."""
+    """Log-probabilities in nats, and texts; or none, where the model scores but cannot generate, and what was raised.
 
-    def __init__(self, lm: Any) -> None:
+    understood: the exceptions that say so.
+    """
+
+    def __init__(self, lm: Any, understood: type[Exception]) -> None:
         scored = lm.loglikelihood(instances("loglikelihood", scored_requests()), disable_tqdm=True)
         self.nats = [value for value, _ in scored]
-        self.greedy = [flag for _, flag in scored]
-        self.texts = lm.generate_until(instances("generate_until", text_requests()), disable_tqdm=True)
+        self.texts: list[str] | None = None
+        self.no_texts = ""
+        try:
+            self.texts = lm.generate_until(instances("generate_until", text_requests()), disable_tqdm=True)
+        except understood as error:
+            self.no_texts = str(error) if isinstance(error, UserError) else describe(error)
 
 
 def by_lm_eval(model_type: str, config: Any, directory: str) -> tuple[Answers, Any]:
@@ -175,7 +185,7 @@ def by_lm_eval(model_type: str, config: Any, directory: str) -> tuple[Answers, A
         if source is transformers.AutoModelForMultimodalLM:
             given["backend"] = "causal"
     lm = HFLM(batch_size=1, device="cpu", **given)
-    return Answers(lm), lm.model
+    return Answers(lm, Exception), lm.model
 
 
 def sees_no_future(model: Any) -> bool:
@@ -209,7 +219,7 @@ def by_ddp_eval(model_type: str, directory: str, outcome: Outcome) -> Answers:
         unittest.mock.patch.object(leader, "plan_work", watch),
         DDPEvalLM(pretrained=directory, dtype="float32", device="cpu", **MORE_ARGS.get(model_type, {})) as lm,
     ):
-        return Answers(lm)
+        return Answers(lm, UserError)
 
 
 def walk_one(model_type: str) -> Outcome:
@@ -247,13 +257,20 @@ def walk_one(model_type: str) -> Outcome:
 def compare(ours: Answers, theirs: Answers, outcome: Outcome, model: Any, tokenizer: Any) -> None:
     drift = [abs(mine - other) for mine, other in zip(ours.nats, theirs.nats, strict=True)]
     outcome.largest_nats = max(drift)
-    prompts = [context for context, _ in text_requests()]
-    outcome.texts_equal = all(
-        mine == other or is_tie(prompt, mine, other, model, tokenizer)
-        for prompt, mine, other in zip(prompts, ours.texts, theirs.texts, strict=True)
-    )
-    right = outcome.largest_nats <= RIGHT_NATS and outcome.texts_equal
-    outcome.verdict = "right" if right else "wrong"
+    is_right = outcome.largest_nats <= RIGHT_NATS
+    if ours.texts is not None and theirs.texts is not None:
+        prompts = [context for context, _ in text_requests()]
+        outcome.texts_equal = all(
+            mine == other or is_tie(prompt, mine, other, model, tokenizer)
+            for prompt, mine, other in zip(prompts, ours.texts, theirs.texts, strict=True)
+        )
+        is_right &= outcome.texts_equal
+    if ours.texts is None:
+        outcome.generation = ""
+        outcome.why = "; ".join(filter(None, (outcome.why, ours.no_texts)))
+        is_right &= theirs.texts is None  # else it generates there
+    outcome.texts_error = theirs.no_texts
+    outcome.verdict = "right" if is_right else "wrong"
 
 
 def is_tie(prompt: str, mine: str, other: str, model: Any, tokenizer: Any) -> bool:
@@ -340,7 +357,8 @@ def write_report(found: dict[str, dict[str, Any]], path: Path) -> None:
     for name, one in sorted(found.items()):
         nats = "" if one["largest_nats"] is None else f"{one['largest_nats']:.1e}"
         texts = {True: "yes", False: "no", None: ""}[one["texts_equal"]]
-        why = "; ".join(text for text in (one["why"], one["lm_eval_error"] and f"lm_eval: {one['lm_eval_error']}") if text)
+        theirs = one["lm_eval_error"] or one.get("texts_error")
+        why = "; ".join(text for text in (one["why"], theirs and f"lm_eval: {theirs}") if text)
         cells = (name, one["verdict"], one["mode"], one["generation"], nats, texts, why.replace("|", "/"))
         lines.append("| " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

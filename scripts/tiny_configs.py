@@ -181,7 +181,7 @@ _DOTS_3 = {
 }
 _ROPE_OF_8 = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _ROPE_OF_4 = {**_ROPE_OF_8, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
-_COMPASS_ROPE = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in _SLIDING_AND_FULL}
+_ROPE_BY_KIND = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in _SLIDING_AND_FULL}
 _QWEN_4 = {
     "layer_types": ["linear_attention", "indexed_attention"],
     "indexer_n_heads": 16,
@@ -196,8 +196,39 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_HYBRID, "attn_layer_indices": [1]},
     "granitemoehybrid": {**_HYBRID, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "jamba": {**_UP_TO_THREE, "attn_layer_period": 3, "attn_layer_offset": 1},
-    "cohere_compass_text": {"layer_types": _SLIDING_AND_FULL, "rope_parameters": {**_COMPASS_ROPE, "_whole": True}},
-    "dots3_note": {"text_config": _DOTS_3},
+    "cohere_compass_text": {"layer_types": _SLIDING_AND_FULL, "rope_parameters": {**_ROPE_BY_KIND, "_whole": True}},
+    "dots3_note": {
+        "text_config": _DOTS_3,
+        "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_output_size": HIDDEN},
+    },
+    "cohere_compass": {"text_config": {"layer_types": _SLIDING_AND_FULL, "rope_parameters": {**_ROPE_BY_KIND, "_whole": True}}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}, "moe_intermediate_size": [32, 32]}},
+    "granite4_vision": {"downsample_rate": "1/4", "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1, 1, 1, 1]},
+    "hunyuan_vl": {"text_config": {"head_dim": HEAD_DIM}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}, "text_config": {"rope_scaling_layers": [0, 1]}},
+    "mistral4": {"head_dim": 2 * HEAD_DIM, "qk_head_dim": 2 * HEAD_DIM},
+    "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": _ROPE_OF_8}},
+    "xlstm": {"hidden_size": 2 * HIDDEN, "embedding_dim": 2 * HIDDEN, "num_blocks": LAYERS},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
+    "step3p7": {
+        "text_config": {
+            "layer_types": _SLIDING_AND_FULL,
+            "sliding_window": WINDOW,
+            "rope_parameters": {**_ROPE_BY_KIND, "_whole": True},
+        }
+    },
+    "nemotron": {"num_key_value_heads": KV_HEADS},
+    "blt": {
+        "vocab_size": VOCAB_SIZE,
+        "encoder_hash_byte_group_vocab": 100,
+        "encoder_config": {"vocab_size": VOCAB_SIZE, "hidden_size_global": HIDDEN},
+        "decoder_config": {"vocab_size": VOCAB_SIZE, "hidden_size_global": HIDDEN},
+        "patcher_config": {"vocab_size": VOCAB_SIZE},
+    },
+    "rwkv": {"attention_hidden_size": HIDDEN},
     "dots3_note_text": _DOTS_3,
     "gemma4": {"text_config": _GEMMA_4},
     "gemma4_text": _GEMMA_4,
@@ -215,7 +246,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},
     "marian": {"decoder_start_token_id": 1},
-    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM},
+    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_DIM, "hybrid_layer_ids": DROP},
     "zamba": {
         "attention_hidden_size": 2 * HIDDEN,
         "attention_head_dim": 2 * HEAD_DIM,
@@ -223,7 +254,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
     },
     "chameleon": {"vocabulary_map": {"<image>": 5}},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [32, 64]},
+    "reformer": {"is_decoder": True, "hash_seed": 0, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [32, 64]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "glm46v": {"text_config": {"rope_parameters": _ROPE_OF_8}},
     "glmga": {"text_config": {"rope_parameters": _ROPE_OF_8}},

@@ -1,14 +1,16 @@
 """Walk over transformers' model types: a tiny random checkpoint of each, here and by lm_eval's own HF backend at batch size 1.
 
-    python scripts/walk_models.py [--types NAME ...] [--images] [--again] [--output benchmarks/walk_models]
+    python scripts/walk_models.py [--types NAME ...] [--all] [--again] [--output benchmarks/walk_models]
 
-A checkpoint is made of every type in transformers' mapping of causal models, and with --images of those that read images, too:
-from the type's own config with small sizes (tiny_configs.py), in float32. Both sides answer the same requests: questions with
-choices behind a few examples, cloze words, and some texts, from the data in the package. What is recorded for each type: how it
-ran (packs, rows, ...) and why, the largest difference, whether all texts are equal, what either side raised.
+A checkpoint is made of every type in transformers' mapping of causal models, and with --all of those that read images or sound
+and of encoder-decoders: from the type's own config with small sizes (tiny_configs.py), in float32. Both sides answer the same
+requests: questions with choices behind a few examples, cloze words, and some texts, from the data in the package. What is
+recorded for each type: how it ran (packs, rows, ...) and why, the largest difference, whether all texts are equal, what either
+side raised, and whether the model is causal at all.
 
-Each type runs in a process of its own, forked from this one, which a time-out ends. Results are kept in a JSON by type: the walk
-goes on where it was interrupted; --again repeats the types that are named, or all. The Markdown file is written from that JSON.
+Each type runs in a process of its own, forked from this one, which a time-out ends; two to six seconds a type. Results are kept
+in a JSON by type, with a digest of the code that they came from: the walk goes on where it was interrupted, and --again repeats
+what other code gave, also in several goes. The Markdown file is written from that JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import tempfile
 import time
 import traceback
 import unittest.mock
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,15 @@ from transformers.models.auto import modeling_auto
 from ddp_eval import demo
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.lm import DDPEvalLM
-from ddp_eval.run import leader
+from ddp_eval.run import leader, planning
+from ddp_eval.system.digests import digest_code
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 SEQ2SEQ = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 IMAGE_TEXT = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+MULTIMODAL = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+# What lm_eval, too, must be told before it runs a type.
+MORE_ARGS: dict[str, dict[str, Any]] = {"xlnet": {"max_length": 1024}}
 SPREAD = 0.25  # of the weights of matrices: a wrong mask or position then shows by whole nats
 RIGHT_NATS = 1e-3  # the largest difference of a right answer
 TIE = 1e-4  # logits closer than this may swap
@@ -53,7 +60,14 @@ ANSWER_TOKENS = 12
 
 @dataclasses.dataclass
 class Outcome:
-    """Of one type. mode: packs, rows, ...; `right`, `wrong`, `ours`, `both`, `refused`, `not built` in `verdict`."""
+    """Of one type.
+
+    verdict: right, wrong, traceback (of ours), refused, lm_eval fails, both fail, not built, no answer.
+    mode: packs, padded rows, ...
+    lm_eval_error, texts_error: what lm_eval raised over all, or when it generated.
+    is_causal: whether what follows a token changes what the model says at it; None where lm_eval does not run it causally.
+    code: a digest of this package's modules.
+    """
 
     verdict: str
     mode: str = ""
@@ -62,7 +76,17 @@ class Outcome:
     texts_equal: bool | None = None
     why: str = ""
     lm_eval_error: str = ""
+    texts_error: str = ""
+    is_causal: bool | None = None
     elapsed_s: float = 0.0
+    code: str = ""
+
+    @contextlib.contextmanager
+    def naming(self, directory: str) -> Iterator[None]:
+        """Give the directory of the checkpoint one name in what either side raises in the block."""
+        yield
+        for field in ("why", "lm_eval_error", "texts_error"):
+            setattr(self, field, getattr(self, field).replace(directory, "CHECKPOINT"))
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:
@@ -98,17 +122,28 @@ def instances(kind: str, arguments: list[Any]) -> list[Instance]:
     ]
 
 
-def auto_class(model_type: str) -> Any:
+def is_pair(model_type: str, config: Any) -> bool:
+    """Whether it is an encoder-decoder; transformers has models of speech and text in that mapping, too, which are not."""
+    return model_type in SEQ2SEQ and getattr(config, "is_encoder_decoder", True)
+
+
+def auto_class(model_type: str, config: Any) -> Any:
     """What lm_eval loads a type with; for types that it cannot load, what has a language head."""
-    if model_type in SEQ2SEQ:
+    if is_pair(model_type, config):
         return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForCausalLM if model_type in CAUSAL else transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM if model_type in CAUSAL else transformers.AutoModelForMultimodalLM
 
 
-def make_checkpoint(model_type: str, directory: str) -> None:
-    """A random model and the demo's tokenizer. Matrices are drawn anew, wide enough for all positions to show."""
+def make_checkpoint(model_type: str, directory: str) -> Any:
+    """A random model and the demo's tokenizer; matrices are drawn anew, wide enough for all positions to show.
+
+    Returns the model's config.
+    """
     torch.manual_seed(0)
-    model = auto_class(model_type).from_config(tiny_config(model_type), dtype=torch.float32).eval()
+    config = tiny_config(model_type)
+    model = auto_class(model_type, config).from_config(config, dtype=torch.float32).eval()
+    if type(model.config) is not type(config):  # the language model alone, of a type whose checkpoints hold more
+        model = transformers.AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
     names = ("Linear", "Embedding", "Conv1D", "Experts")
     with torch.no_grad():
         for module in model.modules():
@@ -118,32 +153,55 @@ def make_checkpoint(model_type: str, directory: str) -> None:
                         weight.normal_(0.0, SPREAD)
     model.save_pretrained(directory)
     transformers.AutoTokenizer.from_pretrained(demo.MODEL_PATH).save_pretrained(directory)
+    return config
 
 
 class Answers:
-    """Log-probabilities in nats, whether greedy, and texts."""
+    """Log-probabilities in nats, and texts; or none, where the model scores but cannot generate, and what was raised.
 
-    def __init__(self, lm: Any) -> None:
+    understood: the exceptions that say so.
+    """
+
+    def __init__(self, lm: Any, understood: type[Exception]) -> None:
         scored = lm.loglikelihood(instances("loglikelihood", scored_requests()), disable_tqdm=True)
         self.nats = [value for value, _ in scored]
-        self.greedy = [flag for _, flag in scored]
-        self.texts = lm.generate_until(instances("generate_until", text_requests()), disable_tqdm=True)
+        self.texts: list[str] | None = None
+        self.no_texts = ""
+        try:
+            self.texts = lm.generate_until(instances("generate_until", text_requests()), disable_tqdm=True)
+        except understood as error:
+            self.no_texts = str(error) if isinstance(error, UserError) else describe(error)
 
 
-def by_lm_eval(model_type: str, directory: str) -> tuple[Answers, Any]:
+def by_lm_eval(model_type: str, config: Any, directory: str) -> tuple[Answers, Any]:
     """Its answers and its model. A type that it does not know as causal is loaded for it."""
-    given: dict[str, Any] = {"pretrained": directory, "dtype": "float32"}
+    given: dict[str, Any] = {"pretrained": directory, "dtype": "float32", **MORE_ARGS.get(model_type, {})}
     if model_type not in CAUSAL:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        given = {
-            "pretrained": auto_class(model_type).from_pretrained(directory, dtype=torch.float32).eval(),
-            "tokenizer": tokenizer,
+        source = auto_class(model_type, config)
+        given |= {
+            "pretrained": source.from_pretrained(directory, dtype=torch.float32).eval(),
+            "tokenizer": transformers.AutoTokenizer.from_pretrained(directory),
         }
+        if source is transformers.AutoModelForMultimodalLM:
+            given["backend"] = "causal"
     lm = HFLM(batch_size=1, device="cpu", **given)
-    return Answers(lm), lm.model
+    return Answers(lm, Exception), lm.model
 
 
-def by_ddp_eval(directory: str, outcome: Outcome) -> Answers:
+def sees_no_future(model: Any) -> bool:
+    """Whether the logits at a token stay as they are when those behind it change."""
+    tokens = torch.arange(5, 45)[None]
+    other = tokens.clone()
+    other[0, 30:] = torch.arange(100, 110)
+    with torch.no_grad():
+        ends = []
+        for one in (tokens, other):
+            torch.manual_seed(0)
+            ends.append(model(one).logits[0, :30].float())
+    return bool(torch.allclose(*ends, atol=1e-3))
+
+
+def by_ddp_eval(model_type: str, directory: str, outcome: Outcome) -> Answers:
     """Our answers; how they came about is noted in `outcome`."""
     plan_work = leader.plan_work
 
@@ -159,28 +217,29 @@ def by_ddp_eval(directory: str, outcome: Outcome) -> Answers:
 
     with (
         unittest.mock.patch.object(leader, "plan_work", watch),
-        DDPEvalLM(pretrained=directory, dtype="float32", device="cpu") as lm,
+        DDPEvalLM(pretrained=directory, dtype="float32", device="cpu", **MORE_ARGS.get(model_type, {})) as lm,
     ):
-        return Answers(lm)
+        return Answers(lm, UserError)
 
 
 def walk_one(model_type: str) -> Outcome:
     """Both sides' answers to the same requests."""
     outcome = Outcome("not built")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, outcome.naming(directory):
         try:
-            make_checkpoint(model_type, directory)
+            config = make_checkpoint(model_type, directory)
         except Exception as error:
             outcome.why = describe(error)
             return outcome
         theirs: Answers | None = None
         try:
-            theirs, model = by_lm_eval(model_type, directory)
+            theirs, model = by_lm_eval(model_type, config, directory)
+            outcome.is_causal = None if is_pair(model_type, config) else sees_no_future(model)
         except Exception as error:
             outcome.lm_eval_error = describe(error)
         gc.collect()
         try:
-            ours = by_ddp_eval(directory, outcome)
+            ours = by_ddp_eval(model_type, directory, outcome)
         except UserError as error:
             outcome.verdict, outcome.why = "both fail" if theirs is None else "refused", str(error)
             return outcome
@@ -198,13 +257,20 @@ def walk_one(model_type: str) -> Outcome:
 def compare(ours: Answers, theirs: Answers, outcome: Outcome, model: Any, tokenizer: Any) -> None:
     drift = [abs(mine - other) for mine, other in zip(ours.nats, theirs.nats, strict=True)]
     outcome.largest_nats = max(drift)
-    prompts = [context for context, _ in text_requests()]
-    outcome.texts_equal = all(
-        mine == other or is_tie(prompt, mine, other, model, tokenizer)
-        for prompt, mine, other in zip(prompts, ours.texts, theirs.texts, strict=True)
-    )
-    right = outcome.largest_nats <= RIGHT_NATS and outcome.texts_equal
-    outcome.verdict = "right" if right else "wrong"
+    is_right = outcome.largest_nats <= RIGHT_NATS
+    if ours.texts is not None and theirs.texts is not None:
+        prompts = [context for context, _ in text_requests()]
+        outcome.texts_equal = all(
+            mine == other or is_tie(prompt, mine, other, model, tokenizer)
+            for prompt, mine, other in zip(prompts, ours.texts, theirs.texts, strict=True)
+        )
+        is_right &= outcome.texts_equal
+    if ours.texts is None:
+        outcome.generation = ""
+        outcome.why = "; ".join(filter(None, (outcome.why, ours.no_texts)))
+        is_right &= theirs.texts is None  # else it generates there
+    outcome.texts_error = theirs.no_texts
+    outcome.verdict = "right" if is_right else "wrong"
 
 
 def is_tie(prompt: str, mine: str, other: str, model: Any, tokenizer: Any) -> bool:
@@ -242,21 +308,44 @@ def walk_in_child(model_type: str, limit_s: float) -> Outcome:
             time.sleep(0.05)
         text = file.read()
     outcome = Outcome(**json.loads(text)) if text else Outcome("no answer", why=f"the process ended, or ran over {limit_s:.0f} s")
-    outcome.elapsed_s = round(time.monotonic() - started, 1)
+    outcome.elapsed_s, outcome.code = round(time.monotonic() - started, 1), code_now()
     return outcome
 
 
+def code_now() -> str:
+    """What a row holds for: this package's modules, and what they run on."""
+    return f"{digest_code()}, transformers {transformers.__version__}, torch {torch.__version__}"
+
+
+def total_of(found: dict[str, dict[str, Any]]) -> str:
+    """Of the types that lm_eval evaluates and that are causal (or pairs), how many share prefixes."""
+    sensible = [one for one in found.values() if one["mode"] and not one["lm_eval_error"] and one.get("is_causal") is not False]
+    sharing = [one for one in sensible if one["mode"] not in (planning.PADDED, planning.SINGLE)]
+    modes = collections.Counter(one["mode"] for one in sharing)
+    parts = ", ".join(f"{count} in {mode}" for mode, count in modes.most_common())
+    share = 100 * len(sharing) / max(1, len(sensible))
+    return (
+        f"Of {len(sensible)} types that lm_eval runs, models of both directions (BERT and its like) apart, {len(sharing)} share "
+        f"prefixes ({share:.0f}%): {parts}."
+    )
+
+
 def write_report(found: dict[str, dict[str, Any]], path: Path) -> None:
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     totals = collections.Counter((one["verdict"], one["mode"]) for one in found.values())
     left = [name for name in CAUSAL if name not in found]
     rest = f" Not walked yet: {', '.join(left)}." if left else ""
+    codes = collections.Counter(one.get("code") or "code of before" for one in found.values())
     lines = [
         "# Walk over transformers' model types",
         "",
-        f"{len(found)} model types ({versions}), a tiny random checkpoint of each in float32: {len(scored_requests())} scored "
+        f"{len(found)} model types, a tiny random checkpoint of each in float32: {len(scored_requests())} scored "
         f"requests and {len(text_requests())} texts, against lm_eval's HF backend at batch size 1 (`scripts/walk_models.py`). "
         f"Right: within {RIGHT_NATS:g} nats a request, and all texts equal but at ties.{rest}",
+        "",
+        total_of(found),
+        "",
+        "Code: " + "; ".join(f"{code} ({count} types)" for code, count in codes.most_common()) + ". "
+        f"All of it took {sum(one['elapsed_s'] for one in found.values()) / 60:.0f} minutes of one core.",
         "",
         "| outcome | how ddp_eval runs it | types |",
         "|---|---|---|",
@@ -268,7 +357,8 @@ def write_report(found: dict[str, dict[str, Any]], path: Path) -> None:
     for name, one in sorted(found.items()):
         nats = "" if one["largest_nats"] is None else f"{one['largest_nats']:.1e}"
         texts = {True: "yes", False: "no", None: ""}[one["texts_equal"]]
-        why = "; ".join(text for text in (one["why"], one["lm_eval_error"] and f"lm_eval: {one['lm_eval_error']}") if text)
+        theirs = one["lm_eval_error"] or one.get("texts_error")
+        why = "; ".join(text for text in (one["why"], theirs and f"lm_eval: {theirs}") if text)
         cells = (name, one["verdict"], one["mode"], one["generation"], nats, texts, why.replace("|", "/"))
         lines.append("| " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -277,8 +367,8 @@ def write_report(found: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--types", nargs="+", help="these types alone, walked again if they were")
-    parser.add_argument("--images", action="store_true", help="types that read images and text, too")
-    parser.add_argument("--again", action="store_true", help="walk types again that were walked")
+    parser.add_argument("--all", action="store_true", help="types that read images or sound, and encoder-decoders, too")
+    parser.add_argument("--again", action="store_true", help="walk types again that were walked with other code")
     parser.add_argument("--limit_s", type=float, default=240.0, help="of one type")
     parser.add_argument(
         "--output", default="benchmarks/walk_models", help="of the JSON and the Markdown file, without the ending"
@@ -290,9 +380,10 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     store = Path(f"{args.output}.json")
     found: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
-    known = [*CAUSAL, *(name for name in IMAGE_TEXT if args.images and name not in CAUSAL)]
+    known = list(dict.fromkeys([*CAUSAL, *IMAGE_TEXT, *MULTIMODAL, *SEQ2SEQ] if args.all else CAUSAL))
     for name in args.types or known:
-        if name in found and not (args.again or args.types):
+        is_old = args.again and found.get(name, {}).get("code") != code_now()
+        if name in found and not (is_old or args.types):
             continue
         outcome = walk_in_child(name, args.limit_s)
         found[name] = dataclasses.asdict(outcome)

@@ -18,7 +18,15 @@ from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run.self_check import ScorePlan, check_rows, choose_trees, needs_equal_lengths, score_alone, trial_requests
+from ddp_eval.run.self_check import (
+    ScorePlan,
+    check_rows,
+    choose_trees,
+    in_one_sentence,
+    needs_equal_lengths,
+    score_alone,
+    trial_requests,
+)
 
 log = logging.getLogger("ddp_eval")
 
@@ -153,7 +161,7 @@ def make_plan(
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens), None)
-    why_single = check_rows(engine, trial, score_plan) if len(trial) else None
+    why_single = engine.why_not_rows or (check_rows(engine, trial, score_plan) if len(trial) else None)
     if why_single is not None:
         return Decision(*cut_single(engine, requests), f"{why_rows}; {why_single}", SINGLE)
     return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
@@ -190,10 +198,11 @@ def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool
     if not len(requests):
         return Decision(*batches, None)
     trial = trial_requests(requests, engine.vocab_size)
-    together, alone = (
-        score_alone(engine, plan)[item_of_request]
-        for plan, item_of_request in (plan_pairs(trial, 2**30), plan_pairs(trial, 1, share=False))
-    )
+    with in_one_sentence("the model cannot score pairs of a context and a continuation"):
+        together, alone = (
+            score_alone(engine, plan)[item_of_request]
+            for plan, item_of_request in (plan_pairs(trial, 2**30), plan_pairs(trial, 1, share=False))
+        )
     drift, allowed = np.abs(together - alone) / trial.num_targets, ROUNDING.get(engine.dtype, 1e-4)
     if float(drift.mean()) <= allowed:  # a NaN is not
         return Decision(*batches, None if share else "--no_packing was given")

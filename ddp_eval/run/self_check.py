@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -140,14 +141,21 @@ def _within(drift: npt.NDArray[np.float64], allowed: float) -> bool:
 
 def _score_single(engine: Engine, score_plan: ScorePlan | None, requests: Requests) -> npt.NDArray[np.float64]:
     """(requests,) sums in nats, each of a forward of its own. Raises UserError where the model cannot do even that."""
-    try:
+    with in_one_sentence("the model cannot score text, one request at a time"):
         return _score(engine, score_plan, *plan_rows(requests, 1, isolate=True))
+
+
+@contextlib.contextmanager
+def in_one_sentence(what: str) -> Iterator[None]:
+    """Turn what a model raises in the block into a UserError that begins with `what`: there is no other way to run it."""
+    try:
+        yield
     except (LostContact, UserError):
         raise
     except Exception as error:
-        raise UserError(
-            f"the model cannot score text, one request at a time: {type(error).__name__}: {one_line(error, 200)}"
-        ) from error
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{what}: {type(error).__name__}: {one_line(error, 200)}") from error
 
 
 def _score(

@@ -16,12 +16,18 @@ import pytest
 import safetensors.torch
 import tiny_models
 import torch
+import transformers
 from launch import QUICK, launch
+from tiny_configs import tiny_config
 
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, draws, quantization
+from ddp_eval.engines.hf.engine import HFEngine
 from ddp_eval.errors import UserError
+from ddp_eval.packs.plan import build_pack
+from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.run.planning import SINGLE, make_plan
 from ddp_eval.run.runner import run
 
 NEW_TOKENS = ["<one>", "<two>", "<three>"]
@@ -388,6 +394,26 @@ def test_a_model_that_draws_whenever_it_runs(own_code: Any, tmp_path: Path, capl
         scores.append((tmp_path / str(start) / "scores.parquet").read_bytes())
     assert scores[0] == scores[1] != scores[2]
     assert "the model draws at random whenever it runs: from --seed, here 1234, and its input" in caplog.messages
+
+
+def test_hashes_that_are_drawn(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches Reformer in rows with others, whose lengths its hashes go by, and draws that a short forward does not make."""
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("reformer")).eval()
+    requests = requests_from_lists([np.random.default_rng(0).integers(2, 400, 300).tolist()] * 2, [4, 9])
+    sums = []
+    for seed in (0, None):
+        model.config.hash_seed = seed
+        for module in model.modules():
+            if hasattr(module, "hash_seed"):
+                module.hash_seed = seed
+        caplog.clear()
+        engine = HFEngine(model, CPU)
+        decision = make_plan(engine, requests, packing=True, max_pack_tokens=None)
+        assert decision.instead == SINGLE and "sorts tokens by hashes" in str(decision.why_rows)
+        sums.append([engine.collect(engine.launch(build_pack(decision.plan, 0)))["logprob"] for _ in range(2)])
+        assert any("draws at random" in message for message in caplog.messages) == (seed is None)
+        engine.close()
+    assert all(np.array_equal(*pair) for pair in sums) and not np.array_equal(sums[0], sums[1])
 
 
 def test_quantisation_by_examples_is_refused() -> None:

@@ -215,6 +215,15 @@ NARROW: dict[str, Callable[[], Any]] = {
         **SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=LENGTH, is_decoder=True,
     ),
+    "roformer": lambda: transformers.RoFormerConfig(
+        **SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=LENGTH, is_decoder=True,
+    ),
+    "prophetnet": lambda: transformers.ProphetNetConfig(
+        **SMALL, hidden_size=32, encoder_ffn_dim=48, num_encoder_layers=2, num_encoder_attention_heads=4, decoder_ffn_dim=48,
+        num_decoder_layers=2, num_decoder_attention_heads=4, max_position_embeddings=LENGTH, is_decoder=True,
+        is_encoder_decoder=False, add_cross_attention=False,
+    ),
     "xglm": lambda: transformers.XGLMConfig(
         **SMALL, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, max_position_embeddings=LENGTH
     ),

@@ -22,6 +22,7 @@ from ddp_eval.api import evaluate
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
 from ddp_eval.errors import UserError
+from ddp_eval.packs.batches import Batch, Settings
 from ddp_eval.packs.pairs import contexts_of, plan_pairs
 from ddp_eval.packs.plan import build_pack, halve
 from ddp_eval.packs.requests import requests_from_lists
@@ -198,6 +199,33 @@ def test_texts_are_those_of_lm_eval(settings: dict[str, Any], model_of: Callable
     found, expected = ([one["resps"] for one in results["samples"]["pairs"]] for results in (ours, theirs))
     assert found == expected
     assert any(text for one in expected for (text,) in one)
+
+
+def test_forwards_that_draw(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches numbers that differ from run to run, unsaid, since an encoder or decoder draws from the global generator."""
+    model = tiny_models.make_model("t5")
+    model.decoder.block[0].register_forward_hook(lambda module, args, output: (output[0] + torch.rand(()), *output[1:]))
+    engine = Seq2SeqEngine(model, torch.device("cpu"))
+    plan, _ = plan_pairs(requests_from_lists([[5, 6, 7, end] for end in (8, 9)], [1] * 2), 10_000)
+    first, again = (engine.collect(engine.launch(build_pack(plan, 0)))["logprob"] for _ in range(2))
+    assert np.array_equal(first, again)
+    assert "the model draws at random whenever it runs: from --seed, here 1234, and its input" in caplog.messages
+
+
+def test_models_that_cannot_run() -> None:
+    """Catches a traceback of ours where lm_eval meets the same error: a decoder without a first token, a cache that fails."""
+    model, tokenizer = tiny_models.make_model("t5"), tiny_models.make_tokenizer()
+    model.config.decoder_start_token_id = None
+    engine: Any = Seq2SeqEngine(model, torch.device("cpu"))
+    requests = requests_from_lists([[5, 6, 7, 8]], [1])
+    with pytest.raises(UserError, match=r"^the model cannot score pairs of a context and a continuation: ValueError: .*start"):
+        make_plan(engine, requests, packing=True, max_pack_tokens=None)
+    model.config.decoder_start_token_id = 0
+    model.decoder.block[0].layer[0].SelfAttention.q.weight.data = torch.zeros(3, 3)
+    settings = Settings(("\n",), {"do_sample": False})
+    batch = Batch([np.array([5, 6])], [4], [0], settings, 1, 0, range(1))
+    with pytest.raises(UserError, match=r"^the model cannot generate, one prompt at a time: RuntimeError: mat1 and mat2 shapes"):
+        engine.generate(batch, tokenizer, lambda requests, tokens: None)
 
 
 def test_which_models_are_encoder_decoders() -> None:

@@ -156,6 +156,8 @@ def make_model(kind: str, attn_implementation: str | None = None) -> Any:
         if kind in SEQ2SEQ_CONFIGS:
             return transformers.AutoModelForSeq2SeqLM.from_config(SEQ2SEQ_CONFIGS[kind](), dtype=torch.float32, **options).eval()
         model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32, **options)
+        if kind == "deepseek_v32":  # the padding token's row is zero: to its indexer all tokens before it would be equal
+            torch.nn.init.normal_(model.get_input_embeddings().weight, 0.0, 0.3)
     return model.eval()
 
 

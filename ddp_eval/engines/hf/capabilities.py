@@ -17,6 +17,20 @@ def takes_positions(model: Any) -> bool:
     return {"attention_mask", "position_ids"} <= set(inspect.signature(model.forward).parameters)
 
 
+def why_not_rows(config: Any) -> str | None:
+    """Why each request must run by itself, where a short trial would not show it; None for almost all."""
+    return "its attention sorts tokens by hashes, which go by the length of a row" if _hashes(config) else None
+
+
+def draws(config: Any) -> bool:
+    """Whether forwards draw at random, if only long ones: Reformer's hashes, unless its config seeds them."""
+    return _hashes(config) and getattr(config, "hash_seed", None) is None
+
+
+def _hashes(config: Any) -> bool:
+    return "lsh" in (getattr(config, "attn_layers", None) or ())
+
+
 def equal_lengths_beyond(config: Any) -> int | None:
     """Tokens of a forward from which on its rotary frequencies go by the longest request: what the model was first trained on.
 

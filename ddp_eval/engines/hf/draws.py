@@ -136,13 +136,13 @@ class Draws(TorchDispatchMode):
 class ForwardDraws:
     """For a model whose forward draws (Reformer's hashes, code of a checkpoint's own): each from --seed and what goes into it.
 
-    Others are let alone: a forward is looked at once.
+    Others are let alone: a forward is looked at once. certain: it draws, though a short forward may not.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, certain: bool = False) -> None:
         self._devices = [device] if device.type == "cuda" else []
         self._loading = loading()
-        self._draws = False
+        self._draws = self._certain = certain
 
     def _states(self) -> list[torch.Tensor]:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
@@ -154,7 +154,8 @@ class ForwardDraws:
         try:
             yield
         finally:
-            self._draws = any(not torch.equal(*pair) for pair in zip(before, self._states(), strict=True))
+            moved = any(not torch.equal(*pair) for pair in zip(before, self._states(), strict=True))
+            self._draws = self._certain or moved
         if self._draws and self._loading.speaks:
             log.warning("the model draws at random whenever it runs: from --seed, here %d, and its input", self._loading.seeds[2])
 

@@ -60,7 +60,7 @@ class HFEngine(TransformersEngine):
             for module in model.modules()
             if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
         ]
-        self._own_draws = ForwardDraws(device)
+        self._own_draws = ForwardDraws(device, capabilities.draws(self.config))
         self._faster = contextlib.ExitStack()
         if device.type == "cuda":
             compile_cache.keep_private()
@@ -72,6 +72,7 @@ class HFEngine(TransformersEngine):
         self._counting = by_depth.counting_of(model)
         self._takes_positions = capabilities.takes_positions(model)
         self._rules, self.why_not_packs = capabilities.tree_rules(model, self.config, self.tree_attention)
+        self.why_not_rows = capabilities.why_not_rows(self.config)
         self.capabilities = Capabilities(
             launches_ahead=device.type != "cpu",
             equal_lengths_beyond=capabilities.equal_lengths_beyond(self.config),

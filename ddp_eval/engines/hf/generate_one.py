@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from ddp_eval.engines import OnProgress
 from ddp_eval.engines.stop_strings import StopRule
-from ddp_eval.errors import UserError, one_line
+from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.packs.batches import NO_TOKEN, Batch, Settings
 
 if TYPE_CHECKING:
@@ -104,12 +105,25 @@ def answer(
                 synced_gpus=False,  # ranks that share weights keep pace by themselves: engines/hf/lockstep.py
                 **_greedy_or_not(settings.options),
             )
-        except (AttributeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        except Exception as error:
+            if not _is_of_model(error, model):
+                raise
             what = f"{type(error).__name__}: {one_line(error, 200)}"
             raise UserError(f"the model cannot generate, one prompt at a time: {what}") from error
     row: list[int] = output[0].tolist()
     end = guard.end_of(row)
     return row[start:] if end is None else [*row[start:end], NO_TOKEN]
+
+
+def _is_of_model(error: Exception, model: Any) -> bool:
+    """Whether what `generate` raised is the model's own inability, as with lm_eval: nothing of devices, memory or other ranks."""
+    if isinstance(error, (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)):
+        return True
+    if type(error) is not RuntimeError or is_out_of_memory(error):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_in = str(frame.f_globals.get("__name__"))
+    return raised_in.startswith(("transformers.", "torch.nn.", "ddp_eval.engines.ops.")) or raised_in == type(model).__module__
 
 
 def is_lost(scores: torch.Tensor, by_chance: bool) -> torch.Tensor:

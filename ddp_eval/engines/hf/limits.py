@@ -178,8 +178,8 @@ def _positions(model: Any) -> int | None:
 def _holders(model: Any) -> Iterator[Any]:
     """Modules that may hold the table: those beside the embedding of tokens, not those of a tower for images or sound."""
     embedding = _ask(model, "get_input_embeddings")
-    decoder = _ask(model, "get_decoder")
-    yield from (holder for holder in (model, decoder) if holder is not None)
+    decoder, encoder = _ask(model, "get_decoder"), getattr(getattr(model, "base_model", None), "encoder", None)  # RoFormer's
+    yield from (holder for holder in (model, decoder, encoder) if isinstance(holder, torch.nn.Module))
     for module in model.modules():
         if embedding is not None and any(child is embedding for child in module.children()):
             yield module
@@ -187,8 +187,11 @@ def _holders(model: Any) -> Iterator[Any]:
 
 def _tables_in(holder: Any) -> Iterator[int]:
     for name, table in holder.named_children():
-        grows = hasattr(table, "make_weight") or type(table).__name__ == "ProphetNetPositionalEmbeddings"  # or clamps
-        if isinstance(table, torch.nn.Embedding) and _TABLE.fullmatch(name) and not grows:
+        grows = hasattr(table, "make_weight")
+        if type(table).__name__ == "ProphetNetPositionalEmbeddings":  # it clamps; its decoder also asks for the next position
+            if type(holder).__name__ == "ProphetNetDecoder":
+                yield table.num_embeddings - table.padding_idx - 2
+        elif isinstance(table, torch.nn.Embedding) and _TABLE.fullmatch(name) and not grows:
             padding = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from behind it
             yield table.num_embeddings - int(getattr(table, "offset", padding))
 

@@ -8,7 +8,9 @@ Letters: G contexts, S longest context, K items, T longest continuation, A answe
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import torch
 from ddp_eval.engines import Capabilities, OnProgress
 from ddp_eval.engines.hf import checkpoint, costs, generate_one
 from ddp_eval.engines.hf.base import TransformersEngine
+from ddp_eval.engines.hf.draws import ForwardDraws
 from ddp_eval.engines.ops import logprobs as readout
 from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.engines.stop_strings import StopRule
@@ -45,6 +48,8 @@ class Seq2SeqEngine(TransformersEngine):
     def __init__(self, model: Any, device: torch.device) -> None:
         super().__init__(model, device)
         self.capabilities = Capabilities(launches_ahead=device.type != "cpu", is_encoder_decoder=True, rows_are_independent=True)
+        self._own_draws = ForwardDraws(device)
+        self._is_looked_at = False
         self._remove_products = onednn_linear.install(model)
 
     def close(self) -> None:
@@ -69,10 +74,11 @@ class Seq2SeqEngine(TransformersEngine):
         """Start a pack's forward pass; on CUDA it goes on after this returns. `collect` waits for it."""
         from transformers.modeling_outputs import BaseModelOutput
 
+        self._look_for_draws()
         contexts, context_of_item, continuations = contexts_of(pack)
         rows = torch.from_numpy(context_of_item).to(self.device)
         tokens, mask = self._pad([torch.from_numpy(context.astype(np.int64)) for context in contexts])  # (G, S)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        with self._inference(), self._own_draws.seeded_by(pack.tokens, pack.depth):
             decoder_tokens, present = self._pad([self._shift(targets) for targets in continuations])  # (K, T)
             hidden = self.model.get_encoder()(input_ids=tokens, attention_mask=mask).last_hidden_state  # (G, S, H)
             logits = self.model(
@@ -82,6 +88,20 @@ class Seq2SeqEngine(TransformersEngine):
                 use_cache=False,
             ).logits  # (K, T, V)
             return self._read_off(logits[present.bool()], pack)
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def _look_for_draws(self) -> None:
+        """Run a few tokens once, to see whether a forward draws at random. What a model raises is left to its first pack."""
+        if self._is_looked_at:
+            return
+        self._is_looked_at = True
+        tokens = torch.arange(4, device=self.device)[None] % self.vocab_size
+        with contextlib.suppress(Exception), self._inference(), self._own_draws.watching():
+            self.model(input_ids=tokens, decoder_input_ids=tokens, use_cache=False)
 
     def _shift(self, targets: npt.NDArray[np.integer]) -> torch.Tensor:
         """(T,) the decoder's input for a continuation, by the model's own rule for labels."""
@@ -117,7 +137,7 @@ class Seq2SeqEngine(TransformersEngine):
         for prompt, limit, seed in zip(batch.prompts, batch.limits, batch.seeds, strict=True):
             context, mask = self._pad([torch.from_numpy(prompt.astype(np.int64))])
             inputs = {"input_ids": context, "attention_mask": mask}
-            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            with self._inference():
                 answers.append(
                     generate_one.answer(self.model, inputs, 1, limit, seed, batch.settings, rule.ends, tokenizer.pad_token_id)
                 )

@@ -15,6 +15,7 @@ from ddp_eval.distributed.messages import Journals, Work
 from ddp_eval.distributed.progress import Progress
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine, OnProgress
+from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.output import journal
 from ddp_eval.packs.batches import Batch, build_batch
@@ -206,7 +207,8 @@ def describe_origin(world: World) -> str:
     """The hardware that decides the last bits of this rank's numbers."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    return f"{machine.cpu_name()}, {torch.get_num_threads()} threads"
+    library = ", oneDNN" if onednn_linear.is_wanted() else ""
+    return f"{machine.cpu_name()}, {torch.get_num_threads()} threads{library}"
 
 
 def _launch(world: World, engine: Engine, pack: Pack) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,9 @@ from engine_runs import assert_equal_answers, assert_equal_values, build_prefix_
 
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.hf.seq2seq import Seq2SeqEngine
-from ddp_eval.engines.ops import onednn_linear
+from ddp_eval.engines.ops import mkl, onednn_linear
 from ddp_eval.packs.plan import build_pack
 from ddp_eval.run.planning import make_plan
-from ddp_eval.system import machine
 
 CPU = torch.device("cpu")
 
@@ -153,22 +154,22 @@ def test_an_encoder_decoder_is_given_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "vectors", "expected"),
+    ("processor", "vectors", "expected"),
     [
-        ("AMD EPYC 9654", "AVX512", True),
-        ("AMD EPYC 7742", "AVX2", False),
-        ("Intel(R) Xeon(R) 8480+", "AVX512", False),
+        ("Intel(R) Architecture processors", "AVX512", True),
+        ("Intel(R) Advanced Vector Extensions 2 (Intel(R) AVX2) enabled processors", "AVX512", True),
+        ("Intel(R) Architecture processors", "AVX2", False),
+        ("Intel(R) Advanced Vector Extensions 512 (Intel(R) AVX-512) enabled processors", "AVX512", False),
         (None, "AVX512", False),
     ],
 )
-def test_only_where_it_was_seen_to_be_faster(
-    name: str | None, vectors: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_only_where_mkl_leaves_out_vectors_of_the_processor(
+    processor: str | None, vectors: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a kernel chosen where nobody has timed it, or that torch has taken away, or that its user has switched off."""
+    """Catches a kernel chosen where MKL is as good, or that torch has taken away, or that its user has switched off."""
     monkeypatch.undo()
-    monkeypatch.setattr(machine, "cpu_name", lambda: name)
+    monkeypatch.setattr(mkl, "processor", lambda: processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     try:
         onednn_linear._is_faster_here.cache_clear()
         assert onednn_linear.is_wanted() is expected
@@ -179,3 +180,12 @@ def test_only_where_it_was_seen_to_be_faster(
         assert not onednn_linear.is_wanted()
     finally:
         onednn_linear._is_faster_here.cache_clear()
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available() or sys.platform != "linux", reason="there is no MKL to be asked")
+def test_mkl_says_what_it_takes_the_processor_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an answer read from the wrong place of MKL's structure, and a library or function that is no longer there."""
+    answer = mkl.processor()
+    assert re.fullmatch(r"Intel\(R\) [\x20-\x7e]+", str(answer))
+    monkeypatch.setattr(mkl, "_ASK", ("no_such_function",))
+    assert mkl.processor.__wrapped__() is None

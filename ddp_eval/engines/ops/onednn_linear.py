@@ -1,8 +1,12 @@
-"""Linear layers in float32 by oneDNN on AMD processors, where torch's own choice, MKL, reaches less of the machine.
+"""Linear layers in float32 by oneDNN on processors with AVX-512 that torch's own choice, MKL, does not use.
 
-One core of an AMD EPYC with AVX-512, GFLOP/s of one product: MKL 80 to 92, oneDNN 97 to 107, weights reordered anew each time;
-its error is 3 to 6e-7 of the result where MKL's is 2 to 3e-7. torch takes oneDNN by itself in bfloat16. The kernel is the one
-that torch.compile puts in place of linear layers.
+One core of AMD EPYC, GFLOP/s of one product: 80 to 92 by MKL and 97 to 107 by oneDNN where a core computes 256 bits at a time
+(Zen 4), 95 to 111 and 220 to 249 where it computes 512 (Zen 5), weights reordered anew each time. oneDNN's error is 3 to 6e-7 of
+the result, MKL's 2 to 3e-7. torch takes oneDNN by itself in bfloat16. The kernel is the one that torch.compile puts in place of
+linear layers.
+
+Which of the two is decided by what they say of the processor, and never timed: on a busy machine a product takes ten times as
+long now and then, and ranks, or a run and its continuation, that came to different kernels would come to different bits.
 
 oneDNN compiles and keeps a kernel (half a MB) for every number of tokens that a layer sees. So only a grid of such numbers is
 used, and the engine lengthens packs to it.
@@ -17,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ddp_eval.system import machine
+from ddp_eval.engines.ops import mkl
 
 FINE, COARSE = 128, 256  # steps of the grid, below and from NAN_PROBE on
 NAN_PROBE = 4096
@@ -57,13 +61,13 @@ def install(model: Any) -> Callable[[], None]:
 
 
 def is_wanted() -> bool:
-    """Whether oneDNN's products are there and allowed, and this is a processor on which they were seen to be faster."""
-    return bool(torch.backends.mkldnn.enabled) and torch.backends.mkl.is_available() and _is_faster_here()
+    """Whether oneDNN's products are there and allowed, and use vectors of this processor that MKL's do not."""
+    return bool(torch.backends.mkldnn.enabled) and _is_faster_here()
 
 
 @functools.cache
 def _is_faster_here() -> bool:
-    if "AMD" not in str(machine.cpu_name()) or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not mkl.leaves_out_avx512():
         return False
     try:  # a private function of torch (2.11 to 2.13), which may come to look otherwise
         with torch.inference_mode():

@@ -37,6 +37,7 @@ NO_NUMBERS = {
     "config.py": "flags of an unfinished run are compared one by one",
     "demo/__init__.py": "the files of the demo model have digests, as those of any model",
     "distributed/launch_environment.py": "reads what the launcher says of ranks",
+    "distributed/leader_signs.py": "how long to wait for rank 0 of a caller's group",
     "distributed/meeting.py": "how ranks find each other",
     "distributed/progress.py": "the progress line",
     "distributed/store.py": "texts about ranks and errors",

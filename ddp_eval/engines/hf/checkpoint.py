@@ -156,7 +156,7 @@ def load_weights(
     checkpoint's weights. keeps_freed: see `keep_freed_memory`. options: for `from_pretrained`.
     """
     if device.type == "cpu":
-        keep_freed_memory() if keeps_freed else return_freed_memory()
+        (keep_freed_memory if keeps_freed else return_freed_memory)()
     name = resolve_pretrained(model_args)
     if os.path.isdir(name):
         is_pair = is_seq2seq(model_args, config)

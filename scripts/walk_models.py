@@ -389,7 +389,9 @@ def main() -> None:
         found[name] = dataclasses.asdict(outcome)
         nats = "" if outcome.largest_nats is None else f"{outcome.largest_nats:.1e}"
         print(f"{name}: {outcome.verdict} {outcome.mode} {nats} {outcome.why} {outcome.lm_eval_error}", flush=True)
-        store.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+        whole = store.with_suffix(".tmp")
+        whole.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+        whole.replace(store)  # an end at any moment leaves one or the other
         write_report(found, Path(f"{args.output}.md"))
 
 

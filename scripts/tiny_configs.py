@@ -82,6 +82,8 @@ def tiny_config(model_type: str) -> Any:
     _merge(fields, {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
     if isinstance(fields.get("text_config"), dict):
         _merge(fields["text_config"], {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
+    if fields.get("is_encoder_decoder") and fields.get("decoder_start_token_id") is None:
+        fields["decoder_start_token_id"] = 0
     _merge(fields, OVERRIDES.get(model_type, {}))
     return kind.from_dict({name: value for name, value in fields.items() if value is not DROP})
 

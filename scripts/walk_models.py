@@ -234,7 +234,8 @@ def walk_one(model_type: str) -> Outcome:
         theirs: Answers | None = None
         try:
             theirs, model = by_lm_eval(model_type, config, directory)
-            outcome.is_causal = None if is_pair(model_type, config) else sees_no_future(model)
+            with contextlib.suppress(Exception):
+                outcome.is_causal = None if is_pair(model_type, config) else sees_no_future(model)
         except Exception as error:
             outcome.lm_eval_error = describe(error)
         gc.collect()

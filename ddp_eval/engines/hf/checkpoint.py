@@ -78,8 +78,8 @@ def auto_class(config: Any, is_pair: bool = False) -> Any:
     """transformers' class that loads the model of a config: lm_eval's, and where that does not know the kind of model (those that
     read images, too: Qwen3-VL, Mistral 3, ...), the one that gives it a language head.
 
-    is_pair: as an encoder-decoder. Raises UserError for models that only describe images, have no vocabulary, or do not predict the
-    next token.
+    is_pair: as an encoder-decoder. Raises UserError for models that only describe images, have no vocabulary, or do not
+    predict the next token.
     """
     import transformers
 

@@ -95,11 +95,9 @@ def page_of(page: str, found: dict[str, dict[str, Any]]) -> str:
     """The page with its tables written anew, each behind a line `<!-- families of YEAR -->` and before an empty line."""
     for year, families in FAMILIES.items():
         mark = f"<!-- families of {year} -->\n"
-        page = re.sub(
-            rf"{mark}(\|.*\n)*",
-            lambda match, mark=mark, families=families: mark + "\n".join(table_of(families, found)) + "\n",
-            page,
-        )
+        before, after = page.split(mark)
+        rest = re.sub(r"\A(\|.*\n)*", "", after)
+        page = before + mark + "\n".join(table_of(families, found)) + "\n" + rest
     return page
 
 

@@ -200,7 +200,7 @@ def sees_no_future(model: Any) -> bool:
         for one in (tokens, other):
             torch.manual_seed(0)
             ends.append(model(one).logits[0, :30].float())
-    return bool(torch.allclose(*ends, atol=1e-3))
+    return bool(torch.allclose(ends[0], ends[1], atol=1e-3))
 
 
 def by_ddp_eval(model_type: str, directory: str, outcome: Outcome) -> Answers:

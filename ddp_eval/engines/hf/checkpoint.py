@@ -93,9 +93,9 @@ def auto_class(config: Any, is_pair: bool = False) -> Any:
         )
     if getattr(config.get_text_config(), "vocab_size", None) is None:
         raise UserError(f"{config.model_type} models have no vocabulary, and cannot be evaluated on text")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-    if "Diffusion" in MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)].__name__:
+    if "Diffusion" in str(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)):
         raise UserError(f"{config.model_type} models denoise whole blocks of text, and have no probability of the next token")
     return transformers.AutoModelForMultimodalLM
 

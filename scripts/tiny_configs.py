@@ -82,6 +82,8 @@ def tiny_config(model_type: str) -> Any:
     _merge(fields, {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
     if isinstance(fields.get("text_config"), dict):
         _merge(fields["text_config"], {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1})
+    if fields.get("is_encoder_decoder") and fields.get("decoder_start_token_id") is None:
+        fields["decoder_start_token_id"] = 0
     _merge(fields, OVERRIDES.get(model_type, {}))
     return kind.from_dict({name: value for name, value in fields.items() if value is not DROP})
 
@@ -207,10 +209,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}, "moe_intermediate_size": [32, 32]}},
     "granite4_vision": {"downsample_rate": "1/4", "deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1, 1, 1, 1]},
-    "hunyuan_vl": {"text_config": {"head_dim": HEAD_DIM}},
+    "hunyuan_vl": {"text_config": {"head_dim": HEAD_DIM, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}, "text_config": {"rope_scaling_layers": [0, 1]}},
     "mistral4": {"head_dim": 2 * HEAD_DIM, "qk_head_dim": 2 * HEAD_DIM},
-    "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": _ROPE_OF_8}},
+    "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": _ROPE_OF_8}, "vision_start_token_id": 6},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 6},
     "xlstm": {"hidden_size": 2 * HIDDEN, "embedding_dim": 2 * HIDDEN, "num_blocks": LAYERS},
     "emu3": {"vocabulary_map": {"<image>": 5}},
     "step3p7": {
@@ -236,12 +239,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3n_text": _GEMMA_3N,
+    "gemma3n": {"text_config": _GEMMA_3N},
     "gemma4_unified_text": _GEMMA_4_SHARED,
     "hrm_text": {"num_hidden_layers": DROP, "num_layers_per_stack": 1, "prefix_lm": False},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
     "ministral": {"head_dim": HEAD_DIM},
     "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": KV_HEADS, "clip_qkv": 8.0}},
+    "xlm": {"emb_dim": HIDDEN, "n_words": VOCAB_SIZE},
     "xlnet": {"d_head": HEAD_DIM},
     "zaya": {"num_experts_per_tok": 1},
     "xmod": {"default_language": "en_XX"},

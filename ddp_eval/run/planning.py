@@ -197,7 +197,9 @@ def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool
     batches = plan_pairs(requests, max_tokens, engine.max_reads(), share)
     if not len(requests):
         return Decision(*batches, None)
-    trial = trial_requests(requests, engine.vocab_size)
+    tables = limits.limits_of(engine.whole, is_pair=True)
+    most = min((count for count in (tables.positions, tables.answer) if count is not None), default=None)
+    trial = trial_requests(requests, engine.vocab_size, most=most)
     with in_one_sentence("the model cannot score pairs of a context and a continuation"):
         together, alone = (
             score_alone(engine, plan)[item_of_request]

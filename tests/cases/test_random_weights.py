@@ -413,7 +413,7 @@ def test_hashes_that_are_drawn(caplog: pytest.LogCaptureFixture) -> None:
         sums.append([engine.collect(engine.launch(build_pack(decision.plan, 0)))["logprob"] for _ in range(2)])
         assert any("draws at random" in message for message in caplog.messages) == (seed is None)
         engine.close()
-    assert all(np.array_equal(*pair) for pair in sums) and not np.array_equal(sums[0], sums[1])
+    assert all(np.array_equal(first, again) for first, again in sums) and not np.array_equal(sums[0], sums[1])
 
 
 def test_quantisation_by_examples_is_refused() -> None:

@@ -59,6 +59,8 @@ def test_models_that_cannot_be_evaluated_on_text() -> None:
         checkpoint.auto_class(transformers.Florence2Config(is_encoder_decoder=True))
     with pytest.raises(UserError, match="pi0 models have no vocabulary"):
         checkpoint.auto_class(transformers.PI0Config())
+    with pytest.raises(UserError, match="diffusion_gemma models denoise whole blocks of text"):
+        checkpoint.auto_class(tiny_config("diffusion_gemma"))
 
 
 def test_layers_of_a_language_model_within_another() -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import model_table
 import pytest
 import walk_models
 
@@ -33,15 +34,31 @@ def test_a_walk_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     def walk(model_type: str, limit_s: float) -> walk_models.Outcome:
         walked.append(model_type)
-        return walk_models.Outcome("right", "packs", "batches", 1e-5, True)
+        way = ("each request by itself", "one by one") if model_type == "bert" else ("packs", "batches")
+        return walk_models.Outcome("right", *way, 1e-5, True, is_causal=model_type != "bert", code=walk_models.code_now())
 
     monkeypatch.setattr(walk_models, "walk_in_child", walk)
     monkeypatch.setattr(walk_models, "CAUSAL", ["llama", "mamba", "bert"])
     start = ["walk_models.py", "--output", str(tmp_path / "walk")]
-    for more in (["--types", "mamba"], [], []):
+    for more in (["--types", "mamba"], [], [], ["--again"]):
         monkeypatch.setattr(sys, "argv", [*start, *more])
         walk_models.main()
     assert walked == ["mamba", "llama", "bert"]
+    monkeypatch.setattr(walk_models, "code_now", lambda: "other code")
+    walk_models.main()
+    assert walked[3:] == ["llama", "mamba", "bert"], "what other code gave"
     assert sorted(json.loads((tmp_path / "walk.json").read_text())) == ["bert", "llama", "mamba"]
     text = (tmp_path / "walk.md").read_text()
-    assert "| right | packs | 3 |" in text and "| llama | right | packs | batches | 1.0e-05 | yes |  |" in text
+    assert "| right | packs | 2 |" in text and "2 share prefixes (100%): 2 in packs." in text and "other code (3 types)" in text
+    assert "| llama | right | packs | batches | 1.0e-05 | yes |  |" in text
+
+
+def test_the_tables_of_families_are_the_records() -> None:
+    """Catches tables in the docs that say otherwise than the walk, and a family of the newest models without a row."""
+    found = json.loads(model_table.RECORD.read_text())
+    page = model_table.PAGE.read_text(encoding="utf-8")
+    assert model_table.page_of(page, found) == page, "python scripts/model_table.py"
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for year in ("2026", "2025"):
+        missing = [family for family in model_table.FAMILIES[year] if not any(row.startswith(f"| {family} |") for row in rows)]
+        assert not missing

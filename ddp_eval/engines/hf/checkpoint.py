@@ -78,7 +78,8 @@ def auto_class(config: Any, is_pair: bool = False) -> Any:
     """transformers' class that loads the model of a config: lm_eval's, and where that does not know the kind of model (those that
     read images, too: Qwen3-VL, Mistral 3, ...), the one that gives it a language head.
 
-    is_pair: as an encoder-decoder. Raises UserError for models that only describe images, or have no vocabulary.
+    is_pair: as an encoder-decoder. Raises UserError for models that only describe images, have no vocabulary, or do not
+    predict the next token.
     """
     import transformers
 
@@ -92,6 +93,10 @@ def auto_class(config: Any, is_pair: bool = False) -> Any:
         )
     if getattr(config.get_text_config(), "vocab_size", None) is None:
         raise UserError(f"{config.model_type} models have no vocabulary, and cannot be evaluated on text")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    if "Diffusion" in str(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)):
+        raise UserError(f"{config.model_type} models denoise whole blocks of text, and have no probability of the next token")
     return transformers.AutoModelForMultimodalLM
 
 

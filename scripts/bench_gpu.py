@@ -158,12 +158,12 @@ def make_parts(args: argparse.Namespace, work: Path) -> list[Part]:
 
 
 def shard_argv(args: argparse.Namespace, work: Path) -> list[str]:
-    """The demo whole and fully sharded over one rank, which must come to the same bits."""
+    """The demo whole and under --layout shard, which one rank makes a whole copy: both must come to the same bits."""
     device = " --device cpu" if args.rehearse else ""
     tasks = "demo_hellaswag --limit 2" if args.rehearse else "demo"
     run = f"{sys.executable} -m ddp_eval --tasks {tasks} --bootstrap_iters 0{device}"
     one, other = work / "whole", work / "shard"
-    return ["bash", "-ec", f"{run} --layout replicas --output_path {one}; {run} --layout shard:1 --output_path {other}; "
+    return ["bash", "-ec", f"{run} --layout replicas --output_path {one}; {run} --layout shard --output_path {other}; "
             f"{sys.executable} -m ddp_eval compare {one} {other} --expect identical"]  # fmt: skip
 
 

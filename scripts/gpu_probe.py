@@ -136,7 +136,7 @@ def find_kernels(engine: Any, pack: Any) -> list[dict[str, Any]]:
     def microseconds(event: Any) -> float:
         return float(event.self_device_time_total if on_device else event.self_cpu_time_total)
 
-    events = [event for event in profile.key_averages() if not on_device or event.device_type == torch.profiler.DeviceType.CUDA]
+    events = [event for event in profile.key_averages() if not on_device or str(event.device_type).endswith("CUDA")]
     whole = sum(map(microseconds, events)) or 1.0
     most = sorted(events, key=microseconds, reverse=True)[:KERNELS]
     return [{"name": e.key, "calls": e.count, "share": microseconds(e) / whole, "us": microseconds(e)} for e in most]

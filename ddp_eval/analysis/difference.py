@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -166,14 +166,65 @@ def _compare_overall(a: Run, b: Run, shared: list[str], tasks: list[dict[str, An
     metrics = {}
     for key, parts in pooled.items():
         if len(parts) > 1:
-            columns = [np.concatenate([part[column] for _, part in parts]) for column in range(4)]
-            offsets = np.cumsum([0, *(len(part[4]) for _, part in parts)])
-            clusters = np.concatenate([part[4] + offset for (_, part), offset in zip(parts, offsets[:-1], strict=True)])
-            metrics[key] = paired.compare_metric(
-                key.partition(",")[0], (columns[0], columns[1]), (columns[2], columns[3]), clusters
-            )
+            metrics[key] = _compare_pooled(key, [part for _, part in parts])
             metrics[key]["tasks"] = len(parts)
     return {**overall, "delta_nats": _summary(deltas), "metrics": metrics}
+
+
+def _compare_pooled(key: str, parts: list[Any]) -> dict[str, Any]:
+    """Paired statistics over the documents of several tasks. parts: of `_paired_documents`."""
+    columns = [np.concatenate([part[column] for part in parts]) for column in range(4)]
+    offsets = np.cumsum([0, *(len(part[4]) for part in parts)])
+    clusters = np.concatenate([part[4] + offset for part, offset in zip(parts, offsets[:-1], strict=True)])
+    return paired.compare_metric(key.partition(",")[0], (columns[0], columns[1]), (columns[2], columns[3]), clusters)
+
+
+def compare_scores(a: Run, b: Run, wanted: Callable[[str, str], bool]) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(task or group, "metric,filter"): paired statistics} of what both runs report and is `wanted`; B must be aligned with A.
+
+    A group's documents are those of its tasks, where their mean is the number that is reported of it, as lm_eval's is unless it
+    weighs tasks alike.
+    """
+    found = {}
+    for task in a.reported.keys() & b.reported.keys():
+        keys = [key for key in a.reported[task].keys() & b.reported[task].keys() if wanted(task, key)]
+        if not keys:
+            continue
+        members = _members(a, task)
+        documents = [_paired_documents(a, b, member) for member in members]
+        for key in keys:
+            parts = [one[key] for one in documents if key in one]
+            if len(parts) != len(members) or not parts:
+                continue
+            one = _compare_pooled(key, parts)
+            if all(_is_close(one[side], run.reported[task][key]) for side, run in (("a", a), ("b", b))):
+                found[task, key] = one
+    return found
+
+
+def count_flips(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[str, int]:
+    """Answers, and generated texts, that are others in B than in A, over all tasks that both have; B must be aligned with A."""
+    total: dict[str, int] = {}
+    for task in (task for task in numbered_tasks(a) if task in numbered_tasks(b)):
+        left, right = a.requests.get(task, _NONE), b.requests.get(task, _NONE)
+        in_left, in_right = _match(left, right)
+        left, right = _take(left, in_left), _take(right, in_right)
+        counts = _flips(left, right, asks_twice(a, task) or asks_twice(b, task), near_tie_nats)
+        texts = [run.texts.get(task, {}) for run in (a, b)]
+        both = texts[0].keys() & texts[1].keys()
+        counts |= {"texts": len(both), "texts_differing": sum(texts[0][key] != texts[1][key] for key in both)}
+        total = {name: total.get(name, 0) + count for name, count in counts.items()}
+    return total
+
+
+def _members(run: Run, task: str) -> list[str]:
+    """The tasks of a group and of the groups in it, each once; of a task itself."""
+    members = run.results.get("group_subtasks", {})
+    found, level = [], [task]
+    while level:
+        found += [one for one in level if not members.get(one)]
+        level = list(dict.fromkeys(inner for one in level for inner in members.get(one, [])))
+    return list(dict.fromkeys(found))
 
 
 def _metrics_differing(a: Run, b: Run, task: str, documents: dict[str, Any]) -> list[str]:
@@ -222,9 +273,13 @@ def _is_aggregate(a: Run, b: Run, task: str, key: str) -> bool:
         documents: Documents = run.metrics[task][key]
         reported = run.reported.get(task, {}).get(key)
         computed = paired.aggregate(key.partition(",")[0], documents.value, documents.weight)
-        if reported is not None and not math.isclose(computed, reported, rel_tol=1e-6, abs_tol=1e-9):
+        if reported is not None and not _is_close(computed, reported):
             return False
     return True
+
+
+def _is_close(computed: float, reported: float) -> bool:
+    return math.isclose(computed, reported, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _flips(left: Requests, right: Requests, twice: bool, near_tie_nats: float) -> dict[str, int]:

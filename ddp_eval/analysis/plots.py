@@ -49,8 +49,8 @@ def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: 
 
 def curves(series: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[float | None]]]) -> str:
     """One metric over steps. series: name, steps, values, standard errors; 95% intervals are bars."""
-    figure, axes = _figure(2.3, width_in=CURVE_WIDTH_IN)
     shown = series[: len(_SERIES)]
+    figure, axes = _figure(2.3 + 0.18 * (len(shown) if len(shown) > 1 else 0), width_in=CURVE_WIDTH_IN)
     for (name, steps, values, stderrs), color in zip(shown, _SERIES, strict=False):
         errors = [1.96 * (stderr or 0.0) for stderr in stderrs]
         axes.errorbar(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import urllib.parse
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from ddp_eval.analysis.sweep_text import show_difference, show_score
 
 _MOST_CHARTS = 60  # of one part of the page; the tables have all metrics
 _MOST_COLUMNS = 200
+_TOO_LARGE = 1e200
 
 
 def render_sweep(sweep: Sweep, against: str = FIRST) -> str:
@@ -75,7 +75,7 @@ def _charts(sweep: Sweep, models: Sequence[Model], with_steps: bool) -> list[dic
 
 def _chart(models: Sequence[Model], metric: Metric, with_steps: bool) -> str | None:
     """None where no model has a number to draw."""
-    having = [model for model in models if metric in model.scores and math.isfinite(model.scores[metric].value)]
+    having = [model for model in models if metric in model.scores and _finite(model.scores[metric].value) is not None]
     if not having:
         return None
     if not with_steps:
@@ -90,8 +90,9 @@ def _chart(models: Sequence[Model], metric: Metric, with_steps: bool) -> str | N
     return plots.curves(series)
 
 
-def _finite(stderr: float | None) -> float | None:
-    return stderr if stderr is not None and math.isfinite(stderr) else None
+def _finite(value: float | None) -> float | None:
+    """None for what has no place on an axis."""
+    return value if value is not None and abs(value) < _TOO_LARGE else None
 
 
 def _row(sweep: Sweep, one: dict[str, Any], metrics: Sequence[dict[str, Any]], against: str, left: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ _GROUPS = (
     ("layout", ("ranks.", "plan_sha256", "layout", "packs", "why_rows", "computed_tokens", "config.packing", "config.max_pack")),
     ("layout", ("config.layout", "measured_layouts")),
 )
+_GEN_KWARGS, _BY_TASK = "config.gen_kwargs", "prompts_by_task."
 _SAYS_NOTHING = ("config.output_path", "config.overwrite", "working_directory", "model.seen")
 
 
@@ -75,9 +76,23 @@ def differences(a: Run, b: Run) -> list[dict[str, Any]]:
         keys = [key for key in keys if key in left and key in right]
     # A manifest of an older version says nothing of documents and task files, which may also lie elsewhere.
     keys = [key for key in keys if (key in left and key in right) or not key.startswith(("documents_by_task.", "task_files."))]
-    found = [{"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys]
+    same_prompts = _digests_of_settings(a, b, left, right)
+    found = [{"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys if key not in same_prompts]
     order = [*dict.fromkeys(name for name, _ in _GROUPS), "settings"]
     return sorted((one for one in found if one["a"] != one["b"]), key=lambda one: order.index(one["group"]))
+
+
+def _digests_of_settings(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> set[str]:
+    """Keys of digests of prompts that differ by gen_kwargs alone, which count in them and are named themselves.
+
+    left, right: the flat manifests. Documents have hashes of their prompts without the settings.
+    """
+    if not any(left.get(key) != right.get(key) for key in left.keys() | right.keys() if key.startswith(_GEN_KWARGS)):
+        return set()
+    differing = [key for key in left.keys() & right.keys() if key.startswith(_BY_TASK) and left[key] != right[key]]
+    tasks = {key: key.removeprefix(_BY_TASK) for key in differing}
+    alike = {key for key, task in tasks.items() if task in a.texts and a.prompts.get(task) == b.prompts.get(task) is not None}
+    return alike | {"prompts_sha256"} if alike and len(alike) == len(differing) else alike
 
 
 def asks_twice(run: Run, task: str) -> bool:

@@ -1,14 +1,13 @@
 """`torchrun … -m ddp_eval`: from the command line to an exit code.
 
 0: done. 2: an error that the user can fix, in one sentence. 3: two runs differ more than --expect allows.
-141: a command whose reader has gone before its end, as `| head` does. 1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes.
-130: the same by Ctrl-C. torchrun makes 1 of all but 0.
+1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes.
+130: the same by Ctrl-C. 141: whoever reads what a command prints ended first, as `head` does. torchrun makes 1 of all but 0.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import functools
 import gc
@@ -54,7 +53,9 @@ def main() -> None:
         if not command.runs_on_all_ranks:
             watchdog.step(f"at work on {name}")
             try:
-                sys.exit(_print_all(functools.partial(importlib.import_module(command.module).main, argv)) if _is_rank_zero() else 0)
+                sys.exit(
+                    _print_all(functools.partial(importlib.import_module(command.module).main, argv)) if _is_rank_zero() else 0
+                )
             except UserError as error:  # of rank 0 alone: there is nobody to agree with
                 watchdog.say(str(error))
                 watchdog.leave(2, status.FAILED, str(error))

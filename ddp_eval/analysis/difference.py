@@ -77,7 +77,9 @@ def differences(a: Run, b: Run) -> list[dict[str, Any]]:
     # A manifest of an older version says nothing of documents and task files, which may also lie elsewhere.
     keys = [key for key in keys if (key in left and key in right) or not key.startswith(("documents_by_task.", "task_files."))]
     same_prompts = _digests_of_settings(a, b, left, right)
-    found = [{"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys if key not in same_prompts]
+    found = [
+        {"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys if key not in same_prompts
+    ]
     order = [*dict.fromkeys(name for name, _ in _GROUPS), "settings"]
     return sorted((one for one in found if one["a"] != one["b"]), key=lambda one: order.index(one["group"]))
 

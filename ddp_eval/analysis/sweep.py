@@ -65,8 +65,12 @@ class Model:
 
     @property
     def series(self) -> str:
-        """What its steps are steps of: the model where it has revisions, else the name without its numbers."""
-        return self.model or self.name if self.revision is not None else re.sub(r"\d+", "#", self.model or self.name)
+        """What its step is a step of: the model where it is a revision of that, else its path without the step."""
+        path = self.model or self.name
+        if self.revision is not None or self.step is None:
+            return path
+        *_, last = [None, *re.finditer(rf"(?<!\d)0*{self.step}(?!\d)", path)]
+        return path if last is None else f"{path[: last.start()]}#{path[last.end() :]}"
 
     def unreadable(self, reason: str) -> Model:
         return dataclasses.replace(self, state=UNREADABLE, reason=reason, scores={})

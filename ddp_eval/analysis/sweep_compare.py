@@ -96,9 +96,7 @@ def _flips(other: tuple[str, Run], model: Model, run: Run) -> dict[str, Any]:
     return {"name": other[0], **count_flips(other[1], align(other[1], run)[0])}
 
 
-def _add_paired(
-    shown: dict[str, Any], model: Model, run: Run, references: Mapping[Metric, str], kept: Mapping[str, Run]
-) -> None:
+def _add_paired(shown: dict[str, Any], model: Model, run: Run, references: Mapping[Metric, str], kept: Mapping[str, Run]) -> None:
     """Into each metric of one model: its reference, and the paired difference from that."""
     for metric, name in references.items():
         if metric in model.scores:
@@ -107,7 +105,9 @@ def _add_paired(
         if name == model.name or name not in kept:
             continue
         other = kept[name]
-        found = compare_scores(other, align(other, run)[0], lambda task, key, name=name: references.get(Metric(task, key)) == name)  # type: ignore[misc]
+        found = compare_scores(
+            other, align(other, run)[0], lambda task, key, name=name: references.get(Metric(task, key)) == name
+        )  # type: ignore[misc]
         for (task, key), paired in found.items():
             if key in shown["metrics"].get(task, {}):
                 shown["metrics"][task][key]["paired"] = paired

@@ -16,6 +16,8 @@ from ddp_eval.cli.report import main
 from ddp_eval.errors import UserError
 
 pytest.importorskip("matplotlib")
+
+
 @pytest.fixture(scope="module")
 def run_dirs(tmp_path_factory):
     """The demo in packs and in rows, a few documents."""

@@ -55,13 +55,13 @@ def test_models_are_in_the_order_of_their_steps(made):
 
 def test_two_trainings_are_two_series(tmp_path):
     """Catches step 2 of one training between steps 1 and 3 of another, and revisions of one model taken for several."""
-    names = ["b/step-3", "a/step-2", "b/step-1"]
+    names = ["7b/1/step-3", "13b/1/step-2", "7b/1/step-0001"]
     models = [entry(f"m{number}", "waiting", model=name, step=int(name[-1])) for number, name in enumerate(names)]
     models += [entry(f"r{step}", "waiting", model="org/pythia-70m", revision=f"step{step}", step=step) for step in (8, 4)]
     models += [entry("last", "waiting", model="x")]
     read = read_sweep(write_state(tmp_path / "sweep", models)).models
     assert [(model.series, model.step) for model in read] == [
-        ("b/step-#", 1), ("b/step-#", 3), ("a/step-#", 2), ("org/pythia-70m", 4), ("org/pythia-70m", 8), ("x", None),
+        ("7b/1/step-#", 1), ("7b/1/step-#", 3), ("13b/1/step-#", 2), ("org/pythia-70m", 4), ("org/pythia-70m", 8), ("x", None),
     ]  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def test_another_version(tmp_path):
     """Catches a later version's file misread."""
     write_state(tmp_path / "sweep", [])
     (tmp_path / "sweep" / "sweep.json").write_text('{"version": 2, "models": []}')
-    with pytest.raises(UserError, match="sweep.json: version must be 1, the version that this ddp_eval reads, got 2"):
+    with pytest.raises(UserError, match=r"sweep\.json: version must be 1, the version that this ddp_eval reads, got 2"):
         read_sweep(tmp_path / "sweep")
 
 
@@ -221,10 +221,19 @@ def test_compare_prints_models_and_metrics(made, capsys):
     assert printed["against"] == "best" and len(printed["models"]) == 5
 
 
+def test_the_page_is_in_the_directory(sweep, tmp_path, capsys):
+    """Catches a page that nobody finds, and another reference than the one that was asked for."""
+    assert report.main([str(sweep)]) == 0 and f"the report is in {sweep}/report.html" in capsys.readouterr().out
+    assert "the first, checkpoint-100" in (sweep / "report.html").read_text()
+    report.main([str(sweep), "--against", "best", "--output", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "the best model in each metric" in page and ">best</small>" in page
+
+
 def test_a_sweep_is_no_run(made, sweep, tmp_path):
     """Catches a sweep among runs called a directory without a run, and flags of the one taken for the other."""
     for main, command in ((compare.main, "compare"), (report.main, "report")):
-        with pytest.raises(UserError, match=f"{sweep} is a sweep: {command} takes one alone; to set runs side by side, name them"):
+        with pytest.raises(UserError, match=f"{sweep} is a sweep: {command} takes one alone; to set runs side"):
             main([str(sweep), str(made / DONE[0])])
         with pytest.raises(UserError, match="--against is for the directory of a sweep"):
             main([str(made / DONE[0]), str(made / DONE[1]), "--against", "best"])

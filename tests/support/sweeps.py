@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from screenshots import make_checkpoint
 
-from ddp_eval import demo
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.run.runner import run
@@ -19,15 +17,6 @@ from ddp_eval.tasks import select
 
 NOISE = {100: 0.05, 200: 0.02, 1000: 0.0}  # by step: the spread of what is added to each weight
 TASKS = ["demo_boolean_expressions", "demo_mmlu", "demo_lambada"]
-
-
-def make_checkpoint(place: Path, noise: float, seed: int) -> Path:
-    """The demo model with Gaussian noise on its weights."""
-    shutil.copytree(demo.MODEL_PATH, place)
-    weights, random = load_file(place / "model.safetensors"), torch.Generator().manual_seed(seed)
-    noisy = {name: weight + noise * torch.randn(weight.shape, generator=random) for name, weight in weights.items()}
-    save_file(noisy, place / "model.safetensors", metadata={"format": "pt"})
-    return place
 
 
 def entry(name: str, state: str = "done", **facts: Any) -> dict[str, Any]:
@@ -50,9 +39,9 @@ def make_sweep(place: Path, scratch: Path, limit: int = 20) -> Path:
         patch.setattr(select, "TaskManager", lambda **options: manager(**{**options, "include_defaults": False}))
         for step, noise in reversed(NOISE.items()):
             name = f"checkpoint-{step}"
-            model = make_checkpoint(scratch / name, noise, seed=step)
+            make_checkpoint(scratch / name, noise, seed=step)
             config = Config(
-                model_args={"pretrained": str(model)}, tasks=TASKS, limit=limit, output_path=str(place / name),
+                model_args={"pretrained": str(scratch / name)}, tasks=TASKS, limit=limit, output_path=str(place / name),
                 bootstrap_iters=100, device="cpu",
             )  # fmt: skip
             run(config, World(0, 0, 1, torch.device("cpu")))

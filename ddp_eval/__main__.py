@@ -81,7 +81,7 @@ def _print_all(work: Callable[[], _T]) -> _T | int:
     returned: _T | int = _NOT_READ
     try:
         returned = work()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         if not _is_unread():
             raise

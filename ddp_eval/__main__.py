@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _DEATH_S = 1.0
-_NOT_READ = 141  # what a shell says of a program that SIGPIPE has ended
+NOT_READ = 141  # what a shell says of a program that SIGPIPE has ended
 MIN_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
 
 
@@ -78,7 +78,7 @@ def _print_all(work: Callable[[], _T]) -> _T | int:
 
     Nothing is printed any more afterwards: the interpreter would report the closed pipe at its end.
     """
-    returned: _T | int = _NOT_READ
+    returned: _T | int = NOT_READ
     try:
         returned = work()
         print(end="", flush=True)

@@ -30,8 +30,8 @@ SHOTS: dict[str, tuple[int, int, list[str]]] = {
     "report_phone": (500, 1100, []),
 }
 SWEEP_SHOTS: dict[str, tuple[int, int, list[str]]] = {
-    "sweep_light": (1100, 2150, []),
-    "sweep_dark": (1100, 2150, DARK),
+    "sweep_light": (1100, 1800, []),
+    "sweep_dark": (1100, 1800, DARK),
     "sweep_phone": (500, 1100, []),
 }
 # Checkpoints of a training that never was: by step, the spread of the noise on the demo model's weights.
@@ -98,7 +98,7 @@ def make_sweep(directory: Path) -> Path:
         models.append(describe(name, step, state="done", seconds=round(time.monotonic() - began, 1)))
     models.insert(-1, describe("checkpoint-2500", 2500, state="failed", reason="model.safetensors.index.json names no such file"))
     (sweep / "sweep.json").write_text(json.dumps({"version": 1, "models": models}))
-    run(directory, "-m", "ddp_eval", "report", str(sweep))
+    run(directory, "-m", "ddp_eval", "report", sweep.name)
     return sweep / "report.html"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -196,15 +196,15 @@ def _compare_pooled(key: str, parts: list[Any]) -> dict[str, Any]:
     return paired.compare_metric(key.partition(",")[0], (columns[0], columns[1]), (columns[2], columns[3]), clusters)
 
 
-def compare_scores(a: Run, b: Run, wanted: Callable[[str, str], bool]) -> dict[tuple[str, str], dict[str, Any]]:
-    """{(task or group, "metric,filter"): paired statistics} of what both runs report and is `wanted`; B must be aligned with A.
+def compare_scores(a: Run, b: Run, wanted: Collection[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(task or group, "metric,filter"): paired statistics} of what is `wanted` and both runs report; B must be aligned with A.
 
     A group's documents are those of its tasks, where their mean is the number that is reported of it, as lm_eval's is unless it
     weighs tasks alike.
     """
     found = {}
     for task in a.reported.keys() & b.reported.keys():
-        keys = [key for key in a.reported[task].keys() & b.reported[task].keys() if wanted(task, key)]
+        keys = [key for key in a.reported[task].keys() & b.reported[task].keys() if (task, key) in wanted]
         if not keys:
             continue
         members = _members(a, task)

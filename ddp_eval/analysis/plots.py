@@ -22,6 +22,7 @@ _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line", **{color: f"c{number}
 WIDTH_IN = 8.0
 CURVE_WIDTH_IN = 4.0  # a phone shows one in its width, a desk three
 _LOG_STEPS = 20  # times the median that the last step is, from which on steps have a logarithmic axis
+_LOG_VALUES = 50  # times the least that the largest value is, from which on values have one: perplexities early in a training
 _MAX_ROWS = 500  # of one plot
 _MAX_NAME = 100  # characters
 _MAX_LEGEND = 40
@@ -64,8 +65,13 @@ def curves(series: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[
     else:
         axes.locator_params(axis="x", nbins=5, integer=True)
         axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}" if float(step).is_integer() else "")
-    axes.locator_params(axis="y", nbins=5)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    reached = [value for _, _, values, _ in shown for value in values]
+    if 0 < min(reached) < max(reached) / _LOG_VALUES:
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(min(reached) / 2, max(reached) * 2)
+    else:
+        axes.locator_params(axis="y", nbins=5)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
     axes.set_xlabel("step")
     axes.grid(color=_GRID, linewidth=0.8)
     if len(shown) > 1:

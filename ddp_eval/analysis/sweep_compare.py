@@ -104,10 +104,8 @@ def _add_paired(shown: dict[str, Any], model: Model, run: Run, references: Mappi
     for name in dict.fromkeys(references.values()):
         if name == model.name or name not in kept:
             continue
-        other = kept[name]
-        found = compare_scores(
-            other, align(other, run)[0], lambda task, key, name=name: references.get(Metric(task, key)) == name
-        )  # type: ignore[misc]
+        own = {metric for metric, reference in references.items() if reference == name}
+        found = compare_scores(kept[name], align(kept[name], run)[0], own)
         for (task, key), paired in found.items():
             if key in shown["metrics"].get(task, {}):
                 shown["metrics"][task][key]["paired"] = paired

@@ -327,6 +327,8 @@ def test_steps_over_several_orders_of_magnitude():
 
     steps = [2**power for power in range(18)]
     assert plots.curves([("a", steps, [0.5] * 18, [None] * 18)]).count("10,000") == 1
+    perplexities = plots.curves([("a", [1, 2, 3], [1e9, 30.0, 10.0], [1e11, 1.0, None])])
+    assert "10" in perplexities and "2.5e" not in perplexities  # powers of ten
     many = [(f"series {number} $", [1, 2], [0.1, 0.2], [0.01, None]) for number in range(15)]
     assert "series 9 $" in plots.curves(many) and "series 10 $" not in plots.curves(many)
 

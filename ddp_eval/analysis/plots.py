@@ -161,7 +161,7 @@ def _figure(height_in: float, panels: int = 0, width_in: float = WIDTH_IN) -> An
         for name, spine in one.spines.items():
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(_MUTED)
-        one.tick_params(colors=_INK, labelsize=9)
+        one.tick_params(which="both", colors=_INK, labelsize=9)
         one.xaxis.label.set(color=_INK, size=9)
         one.yaxis.label.set(color=_INK, size=9)
         one.set_axisbelow(True)

@@ -2,22 +2,23 @@
 
 0: done. 2: an error that the user can fix, in one sentence. 3: two runs differ more than --expect allows.
 1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes.
-130: the same by Ctrl-C. torchrun makes 1 of all but 0.
+130: the same by Ctrl-C. 141: whoever reads what a command prints ended first, as `head` does. torchrun makes 1 of all but 0.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import functools
 import gc
 import importlib
 import logging
 import os
+import select
 import sys
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ddp_eval.cli import COMMANDS, split_command
 from ddp_eval.cli.subcommand import Evaluation
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from ddp_eval.distributed.world import World
     from ddp_eval.run.preflight import PreflightReport
 
+_T = TypeVar("_T")
 _DEATH_S = 1.0
+NOT_READ = 141  # what a shell says of a program that SIGPIPE has ended
 MIN_JOIN_S = 120.0  # ranks start at different moments, however short their steps are
 
 
@@ -50,7 +53,9 @@ def main() -> None:
         if not command.runs_on_all_ranks:
             watchdog.step(f"at work on {name}")
             try:
-                sys.exit(importlib.import_module(command.module).main(argv) if _is_rank_zero() else 0)
+                sys.exit(
+                    _print_all(functools.partial(importlib.import_module(command.module).main, argv)) if _is_rank_zero() else 0
+                )
             except UserError as error:  # of rank 0 alone: there is nobody to agree with
                 watchdog.say(str(error))
                 watchdog.leave(2, status.FAILED, str(error))
@@ -63,9 +68,32 @@ def main() -> None:
                 sys.exit(0)
             with watchdog.speaking():
                 watchdog.step("comparing the two runs")
-                sys.exit(evaluation.conclude())
+                sys.exit(_print_all(evaluation.conclude))
     except UserError as error:
         _report_and_leave(error)
+
+
+def _print_all(work: Callable[[], _T]) -> _T | int:
+    """What `work` returns, once all that it prints is read or on its way; or the exit code for a reader that has gone.
+
+    Nothing is printed any more afterwards: the interpreter would report the closed pipe at its end.
+    """
+    returned: _T | int = NOT_READ
+    try:
+        returned = work()
+        print(end="", flush=True)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return returned
+
+
+def _is_unread() -> bool:
+    """Whether stdout is a pipe that nobody reads any more: other pipes and connections break too."""
+    look = select.poll()
+    look.register(sys.stdout.fileno(), 0)
+    return bool(look.poll(0))
 
 
 def _quiet_down() -> None:
@@ -169,8 +197,7 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
     watching.stop()
     world_module.leave_group(world)
     if results is not None:
-        with contextlib.suppress(BrokenPipeError):  # whoever read it has gone; the run is in its directory
-            _show(config, results)
+        _print_all(functools.partial(_show, config, results))  # whoever reads it may have gone; the run is in its directory
 
 
 def _show(config: Config, results: dict[str, Any]) -> None:

@@ -127,10 +127,35 @@ def report(place: Path) -> Iterator[Callable[[], None]]:
     from ddp_eval.analysis.report import render
 
     def page() -> None:
-        text = render([read_run(place / "run"), read_run(place / "other")], 100)
-        for bad in ("<script>alert", "</script><img"):
-            assert bad not in text, f"{bad} is in the page as it was in the file"
-        text.encode("utf-8", "backslashreplace")
+        check_page(render([read_run(place / "run"), read_run(place / "other")], 100))
+
+    yield page
+
+
+def compare_sweep(place: Path) -> Iterator[Callable[[], None]]:
+    from ddp_eval.analysis.sweep import read_sweep
+    from ddp_eval.analysis.sweep_compare import AGAINST
+    from ddp_eval.analysis.sweep_compare import compare_sweep as compare_models
+    from ddp_eval.analysis.sweep_files import write_tables
+    from ddp_eval.analysis.sweep_text import format_sweep
+    from ddp_eval.analysis.verdict import jsonable
+
+    def tables() -> None:
+        write_tables(place / "sweep")
+        for against in AGAINST:
+            compared = compare_models(read_sweep(place / "sweep"), against)
+            check_text(format_sweep(compared))
+            json.dumps(jsonable(compared), allow_nan=False).encode()
+
+    yield tables
+
+
+def report_sweep(place: Path) -> Iterator[Callable[[], None]]:
+    from ddp_eval.analysis.sweep import read_sweep
+    from ddp_eval.analysis.sweep_report import render_sweep
+
+    def page() -> None:
+        check_page(render_sweep(read_sweep(place / "sweep")))
 
     yield page
 
@@ -263,6 +288,9 @@ READERS = {
     "results.json: compare": Reader("run/results.json", "json", compare),
     "results.json: a finished run": Reader("run/results.json", "json", finished, ("run",)),
     "results.json: report": Reader("run/results.json", "json", report),
+    "results.json: report of a sweep": Reader("sweep/a/results.json", "json", report_sweep, ("sweep",)),
+    "sweep.json: compare": Reader("sweep/sweep.json", "json", compare_sweep, ("sweep",)),
+    "sweep.json: report": Reader("sweep/sweep.json", "json", report_sweep, ("sweep",)),
     "telemetry.json: report": Reader("run/telemetry.json", "json", report),
     "samples_*.jsonl: report": Reader("run/samples_demo_boolean_expressions.jsonl", "lines", report),
     "samples_*.jsonl of lm_eval: compare": Reader("lm_eval/samples.jsonl", "lines", compare_lm_eval, ("lm_eval", "other")),
@@ -303,6 +331,7 @@ def make_source(place: Path, with_lm_eval: bool = True) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     _run([sys.executable, "-m", "ddp_eval", *FLAGS, "--output_path", str(place / "run")], environment)
     shutil.copytree(place / "run", place / "other")
+    make_sweep(place / "sweep", place / "run")
     made = place / "made_by_lm_eval"
     if with_lm_eval:
         flags = ["run", "--model", "hf", "--model_args", f"pretrained={demo.MODEL_PATH}", "--tasks", "demo_mmlu_philosophy"]
@@ -337,6 +366,17 @@ def make_source(place: Path, with_lm_eval: bool = True) -> None:
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=600)
+
+
+def make_sweep(place: Path, run: Path) -> None:
+    """Two models that are done, of one run's files, and two that are not."""
+    models: list[dict[str, Any]] = []
+    for step, (name, state) in enumerate((("a", "done"), ("b", "done"), ("c", "failed"), ("d", "waiting"))):
+        facts = {"model": f"train/step-{step}", "revision": None, "step": step, "reason": "why" if state == "failed" else None}
+        models.append({"name": name, **facts, "state": state, "seconds": 2.5 if state == "done" else None})
+        if state == "done":
+            shutil.copytree(run, place / name)
+    (place / "sweep.json").write_text(json.dumps({"version": 1, "models": models}))
 
 
 def make_unfinished(place: Path) -> None:
@@ -406,7 +446,7 @@ def prepare() -> None:
     import torch
     import transformers
 
-    from ddp_eval.analysis import plots, report  # noqa: F401
+    from ddp_eval.analysis import plots, report, sweep_report  # noqa: F401
     from ddp_eval.cli import flags, reproduce  # noqa: F401
     from ddp_eval.output import lock, shapes  # noqa: F401
     from ddp_eval.tasks import harness
@@ -415,7 +455,7 @@ def prepare() -> None:
     transformers.AutoConfig  # noqa: B018
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    for name in ("intervals", "margins", "timeline", "utilisation"):
+    for name in ("curves", "intervals", "margins", "timeline", "utilisation"):
         setattr(plots, name, made_once(getattr(plots, name)))
     harness.format_tables = made_once(harness.format_tables)
     lock.WATCH_S = lock.DYING_S = 0.0
@@ -464,6 +504,12 @@ def check_text(text: str) -> None:
     from ddp_eval.errors import printable
 
     assert printable(text, keep="\n") == text, "a terminal would obey this text"
+
+
+def check_page(text: str) -> None:
+    for bad in ("<script>alert", "</script><img"):
+        assert bad not in text, f"{bad} is in the page as it was in the file"
+    text.encode("utf-8", "backslashreplace")
 
 
 def read_status(name: str) -> int:

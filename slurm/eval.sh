@@ -4,6 +4,11 @@
 #   sbatch --nodes=2 --gpus-per-node=8 --time=4:00:00 slurm/eval.sh \
 #       --model_args pretrained=meta-llama/Llama-3.1-8B,dtype=bfloat16 --tasks mmlu --output_path runs/llama
 #
+# or many models in one launch, or the checkpoints of a training as they come:
+#
+#   sbatch --nodes=1 --gpus-per-node=8 --time=8:00:00 slurm/eval.sh sweep \
+#       --models 'train/checkpoint-*' --watch --until train/finished --tasks mmlu --output_path runs/sweep
+#
 # A job that is pre-empted or meets its time limit leaves a clean journal, goes back into the queue and resumes; one that is done
 # never does. docs/guide/slurm.md describes all of it.
 #SBATCH --job-name=ddp_eval
@@ -57,12 +62,19 @@ find_output() {
 # Whether this job, at whatever start, has finished the run, or has found it complete. A run that it was to replace does not count.
 is_done() {
     { [[ -f "$output/status.json" ]] && grep -s '"state": *"done"' "$output/status.json" | grep -q "\"slurm\": *\"$JOB\""; } ||
-        grep -qs 'holds this very run, complete: nothing is left to do' "${LOGS:-/dev/null}".*.log
+        { [[ -z "$sweeping" ]] && grep -qs 'holds this very run, complete: nothing is left to do' "${LOGS:-/dev/null}".*.log; }
+}
+
+# Whether this start of a sweep came to the end of its models, and some of them failed.
+has_failed_models() {
+    [[ -n "$sweeping" && "$output/sweep.json" -nt "$LOGS.start" ]] && ! grep -qs '"state": *"waiting"' "$output/sweep.json" &&
+        grep -qs '"state": *"failed"' "$output/sweep.json"
 }
 
 # On success. Arguments: the flags, which sweep.sh compares with its list.
 leave_done() {
     printf '%s\n' "$@" >"$output/logs/flags"
+    is_done || write_status "done" ""
     say "done: $output"
     exit 0
 }
@@ -80,25 +92,34 @@ last_words() {
 }
 
 is_own_lock() {
-    grep -qs "\"slurm_job\": *\"$JOB\"" "$output/.ddp_eval.lock"
+    grep -qs "\"slurm_job\": *\"$JOB\"" "$1"
 }
 
 # Whether a run of another job is at work in the directory: it touches its lock every few seconds.
 is_taken() {
-    [[ -n "$(find "$output/.ddp_eval.lock" -mmin -1 2>/dev/null)" ]] && ! is_own_lock
+    local lock
+    for lock in "$output"/.ddp_eval.lock ${sweeping:+"$output"/*/.ddp_eval.lock}; do
+        [[ -z "$(find "$lock" -mmin -1 2>/dev/null)" ]] || is_own_lock "$lock" || return 0
+    done
+    return 1
 }
 
 # A job that fails before it has opened the run directory (a wrong flag, a bad node, no Python) tells scripts too. Argument: why.
 # The fields are those of ddp_eval/output/status.py. Nothing replaces "done", or what another run at work has said.
 note_failure() {
-    local reason="${1//[[:cntrl:]]/ }" aside="$output/.status.json.$JOB.ddp_eval.tmp"
     if is_taken || { [[ -f "$output/status.json" ]] && grep -qs '"state": *"done"' "$output/status.json"; }; then
         return
     fi
+    write_status failed "$1"
+}
+
+# Arguments: the state, and why.
+write_status() {
+    local reason="${2//[[:cntrl:]]/ }" aside="$output/.status.json.$JOB.ddp_eval.tmp"
     reason="${reason//\\/\\\\}"
     reason="${reason//\"/\\\"}"
-    printf '{"state": "failed", "reason": "%s", "time": "%s", "launch": {"slurm": "%s"}}\n' \
-        "$reason" "$(date -Iseconds)" "$JOB" >"$aside" && mv "$aside" "$output/status.json"
+    printf '{"state": "%s", "reason": "%s", "time": "%s", "launch": {"slurm": "%s"}}\n' \
+        "$1" "$reason" "$(date -Iseconds)" "$JOB" >"$aside" && mv "$aside" "$output/status.json"
 }
 
 # Arguments: how it failed, and why.
@@ -166,6 +187,7 @@ run_step() {
     export RENDEZVOUS="$JOB.$restart.$attempt" LOGS="$output/logs/$JOB.$restart.$attempt"
     # What --fresh and --overwrite ask for is done once, at the first start that comes so far.
     export SLURM_RESTART_COUNT="$((restart + attempt))"
+    [[ -z "$sweeping" ]] || : >"$LOGS.start"
     say "start on $SLURM_JOB_NODELIST; the output of each node is in $LOGS.NODE.log"
     # --wait: when one node's torchrun has ended, the others, which notice by themselves, are ended after so many seconds.
     "${SRUN[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
@@ -212,12 +234,13 @@ is_preempted() {
 }
 
 journal_sizes() {
-    wc -c "$output"/journal/*.journal 2>/dev/null
+    wc -c "$output"/journal/*.journal "$output"/*/journal/*.journal "$output"/*/manifest.json 2>/dev/null
 }
 
 # Whether both this start and the one before were warned of the time limit before they had finished a pack.
 is_in_vain() {
     local before
+    [[ " $flags " != *" --watch "* ]] || return # it may wait for a checkpoint that long
     [[ "$stopping" == "$TIME_LIMIT" && "$(journal_sizes)" == "$journals" ]] || return
     before="$(cat "$output/logs/$JOB.in_vain" 2>/dev/null)"
     echo "$restart" >"$output/logs/$JOB.in_vain"
@@ -257,6 +280,9 @@ if ! reason="$({ mkdir -p "$output/logs" && touch "$output/logs"; } 2>&1)"; then
     exit 2
 fi
 
+flags="$*"
+sweeping="" # whether the flags are of a sweep, whose directory holds a run for each model
+[[ "${1:-}" != sweep ]] || sweeping=1
 restart="${SLURM_RESTART_COUNT:-0}"
 journals="$(journal_sizes)"
 stopping=""
@@ -270,10 +296,10 @@ if ((restart > 0)); then
     fi
     say "restart $restart: resumes"
     # SLURM says that the earlier start is over. Where it still runs, on a node that SLURM has lost, it ends when its lock is gone.
-    # A lock of any other job is none of ours.
-    if is_own_lock; then
-        rm -f "$output/.ddp_eval.lock"
-    fi
+    # A lock of any other job is none of ours. A sweep has one for each model.
+    for lock in "$output"/.ddp_eval.lock ${sweeping:+"$output"/*/.ddp_eval.lock}; do
+        ! is_own_lock "$lock" || rm -f "$lock"
+    done
 fi
 
 # Addresses as SLURM knows them, "n1=10.0.0.1" on each line: host names need not resolve.
@@ -303,6 +329,10 @@ for ((attempt = 0; ; attempt++)); do
     elif [[ "$(job_state)" != RUNNING ]]; then
         say "ended with code $code; SLURM's state for it is $(job_state)"
         exit 75
+    elif [[ "$code" == 0 && -n "$sweeping" && -f "$output/sweep.json" ]]; then
+        leave_done "$@"
+    elif has_failed_models; then
+        fail "failed, not requeued" "some models of the sweep failed: see $output/sweep.json"
     elif ((code == 0)) && [[ " $* " == *" --preflight"* ]]; then
         say "node checks passed; nothing was evaluated"
         exit 0

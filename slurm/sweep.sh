@@ -7,11 +7,13 @@
 #
 #   model  small  --model_args pretrained=/models/small,dtype=bfloat16
 #   model  large  --model_args pretrained=/models/large,dtype=bfloat16
+#   models train  --models '/models/train/checkpoint-*' --model_args dtype=bfloat16
 #   tasks  mmlu   --tasks mmlu --num_fewshot 5
 #   tasks  quick  --tasks hellaswag,piqa
 #
-# The run of each pair is in OUTPUT/MODEL/TASKS, the comparison of the models in OUTPUT/compare.TASKS.txt. The same command again
-# resumes what is unfinished. The lines marked EDIT are those of eval.sh, which lies beside this file.
+# A line "models" is one launch for many small models, `ddp_eval sweep`. The run of each pair is in OUTPUT/MODEL/TASKS, the
+# comparison of the models in OUTPUT/compare.TASKS.txt, that of each line "models" in OUTPUT/compare.TASKS.NAME.txt. The same
+# command again resumes what is unfinished. The lines marked EDIT are those of eval.sh, which lies beside this file.
 #SBATCH --job-name=ddp_eval_sweep
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -23,30 +25,37 @@ die() {
     exit 2
 }
 
-# Fill models, tasks (names) and flags[KIND NAME] from the list file.
+# Fill models, tasks (names), several[NAME] of lines "models", and flags[model NAME] or flags[tasks NAME] from the list file.
 declare -a models=() tasks=()
-declare -A flags=()
+declare -A flags=() several=()
 read_list() {
-    local kind name rest
+    local kind name rest key
     ! grep -q $'\r' "$1" || die "$1 has Windows line ends: take them out, as by sed -i 's/\\r$//' $1"
     while read -r kind name rest || [[ -n "$kind" ]]; do
         [[ -z "$kind" || "$kind" == \#* ]] && continue
         [[ "$name" =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
             die "$1: the name after $kind must be letters, digits, . _ -, and begin with neither . nor -, got \"$name\""
-        [[ "$kind $name" != "model logs" ]] || die "$1: a model cannot be named logs, which is where the sweep's own words go"
-        [[ -z "${flags[$kind $name]+there}" ]] || die "$1: there are two lines $kind $name"
+        key="${kind/#models/model}"
+        [[ "$key $name" != "model logs" ]] || die "$1: a model cannot be named logs, which is where the sweep's own words go"
+        [[ -z "${flags[$key $name]+there}" ]] || die "$1: there are two lines $key $name"
         case "$kind" in
             model) models+=("$name") ;;
+            models)
+                models+=("$name")
+                several[$name]=1
+                ;;
             tasks) tasks+=("$name") ;;
-            *) die "$1: a line must begin with model or tasks, got \"$kind\"" ;;
+            *) die "$1: a line must begin with model, models or tasks, got \"$kind\"" ;;
         esac
-        flags[$kind $name]="$rest"
+        flags[$key $name]="$rest"
     done <"$1"
     ((${#models[@]} && ${#tasks[@]})) || die "$1 must have a line \"model NAME FLAGS\" and a line \"tasks NAME FLAGS\""
 }
 
-# The flags of a model on a task set, split by a shell's quotes, without expanding anything: one word on each line.
+# The flags of a model on a task set, split by a shell's quotes, without expanding anything: one word on each line. Of a line
+# "models" the command comes first.
 split_words() {
+    [[ -z "${several[$1]+there}" ]] || echo sweep
     xargs -r -n 1 printf '%s\n' <<<"${flags[model $1]} ${flags[tasks $2]}" 2>/dev/null ||
         die "the flags of model $1 and tasks $2 cannot be split into words: is a quote not closed?"
 }
@@ -102,17 +111,29 @@ run_element() {
     exec bash "$3" "${words[@]}" --output_path "$2/$model/$task"
 }
 
+# Arguments: the file, and runs or the directory of a sweep. Also prints it.
+compare_into() {
+    local aside="${1%/*}/.${1##*/}"
+    if ! "${PYTHON[@]}" "${PROGRAM[@]}" compare "${@:2}" >"$aside"; then
+        rm "$aside"
+        return 1
+    fi
+    mv "$aside" "$1"
+    cat "$1"
+}
+
 # In the last job: what is done, and the models side by side on each task set.
 write_report() {
     local output="$2" task model text code=0
-    local -a runs
+    local -a runs sweeps
     read_list "$1"
     # shellcheck disable=SC1090
     source <(sed '/^# EDIT ends here/q' "$3")
     setup
     for task in "${tasks[@]}"; do
         runs=()
-        rm -f "$output/compare.$task.txt" # of an earlier report
+        sweeps=()
+        rm -f "$output/compare.$task.txt" "$output/compare.$task".*.txt # of an earlier report
         for model in "${models[@]}"; do
             text="$(split_words "$model" "$task")" || exit
             if ! { [[ -f "$output/$model/$task/status.json" ]] && grep -qs '"state": *"done"' "$output/$model/$task/status.json"; }; then
@@ -120,7 +141,11 @@ write_report() {
                 code=1
             elif [[ "$(cat "$output/$model/$task/logs/flags" 2>/dev/null)" == "${text:+$text$'\n'}--output_path"* ]]; then
                 echo "$model $task: done"
-                runs+=("$output/$model/$task")
+                if [[ -n "${several[$model]+there}" ]]; then
+                    sweeps+=("$model")
+                else
+                    runs+=("$output/$model/$task")
+                fi
             else
                 echo "$model $task: the run there is of other flags; what the list asks for has not run: see the element's log" \
                     "in $output/logs; if it was refused, --overwrite in the list replaces that run"
@@ -128,14 +153,11 @@ write_report() {
             fi
         done
         if ((${#runs[@]} > 1)); then
-            if "${PYTHON[@]}" "${PROGRAM[@]}" compare "${runs[@]}" >"$output/.compare.$task"; then
-                mv "$output/.compare.$task" "$output/compare.$task.txt"
-                cat "$output/compare.$task.txt"
-            else
-                rm "$output/.compare.$task"
-                code=1
-            fi
+            compare_into "$output/compare.$task.txt" "${runs[@]}" || code=1
         fi
+        for model in "${sweeps[@]}"; do
+            compare_into "$output/compare.$task.$model.txt" "$output/$model/$task" || code=1
+        done
     done
     return "$code"
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ _GROUPS = (
     ("layout", ("ranks.", "plan_sha256", "layout", "packs", "why_rows", "computed_tokens", "config.packing", "config.max_pack")),
     ("layout", ("config.layout", "measured_layouts")),
 )
+_GEN_KWARGS, _BY_TASK = "config.gen_kwargs", "prompts_by_task."
 _SAYS_NOTHING = ("config.output_path", "config.overwrite", "working_directory", "model.seen")
 
 
@@ -75,9 +76,25 @@ def differences(a: Run, b: Run) -> list[dict[str, Any]]:
         keys = [key for key in keys if key in left and key in right]
     # A manifest of an older version says nothing of documents and task files, which may also lie elsewhere.
     keys = [key for key in keys if (key in left and key in right) or not key.startswith(("documents_by_task.", "task_files."))]
-    found = [{"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys]
+    same_prompts = _digests_of_settings(a, b, left, right)
+    found = [
+        {"group": _group(key), "key": key, "a": left.get(key), "b": right.get(key)} for key in keys if key not in same_prompts
+    ]
     order = [*dict.fromkeys(name for name, _ in _GROUPS), "settings"]
     return sorted((one for one in found if one["a"] != one["b"]), key=lambda one: order.index(one["group"]))
+
+
+def _digests_of_settings(a: Run, b: Run, left: Mapping[str, Any], right: Mapping[str, Any]) -> set[str]:
+    """Keys of digests of prompts that differ by gen_kwargs alone, which count in them and are named themselves.
+
+    left, right: the flat manifests. Documents have hashes of their prompts without the settings.
+    """
+    if not any(left.get(key) != right.get(key) for key in left.keys() | right.keys() if key.startswith(_GEN_KWARGS)):
+        return set()
+    differing = [key for key in left.keys() & right.keys() if key.startswith(_BY_TASK) and left[key] != right[key]]
+    tasks = {key: key.removeprefix(_BY_TASK) for key in differing}
+    alike = {key for key, task in tasks.items() if task in a.texts and a.prompts.get(task) == b.prompts.get(task) is not None}
+    return alike | {"prompts_sha256"} if alike and len(alike) == len(differing) else alike
 
 
 def asks_twice(run: Run, task: str) -> bool:
@@ -166,14 +183,65 @@ def _compare_overall(a: Run, b: Run, shared: list[str], tasks: list[dict[str, An
     metrics = {}
     for key, parts in pooled.items():
         if len(parts) > 1:
-            columns = [np.concatenate([part[column] for _, part in parts]) for column in range(4)]
-            offsets = np.cumsum([0, *(len(part[4]) for _, part in parts)])
-            clusters = np.concatenate([part[4] + offset for (_, part), offset in zip(parts, offsets[:-1], strict=True)])
-            metrics[key] = paired.compare_metric(
-                key.partition(",")[0], (columns[0], columns[1]), (columns[2], columns[3]), clusters
-            )
+            metrics[key] = _compare_pooled(key, [part for _, part in parts])
             metrics[key]["tasks"] = len(parts)
     return {**overall, "delta_nats": _summary(deltas), "metrics": metrics}
+
+
+def _compare_pooled(key: str, parts: list[Any]) -> dict[str, Any]:
+    """Paired statistics over the documents of several tasks. parts: of `_paired_documents`."""
+    columns = [np.concatenate([part[column] for part in parts]) for column in range(4)]
+    offsets = np.cumsum([0, *(len(part[4]) for part in parts)])
+    clusters = np.concatenate([part[4] + offset for part, offset in zip(parts, offsets[:-1], strict=True)])
+    return paired.compare_metric(key.partition(",")[0], (columns[0], columns[1]), (columns[2], columns[3]), clusters)
+
+
+def compare_scores(a: Run, b: Run, wanted: Collection[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(task or group, "metric,filter"): paired statistics} of what is `wanted` and both runs report; B must be aligned with A.
+
+    A group's documents are those of its tasks, where their mean is the number that is reported of it, as lm_eval's is unless it
+    weighs tasks alike.
+    """
+    found = {}
+    for task in a.reported.keys() & b.reported.keys():
+        keys = [key for key in a.reported[task].keys() & b.reported[task].keys() if (task, key) in wanted]
+        if not keys:
+            continue
+        members = _members(a, task)
+        documents = [_paired_documents(a, b, member) for member in members]
+        for key in keys:
+            parts = [one[key] for one in documents if key in one]
+            if len(parts) != len(members) or not parts:
+                continue
+            one = _compare_pooled(key, parts)
+            if all(_is_close(one[side], run.reported[task][key]) for side, run in (("a", a), ("b", b))):
+                found[task, key] = one
+    return found
+
+
+def count_flips(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[str, int]:
+    """Answers, and generated texts, that are others in B than in A, over all tasks that both have; B must be aligned with A."""
+    total: dict[str, int] = {}
+    for task in (task for task in numbered_tasks(a) if task in numbered_tasks(b)):
+        left, right = a.requests.get(task, _NONE), b.requests.get(task, _NONE)
+        in_left, in_right = _match(left, right)
+        left, right = _take(left, in_left), _take(right, in_right)
+        counts = _flips(left, right, asks_twice(a, task) or asks_twice(b, task), near_tie_nats)
+        texts = [run.texts.get(task, {}) for run in (a, b)]
+        both = texts[0].keys() & texts[1].keys()
+        counts |= {"texts": len(both), "texts_differing": sum(texts[0][key] != texts[1][key] for key in both)}
+        total = {name: total.get(name, 0) + count for name, count in counts.items()}
+    return total
+
+
+def _members(run: Run, task: str) -> list[str]:
+    """The tasks of a group and of the groups in it, each once; of a task itself."""
+    members = run.results.get("group_subtasks", {})
+    found, level = [], [task]
+    while level:
+        found += [one for one in level if not members.get(one)]
+        level = list(dict.fromkeys(inner for one in level for inner in members.get(one, [])))
+    return list(dict.fromkeys(found))
 
 
 def _metrics_differing(a: Run, b: Run, task: str, documents: dict[str, Any]) -> list[str]:
@@ -222,9 +290,13 @@ def _is_aggregate(a: Run, b: Run, task: str, key: str) -> bool:
         documents: Documents = run.metrics[task][key]
         reported = run.reported.get(task, {}).get(key)
         computed = paired.aggregate(key.partition(",")[0], documents.value, documents.weight)
-        if reported is not None and not math.isclose(computed, reported, rel_tol=1e-6, abs_tol=1e-9):
+        if reported is not None and not _is_close(computed, reported):
             return False
     return True
+
+
+def _is_close(computed: float, reported: float) -> bool:
+    return math.isclose(computed, reported, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _flips(left: Requests, right: Requests, twice: bool, near_tie_nats: float) -> dict[str, int]:

@@ -20,8 +20,12 @@ _SERIES = [f"#0102{10 + number}" for number in range(10)]
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line", **{color: f"c{number}" for number, color in enumerate(_SERIES)}}
 
 WIDTH_IN = 8.0
+CURVE_WIDTH_IN = 4.0  # a phone shows one in its width, a desk three
+_LOG_STEPS = 20  # times the median that the last step is, from which on steps have a logarithmic axis
+_LOG_VALUES = 50  # times the least that the largest value is, from which on values have one: perplexities early in a training
 _MAX_ROWS = 500  # of one plot
 _MAX_NAME = 100  # characters
+_MAX_LEGEND = 40
 
 
 def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: bool = False) -> str:
@@ -41,6 +45,39 @@ def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: 
     axes.grid(axis="x", color=_GRID, linewidth=0.8)
     if zero:
         axes.axvline(0, color=_MUTED, linewidth=1)
+    return _to_svg(figure)
+
+
+def curves(series: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[float | None]]]) -> str:
+    """One metric over steps. series: name, steps, values, standard errors; 95% intervals are bars."""
+    shown = series[: len(_SERIES)]
+    figure, axes = _figure(2.3 + 0.18 * (len(shown) if len(shown) > 1 else 0), width_in=CURVE_WIDTH_IN)
+    for (name, steps, values, stderrs), color in zip(shown, _SERIES, strict=False):
+        errors = [1.96 * (stderr or 0.0) for stderr in stderrs]
+        axes.errorbar(
+            steps, values, yerr=errors, fmt="o-", color=color, markersize=3.5, capsize=2, linewidth=1.4, elinewidth=0.9,
+            label=printable(name)[:_MAX_LEGEND],
+        )  # fmt: skip
+    every = sorted(step for _, steps, _, _ in shown for step in steps)
+    if every[-1] > _LOG_STEPS * max(1, every[len(every) // 2]):
+        axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    else:
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}" if float(step).is_integer() else "")
+    reached = [value for _, _, values, _ in shown for value in values]
+    if 0 < min(reached) < max(reached) / _LOG_VALUES:
+        axes.set_yscale("log", nonpositive="clip")
+        axes.set_ylim(min(reached) / 2, max(reached) * 2)
+    else:
+        axes.locator_params(axis="y", nbins=5)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    axes.set_xlabel("step")
+    axes.grid(color=_GRID, linewidth=0.8)
+    if len(shown) > 1:
+        _legend(axes, 1)
+        for text in axes.get_legend().get_texts():
+            text.set_parse_math(False)
     return _to_svg(figure)
 
 
@@ -112,19 +149,19 @@ def phase_colors() -> dict[str, str]:
     return {phase: pale.get(phase) or next(hues) for phase in PHASES}
 
 
-def _figure(height_in: float, panels: int = 0) -> Any:
+def _figure(height_in: float, panels: int = 0, width_in: float = WIDTH_IN) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('the report needs matplotlib: pip install "ddp_eval[report]"') from None
-    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
     axes = figure.subplots(panels or 1, 1, squeeze=False)[:, 0]
     for one in axes:
         one.set_facecolor("none")
         for name, spine in one.spines.items():
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(_MUTED)
-        one.tick_params(colors=_INK, labelsize=9)
+        one.tick_params(which="both", colors=_INK, labelsize=9)
         one.xaxis.label.set(color=_INK, size=9)
         one.yaxis.label.set(color=_INK, size=9)
         one.set_axisbelow(True)

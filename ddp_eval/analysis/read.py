@@ -313,6 +313,21 @@ def _reported(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def result_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of every task and group, as a results.json has it: task, metric, filter, value, stderr and documents."""
+    rows = []
+    for task, values in results.get("results", {}).items():
+        for key, value in values.items():
+            name, comma, kept = key.partition(",")
+            if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
+                stderr = values.get(f"{name}_stderr,{kept}")
+                stderr = float(stderr) if isinstance(stderr, (int, float)) else None
+                documents = results.get("n-samples", {}).get(task, {}).get("effective")
+                row = {"task": task, "metric": name, "filter": kept, "value": value, "stderr": stderr, "documents": documents}
+                rows.append(row)
+    return rows
+
+
 def _manifest_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """What lm_eval's results.json says of the run, where our manifest has it."""
     manifest: dict[str, Any] = {"config": {"model_args": results.get("config", {}).get("model_args") or {}}}

@@ -17,7 +17,7 @@ import numpy as np
 from ddp_eval.analysis import plots
 from ddp_eval.analysis.difference import NEAR_TIE_NATS, answers_of, asks_twice, compare_runs
 from ddp_eval.analysis.matching import align
-from ddp_eval.analysis.read import Numbering, Run, read_samples
+from ddp_eval.analysis.read import Numbering, Run, read_samples, result_rows
 from ddp_eval.analysis.verdict import jsonable, list_notes
 from ddp_eval.output.documents import TRANSFORMS, arguments_of
 from ddp_eval.system.read_back import read_json
@@ -26,7 +26,7 @@ from ddp_eval.telemetry import summary
 if TYPE_CHECKING:
     import jinja2
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+REPORT = "report.html"  # beside what it is about
 _PROMPT_CHARACTERS = 6000  # of a longer prompt the end is shown
 _RIGHT_OR_WRONG = ("acc", "exact_match")  # metrics that say it of a document
 
@@ -38,11 +38,11 @@ def render(runs: Sequence[Run], most_samples: int) -> str:
     comparisons = [{**one, "notes": list_notes(one)} for one in (compare_runs(first, run) for run in runs[1:])]
     samples, documents = _samples(first, [align(first, run)[0] for run in runs[1:]], most_samples)
     right, wrong = _margins(first)
-    return _template().render(
+    return template("report.html.jinja").render(
         title=first.results.get("model_name") or first.path.name,
         path=str(first.path),
         facts=_facts(first, measured),
-        results=_result_rows(first),
+        results=result_rows(first.results),
         results_plot=_results_plot(first),
         margins_plot=plots.margins(right, wrong, NEAR_TIE_NATS) if len(right) + len(wrong) else None,
         margins_count=len(right) + len(wrong),
@@ -62,12 +62,16 @@ def render(runs: Sequence[Run], most_samples: int) -> str:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page beside this module. All that it shows is escaped but for what the page marks as safe: our own plots and scripts."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader
+    )
     environment.filters["number"] = _number
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return environment.get_template(name)
 
 
 def _read_telemetry(run: Run) -> dict[str, Any] | None:
@@ -104,24 +108,9 @@ def _facts(run: Run, measured: dict[str, Any] | None) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _result_rows(run: Run) -> list[dict[str, Any]]:
-    """Every metric of every task and group, as results.json has it."""
-    rows = []
-    for task, values in run.results.get("results", {}).items():
-        for key, value in values.items():
-            name, comma, kept = key.partition(",")
-            if comma and not name.endswith("_stderr") and isinstance(value, (int, float)):
-                stderr = values.get(f"{name}_stderr,{kept}")
-                stderr = float(stderr) if isinstance(stderr, (int, float)) else None
-                documents = run.results.get("n-samples", {}).get(task, {}).get("effective")
-                row = {"task": task, "metric": name, "filter": kept, "value": value, "stderr": stderr, "documents": documents}
-                rows.append(row)
-    return rows
-
-
 def _results_plot(run: Run) -> str | None:
     """The metrics that are shares of documents; a perplexity has no place on their axis."""
-    rows = [row for row in _result_rows(run) if 0 <= row["value"] <= 1 and row["metric"] not in TRANSFORMS]
+    rows = [row for row in result_rows(run.results) if 0 <= row["value"] <= 1 and row["metric"] not in TRANSFORMS]
     named = [(f"{row['task']} {row['metric']}", float(row["value"]), row["stderr"]) for row in rows]
     return plots.intervals(named, "share of documents, 95% interval") if named else None
 

@@ -10,6 +10,7 @@ from typing import Any
 from ddp_eval.analysis.paired import LEAST_CLUSTERS
 from ddp_eval.errors import UserError, printable
 
+_TEXTS = ("task", "metric", "model", "state")  # columns that are flush left
 NOT_AS_EXPECTED = 3  # the exit code, beside 2 for a user error and 1 for a bug
 
 
@@ -79,7 +80,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     ]
     named = {**comparison["tasks"], "all of these": overall}
     rows += [_metric_row(task, key, one) for task, part in named.items() for key, one in part["metrics"].items()]
-    lines += [*_table(rows).split("\n"), ""] if len(rows) > 1 else []
+    lines += [*format_table(rows).split("\n"), ""] if len(rows) > 1 else []
     if any(one.get("clusters", LEAST_CLUSTERS) < LEAST_CLUSTERS for part in named.values() for one in part["metrics"].values()):
         lines[-1:] = [f"fewer than {LEAST_CLUSTERS} documents, or groups of them on one text, give no p-value by bootstrap", ""]
     rows = [
@@ -99,7 +100,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
             "greedy flips",
         ]
     ]
-    lines += _table(rows + [_request_row(task, part) for task, part in named.items()]).split("\n")
+    lines += format_table(rows + [_request_row(task, part) for task, part in named.items()]).split("\n")
     lines += [f"near ties: flipped answers whose choices lie within {comparison['near_tie_nats']:g} nats in both runs"]
     for side, tasks in comparison["tasks_only_in"].items():
         if tasks:
@@ -182,12 +183,12 @@ def _request_row(task: str, part: dict[str, Any]) -> list[str]:
     return [task, f"{part['requests']:,}", f"{part['requests_differing']:,}", *texts, *nats, *counts]
 
 
-def _table(rows: list[list[str]]) -> str:
+def format_table(rows: list[list[str]]) -> str:
     """Columns that line up; one that is empty below its head is left out."""
     rows = [[printable(cell) for cell in row] for row in rows]
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]
-    text = [column[0] in ("task", "metric") for column in kept]
+    text = [column[0] in _TEXTS for column in kept]
     lines = []
     for row in zip(*kept, strict=True):
         cells = [cell.ljust(width) if left else cell.rjust(width) for cell, width, left in zip(row, widths, text, strict=True)]

@@ -16,6 +16,7 @@ from ddp_eval.cli import flags as cli
 from ddp_eval.cli.subcommand import SubcommandParser
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
+from ddp_eval.layout import AUTO
 from ddp_eval.placement.choose import TYPICAL_WORKLOAD, Candidate, Ranks, evaluate_layouts, recommend, why_not
 from ddp_eval.placement.memory import measure_model, usable_bytes
 from ddp_eval.placement.speed import CUDA_SPEEDS, Amount
@@ -101,6 +102,7 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
         *_table(candidates, ranks.world_size),
         "",
         *_advice(words, best, gpus, nodes),
+        *_answer(config.layout, str(best.layout)),
     ]
     return "\n".join(lines), best.fits
 
@@ -187,6 +189,13 @@ def _advice(words: list[str], best: Candidate, gpus: int, nodes: int) -> list[st
     if not any(word.replace("-", "_").startswith(("__output_path", "_o")) for word in words):
         flags += ["--output_path", "DIR"]
     return [*lines, f"sbatch --nodes={nodes} --gpus-per-node={gpus} slurm/eval.sh {shlex.join(flags)}"]
+
+
+def _answer(asked: str, best: str) -> list[str]:
+    """To a --layout that the user named: it changes nothing here."""
+    if asked in (AUTO, best):
+        return []
+    return [f"--layout {asked} is ignored: plan compares all layouts, and the command names the fastest that fits"]
 
 
 def _without_layout(words: list[str]) -> list[str]:

@@ -297,6 +297,47 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
+SWEEP_VERSION = 1
+
+
+def _check_version(version: int) -> int:
+    if version != SWEEP_VERSION:
+        raise _wrong(f"must be {SWEEP_VERSION}, the version that this ddp_eval reads, got {version}")
+    return version
+
+
+def _check_name(name: str) -> str:
+    """Of a directory in the sweep's own: it leads nowhere else."""
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise _wrong(f"must be the name of a directory in the sweep's, got {show(name)}")
+    return name
+
+
+@_fields
+class _SweepModel(TypedDict, total=False):
+    name: Required[Annotated[str, AfterValidator(_check_name)]]
+    model: str | None
+    revision: str | None
+    step: DocumentNumber | None
+    state: Required[str]
+    reason: str | None
+    seconds: Seconds | None
+
+
+def _check_twice(models: list[_SweepModel]) -> list[_SweepModel]:
+    names = [model["name"] for model in models]
+    if len(set(names)) != len(names):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise _wrong(f"must name each model once, and {show(twice)} is there twice")
+    return models
+
+
+@_fields
+class _Sweep(TypedDict):
+    version: Annotated[Count, AfterValidator(_check_version)]
+    models: Annotated[list[_SweepModel], AfterValidator(_check_twice)]
+
+
 _PHRASES = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
@@ -365,3 +406,4 @@ FINISHED_RESULTS = _Shape(_Complete, _Results, _MORE_OF_RESULTS)  # to be shown 
 LM_EVAL_RESULTS = _Shape(_LmEvalResults, _MORE_OF_RESULTS)
 TELEMETRY = _Shape(Annotated[_Telemetry, AfterValidator(_check_samples)])
 SAMPLE = _Shape(Annotated[_Sample, AfterValidator(_check_sample)])
+SWEEP = _Shape(_Sweep)

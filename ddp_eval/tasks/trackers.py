@@ -14,15 +14,23 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
 
 log = logging.getLogger("ddp_eval")
 
-Send = Callable[[dict[str, Any], dict[str, Any] | None], None]  # results without samples, samples or None
+Send = Callable[[dict[str, Any], dict[str, Any] | None, int | None], None]  # results without samples, samples, step
+
+STEP = "step"  # the name under which W&B has the x-axis
+
+
+class Track(Protocol):
+    """What `tracking` gives: logs results, with the step of the checkpoint that they are of as the x-axis where it has one."""
+
+    def __call__(self, results: dict[str, Any], step: int | None = None) -> None: ...
 
 
 def check_installed(config: Config) -> None:
@@ -37,8 +45,11 @@ def check_installed(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def tracking(config: Config) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Open what the flags name, and give a function to call with the results. Raises UserError for what cannot be opened."""
+def tracking(config: Config) -> Iterator[Track]:
+    """Open what the flags name, and give a function to call with the results. Raises UserError for what cannot be opened.
+
+    It may be called again with the results of another checkpoint: with a step each, they are a curve.
+    """
     with contextlib.ExitStack() as stack:
         senders = [
             (flag, stack.enter_context(_opened(flag, functools.partial(make, config))))
@@ -50,11 +61,11 @@ def tracking(config: Config) -> Iterator[Callable[[dict[str, Any]], None]]:
             if wanted
         ]
 
-        def send_all(results: dict[str, Any]) -> None:
+        def send_all(results: dict[str, Any], step: int | None = None) -> None:
             plain = {key: value for key, value in results.items() if key != "samples"}
             for flag, send in senders:
                 try:
-                    send(copy.deepcopy(plain), results.get("samples") if config.log_samples else None)
+                    send(copy.deepcopy(plain), results.get("samples") if config.log_samples else None, step)
                 except Exception as error:
                     log.warning("%s: the results were not logged: %s: %s", flag, type(error).__name__, one_line(error))
 
@@ -78,7 +89,34 @@ def _open_wandb(config: Config) -> tuple[Send, Callable[[], None]]:
     from lm_eval.loggers import WandbLogger
 
     logger = WandbLogger(dict(config.wandb_args), dict(config.wandb_config_args))
-    return _sender(logger), lambda: logger.run.finish()
+    run = logger.run
+    send = _sender(logger)
+
+    def send_at(results: dict[str, Any], samples: dict[str, Any] | None, step: int | None) -> None:
+        logger.run = run if step is None else _AtStep(run, step, results.get("results", {}))
+        send(results, samples, step)
+
+    return send_at, lambda: run.finish()
+
+
+class _AtStep:
+    """A run of W&B that logs everything with a metric `step`, which is the x-axis of the tasks' metrics.
+
+    W&B's own step must never go back: it drops what a training that came further, or a later checkpoint, was logged before.
+    """
+
+    def __init__(self, run: Any, step: int, tasks: Iterable[str]) -> None:
+        self._run = run
+        self._step = step
+        run.define_metric(STEP)
+        for task in tasks:
+            run.define_metric(f"{task}/*", step_metric=STEP)
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self._run.log({**values, STEP: self._step})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
 
 
 def _open_trackio(config: Config) -> tuple[Send, Callable[[], None]]:
@@ -89,7 +127,10 @@ def _open_trackio(config: Config) -> tuple[Send, Callable[[], None]]:
 
 
 def _sender(logger: Any) -> Send:
-    def send(results: dict[str, Any], samples: dict[str, Any] | None) -> None:
+    given = logger.step  # among the tracker's arguments
+
+    def send(results: dict[str, Any], samples: dict[str, Any] | None, step: int | None) -> None:
+        logger.step = given if step is None else step
         logger.post_init(results)
         logger.log_eval_result()
         if samples is not None:
@@ -113,7 +154,7 @@ def _open_hub(config: Config) -> tuple[Send, Callable[[], None]]:
     if tracker.push_samples_to_hub and not config.log_samples:
         log.warning("--hf_hub_log_args push_samples_to_hub=True uploads no samples without --log_samples")
 
-    def send(results: dict[str, Any], samples: dict[str, Any] | None) -> None:
+    def send(results: dict[str, Any], samples: dict[str, Any] | None, step: int | None) -> None:
         general = tracker.general_config_tracker
         for field in dataclasses.fields(general):
             setattr(general, field.name, results.get(field.name))

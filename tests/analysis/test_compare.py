@@ -313,6 +313,20 @@ def test_manifests_are_told_apart(first, tmp_path):
     assert found["tasks"]["t"]["prompts_differing"] == 3
 
 
+@pytest.mark.parametrize("prompt", ["p", "q"])
+def test_other_gen_kwargs_are_not_other_prompts(prompt, tmp_path):
+    """Catches prompts said to differ because their digest, which settings count in, does; and other prompts that go unsaid."""
+    for side, setting, written in (("a", 0.0, "p"), ("b", 1.0, prompt)):
+        facts = {"prompts_sha256": side, "prompts_by_task": {"t": side}, "config": {"gen_kwargs": {"temperature": setting}}}
+        place = write_run(tmp_path / side, manifest=facts, prompt=written)
+        tables.write_texts(place, tables.Texts(["t"], [0], [0], [0], ["one"], [1], [False], [False]))
+    found = compare_runs(read_run(tmp_path / "a"), read_run(tmp_path / "b"))
+    keys = [one["key"] for one in found["differences"]]
+    digests = ["prompts_sha256", "prompts_by_task.t"] if prompt == "q" else []
+    assert sorted(keys) == sorted([*digests, "config.gen_kwargs.temperature"])
+    assert found["tasks"]["t"]["prompts_differing"] == (3 if prompt == "q" else 0)
+
+
 def test_documents_with_one_context_are_a_cluster(first, tmp_path):
     """Catches a passage that is written down and then not used."""
     together = write_run(tmp_path / "b", context="same")

@@ -362,6 +362,7 @@ def test_the_command_to_copy_is_the_users_own(capsys, tmp_path, tiny_model_path)
     assert shlex.split(launch)[5:] == [*words, "--layout", "replicas"]
     (batch,) = [line for line in lines if line.startswith("sbatch --nodes=1 --gpus-per-node=8 slurm/eval.sh ")]
     assert shlex.split(batch)[4:] == [*words, "--layout", "replicas", "--output_path", "DIR"]
+    assert lines[-1].startswith("--layout layers:8 is ignored: plan compares all layouts")  # it had gone without a word
 
 
 @pytest.mark.parametrize("words", [["--gpus", "x"], ["--gpus"], ["--nodes", "1.5"]])

@@ -40,7 +40,10 @@ echo "$@" >>"$FAKE/asked"
 
 @pytest.fixture
 def evaluate(tmp_path):
-    """evaluate(step, job=what scontrol says of it, *flags, **variables) -> the finished eval.sh. step: of srun, in bash."""
+    """evaluate(step, job=what scontrol says of it, *flags, command=(), **variables) -> the finished eval.sh.
+
+    step: of srun, in bash. command: what comes before all flags.
+    """
     programs = tmp_path / "programs"
     programs.mkdir()
     sleep = 'echo "$@" >>"$FAKE/slept"; /bin/sleep 0.1'
@@ -50,14 +53,14 @@ def evaluate(tmp_path):
         (programs / name).chmod(0o755)
     (tmp_path / "run" / "logs").mkdir(parents=True)
 
-    def start(step, job="JobId=7 JobState=RUNNING Restarts=0 ", *flags, **variables):
+    def start(step, job="JobId=7 JobState=RUNNING Restarts=0 ", *flags, command=(), **variables):
         (tmp_path / "step").write_text(step)
         (tmp_path / "job").write_text(f" {job}\n" if job else "")
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "FAKE": str(tmp_path)}
         environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1", **variables}
-        command = ["bash", ROOT / "slurm" / "eval.sh", "--tasks", "demo", "--output_path", tmp_path / "run", *flags]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+        words = ["bash", ROOT / "slurm" / "eval.sh", *command, "--tasks", "demo", "--output_path", tmp_path / "run", *flags]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=30)
 
     return start
 
@@ -201,6 +204,69 @@ def test_time_limit_no_longer_than_the_warning(steps, code, evaluate, tmp_path):
         assert "let --time be well over" in status.read_status(tmp_path / "run")["reason"]
 
 
+def models(*states):
+    """A step that leaves a sweep.json."""
+    text = json.dumps({"version": 1, "models": [{"name": str(number), "state": state} for number, state in enumerate(states)]})
+    return f"/bin/sleep 0.02; echo '{text}' >\"$FAKE/run/sweep.json\"; "
+
+
+def test_a_sweep_that_is_done(evaluate, tmp_path):
+    """Catches a sweep started again, or failed, because its directory is no run's, and one that scripts cannot see the end of."""
+    finished = evaluate(models("done", "done") + "exit 0", command=("sweep",))
+    assert finished.returncode == 0 and "done: " in finished.stdout and len(lines(tmp_path / "runs")) == 1, finished.stdout
+    found = status.read_status(tmp_path / "run")
+    assert (found["state"], found["launch"]) == (status.DONE, {"slurm": "7"})
+    assert lines(tmp_path / "run" / "logs" / "flags")[0] == "sweep"
+
+
+def test_a_sweep_with_models_that_failed(evaluate, tmp_path):
+    """Catches a model without a file that is tried three times over, with all that comes before it."""
+    finished = evaluate(models("done", "failed") + "exit 1", command=("sweep",))
+    assert finished.returncode == 1 and len(lines(tmp_path / "runs")) == 1, finished.stdout
+    assert f"failed, not requeued: some models of the sweep failed: see {tmp_path}/run/sweep.json\n" in finished.stdout
+    assert status.read_status(tmp_path / "run")["state"] == status.FAILED
+
+
+@pytest.mark.parametrize("earlier", ["waiting", "failed"])
+def test_a_rank_of_a_sweep_that_dies(earlier, evaluate, tmp_path):
+    """Catches a sweep given up when one rank died: models wait, or the state file is that of an earlier start."""
+    (tmp_path / "run" / "sweep.json").write_text(json.dumps({"version": 1, "models": [{"name": "a", "state": earlier}]}))
+    os.utime(tmp_path / "run" / "sweep.json", (0, 0))
+    written = models("failed", "waiting") if earlier == "waiting" else ""
+    step = f'(($(wc -l <"$FAKE/runs") == 1)) && {{ {written}exit 1; }}\n{models("done")}exit 0'
+    finished = evaluate(step, command=("sweep",))
+    assert finished.returncode == 0 and "starts again, restart 1 of 2" in finished.stdout, finished.stdout
+
+
+def test_one_model_of_a_sweep_that_is_complete(evaluate, tmp_path):
+    """Catches a sweep taken for done because one of its models was found complete."""
+    said = 'echo "ddp_eval: run/a holds this very run, complete: nothing is left to do (x)" >"$LOGS.n1.log"; '
+    finished = evaluate(models("done", "waiting") + said + "exit 1", command=("sweep",))
+    assert finished.returncode == 1 and len(lines(tmp_path / "runs")) == 3, finished.stdout
+
+
+def test_a_sweep_before_its_time_limit(evaluate, tmp_path):
+    """Catches a sweep that finishes a model at each start, or watches, called one that comes no further."""
+    for number in range(3):
+        state = f"JobId=7 JobState=RUNNING Restarts={number} "
+        further = f'mkdir -p "$FAKE/run/{number}"; echo >"$FAKE/run/{number}/manifest.json"; '
+        finished = evaluate(further + WARNED, state, command=("sweep",), SLURM_RESTART_COUNT=str(number))
+        assert finished.returncode == 0 and "the time limit is near; requeued" in finished.stdout, finished.stdout
+    for number in range(3):
+        state = f"JobId=7 JobState=RUNNING Restarts={number} "
+        finished = evaluate(WARNED, state, "--watch", command=("sweep",), SLURM_RESTART_COUNT=str(number))
+        assert finished.returncode == 0, finished.stdout
+
+
+def test_locks_of_a_sweeps_models(evaluate, tmp_path):
+    """Catches a requeued sweep that waits for its own earlier start, and one that takes another watcher's model away."""
+    for name, holder in (("own", "7"), ("other", "8")):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / ".ddp_eval.lock").write_text(f'{{"slurm_job": "{holder}"}}')
+    evaluate(models("done") + "exit 0", command=("sweep",), SLURM_RESTART_COUNT="1")
+    assert [(tmp_path / "run" / name / ".ddp_eval.lock").exists() for name in ("own", "other")] == [False, True]
+
+
 REFUSED = r"""
 printf '%s\n' 'ddp_eval: --tasks: "a\b"'$'\t''is none' '  exitcode  : 2 (pid: 5)' >"$LOGS.n1.log"
 exit 1
@@ -288,6 +354,33 @@ def report(tmp_path, flags):
     (tmp_path / "list.txt").write_text(f"model a\ntasks t --tasks 'two words' {flags}\n")
     command = [ROOT / "slurm" / "sweep.sh", "--report", tmp_path / "list.txt", tmp_path / "out", ROOT / "slurm" / "eval.sh"]
     return subprocess.run(command, capture_output=True, text=True, timeout=20)
+
+
+def test_many_models_in_one_launch(tmp_path):
+    """Catches a line "models" run as one model, its pattern expanded on the login node, or left out of the report."""
+    (tmp_path / "list.txt").write_text("model a --x\nmodels small --models 'ckpt/*' --y\ntasks t --tasks demo\n")
+    (tmp_path / "eval.sh").write_text(
+        'PYTHON=(echo)\nPROGRAM=(program)\nsetup() { :; }\n# EDIT ends here.\nprintf "%s|" "$@" >"$FAKE/called"\n'
+    )
+    out = tmp_path / "out"
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "1", "FAKE": str(tmp_path)}
+
+    def call(command):
+        words = [ROOT / "slurm" / "sweep.sh", command, tmp_path / "list.txt", out, tmp_path / "eval.sh"]
+        return subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "1").mkdir()
+    assert call("--element").returncode == 0
+    called = (tmp_path / "called").read_text()
+    assert called == f"sweep|--models|ckpt/*|--y|--tasks|demo|--output_path|{out}/small/t|"
+    (out / "small" / "t" / "logs").mkdir(parents=True)
+    (out / "small" / "t" / "status.json").write_text(DONE % 7)
+    (out / "small" / "t" / "logs" / "flags").write_text(called.replace("|", "\n"))
+    finished = call("--report")
+    assert "small t: done\n" in finished.stdout and "a t: not done" in finished.stdout and finished.returncode == 1
+    assert (out / "compare.t.small.txt").read_text() == f"program compare {out}/small/t\n"
+    assert not (out / "compare.t.txt").exists()
 
 
 def test_report_of_the_list(tmp_path):

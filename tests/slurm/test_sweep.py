@@ -115,7 +115,8 @@ def test_array(cluster, sweep, tmp_path):
         ("model ..\ntasks t\n", 'and begin with neither . nor -, got ".."'),
         ("model logs\ntasks t\n", "a model cannot be named logs"),
         ("model a --x\r\ntasks t --tasks demo\r\n", "has Windows line ends: take them out, as by sed -i 's/\\r$//' "),
-        ("modle a\n", 'a line must begin with model or tasks, got "modle"'),
+        ("modle a\n", 'a line must begin with model, models or tasks, got "modle"'),
+        ("model a\nmodels a --models x\ntasks t\n", "there are two lines model a"),
     ],
 )
 def test_bad_list(text, why, tmp_path):

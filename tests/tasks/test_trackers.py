@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,11 +59,12 @@ class Artifact:
         return io.StringIO()
 """
 TRACKIO = """
-calls = []
+calls, steps = [], []
 def init(**kwargs):
     calls.append(("init", kwargs))
 def log(values, step=None):
     calls.append(("log", values))
+    steps.append(step)
     if "break" in values:
         raise ConnectionError("gone")
 def finish():
@@ -133,6 +136,66 @@ def test_trackio_and_samples(fakes: Callable[[str], Any], tmp_path: Path) -> Non
     logged = {key: value for name, values in calls if name == "log" for key, value in values.items()}
     assert "demo_lambada/acc,none" in logged or "demo_lambada/acc" in logged
     assert logged["demo_lambada/sample"].messages[0]["role"] == "user"
+
+
+def results_of(accuracy: float) -> dict[str, Any]:
+    """What a run of one task comes to, as far as trackers read it."""
+    return {"results": {"t": {"alias": "t", "acc,none": accuracy}}, "configs": {"t": {}}, "config": {"model": str(accuracy)}}
+
+
+STEPS = {1000: 0.7, 100: 0.2, 200: 0.4}  # a watch takes checkpoints as they come
+
+
+def log_steps(**settings: Any) -> None:
+    with trackers.tracking(Config(**settings)) as track:
+        for step, accuracy in STEPS.items():
+            track(results_of(accuracy), step=step)
+
+
+def test_steps_are_the_axis_of_weights_and_biases(fakes: Callable[[str], Any]) -> None:
+    """Catches W&B's own step, which drops every checkpoint that is logged behind a later one."""
+    log_steps(wandb_args={"project": "p"})
+    calls = fakes("wandb").calls
+    assert ("run.define_metric", ("t/*",), {"step_metric": "step"}) in calls
+    logged = [(args[0], kwargs) for name, args, kwargs in calls if name == "run.log"]
+    assert [(values["step"], values["t/acc"]) for values, _ in logged if "t/acc" in values] == [*STEPS.items()]
+    assert all("step" in values and not kwargs for values, kwargs in logged)
+    updates = [kwargs for name, _, kwargs in calls if name == "config.update"]
+    assert updates == [{"allow_val_change": True}] * 3  # another model is another config
+    names = [name for name, *_ in calls]
+    assert names.count("init") == names.count("run.finish") == 1
+
+
+def test_steps_are_the_axis_of_trackio(fakes: Callable[[str], Any]) -> None:
+    """Catches checkpoints numbered 0, 1, 2, and a step given to the tracker lost for runs that have none."""
+    log_steps(trackio_args={"project": "p"})
+    assert fakes("trackio").steps == [*STEPS]
+    with trackers.tracking(Config(trackio_args={"project": "p", "step": 7})) as track:
+        track(results_of(0.1))
+        track(results_of(0.1), step=8)
+        track(results_of(0.1))
+    assert fakes("trackio").steps[3:] == [7, 8, 7]
+
+
+def test_steps_in_the_real_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches calls that only the stand-in takes."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    seen = []
+    finish = wandb.sdk.wandb_run.Run.finish
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "finish", lambda run: (seen.append(dict(run.summary)), finish(run)))
+    log_steps(wandb_args={"project": "p"})
+    assert [(summary["step"], summary["t/acc"]) for summary in seen] == [[*STEPS.items()][-1]]
+
+
+def test_steps_in_the_real_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip("trackio")
+    log_steps(trackio_args={"project": "p"})
+    with contextlib.closing(sqlite3.connect(tmp_path / "p.db")) as database:
+        assert database.execute("SELECT step FROM metrics ORDER BY step").fetchall() == [(step,) for step in sorted(STEPS)]
 
 
 def test_a_tracker_that_fails_behind_the_run(

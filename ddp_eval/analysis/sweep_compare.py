@@ -1,0 +1,143 @@
+"""The models of a sweep against the first, or against the best in each metric, and each against the one before it.
+
+Runs are read one by one; those that others are compared with stay in memory, the others are gone when the next one comes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ddp_eval.analysis.difference import compare_scores, count_flips, differences
+from ddp_eval.analysis.matching import align
+from ddp_eval.analysis.read import Run, read_run
+from ddp_eval.analysis.sweep import Metric, Model, Score, Sweep, describe
+from ddp_eval.errors import UserError
+
+FIRST, BEST = "first", "best"
+AGAINST = (FIRST, BEST)
+SIGNIFICANT = 0.05
+_OWN = ("model", "layout")  # groups of differences that each model of a sweep may have from the others
+
+
+def compare_sweep(sweep: Sweep, against: str = FIRST) -> dict[str, Any]:
+    """A plain dict, ready for JSON, tables and the page.
+
+    {"path", "against", "metrics": [{"task", "key", "reference"}], "models": [what `sweep.describe` says of each, and by
+    metric what `_judge` adds; "flips": {"first" and "previous": counts with the name of the other model}; "differences" in
+    what was run from the first}]}.
+    """
+    references = _references(sweep, against)
+    kept: dict[str, Run] = {}
+    models: list[dict[str, Any]] = []
+    first: tuple[str, Run] | None = None
+    previous: dict[str, tuple[str, Run]] = {}  # by series
+    for model, run in _read(sweep, kept, set(references.values())):
+        shown = {**describe(model), "flips": {}, "differences": []}
+        models.append(shown)
+        if run is None:
+            continue
+        first = first or (model.name, run)
+        series = model.series if model.step is not None else ""
+        before = {FIRST: first, "previous": previous.get(series)}
+        shown["flips"] = {name: _flips(other, model, run) for name, other in before.items() if other and other[0] != model.name}
+        shown["differences"] = [one for one in differences(first[1], run) if one["group"] not in _OWN]
+        _add_paired(shown, model, run, references, kept)
+        previous[series] = model.name, run
+    metrics = [{"task": metric.task, "key": metric.key, "reference": references.get(metric)} for metric in sweep.metrics]
+    for metric in sweep.metrics:
+        _judge([one["metrics"].get(metric.task, {}).get(metric.key) for one in models])
+    return {"path": str(sweep.path), "against": against, "metrics": metrics, "models": models}
+
+
+def _read(sweep: Sweep, kept: dict[str, Run], needed: set[str]) -> Iterator[tuple[Model, Run | None]]:
+    """Each model with its run, None where there is none to be read; runs that are `needed` are in `kept` before the first."""
+    broken: dict[str, Model] = {}
+    for model in sweep.done:
+        if model.name in needed:
+            try:
+                kept[model.name] = read_run(sweep.place_of(model))
+            except UserError as error:
+                broken[model.name] = model.unreadable(str(error))
+    for model in sweep.models:
+        model = broken.get(model.name, model)
+        run = kept.get(model.name)
+        if model.is_done and run is None:
+            try:
+                run = read_run(sweep.place_of(model))
+            except UserError as error:
+                model = model.unreadable(str(error))
+        yield model, run
+
+
+def _references(sweep: Sweep, against: str) -> dict[Metric, str]:
+    """The name of the model that others are compared with, by metric; none where lm_eval does not say what is better."""
+    found: dict[Metric, str] = {}
+    for metric in sweep.metrics:
+        having = [(model.name, model.scores[metric]) for model in sweep.done if metric in model.scores]
+        if against == FIRST:
+            found[metric] = having[0][0]
+        elif (best := best_of(having)) is not None:
+            found[metric] = best
+    return found
+
+
+def best_of(scores: list[tuple[str, Score]]) -> str | None:
+    """The first name of the best score; None where it is not known which way is better, or nothing is a number."""
+    numbers = [(name, score) for name, score in scores if math.isfinite(score.value)]
+    directions = {score.higher_is_better for _, score in numbers}
+    if len(directions) != 1 or None in directions:
+        return None
+    return max(numbers, key=lambda one: one[1].value if one[1].higher_is_better else -one[1].value)[0]
+
+
+def _flips(other: tuple[str, Run], model: Model, run: Run) -> dict[str, Any]:
+    return {"name": other[0], **count_flips(other[1], align(other[1], run)[0])}
+
+
+def _add_paired(shown: dict[str, Any], model: Model, run: Run, references: Mapping[Metric, str], kept: Mapping[str, Run]) -> None:
+    """Into each metric of one model: its reference, and the paired difference from that."""
+    for metric, name in references.items():
+        if metric in model.scores:
+            shown["metrics"][metric.task][metric.key]["reference"] = name
+    for name in dict.fromkeys(references.values()):
+        if name == model.name or name not in kept:
+            continue
+        own = {metric for metric, reference in references.items() if reference == name}
+        found = compare_scores(kept[name], align(kept[name], run)[0], own)
+        for (task, key), paired in found.items():
+            if key in shown["metrics"].get(task, {}):
+                shown["metrics"][task][key]["paired"] = paired
+
+
+def _judge(scores: list[dict[str, Any] | None]) -> None:
+    """Add to each paired difference of one metric "p", "p_holm" over the models compared, "significant" and "better".
+
+    p is McNemar's where there is one, else the bootstrap's. better: None where it is not known which way is.
+    """
+    paired = [(score, score["paired"]) for score in scores if score is not None and "paired" in score]
+    for score, one in paired:
+        one["p"] = one["p_mcnemar"] if one["p_mcnemar"] is not None else one["p_bootstrap"]
+        way = score["higher_is_better"]
+        one["better"] = None if way is None or not one["difference"] else (one["difference"] > 0) == way
+    known = [one for _, one in paired if one["p"] is not None]
+    for one, adjusted in zip(known, holm([one["p"] for one in known]), strict=True):
+        one["p_holm"] = adjusted
+    for _, one in paired:
+        one.setdefault("p_holm", None)
+        one["significant"] = one["p_holm"] is not None and one["p_holm"] < SIGNIFICANT
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's correction for several comparisons: the k-th smallest of n times n - k + 1, never below a smaller one's, at most 1.
+
+    >>> holm([0.04, 0.01, 0.03])
+    [0.06, 0.03, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, p_values[place] * (len(p_values) - rank)))
+        adjusted[place] = largest
+    return adjusted

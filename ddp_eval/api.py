@@ -71,7 +71,7 @@ class Evaluator:
             if step % 1000 == 0:
                 results = evaluator.evaluate(model)
 
-    Each call gives what `ddp_eval.evaluate` would, to the bit. Rank 0 keeps all prompts in memory for as long as the object lives.
+    Each call gives what `ddp_eval.evaluate` would, to the bit. Rank 0 keeps all prompts in memory while the object lives.
     Whatever prompts depend on may change between calls (files of tasks, the tokenizer, the model's window): they are built anew.
 
     tokenizer, tasks, group, options: as for `evaluate`.

@@ -28,7 +28,7 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
                 engine.close()
             engine = None  # its memory goes before the next takes some
             if word.config is not None:
-                load = functools.partial(_load_anew, word.config)
+                load = functools.partial(load_anew, word.config)
             laid_out = lay_out(world, word.layout)
             with world.meter.phases("load"):
                 if word.is_probe:
@@ -41,5 +41,5 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
             run_plan(laid_out, engine, word)
 
 
-def _load_anew(config: Config, world: World, layout: Layout) -> Engine:
+def load_anew(config: Config, world: World, layout: Layout) -> Engine:
     return load_replica(config, checkpoint.load_config(config.loader_args), world, layout)

@@ -44,6 +44,18 @@ def load_together(
     return engine, collectives.gather_reports(world, why)
 
 
+def load_on_all(world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> Engine:
+    """On the leader: `load_together`. Raises UserError, where any rank failed, once all have come so far."""
+    engine, failures = load_together(world, layout, load)
+    assert failures is not None, "the leader gets them"
+    rank = next((rank for rank, why in enumerate(failures) if why), None)
+    if engine is None or rank is not None:
+        if engine is not None:
+            engine.close()
+        raise UserError(str(failures[0] or f"rank {rank}: {failures[rank or 0]}"))
+    return engine
+
+
 @dataclasses.dataclass
 class Replica:
     """A rank with its part of the model, which changes when the layout does.
@@ -115,6 +127,14 @@ class PendingReplica:
         watchdog.touch()
         if self._replica.done():
             self._replica.result()
+
+    def release(self) -> None:
+        """Let go of the model, if it was loaded. To be called when nothing loads any more."""
+        if not self._replica.done() or self._replica.exception() is not None:
+            return
+        replica = self._replica.result()
+        if loaded := vars(replica).pop("engine", None):
+            loaded.close()
 
     def _run(self) -> None:
         _fulfil(self._replica, self._load)

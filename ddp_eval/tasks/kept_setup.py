@@ -54,6 +54,7 @@ class KeptSetup:
     def __init__(self) -> None:
         self.plans = PlanMemo()
         self._code: TaskCode | None = None
+        self.is_new = True  # whether the last evaluation found nothing to use
         self._clear()
 
     def _clear(self) -> None:
@@ -71,6 +72,7 @@ class KeptSetup:
         key = _key_of(config, encoder)
         if key is None or key != self._key or not self._has_same_files():
             self.forget()
+        self.is_new = self._asked is None
         self._key = key
         if self._code is None:
             self._code = TaskCode()

@@ -66,7 +66,7 @@ class KeptTask:
     """A task with its instances.
 
     signature: of its settings, see `sign`. metadata: those of its settings' `metadata` that the code which loads its documents
-    may read. content: what its task file was read as. arguments: of its instances, by their place, those that are more than texts.
+    may read. content: what its task file was read as. arguments: of its instances, by their place, if more than texts.
     """
 
     task: Any

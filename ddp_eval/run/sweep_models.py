@@ -35,11 +35,13 @@ def list_models(options: SweepOptions) -> list[SweptModel]:
 
     Raises UserError where two would share a run directory.
     """
-    named = [(name, model) for spec in options.models for name, model in _expand(spec)]
-    named = list({model: (name, model) for name, model in reversed(named)}.values())[::-1]
-    counts = Counter(name for name, _ in named)
+    named: dict[str, str] = {}
+    for spec in options.models:
+        for name, model in _expand(spec):
+            named.setdefault(model, name)
+    counts = Counter(named.values())
     found = []
-    for name, model in named:
+    for model, name in named.items():
         own = name if counts[name] == 1 else _with_parent(model)
         for revision in options.revisions or (None,):
             full = own if revision is None else f"{own}-{revision.replace('/', '-')}"

@@ -33,8 +33,8 @@ _REGISTRIES = (
 
 def generator_states() -> tuple[Any, ...]:
     """Of Python's, numpy's and torch's global generators; equal where nothing was drawn in between."""
-    name, keys, *more = np.random.get_state()
-    return random.getstate(), (name, bytes(keys), *more), torch.get_rng_state().numpy().tobytes()
+    name, keys, *more = np.random.get_state(legacy=True)
+    return random.getstate(), (name, np.asarray(keys).tobytes(), *more), torch.get_rng_state().numpy().tobytes()
 
 
 def set_generator_states(states: tuple[Any, ...]) -> None:

@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Time a sweep over checkpoints against a run of its own for each, and against an lm_eval command for each, start to end.
 
-    OMP_NUM_THREADS=1 python scripts/bench_sweep.py --model DIR --tasks A:100,B:100,C:100 --include_path TASKS --out benchmarks/NAME
+    OMP_NUM_THREADS=1 python scripts/bench_sweep.py --model DIR --tasks A:100,B:100,C:100 --include_path TASKS --out NAME
 
---model is a model directory (`make_bench_model.py --shape llama23m`); its checkpoints are copies whose weights are moved a little.
-All sides run on one core, one after the other, with the same tasks and documents. `gap` is the time from the end of one model's last
-forward to the first of the next, by telemetry.json; `resident` is rank 0's memory at the end of each model: it must not grow.
+--model is a model directory (`make_bench_model.py --shape llama23m`); its checkpoints are copies whose weights are moved a
+little. All sides run on one core, one after the other, with the same tasks and documents. `gap` is the time from the end of a
+model's last forward to the first of the next, by telemetry.json; `resident` is rank 0's memory at the end of each model: it must
+not grow.
 Scores of the sweep and of the runs are compared to the bit. For memory over many models alone: --checkpoints 20 --only sweep.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -100,7 +102,7 @@ def time_sweep(args: argparse.Namespace, models: list[Path], place: Path, cores:
     flags = ["sweep", "--models", pattern, *args.flags, "--device", "cpu", "--output_path", str(place / "sweep")]
     done = run_command([sys.executable, "-m", "ddp_eval", *flags], args.threads, cores)
     told = [read_telemetry(place / "sweep" / model.name) for model in models]
-    gaps = [after["first_s"] - before["last_s"] for before, after in zip(told, told[1:], strict=False)]
+    gaps = [after["first_s"] - before["last_s"] for before, after in itertools.pairwise(told)]
     return {
         "wall_s": done.wall_s,
         "peak_bytes": done.peak_bytes,
@@ -114,7 +116,7 @@ def read_telemetry(directory: Path) -> dict[str, Any]:
     """first_s, last_s: when the first forward began and the last one ended, in seconds of the clock."""
     rank = json.loads((directory / "telemetry.json").read_text())["ranks"][0]
     timeline = [*rank["timeline"], [rank["wall_s"], "end"]]
-    spans = [(began, after) for (began, name), (after, _) in zip(timeline, timeline[1:], strict=False) if name == "forward"]
+    spans = [(began, after) for (began, name), (after, _) in itertools.pairwise(timeline) if name == "forward"]
     return {
         "first_s": rank["began_unix_s"] + spans[0][0],
         "last_s": rank["began_unix_s"] + spans[-1][1],

@@ -9,8 +9,10 @@ start was killed does not count. Then scores.parquet, results.json (but for time
 run's to the bit, and no pack or batch of texts may have been computed that was in a journal before. Exit code 1 if not.
 
 The launcher is torchrun's elastic agent, started by fork from this process, which has imported torch, transformers and lm_eval
-once for all; `--sweep N` is a sweep over N checkpoints, whose run directories are all compared; `--torchrun` starts torchrun itself, which takes several seconds a start. A third of the launches allow an elastic
+once for all; `--torchrun` starts torchrun itself, which takes several seconds a start. A third of the launches allow an elastic
 restart. The model is the embedded one, slowed down by `--pack_s` a pack, so that many moments lie within packs. Linux only.
+
+`--sweep N`: the command is a sweep over N checkpoints, each of whose run directories is compared.
 """
 
 from __future__ import annotations

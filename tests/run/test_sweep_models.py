@@ -82,7 +82,8 @@ def test_flags() -> None:
 def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Look:
     """look(seconds_passed, settled=(), **options) -> names that are ready."""
     monkeypatch.setattr(sweep_watch, "_OLD_S", 1e9)
-    now, watchers = [1000.0], {}
+    now = [1000.0]
+    watchers: dict[str, Watcher] = {}
     monkeypatch.setattr(sweep_watch.time, "monotonic", lambda: now[0])
 
     def look(passed_s: float, settled: tuple[str, ...] = (), **more: object) -> list[str]:

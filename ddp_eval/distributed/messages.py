@@ -160,6 +160,10 @@ class Followers:
         """Whether the others wait for a message: not while they are in a plan, or after a failure there that they know not of."""
         return self._listening
 
+    def lose(self) -> None:
+        """They wait for this rank elsewhere, and for no message: the end of this process tells them."""
+        self._listening = False
+
     def collect_telemetry(self) -> list[dict[str, Any]]:
         """Every rank's `Meter.report`, in the order of ranks."""
         with watchdog.waiting():

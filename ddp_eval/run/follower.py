@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
 from ddp_eval.config import Config
-from ddp_eval.distributed import watchdog
+from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.messages import Load, next_work
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
@@ -38,7 +39,8 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
             watchdog.step(watchdog.WAITING)
         else:
             assert engine is not None, "the leader says how to load before it says what to run"
-            run_plan(laid_out, engine, word)
+            with contextlib.suppress(collectives.FailedTogether):  # the leader knows, and says what comes next
+                run_plan(laid_out, engine, word)
 
 
 def load_anew(config: Config, world: World, layout: Layout) -> Engine:

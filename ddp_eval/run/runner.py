@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def _load_and_lead(
         with world.meter.background("load"):
             if swept is None:
                 return Replica(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
-            engine = load_on_all(laid_out, layout, lambda world, layout: load_replica(config, model_config, world, layout))
+            engine = load_on_all(laid_out, layout, functools.partial(load_replica, config, model_config), followers.lose)
             swept.on_loaded()
             return Replica(laid_out, layout, engine, why)
 

@@ -173,11 +173,12 @@ class _Sweep:
         followers = Followers(self._world, stays=True)
         try:
             config = config_of(self._config, model)
-            known = os.path.isfile(Path(str(config.output_path)) / write.MANIFEST)
             results = self._run(config, self._files_of(following), followers)
+            is_new = "telemetry" in results["ddp_eval"]  # else it was found complete
             before = sweep_file.read_sweep(self._directory).get(model.name, {}).get("seconds")
-            found |= {"state": DONE, "seconds": before if known else round(time.monotonic() - began, 3)}
-            self._show(config, results)
+            found |= {"state": DONE, "seconds": round(time.monotonic() - began, 3) if is_new else before}
+            with contextlib.suppress(BrokenPipeError):  # whoever read it has gone
+                self._show(config, results)
         except AtWork as error:
             found |= {"reason": str(error)}
             self._watcher.leave_alone(model)

@@ -39,7 +39,9 @@ def test_each_model_is_a_run_of_its_own(ranks: int, tmp_path: Path) -> None:
     (place / "checkpoint-9" / "tokenizer.json").unlink()
     (place / "checkpoint-9" / "tokenizer_config.json").unlink()
     output = tmp_path / "out"
-    finished = launch(ranks, "sweep", "--models", f"{place}/checkpoint-*", *TASKS, "--output_path", output, program=QUICK)
+    finished = launch(
+        ranks, "sweep", "--models", f"{place}/checkpoint-*", *TASKS, "--output_path", output, program=QUICK, timeout_s=280
+    )
     assert finished.returncode == 1, str(finished)
     assert states(output) == {"checkpoint-8": "done", "checkpoint-9": "failed", "checkpoint-10": "done"}
     assert "cannot load a tokenizer" in reasons(output)["checkpoint-9"]
@@ -49,7 +51,7 @@ def test_each_model_is_a_run_of_its_own(ranks: int, tmp_path: Path) -> None:
     runs = [[*line, "--output_path", str(where)] for line, step in zip(lines, (8, 10), strict=True)
             for where in (tmp_path / f"alone-{step}", output / f"checkpoint-{step}")]  # fmt: skip
     (tmp_path / "lines.json").write_text(json.dumps(runs))
-    alone = launch(0, tmp_path / "lines.json", program=MANY_RUNS)
+    alone = launch(0, tmp_path / "lines.json", program=MANY_RUNS, timeout_s=280)
     assert alone.returncode == 0, str(alone)
     assert alone.stderr.count("holds this very run, complete") == 2, str(alone)
     for step in (8, 10):
@@ -78,7 +80,7 @@ def test_a_model_that_fails_on_one_rank(fault: str, sentence: str, tmp_path: Pat
     place = checkpoints.write_checkpoints(tmp_path / "train", [1, 2])
     finished = launch(
         2, "sweep", "--models", f"{place}/checkpoint-*", *TASKS, "--output_path", tmp_path / "out", program=FAULTY, FAULT=fault,
-        FAULT_RANK="1",
+        FAULT_RANK="1", timeout_s=280,
     )  # fmt: skip
     assert finished.returncode == 1, str(finished)
     assert states(tmp_path / "out") == {"checkpoint-1": "failed", "checkpoint-2": "failed"}, str(finished)
@@ -121,7 +123,7 @@ def test_a_stop_and_another_start(tmp_path: Path) -> None:
     """Catches finished models and packs that are computed again, and an exit code that no requeue goes by."""
     place, output = checkpoints.write_checkpoints(tmp_path / "train", [1, 2]), tmp_path / "out"
     command = ("sweep", "--models", f"{place}/checkpoint-*", *TASKS, "--output_path", output)
-    variables = {"FAULT": "forward_stuck", "FAULT_RANK": "0", "FAULT_FILE": str(tmp_path / "pid"), "RANK": "0"}
+    variables: dict[str, Any] = {"FAULT": "forward_stuck", "FAULT_RANK": "0", "FAULT_FILE": str(tmp_path / "pid"), "RANK": "0"}
     with launching(0, *command, program=FAULTY, **variables) as running:
         process = int(wait_for(tmp_path / "pid", running))
         os.kill(process, signal.SIGTERM)

@@ -101,14 +101,14 @@ def time_sweep(args: argparse.Namespace, models: list[Path], place: Path, cores:
     pattern = str(models[0].parent / "checkpoint-*")
     flags = ["sweep", "--models", pattern, *args.flags, "--device", "cpu", "--output_path", str(place / "sweep")]
     done = run_command([sys.executable, "-m", "ddp_eval", *flags], args.threads, cores)
-    told = [read_telemetry(place / "sweep" / model.name) for model in models]
-    gaps = [after["first_s"] - before["last_s"] for before, after in itertools.pairwise(told)]
+    found = [read_telemetry(place / "sweep" / model.name) for model in models]
+    gaps = [after["first_s"] - before["last_s"] for before, after in itertools.pairwise(found)]
     return {
         "wall_s": done.wall_s,
         "peak_bytes": done.peak_bytes,
-        "setup_s": [one["setup_s"] for one in told],
+        "setup_s": [one["setup_s"] for one in found],
         "gap_s": gaps,
-        "resident_bytes": [one["resident_bytes"] for one in told],
+        "resident_bytes": [one["resident_bytes"] for one in found],
     }
 
 

@@ -18,7 +18,7 @@ _STEP = re.compile(r"(?:^|[^a-z])(?:steps?|checkpoint|ckpt|iter|iteration|global
 
 
 class SweptModel(NamedTuple):
-    """name: of its run directory. model: as `pretrained` or `peft` takes it. step: of the training run, where a name tells."""
+    """name: of its run directory. model: as `pretrained` or `peft` takes it. step: of the training run, where a name has it."""
 
     name: str
     model: str

@@ -24,10 +24,12 @@ def digest_tokenizer(tokenizer: Any) -> str | None:
     settings = {name: value for name, value in vars(tokenizer).items() if name not in _NO_MATTER}
     special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     try:
-        told = json.dumps([settings, special], sort_keys=True, default=_plain)
+        described = json.dumps([settings, special], sort_keys=True, default=_plain)
     except (TypeError, ValueError):
         return None
-    digest = hashlib.sha256(f"{type(tokenizer).__module__} {type(tokenizer).__qualname__}\n{told}\n".encode("utf-8", "replace"))
+    digest = hashlib.sha256(
+        f"{type(tokenizer).__module__} {type(tokenizer).__qualname__}\n{described}\n".encode("utf-8", "replace")
+    )
     whole = tokenizer.backend_tokenizer.to_str()
     digest.update(whole[max(0, whole.find(_KEPT_BY_CALLS)) :].encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -88,6 +88,18 @@ def test_a_model_that_fails_on_one_rank(fault: str, sentence: str, tmp_path: Pat
     assert status.read_status(tmp_path / "out" / "checkpoint-1")["state"] == status.FAILED
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["layers:2", "tensor:2", "shard:2"])
+def test_models_over_several_ranks(layout: str, tmp_path: Path) -> None:
+    """Catches a layout whose second model meets what the first has left behind; and a broken model that such ranks disagree on."""
+    place = checkpoints.write_checkpoints(tmp_path / "train", [1, 2, 3])
+    (place / "checkpoint-2" / checkpoints.WEIGHTS).write_bytes(b"")
+    command = ("sweep", "--models", f"{place}/checkpoint-*", "--layout", layout, *TASKS, "--output_path", tmp_path / "out")
+    finished = launch(2, *command, program=QUICK, timeout_s=280)
+    assert finished.returncode == 1, str(finished)
+    assert states(tmp_path / "out") == {"checkpoint-1": "done", "checkpoint-2": "failed", "checkpoint-3": "done"}, str(finished)
+
+
 def _train(place: Path) -> None:
     """Writes checkpoints in pieces, the second before the first is whole, and a third that stays broken."""
     first, second = (checkpoints.weights_of(step) for step in (100, 200))

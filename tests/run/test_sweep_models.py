@@ -9,9 +9,11 @@ import checkpoints
 import pytest
 
 from ddp_eval.cli.sweep import parse
+from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.output import sweep_file
 from ddp_eval.run import sweep_watch
+from ddp_eval.run.sweep import config_of
 from ddp_eval.run.sweep_models import SweptModel, list_models
 from ddp_eval.run.sweep_options import SweepOptions, Until, read_until
 from ddp_eval.run.sweep_watch import Watcher
@@ -76,6 +78,17 @@ def test_flags() -> None:
     assert (found.sweep.models, found.sweep.revisions) == (("A", "B", "C"), ("step9", "step10"))
     assert (found.sweep.until, found.config.limit) == (Until(seconds=43200.0), 4)
     assert read_until("runs/done") == Until(file="runs/done")
+
+
+def test_settings_of_each_model() -> None:
+    """Catches a run that a command of the same flags does not take for its own, and adapters taken for whole models."""
+    model = SweptModel("checkpoint-3", "runs/checkpoint-3", "main", 3)
+    base = Config(model_args={"dtype": "float32"}, output_path="out")
+    whole = config_of(base, model)
+    assert whole.model_args == {"dtype": "float32", "pretrained": "runs/checkpoint-3", "revision": "main"}
+    assert whole.output_path == "out/checkpoint-3"
+    adapter = config_of(Config(model_args={"pretrained": "base"}, output_path="out"), model._replace(revision=None))
+    assert adapter.model_args == {"pretrained": "base", "peft": "runs/checkpoint-3"}
 
 
 @pytest.fixture

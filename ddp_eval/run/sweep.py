@@ -39,6 +39,7 @@ from ddp_eval.run.sweep_models import SweptModel, list_models
 from ddp_eval.run.sweep_options import SweepOptions
 from ddp_eval.run.sweep_watch import Watcher
 from ddp_eval.system.read_ahead import ReadAhead
+from ddp_eval.system.whole_files import why_broken
 from ddp_eval.tasks import trackers
 from ddp_eval.telemetry.sampler import Sampler
 
@@ -115,6 +116,8 @@ class _Sweep:
         self._kept, self._ahead = KeptSetup(), ReadAhead()
         self._own: dict[str, dict[str, Any]] = {}
         self._watcher = Watcher(options)
+        earlier = sweep_file.read_sweep(self._directory)
+        self._failed_before = {name for name, one in earlier.items() if one["state"] == FAILED}  # the last to be tried again
         self._is_frozen = False
 
     def lead(self) -> list[dict[str, Any]]:
@@ -130,6 +133,7 @@ class _Sweep:
                     break
                 self._watcher.wait(self._keep_in_touch)
             else:
+                ready.sort(key=lambda one: one.name in self._failed_before)
                 self._evaluate(ready[0], ready[1] if len(ready) > 1 else None)
             models = list_models(self._options)
         entries = self._write(models)
@@ -173,6 +177,7 @@ class _Sweep:
         followers = Followers(self._world, stays=True)
         try:
             config = config_of(self._config, model)
+            _refuse_broken(config, model)
             results = self._run(config, self._files_of(following), followers)
             is_new = "telemetry" in results["ddp_eval"]  # else it was found complete
             before = sweep_file.read_sweep(self._directory).get(model.name, {}).get("seconds")
@@ -226,6 +231,14 @@ class _Sweep:
         if not self._is_frozen:
             gc.freeze()
             self._is_frozen = True
+
+
+def _refuse_broken(config: Config, model: SweptModel) -> None:
+    """Raise UserError for files that no rank could load, before any tries: ranks that share a model fail there one by one."""
+    if model.is_local and not config.model_args.get("subfolder"):
+        why = why_broken(os.path.expanduser(model.model))
+        if why is not None:
+            raise UserError(f"the checkpoint {model.model} is broken: {why}")
 
 
 def config_of(config: Config, model: SweptModel) -> Config:

@@ -29,6 +29,20 @@ def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
         return "config.json is not there yet"
     if _read_json(directory / config) is None:
         return f"{config} is no whole JSON file"
+    if not any(name.endswith(".index.json") or _is_weights(name) for name in names):
+        return "its weights are not there yet"
+    return why_broken(directory)
+
+
+def why_broken(folder: str | os.PathLike[str]) -> str | None:
+    """A phrase for a shard that an index names and that is not there, or a safetensors file that is cut short; None if there is
+    neither, also where there are no weights at all.
+    """
+    directory = Path(folder)
+    try:
+        names = {entry.name for entry in os.scandir(directory) if entry.is_file()}
+    except OSError as error:
+        return f"{directory} cannot be read ({error.strerror})"
     shards: set[str] = set()
     for index in sorted(name for name in names if name.endswith(".index.json")):
         content = _read_json(directory / index)
@@ -38,12 +52,14 @@ def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
         shards |= set(listed.values())
     for shard in sorted(shards):
         if not (directory / shard).is_file():
-            return f"{shard} is not there yet, which the index names"
-    weights = [name for name in names if name.endswith(_WEIGHTS) and not name.startswith(_NO_WEIGHTS)]
-    if not weights and not shards:
-        return "its weights are not there yet"
-    tensors = sorted({name for name in (*weights, *shards) if name.endswith(".safetensors")})
+            return f"{shard} is not there, which the index names"
+    weights = {name for name in names if _is_weights(name)} | shards
+    tensors = sorted(name for name in weights if name.endswith(".safetensors"))
     return next((why for name in tensors if (why := why_cut_short(directory / name)) is not None), None)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS) and not name.startswith(_NO_WEIGHTS)
 
 
 def why_cut_short(path: Path) -> str | None:

@@ -91,7 +91,7 @@ def test_a_model_that_fails_on_one_rank(fault: str, sentence: str, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["layers:2", "tensor:2", "shard:2"])
 def test_models_over_several_ranks(layout: str, tmp_path: Path) -> None:
-    """Catches a layout whose second model meets what the first has left behind; and a broken model that such ranks disagree on."""
+    """Catches a second model that meets what the first has left behind, and a broken one that ranks disagree on."""
     place = checkpoints.write_checkpoints(tmp_path / "train", [1, 2, 3])
     (place / "checkpoint-2" / checkpoints.WEIGHTS).write_bytes(b"")
     command = ("sweep", "--models", f"{place}/checkpoint-*", "--layout", layout, *TASKS, "--output_path", tmp_path / "out")

@@ -155,7 +155,7 @@ def test_what_is_missing(tmp_path: Path) -> None:
     assert why_incomplete(place) == "its weights are not there yet"
     (place / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}')
     (place / "one.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-    assert why_incomplete(place) == "two.safetensors is not there yet, which the index names"
+    assert why_incomplete(place) == "two.safetensors is not there, which the index names"
     (place / "two.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{")
     assert why_incomplete(place) == "two.safetensors has 9 bytes, and its header is not whole"
     (place / "two.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")

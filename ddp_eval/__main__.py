@@ -204,7 +204,8 @@ def _show_sweep(config: Config, entries: list[dict[str, Any]]) -> int:
         took = f"{one['seconds']:.1f} s" if one["seconds"] is not None else ""
         print(printable(f"ddp_eval: {one['name']:<{width}}  {one['state']}  {one['reason'] or took}".rstrip()))
     failed = sum(one["state"] == "failed" for one in entries)
-    print(printable(f"ddp_eval: the sweep is in {config.output_path}" + (f"; {failed} models failed" if failed else "")))
+    outcome = f"; {failed} of {len(entries)} models failed" if failed else ""
+    print(printable(f"ddp_eval: the sweep is in {config.output_path}{outcome}"))
     return 1 if failed else 0
 
 

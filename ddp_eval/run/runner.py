@@ -128,8 +128,8 @@ def _load_and_lead(
         limits.check_window(config.loader_args, model_config)
         layout, why = choose_layout(config, model_config, world, directory.layout)
         tokenizer = checkpoint.load_tokenizer(config.loader_args)
-    followers.load(layout, is_probe=swept is not None)
     before = look_at_model(config.loader_args)
+    followers.load(layout, is_probe=swept is not None)
 
     def load() -> Replica:
         laid_out = lay_out(world, layout)

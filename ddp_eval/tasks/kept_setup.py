@@ -1,7 +1,7 @@
 """What one evaluation leaves to the next of another model: tasks with their requests, token ids, plans.
 
     key       every option that prompts depend on, the tokenizer's digest, the window: of another key nothing is used
-    files     that the tasks were made of: if one has changed, nothing is used
+    files     that the tasks were made of: if one has changed, or another has come beside it, nothing is used
     tasks     those that keep no state (kept_tasks.py) as they are; others are built anew
     ids       where all texts are the same: those of kept tasks, and of others as far as they come out the same
     plans     in a memo, by all that decides them (packs/memo.py)
@@ -61,6 +61,7 @@ class KeptSetup:
         self.plans.forget()
         self._key: str | None = None
         self._files: dict[str, tuple[str, str]] = {}  # {path: (SHA-256, how it looked)}
+        self._folders: dict[str, frozenset[str]] = {}  # of these files, with what is in them: patterns may match more
         self._tasks: dict[str, KeptTask] = {}  # by the names and changes under which they were loaded
         self._loaded: dict[str, KeptTask] = {}  # by this evaluation
         self._all: list[Any] = []  # tasks that this evaluation and the last have loaded
@@ -150,6 +151,7 @@ class KeptSetup:
         if self._key is None:
             return
         self._files = {path: (digest, _look_at(path)) for path, digest in sources.files.items()}
+        self._folders = {folder: _names_in(folder) for folder in {os.path.dirname(path) for path in self._files}}
         kept = {place: one for place, one in self._loaded.items() if one.building is not None and is_kept(one.task)}
         own_code = {module for task in self._all if not any(task is one.task for one in kept.values())
                     for module in modules_at_scoring(task)}  # fmt: skip
@@ -165,6 +167,8 @@ class KeptSetup:
         self._clear()
 
     def _has_same_files(self) -> bool:
+        if any(_names_in(folder) != names for folder, names in self._folders.items()):
+            return False
         for path, (digest, look) in self._files.items():
             if _look_at(path) == look:
                 continue
@@ -197,7 +201,7 @@ def _key_of(config: Config, encoder: Encoder) -> str | None:
     tokenizer = digest_tokenizer(encoder.tokenizer)
     if tokenizer is None or None in config.seed:
         return None
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_MATTER}
+    settings = {one.name: getattr(config, one.name) for one in dataclasses.fields(config) if one.name not in _NO_MATTER}
     settings["model_args"] = {name: value for name, value in config.model_args.items() if name not in _OF_THE_MODEL}
     settings["tasks"] = [task if isinstance(task, (str, dict)) else id(task) for task in config.tasks]
     of_encoder = encoder.max_length, encoder.add_bos_token, encoder.prefix_token_id, encoder.separate
@@ -219,6 +223,12 @@ def _describe(instances: Sequence[Instance], tasks: Mapping[str, Any], known: Ma
     found = known or describe_prompts(instances, dict(tasks))
     order = hashlib.sha256(repr([(one.request_type, one.doc_id, one.idx, one.repeats) for one in instances]).encode())
     return found["prompts_by_task"][name], found["documents_by_task"][name], found["versions"].get(name), order.hexdigest()
+
+
+def _names_in(folder: str) -> frozenset[str]:
+    with contextlib.suppress(OSError):
+        return frozenset(name for name in os.listdir(folder) if not name.startswith((".", "__pycache__")))
+    return frozenset()
 
 
 def _look_at(path: str) -> str:

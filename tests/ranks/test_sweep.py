@@ -45,7 +45,7 @@ def test_each_model_is_a_run_of_its_own(ranks: int, tmp_path: Path) -> None:
     assert finished.returncode == 1, str(finished)
     assert states(output) == {"checkpoint-8": "done", "checkpoint-9": "failed", "checkpoint-10": "done"}
     assert "cannot load a tokenizer" in reasons(output)["checkpoint-9"]
-    assert "1 models failed" in finished.stdout
+    assert "1 of 3 models failed" in finished.stdout
     assert [line for line in finished.sentences() if "checkpoint-9 failed" in line]
     lines = [["--model_args", f"pretrained={place}/checkpoint-{step}", *TASKS] for step in (8, 10)]
     runs = [[*line, "--output_path", str(where)] for line, step in zip(lines, (8, 10), strict=True)

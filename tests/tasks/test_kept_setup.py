@@ -122,6 +122,8 @@ def test_what_is_stale_is_not_used(encoded: list[int], tiny_model: Callable[...,
     assert described[0] == 1 and described[1] != changed[1]
     assert digest(limit=1)[0] == 1
     assert digest(limit=1)[0] == 0
+    (tmp_path / "tasks" / "more.json").write_text("[]")
+    assert digest(limit=1)[0] == 1
     tokenizer.add_tokens(["four"])
     assert digest(limit=1)[0] == 1
     assert digest(limit=1, seed=None)[0] == digest(limit=1, seed=None)[0] == 1

@@ -44,7 +44,7 @@ _MORE = {"log_samples", "write_out"}  # add to what a run gives: one that has gi
 
 
 class AtWork(UserError):
-    """Another run holds the directory."""
+    """Another run holds the directory, or held it a moment ago and has finished there."""
 
 
 class Kept(NamedTuple):
@@ -322,7 +322,8 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
         difference = "it has no journal to resume from"
     if difference and not replace:
         earlier = read_object(directory.path / write.MANIFEST).get("config") if complete else flags
-        raise _refuse(directory.path, difference, _where_else(directory.path, earlier, config))
+        refusal = _refuse(directory.path, difference, _where_else(directory.path, earlier, config))
+        raise AtWork(str(refusal)) if complete else refusal  # `find_finished` found none
     if complete:
         directory.files_to_remove = files
     elif difference or fresh:

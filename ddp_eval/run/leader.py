@@ -26,7 +26,6 @@ from ddp_eval.output.directory import Directory
 from ddp_eval.output.journal import RecoveredWork
 from ddp_eval.output.lm_eval_names import SECTION, choose_names
 from ddp_eval.packs.batches import Prompts
-from ddp_eval.packs.memo import PlanMemo
 from ddp_eval.packs.plan import NO_PLAN, Plan
 from ddp_eval.packs.requests import Requests
 from ddp_eval.packs.results import Results, fill_slots
@@ -43,6 +42,7 @@ from ddp_eval.run.replica import LoadedReplica, PendingReplica, Replica
 from ddp_eval.run.resume import journal_key, log_resume, warn_nonfinite
 from ddp_eval.run.self_check import ScorePlan
 from ddp_eval.run.try_layouts import measure_layouts
+from ddp_eval.tasks.plan_memo import PlanMemo
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry import summary
 

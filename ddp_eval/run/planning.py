@@ -14,12 +14,12 @@ from ddp_eval.engines.hf import limits
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packs.batches import Prompts, Settings, TextPlan, plan_batches
 from ddp_eval.packs.cut import plan_packs
-from ddp_eval.packs.memo import PlanMemo
 from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.run.self_check import ScorePlan, check_rows, choose_trees, needs_equal_lengths, score_alone, trial_requests
+from ddp_eval.tasks.plan_memo import PlanMemo
 
 log = logging.getLogger("ddp_eval")
 

@@ -4,7 +4,7 @@
     files     that the tasks were made of: if one has changed, or another has come beside it, nothing is used
     tasks     those that keep no state (kept_tasks.py) as they are; others are built anew
     ids       where all texts are the same: those of kept tasks, and of others as far as they come out the same
-    plans     in a memo, by all that decides them (packs/memo.py)
+    plans     in a memo, by all that decides them (plan_memo.py)
 
 Results, samples and digests are those of an evaluation that begins with nothing. Leader only. It takes the memory of all prompts
 for as long as it lives: only for who evaluates again.
@@ -25,7 +25,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import _factory
 
 from ddp_eval.config import TRACKER_FLAGS, Config
-from ddp_eval.packs.memo import PlanMemo
 from ddp_eval.system.digests import digest_directory
 from ddp_eval.tasks.fingerprints import describe_prompts
 from ddp_eval.tasks.kept_tasks import (
@@ -38,6 +37,7 @@ from ddp_eval.tasks.kept_tasks import (
     modules_at_scoring,
     sign,
 )
+from ddp_eval.tasks.plan_memo import PlanMemo
 from ddp_eval.tasks.request_types import Asked, RunOptions
 from ddp_eval.tasks.task_sources import TaskSources
 from ddp_eval.tasks.tokenization import Encoder

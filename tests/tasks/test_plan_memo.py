@@ -1,6 +1,6 @@
 """A plan that was cut before, and when it must be cut again."""
 
-from ddp_eval.packs.memo import PlanMemo
+from ddp_eval.tasks.plan_memo import PlanMemo
 
 
 def test_only_what_is_the_same() -> None:

@@ -1,6 +1,6 @@
 """Multi-GPU evaluation of language models on lm-evaluation-harness tasks, under torchrun.
 
-`torchrun --nproc_per_node=8 -m ddp_eval --help` for the command; `ddp_eval.evaluate` for training loops.
+`torchrun --nproc_per_node=8 -m ddp_eval --help` for the command; `ddp_eval.evaluate` and `ddp_eval.Evaluator` for training loops.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 from ddp_eval import demo
 from ddp_eval.errors import UserError
 
-__all__ = ["UserError", "demo", "evaluate"]
+__all__ = ["Evaluator", "UserError", "demo", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
     # torch and transformers load when they are needed: `--help` should not wait for them.
-    if name == "evaluate":
-        from ddp_eval.api import evaluate
+    if name in ("Evaluator", "evaluate"):
+        from ddp_eval import api
 
-        return evaluate
+        return getattr(api, name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

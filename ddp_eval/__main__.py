@@ -62,7 +62,8 @@ def main() -> None:
         watching.timeout_s = Config.timeout
         evaluation: Evaluation = importlib.import_module(command.module).parse(argv)
         _check_launch()
-        _run(evaluation, watching)
+        if code := _run(evaluation, watching):
+            sys.exit(code)
         if evaluation.conclude is not None:
             if not _is_rank_zero():
                 sys.exit(0)
@@ -136,13 +137,14 @@ def _check_launch() -> None:
         watchdog.leave(2, status.FAILED, str(error))
 
 
-def _run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
+def _run(evaluation: Evaluation, watching: watchdog.Watch) -> int:
+    """The exit code, where it is over and all ranks have left each other."""
     watching.timeout_s = evaluation.config.timeout
     watchdog.step("importing torch")
     from ddp_eval.distributed.contact import reporting_to_launcher
 
     try:
-        reporting_to_launcher(_join_and_run)(evaluation, watching)
+        return reporting_to_launcher(_join_and_run)(evaluation, watching) or 0
     except Exception:
         # Threads may be inside of torch still: the interpreter's own end would abort the process over them.
         sys.excepthook(*sys.exc_info())
@@ -151,13 +153,13 @@ def _run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
         os._exit(1)
 
 
-def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
+def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> int:
     from ddp_eval.distributed import collectives, launch_environment
     from ddp_eval.distributed import world as world_module
     from ddp_eval.distributed.store import common_store, report_once
     from ddp_eval.run import preflight
 
-    config = evaluation.config
+    config, results, entries = evaluation.config, None, None
     try:
         watchdog.step("preparing to join the other ranks")
         trackers.check_installed(config)
@@ -174,7 +176,7 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
             if config.preflight:
                 watching.stop()
                 _report_checks(checks, speed, world)
-                return
+                return 0
         watchdog.step("importing transformers")
         with world.meter.phases("start"):
             from ddp_eval.run.runner import run  # it fails on a node with wrong packages: named by now
@@ -182,7 +184,12 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
         if world.is_leader:
             for note in evaluation.notes:
                 logging.getLogger("ddp_eval").warning(note)
-        results = run(config, world, evaluation.inspect)
+        if evaluation.sweep is not None:
+            from ddp_eval.run.sweep import run_sweep
+
+            entries = run_sweep(config, evaluation.sweep, world, _show)
+        else:
+            results = run(config, world, evaluation.inspect)
     except UserError as error:  # not for @record: it would add a traceback
         _report_and_leave(error)
     except collectives.LostContact as error:
@@ -196,8 +203,13 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> None:
         raise
     watching.stop()
     world_module.leave_group(world)
+    # Whoever reads it may have gone; the run is in its directory.
+    if entries is not None:
+        _print_all(functools.partial(_show_sweep, config, entries))
+        return 1 if any(one["state"] == "failed" for one in entries) else 0
     if results is not None:
-        _print_all(functools.partial(_show, config, results))  # whoever reads it may have gone; the run is in its directory
+        _print_all(functools.partial(_show, config, results))
+    return 0
 
 
 def _show(config: Config, results: dict[str, Any]) -> None:
@@ -212,6 +224,17 @@ def _show(config: Config, results: dict[str, Any]) -> None:
         print(format_summary(results["ddp_eval"]["telemetry"]))
     if config.output_path:
         print(printable(f"ddp_eval: the run is in {config.output_path}"))
+
+
+def _show_sweep(config: Config, entries: list[dict[str, Any]]) -> None:
+    """A line for each model of a sweep."""
+    width = max((len(one["name"]) for one in entries), default=0)
+    for one in entries:
+        took = f"{one['seconds']:.1f} s" if one["seconds"] is not None else ""
+        print(printable(f"ddp_eval: {one['name']:<{width}}  {one['state']}  {one['reason'] or took}".rstrip()))
+    failed = sum(one["state"] == "failed" for one in entries)
+    outcome = f"; {failed} of {len(entries)} models failed" if failed else ""
+    print(printable(f"ddp_eval: the sweep is in {config.output_path}{outcome}"))
 
 
 def _report_checks(checks: PreflightReport, speed: str, world: World) -> None:

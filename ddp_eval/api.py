@@ -8,9 +8,9 @@ import difflib
 import gc
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from ddp_eval.run.manifest import (
 from ddp_eval.run.replica import LoadedReplica, Replica
 from ddp_eval.telemetry.sampler import Sampler
 
+if TYPE_CHECKING:
+    from ddp_eval.tasks.kept_setup import KeptSetup
+
 log = logging.getLogger("ddp_eval")
 
 
@@ -56,17 +59,58 @@ def evaluate(model: Any, tokenizer: Any, tasks: list[Any] | str, *, group: Any =
 
     Returns lm_eval's result dict on rank 0, None on the others. Raises UserError on every rank when it cannot be done.
     """
+    return _evaluate(model, tokenizer, tasks, group, options, None)
+
+
+class Evaluator:
+    """`evaluate`, again and again: prompts, token ids and plans are made at the first call and used at all others.
+
+        evaluator = ddp_eval.Evaluator(tokenizer, ["hellaswag"], limit=500)
+        for step, batch in enumerate(batches):
+            …
+            if step % 1000 == 0:
+                results = evaluator.evaluate(model)
+
+    Each call gives what `ddp_eval.evaluate` would, to the bit. Rank 0 keeps all prompts in memory while the object lives.
+    Whatever prompts depend on may change between calls (files of tasks, the tokenizer, the model's window): they are built anew.
+
+    tokenizer, tasks, group, options: as for `evaluate`.
+    """
+
+    def __init__(self, tokenizer: Any, tasks: list[Any] | str, *, group: Any = None, **options: Any) -> None:
+        self._tokenizer, self._tasks, self._group, self._options = tokenizer, tasks, group, options
+        self._kept: KeptSetup | None = None
+
+    def evaluate(self, model: Any, **options: Any) -> dict[str, Any] | None:
+        """On every rank, as `ddp_eval.evaluate`. options: for this call, such as output_path; they go before the object's."""
+        return _evaluate(model, self._tokenizer, self._tasks, self._group, {**self._options, **options}, self._setup)
+
+    def _setup(self) -> KeptSetup:
+        from ddp_eval.tasks.kept_setup import KeptSetup  # with lm_eval, which only rank 0 pays for
+
+        self._kept = self._kept or KeptSetup()
+        return self._kept
+
+
+def _evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: list[Any] | str,
+    group: Any,
+    options: dict[str, Any],
+    kept: Callable[[], KeptSetup] | None,
+) -> dict[str, Any] | None:
     names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
     settings, notes = flags.read_options(options)
     config = config_from_options(names, **settings)
     bare, root = _unwrap(model)
     warn_of_no_group(config.output_path)
     with _garbage_collected():
-        return _evaluate_together(bare, root, tokenizer, config, notes, group)
+        return _evaluate_together(bare, root, tokenizer, config, notes, group, kept)
 
 
 def _evaluate_together(
-    model: Any, root: Any, tokenizer: Any, config: Config, notes: list[str], group: Any
+    model: Any, root: Any, tokenizer: Any, config: Config, notes: list[str], group: Any, kept: Callable[[], KeptSetup] | None
 ) -> dict[str, Any] | None:
     """`evaluate` by settings that hold. model, root: as `_unwrap` returns them."""
     world = _join(model, root, config, group)
@@ -90,9 +134,8 @@ def _evaluate_together(
                 followers.load(layouts.WHOLE_COPIES)
                 replica = LoadedReplica(Replica(world, layouts.WHOLE_COPIES, engine), lambda: describe_loaded_model(model))
                 watchdog.step("building the prompts")
-                return lead(
-                    Job(config, followers, NoDirectory(), model.config, make_encoder(config, model.config, tokenizer), replica)
-                )
+                encoder, setup = make_encoder(config, model.config, tokenizer), kept() if kept is not None else None
+                return lead(Job(config, followers, NoDirectory(), model.config, encoder, replica, kept=setup))
     finally:
         release_group(world)
 

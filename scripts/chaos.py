@@ -11,6 +11,8 @@ run's to the bit, and no pack or batch of texts may have been computed that was 
 The launcher is torchrun's elastic agent, started by fork from this process, which has imported torch, transformers and lm_eval
 once for all; `--torchrun` starts torchrun itself, which takes several seconds a start. A third of the launches allow an elastic
 restart. The model is the embedded one, slowed down by `--pack_s` a pack, so that many moments lie within packs. Linux only.
+
+`--sweep N`: the command is a sweep over N checkpoints, each of whose run directories is compared.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ from ddp_eval.output import journal
 FLAGS = ["--model_args", "pretrained=demo", "--tasks", "demo_hellaswag", "demo_lambada", "gen_boolean", "gen_drawn", "gen_story"]
 FLAGS += ["--include_path", str(Path(__file__).resolve().parent.parent / "tests" / "support" / "generation_tasks")]
 FLAGS += ["--num_fewshot", "1", "--limit", "8", "--max_pack_tokens", "1", "--bootstrap_iters", "50"]
+SWEPT = ["--tasks", "demo_lambada", "gen_boolean", "--include_path", FLAGS[FLAGS.index("--include_path") + 1]]
+SWEPT += ["--limit", "4", "--max_pack_tokens", "1", "--bootstrap_iters", "50"]
 SIZES = {"slot_tokens": 10**6, "max_slots": 3, "queue": 6}  # of batches of texts, so small that there are a dozen
 TARGETS = ("one rank", "all ranks", "torchrun")
 MOST_KILLS = 3  # in one trial
@@ -66,6 +70,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pack_s", type=float, default=0.03, help="seconds added to each pack")
+    parser.add_argument("--sweep", type=int, default=0, metavar="N", help="a sweep over so many checkpoints (default: one run)")
     parser.add_argument("--torchrun", action="store_true", help="start torchrun itself each time")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args, flags = parser.parse_known_args()
@@ -77,6 +82,7 @@ def main() -> int:
         preload()
     place = Path(tempfile.mkdtemp(prefix="chaos_"))
     try:
+        write_checkpoints(place / "train", args.sweep)
         return run_trials(args, place)
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -94,6 +100,19 @@ def preload() -> None:
     checkpoint.load_tokenizer({"pretrained": "demo"})
 
 
+def write_checkpoints(place: Path, count: int) -> None:
+    """The demo model, moved a little from one to the next."""
+    import safetensors.torch
+
+    from ddp_eval import demo
+
+    for number in range(1, count + 1):
+        folder = Path(shutil.copytree(demo.MODEL_PATH, place / f"checkpoint-{number}"))
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        moved = {name: (one.float() * (1 + number / 1000)).to(one.dtype) for name, one in weights.items()}
+        safetensors.torch.save_file(moved, folder / "model.safetensors", {"format": "pt"})
+
+
 def run_trials(args: argparse.Namespace, place: Path) -> int:
     dice, tally, began = random.Random(args.seed), Tally(), time.monotonic()
     expected, length_s = place / "undisturbed", 0.0
@@ -107,7 +126,7 @@ def run_trials(args: argparse.Namespace, place: Path) -> int:
     trials = 0
     while trials < args.trials:
         directory, kills = place / "trial", sum(tally.kills.values())
-        wrong = run_until_done(args, directory, dice, length_s, tally) or differences(expected, directory)
+        wrong = run_until_done(args, directory, dice, length_s, tally) or any_difference(args, expected, directory)
         if wrong:
             print(f"trial {trials} (seed {args.seed}): {wrong}")
             return 1
@@ -125,7 +144,8 @@ def report(args: argparse.Namespace, tally: Tally, length_s: float) -> None:
     kills = ", ".join(f"{count} of {target}" for target, count in tally.kills.items())
     print(f"{args.trials} trials (seed {args.seed}), all bit-identical to the undisturbed run, which takes {length_s:.1f} s")
     print(f"{tally.starts} starts, {sum(tally.kills.values())} kills ({kills}), {tally.restarts} elastic restarts")
-    print(f"{tally.computed} packs computed, none that was in a journal before; {tally.lost} packs in hand lost")
+    none_twice = "" if args.sweep else ", none that was in a journal before"
+    print(f"{tally.computed} packs computed{none_twice}; {tally.lost} packs in hand lost")
     if tally.lost_s:
         median_s, most_s = statistics.median(tally.lost_s), max(tally.lost_s)
         print(f"a kill lost {median_s:.3f} s of computing in the median, {most_s:.3f} s at most, over all its ranks")
@@ -139,7 +159,7 @@ def run_until_done(args: argparse.Namespace, directory: Path, dice: random.Rando
     """Start and kill until a start ends by itself. Returns what went wrong, None if nothing did."""
     ranks = 0
     for attempt in range(50):
-        done_before = packs_in_journals(directory)
+        done_before = packs_in_journals(directory) if not args.sweep else set()  # whose models number theirs alike
         ranks = dice.choice([count for count in range(1, 5) if count != ranks])
         restarts = 1 if dice.random() < 1 / 3 else 0
         launch = Launch(args, directory, ranks, restarts)
@@ -166,7 +186,7 @@ def run_until_done(args: argparse.Namespace, directory: Path, dice: random.Rando
             return f"a start does not end\n{launch.log()}"
         begun, finished, lost_s, most, again = launch.packs(killed_at)
         twice = set(begun) & done_before | again
-        if twice:
+        if twice and not args.sweep:
             return f"packs {sorted(twice)} were computed again"
         tally.computed += len(finished)
         tally.restarts += launch.restarted()
@@ -188,6 +208,9 @@ class Launch:
         self.notes = directory / "notes" / uuid.uuid4().hex
         self.notes.mkdir(parents=True)
         flags = [*FLAGS, "--output_path", str(directory / "run")]
+        if args.sweep:
+            pattern = str(directory.parent / "train" / "checkpoint-*")
+            flags = ["sweep", "--models", pattern, *SWEPT, "--output_path", str(directory / "run")]
         self._code: int | None = None
         if args.torchrun:
             script = [__file__, "--worker", str(self.notes), "--pack_s", str(args.pack_s), *flags]
@@ -361,17 +384,28 @@ def packs_in_journals(directory: Path) -> set[int]:
     return found
 
 
-def differences(expected: Path, directory: Path) -> str | None:
+def any_difference(args: argparse.Namespace, expected: Path, directory: Path) -> str | None:
+    if not args.sweep:
+        return differences(expected, directory)
+    states = {one["state"] for one in json.loads((directory / "run" / "sweep.json").read_text())["models"]}
+    if states != {"done"}:
+        return f"the sweep ends with models that are {states}"
+    names = [f"checkpoint-{number}" for number in range(1, args.sweep + 1)]
+    found = ((name, differences(expected, directory, f"run/{name}")) for name in names)
+    return next((f"{name}: {difference}" for name, difference in found if difference), None)
+
+
+def differences(expected: Path, directory: Path, run: str = "run") -> str | None:
     for name in ("scores.parquet", "texts.parquet"):
-        if (expected / "run" / name).read_bytes() != (directory / "run" / name).read_bytes():
+        if (expected / run / name).read_bytes() != (directory / run / name).read_bytes():
             return f"{name} differs"
-    if results_but_times(expected) != results_but_times(directory):
+    if results_but_times(expected / run) != results_but_times(directory / run):
         return "results.json differs"
     return None
 
 
 def results_but_times(directory: Path) -> dict:
-    found = json.loads((directory / "run/results.json").read_text())
+    found = json.loads((directory / "results.json").read_text())
     del found["date"], found["total_evaluation_time_seconds"], found["ddp_eval"]["phases_s"]
     del found["ddp_eval"]["lm_eval_files"]["date"]
     return found

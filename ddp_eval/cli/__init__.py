@@ -30,6 +30,7 @@ class Command:
 DEFAULT = "run"
 COMMANDS = {
     "run": Command("ddp_eval.cli.run", True, "evaluate a model on tasks"),
+    "sweep": Command("ddp_eval.cli.sweep", True, "evaluate many checkpoints in one launch, or watch for new ones"),
     "ls": Command("ddp_eval.cli.ls", False, "list the tasks, groups and tags that --tasks can name"),
     "validate": Command("ddp_eval.cli.validate", False, "check task names and task files without fetching documents"),
     "plan": Command("ddp_eval.cli.plan", False, "show which layouts of a model fit in memory, and which is the fastest"),

@@ -69,8 +69,10 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     return parse_flags(flags)
 
 
-def parse_flags(argv: Sequence[str]) -> tuple[Config, list[str]]:
+def parse_flags(argv: Sequence[str], names_model: bool = True) -> tuple[Config, list[str]]:
     """The flags of `run` -> a Config, and one sentence for each flag that is accepted and ignored, for one rank to log.
+
+    names_model: whether the model is among them, by default the demo's; for a sweep it is not.
 
     Raises UserError with one sentence for anything that cannot be meant. --help and --version print, then raise SystemExit(0).
     """
@@ -82,7 +84,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[Config, list[str]]:
     values = {name: _FLAGS[name].convert(f"--{name}", value) for name, value in raw.items()}
     settle_layout(values)
     settle_model_args(values, notes)
-    _settle_what_to_evaluate(values, notes)
+    _settle_what_to_evaluate(values, notes, names_model)
     if values.get("predict_only"):
         values["log_samples"] = True
     if values.get("log_samples") and "output_path" not in values:
@@ -249,14 +251,14 @@ def _refuse_flags(names: Iterable[str]) -> None:
             raise UserError(f"--{name} is not supported: {_REFUSED_FLAGS[name][1]}")
 
 
-def _settle_what_to_evaluate(values: dict[str, Any], notes: list[str]) -> None:
+def _settle_what_to_evaluate(values: dict[str, Any], notes: list[str], names_model: bool) -> None:
     """Fill in the demo where no model or tasks are given, with a note: its scores must not be taken for another model's."""
     model_args = values["model_args"]
     refuse_misspelt(model_args)
-    if "pretrained" not in model_args:
+    if "pretrained" not in model_args and names_model:
         model_args["pretrained"] = "demo"
         notes.append("no pretrained= is in --model_args: this evaluates the small demo model that ships with ddp_eval")
-    if not model_args["pretrained"]:
+    if not model_args.get("pretrained", not names_model):
         raise UserError("model_args pretrained must be a path or a name, got nothing")
     if "tasks" not in values:
         values["tasks"] = ["demo"]

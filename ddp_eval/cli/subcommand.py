@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
+from ddp_eval.run.sweep_options import SweepOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +18,14 @@ class Evaluation:
 
     notes:     sentences for rank 0 to log.
     inspect:   as `run.runner.run` takes it.
+    sweep:     of several models, each with `config`; None: of the one that `config` names.
     conclude:  called on rank 0 after the run, and returns the exit code. None: 0.
     """
 
     config: Config
     notes: Sequence[str] = ()
     inspect: Callable[[dict[str, Any]], None] | None = None
+    sweep: SweepOptions | None = None
     conclude: Callable[[], int] | None = None
 
 

@@ -27,6 +27,7 @@ from torch.utils.data import DistributedSampler
 from ddp_eval.distributed.contact import naming_lost_ranks
 from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
+from ddp_eval.errors import UserError
 
 log = logging.getLogger("ddp_eval")
 
@@ -134,6 +135,21 @@ class Outgoing:
             self._done.synchronize()
 
 
+class RankFailed(LostContact):
+    """Another rank failed while it ran its packs, and has said so."""
+
+
+class FailedTogether(UserError):
+    """A rank failed, and all ranks know: they are ready for something else. The text says which and why."""
+
+
+def fail_together(world: World, why: str | None) -> FailedTogether:
+    """Have all ranks know of a failure that some had. Collective. why: of this rank, None where it has not failed."""
+    reports = gather_reports(world, why)
+    reason = why if reports is None else next((one for one in reports if one), None)
+    return FailedTogether(reason or "another rank failed")
+
+
 Rows = TypeVar("Rows", bound=npt.NDArray[Any])
 
 
@@ -149,7 +165,7 @@ def all_gather_rows(world: World, rows: Rows, failed: bool = False) -> Rows:
         with world.meter.phases("wait"):
             sizes = _all_gather(world, torch.tensor([-1 if failed else len(rows)]), "size")
         if int(sizes.min()) < 0:
-            raise LostContact(f"rank {int(sizes.argmin())} failed while it ran its packs")
+            raise RankFailed(f"rank {int(sizes.argmin())} failed while it ran its packs")
         row_bytes = rows.dtype.itemsize * math.prod(rows.shape[1:])
         padded = np.zeros((int(sizes.max()), row_bytes), dtype=np.uint8)
         padded[: len(rows)] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).reshape(-1, row_bytes)

@@ -28,7 +28,7 @@ def naming_lost_ranks(doing: str) -> Iterator[None]:
         ) from error
 
 
-def reporting_to_launcher(function: Callable[..., None]) -> Callable[..., None]:
+def reporting_to_launcher(function: Callable[..., int]) -> Callable[..., int | None]:
     """`function`, whose unexpected errors torchrun is handed: it prints the one that came first."""
     from torch.distributed.elastic.multiprocessing.errors import record
 

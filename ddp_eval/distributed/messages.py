@@ -77,11 +77,30 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
+class NextModel:
+    """Message, between the models of a sweep: what comes next.
+
+    config: of the next model; None: nothing yet, wait on. ahead: files of the model after it, to be read meanwhile.
+    """
+
+    config: Config | None
+    ahead: tuple[Path, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Abort:
     """Message: the leader failed, by a user error or a bug."""
 
     reason: str
     of_user: bool
+
+
+class Aborted(UserError):
+    """On the other ranks: the leader failed by a user error, and goes on to something else if it can."""
+
+
+class LeaderFailed(collectives.LostContact):
+    """On the other ranks: the leader failed by a bug."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +148,21 @@ class Followers:
         work = Work(plan, left, uuid.uuid4().hex, journals, phase, texts, tokenizer, attention, asks)
         collectives.send_message(self.world, work)
         self._listening = False
-        yield work
+        try:
+            yield work
+        except collectives.FailedTogether:
+            self._listening = True
+            raise
         self._listening = True
+
+    @property
+    def listening(self) -> bool:
+        """Whether the others wait for a message: not while they are in a plan, or after a failure there that they know not of."""
+        return self._listening
+
+    def lose(self) -> None:
+        """They wait for this rank elsewhere, and for no message: the end of this process tells them."""
+        self._listening = False
 
     def collect_telemetry(self) -> list[dict[str, Any]]:
         """Every rank's `Meter.report`, in the order of ranks."""
@@ -160,6 +192,12 @@ def await_begin(world: World) -> Begin | None:
     return begin
 
 
+def next_model(world: World) -> NextModel | None:
+    """On the other ranks of a sweep: wait for the next model; None when there is none left."""
+    message: NextModel | None = _receive(world)
+    return message
+
+
 def next_work(world: World) -> Load | Work | None:
     """On the other ranks: wait for what the leader says next; None is stop. Raises what the leader failed of."""
     word: Load | Work | None = _receive(world)
@@ -172,6 +210,6 @@ def _receive(world: World) -> Any:
         world.meter.reset()
     if isinstance(message, Abort):
         if message.of_user:
-            raise UserError(message.reason)
-        raise collectives.LostContact("rank 0 has failed: its own error says why")
+            raise Aborted(message.reason)
+        raise LeaderFailed("rank 0 has failed: its own error says why")
     return message

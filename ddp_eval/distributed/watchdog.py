@@ -67,6 +67,7 @@ class _Place:
 
 _place = _Place()
 _directory: Path | None = None
+_resumes = False
 _journal: Any = None
 _exit_hook: Callable[[], None] | None = None
 _leaving = threading.Lock()
@@ -197,10 +198,13 @@ def _speak(over: threading.Event, whom: Callable[[], str]) -> None:
                 notice(f"waiting for {others}", waited_s)
 
 
-def set_run_directory(directory: Path | None) -> None:
-    """From now on this process speaks for the run in `directory`."""
-    global _directory
-    _directory = directory
+def set_run_directory(directory: Path | None, resumes: bool = False) -> None:
+    """From now on this process speaks for the run in `directory`.
+
+    resumes: the same command goes on from what is finished, also where no run is at work now.
+    """
+    global _directory, _resumes
+    _directory, _resumes = directory, resumes or directory is not None
 
 
 def use_journal(journal: Any) -> None:
@@ -407,7 +411,7 @@ class Watch:
         if death is not None:
             self._tell(death)
             leave(1, status.FAILED, death, first_hand=False)
-        kept = "finished packs are kept and " if _directory is not None else ""
+        kept = "finished packs are kept and " if _directory is not None else "finished models are kept and " if _resumes else ""
         again = f"{kept}the same command {'resumes' if kept else 'starts over'}"
         self._tell(f"stopped by {name} while {_describe_step(_place)}: {again}")
         code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED

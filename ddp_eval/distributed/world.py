@@ -56,6 +56,7 @@ class World:
 
     messages: the group for words from the leader; holds None when there is one rank, or none any more.
     borrowed: the process group belongs to the caller, and must be usable after a failure of ours.
+    goes_on: what fails is one model of several: where ranks compute by themselves, they agree on it and go on.
     ranks_per_node: how many ranks share this machine.
     ranks_per_replica: how many neighbouring ranks run the same packs on one copy of the model (layout.py).
     ranks_per_shard: how many ranks share the weights of one copy while each runs packs of its own; forwards in lockstep.
@@ -71,6 +72,7 @@ class World:
     device: torch.device
     messages: OwnGroup = dataclasses.field(default_factory=OwnGroup, compare=False, repr=False)
     borrowed: bool = False
+    goes_on: bool = False
     ranks_per_node: int = 1
     ranks_per_replica: int = 1
     ranks_per_shard: int = 1
@@ -84,6 +86,11 @@ class World:
     @property
     def is_leader(self) -> bool:
         return self.rank == 0
+
+    @property
+    def agrees_on_failures(self) -> bool:
+        """Not where ranks share a model: the others wait in its collectives for the one that fails."""
+        return self.goes_on and self.ranks_per_replica == 1 and self.ranks_per_shard == 1
 
     @property
     def replicas(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from ddp_eval.api import evaluate
+from ddp_eval.api import Evaluator
 from ddp_eval.distributed.world import from_first_rank
 from ddp_eval.errors import UserError
 
@@ -17,6 +17,8 @@ class EvaluationCallback(transformers.TrainerCallback):
     Metrics go into the Trainer's logs, on every rank, as `eval/hellaswag/acc_norm`; those of a filter with a name of its own as
     `eval/gsm8k/exact_match/strict-match`.
 
+    Prompts, token ids and plans are made at the first evaluation and used at all others (`ddp_eval.Evaluator`).
+
     trainer:      whose model is evaluated as it lies: whole, under DDP, or sharded by `fully_shard` (fsdp_version=2).
     tasks:        as for `ddp_eval.evaluate`, to which `options` go, too.
     every_steps:  steps between evaluations; None: at each evaluation of the Trainer's own.
@@ -26,13 +28,14 @@ class EvaluationCallback(transformers.TrainerCallback):
     def __init__(
         self, trainer: Any, tasks: list[Any] | str, *, every_steps: int | None = None, tokenizer: Any = None, **options: Any
     ) -> None:
-        self._trainer, self._tasks, self._options = trainer, tasks, options
+        self._trainer = trainer
         self._every_steps = every_steps
-        self._tokenizer = tokenizer or trainer.processing_class
-        if self._tokenizer is None:
+        tokenizer = tokenizer or trainer.processing_class
+        if tokenizer is None:
             raise UserError("EvaluationCallback needs a tokenizer: give tokenizer=, or processing_class= to the Trainer")
         if every_steps is not None and every_steps < 1:
             raise UserError(f"every_steps of EvaluationCallback must be 1 or more, got {every_steps}")
+        self._evaluator = Evaluator(tokenizer, tasks, **options)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._every_steps is not None and state.global_step % self._every_steps == 0:
@@ -43,7 +46,7 @@ class EvaluationCallback(transformers.TrainerCallback):
             self._run(control)
 
     def _run(self, control: Any) -> None:
-        results = evaluate(self._trainer.model, self._tokenizer, self._tasks, **self._options)
+        results = self._evaluator.evaluate(self._trainer.model)
         metrics = metrics_of(results) if results is not None else None
         logs_next = control.should_log
         self._trainer.log(from_first_rank(metrics))

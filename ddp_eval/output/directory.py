@@ -43,6 +43,10 @@ _MODEL = ("pretrained", "peft", "revision", "subfolder")  # of model_args: which
 _MORE = {"log_samples", "write_out"}  # add to what a run gives: one that has given more serves who asks for less
 
 
+class AtWork(UserError):
+    """Another run holds the directory, or held it a moment ago and has finished there."""
+
+
 class Kept(NamedTuple):
     """Where finished packs are kept, and under which key."""
 
@@ -288,7 +292,7 @@ def _take_lock(directory: Path, on_lost: Callable[[], None], on_wait: OnWait) ->
     try:
         lock.acquire()
     except LockHeldError as held:
-        raise UserError(f"another run is at work in --output_path {directory} ({held}): wait for it, or give another") from None
+        raise AtWork(f"another run is at work in --output_path {directory} ({held}): wait for it, or give another") from None
     return lock
 
 
@@ -318,7 +322,8 @@ def _settle_contents(directory: RunDirectory, config: Config, fresh: bool, repla
         difference = "it has no journal to resume from"
     if difference and not replace:
         earlier = read_object(directory.path / write.MANIFEST).get("config") if complete else flags
-        raise _refuse(directory.path, difference, _where_else(directory.path, earlier, config))
+        refusal = _refuse(directory.path, difference, _where_else(directory.path, earlier, config))
+        raise AtWork(str(refusal)) if complete else refusal  # `find_finished` found none
     if complete:
         directory.files_to_remove = files
     elif difference or fresh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,13 +17,15 @@ from ddp_eval.distributed.progress import Progress
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine, OnProgress
 from ddp_eval.engines.ops import onednn_linear
-from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.output import journal
 from ddp_eval.packs.batches import Batch, build_batch
 from ddp_eval.packs.plan import Pack, build_pack, halve
 from ddp_eval.packs.results import NO_RESULTS, Results
 from ddp_eval.run import preflight
 from ddp_eval.system import machine
+
+log = logging.getLogger("ddp_eval")
 
 
 class Gathered(NamedTuple):
@@ -75,15 +78,29 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
                     if pieces > 1:
                         splits.append(np.array([[index, pieces]]))
                 progress.push()
-        except BaseException:
-            if world.borrowed:  # leave the caller a group that works; in a run of our own, exiting is faster
+        except BaseException as error:
+            if world.borrowed or world.agrees_on_failures:  # leave a group that works; otherwise exiting is faster
                 with contextlib.suppress(collectives.LostContact):
                     collectives.all_gather_rows(world, NO_RESULTS, failed=True)
+            if world.agrees_on_failures and isinstance(error, Exception):
+                raise collectives.fail_together(world, _describe_failure(world, error)) from error
             raise
         watchdog.step(watchdog.WAITING)
         with phases("gather"):
             mine = [np.concatenate(part) for part in (results, splits, lengths, answers)]
-            return Gathered(*(collectives.all_gather_rows(world, part) for part in mine))
+            try:
+                return Gathered(*(collectives.all_gather_rows(world, part) for part in mine))
+            except collectives.RankFailed:
+                if not world.agrees_on_failures:
+                    raise
+                raise collectives.fail_together(world, None) from None
+
+
+def _describe_failure(world: World, error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    log.error("rank %d failed while it ran its packs", world.rank, exc_info=error)
+    return f"rank {world.rank} failed while it ran its packs ({type(error).__name__}: {one_line(error, 200)})"
 
 
 def _my_units(world: World, work: Work) -> tuple[list[int], list[int]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
 from ddp_eval.config import Config
-from ddp_eval.distributed import watchdog
+from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.messages import Load, next_work
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
@@ -28,7 +29,7 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
                 engine.close()
             engine = None  # its memory goes before the next takes some
             if word.config is not None:
-                load = functools.partial(_load_anew, word.config)
+                load = functools.partial(load_anew, word.config)
             laid_out = lay_out(world, word.layout)
             with world.meter.phases("load"):
                 if word.is_probe:
@@ -38,8 +39,9 @@ def follow(world: World, load: Callable[[World, Layout], Engine]) -> None:
             watchdog.step(watchdog.WAITING)
         else:
             assert engine is not None, "the leader says how to load before it says what to run"
-            run_plan(laid_out, engine, word)
+            with contextlib.suppress(collectives.FailedTogether):  # the leader knows, and says what comes next
+                run_plan(laid_out, engine, word)
 
 
-def _load_anew(config: Config, world: World, layout: Layout) -> Engine:
+def load_anew(config: Config, world: World, layout: Layout) -> Engine:
     return load_replica(config, checkpoint.load_config(config.loader_args), world, layout)

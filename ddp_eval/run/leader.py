@@ -42,11 +42,13 @@ from ddp_eval.run.replica import LoadedReplica, PendingReplica, Replica
 from ddp_eval.run.resume import journal_key, log_resume, warn_nonfinite
 from ddp_eval.run.self_check import ScorePlan
 from ddp_eval.run.try_layouts import measure_layouts
+from ddp_eval.tasks.plan_memo import PlanMemo
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry import summary
 
 if TYPE_CHECKING:
     from ddp_eval.tasks.harness import Outcome
+    from ddp_eval.tasks.kept_setup import KeptSetup
     from ddp_eval.tasks.request_types import Answers, Asked
 
 log = logging.getLogger("ddp_eval")
@@ -65,6 +67,7 @@ class Job:
     directory: keeps finished packs, or is a NoDirectory. replica: the model, which may still be loading.
     inspect: given {"model": digests, "packages": versions, and the fingerprints of prompts} before anything is scored; may raise
         UserError to stop the run. None looks at nothing.
+    kept: the set-up that evaluations of this process leave to each other.
     """
 
     config: Config
@@ -74,6 +77,12 @@ class Job:
     encoder: Encoder
     replica: PendingReplica | LoadedReplica
     inspect: Inspect | None = None
+    kept: KeptSetup | None = None
+
+    @property
+    def plans(self) -> PlanMemo:
+        """Those of earlier evaluations, as far as any are kept."""
+        return self.kept.plans if self.kept is not None else PlanMemo()
 
 
 def make_encoder(config: Config, model_config: Any, tokenizer: Any) -> Encoder:
@@ -108,6 +117,7 @@ def lead(job: Job) -> dict[str, Any]:
         job.followers.world.meter.phases,
         [demo.TASKS_PATH],
         job.replica.check,
+        job.kept,
     )
     return write_results(job, outcome, record)
 
@@ -163,12 +173,12 @@ def plan_work(job: Job, requests: Requests, prompts: Prompts, replica: Replica) 
     watchdog.step("planning")
     with job.followers.world.meter.phases("plan"):
         alone, trial = config.numerics == "alone", probe_scorer(job.followers, replica)
-        scoring = make_plan(replica.engine, requests, config.packing, config.max_pack_tokens, alone, trial)
+        scoring = make_plan(replica.engine, requests, config.packing, config.max_pack_tokens, alone, trial, job.plans)
         why = "--numerics alone was given" if alone else None if config.packing else "--no_packing was given"
         pad = job.encoder.tokenizer.pad_token_id
         if len(prompts) and replica.world.ranks_per_shard > 1:
             run_extra(job.followers, replica, NO_PLAN, "trial", asks="why_not_batches")
-        return WorkPlan(scoring, plan_texts(replica.engine, prompts, pad, why))
+        return WorkPlan(scoring, plan_texts(replica.engine, prompts, pad, why, job.plans))
 
 
 def fastest_layout(job: Job, replica: Replica, plan: Plan) -> list[dict[str, Any]] | None:

@@ -27,6 +27,7 @@ from ddp_eval.run.self_check import (
     score_alone,
     trial_requests,
 )
+from ddp_eval.tasks.plan_memo import PlanMemo
 
 log = logging.getLogger("ddp_eval")
 
@@ -44,10 +45,12 @@ class TextDecision(NamedTuple):
     limits: Sequence[int]
 
 
-def plan_texts(engine: Engine, prompts: Prompts, pad: int | None, why_alone: str | None = None) -> TextDecision:
+def plan_texts(
+    engine: Engine, prompts: Prompts, pad: int | None, why_alone: str | None = None, memo: PlanMemo | None = None
+) -> TextDecision:
     """Cut `prompts` for `engine`.
 
-    why_alone: what rules batches out from the start. pad: the tokenizer's padding token.
+    why_alone: what rules batches out from the start. pad: the tokenizer's padding token. memo: of plans cut before.
     Raises UserError for settings of generation that cannot be meant.
     """
     if not len(prompts):
@@ -56,7 +59,7 @@ def plan_texts(engine: Engine, prompts: Prompts, pad: int | None, why_alone: str
         raise UserError(
             f"the task {prompts.tasks[0]} generates text, which the engine {engine.describe()['name']} does not serve"
         )
-    most = engine.most_new_tokens
+    memo, asked, most = memo or PlanMemo(), prompts, engine.most_new_tokens
     if most is not None:
         log.warning(
             "the model's generation_config limits answers to %d tokens, before what the tasks ask for, as with lm_eval", most
@@ -67,7 +70,9 @@ def plan_texts(engine: Engine, prompts: Prompts, pad: int | None, why_alone: str
     tasks = {kind: task for kind, task in reversed(list(zip(prompts.kinds, prompts.tasks, strict=True)))}
     served = [_is_served(engine, settings, pad, tasks.get(kind)) for kind, settings in enumerate(prompts.settings)]
     why = why_alone or engine.why_not_batches
-    plan, item_of_prompt = plan_batches(prompts, engine.generation_sizes(), [bool(why) or not one for one in served])
+    sizes, alone = engine.generation_sizes(), tuple(bool(why) or not one for one in served)
+    key = sizes, alone, tuple(prompts.limits)
+    plan, item_of_prompt = memo.get("texts", asked, key, lambda: plan_batches(prompts, sizes, alone))
     if why is None and not all(served):
         odd = next(kind for kind, one in enumerate(served) if not one)
         why = f"the task {tasks.get(odd)} asks for {prompts.settings[odd].options}"
@@ -139,12 +144,15 @@ def make_plan(
     max_pack_tokens: int | None,
     alone: bool = False,
     score_plan: ScorePlan | None = None,
+    memo: PlanMemo | None = None,
 ) -> Decision:
     """Decide between packs and rows, and cut the requests.
 
     alone: a forward for each distinct input, whatever else is asked.
     score_plan: how to put a trial plan to the model where a copy of it lies on several ranks; `engine` alone if not given.
+    memo: of plans cut before.
     """
+    memo = memo or PlanMemo()
     can = engine.capabilities
     if alone and can.is_encoder_decoder:
         return Decision(*plan_pairs(requests, 1, share=False), "--numerics alone was given")
@@ -160,11 +168,11 @@ def make_plan(
         why_rows = choose_trees(engine, trial, score_plan)
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
     if why_rows is None:
-        return Decision(*cut_packs(engine, requests, max_tokens), None)
+        return Decision(*cut_packs(engine, requests, max_tokens, memo), None)
     why_single = engine.why_not_rows or (check_rows(engine, trial, score_plan) if len(trial) else None)
     if why_single is not None:
         return Decision(*cut_single(engine, requests), f"{why_rows}; {why_single}", SINGLE)
-    return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
+    return Decision(*cut_rows(engine, requests, max_tokens, memo), why_rows)
 
 
 def _trial_of(engine: Engine, requests: Requests) -> Requests:
@@ -175,10 +183,11 @@ def _trial_of(engine: Engine, requests: Requests) -> Requests:
     return trial_requests(requests, engine.vocab_size, engine.capabilities.reaches, most)
 
 
-def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+def cut_packs(engine: Engine, requests: Requests, max_tokens: int, memo: PlanMemo | None = None) -> tuple[Plan, IntArray]:
     """Packs as the engine takes them. Returns as `plan_packs`."""
     in_tree = min(max_tokens, engine.capabilities.max_tree_tokens or max_tokens)
-    return plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
+    how = engine.cost_model(), in_tree, engine.max_reads()
+    return (memo or PlanMemo()).get("packs", requests, how, lambda: plan_packs(requests, *how))
 
 
 def cut_single(engine: Engine, requests: Requests) -> tuple[Plan, IntArray]:
@@ -186,10 +195,11 @@ def cut_single(engine: Engine, requests: Requests) -> tuple[Plan, IntArray]:
     return plan_rows(requests, 1, engine.max_reads(), isolate=True)
 
 
-def cut_rows(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+def cut_rows(engine: Engine, requests: Requests, max_tokens: int, memo: PlanMemo | None = None) -> tuple[Plan, IntArray]:
     """Batches of plain rows, as few and as little padded as pays. Returns as `plan_rows`."""
     most_padding = None if engine.capabilities.rows_are_independent else engine.cost_model().most_padding
-    return plan_rows(requests, max_tokens, engine.max_reads(), needs_equal_lengths(engine, requests), most_padding)
+    how = max_tokens, engine.max_reads(), needs_equal_lengths(engine, requests), most_padding
+    return (memo or PlanMemo()).get("rows", requests, how, lambda: plan_rows(requests, *how))
 
 
 def _plan_pairs(engine: Engine, requests: Requests, max_tokens: int, share: bool) -> Decision:

@@ -15,7 +15,7 @@ import torch
 from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import Layout
 from ddp_eval.placement.kinds import kind_of
 from ddp_eval.placement.load import lay_out
@@ -37,11 +37,39 @@ def load_together(
     engine, why = None, None
     try:
         engine = load(world, layout)
-    except UserError as error:
+    except Exception as error:
+        if not (isinstance(error, UserError) or world.goes_on):
+            raise
         if kind_of(layout).fails_together and not isinstance(error.__cause__, _REFUSALS):
             raise
-        why = str(error)
+        why = _describe_failure(error)
     return engine, collectives.gather_reports(world, why)
+
+
+def _describe_failure(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    log.error("loading the model failed", exc_info=error)
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def load_on_all(world: World, layout: Layout, load: Callable[[World, Layout], Engine], on_alone: Callable[[], None]) -> Engine:
+    """On the leader: `load_together`. Raises UserError, where any rank failed, once all have come so far.
+
+    on_alone: called where this rank fails, and the others wait for it elsewhere.
+    """
+    try:
+        engine, failures = load_together(world, layout, load)
+    except BaseException:
+        on_alone()
+        raise
+    assert failures is not None, "the leader gets them"
+    rank = next((rank for rank, why in enumerate(failures) if why), None)
+    if engine is None or rank is not None:
+        if engine is not None:
+            engine.close()
+        raise UserError(str(failures[0] or f"rank {rank}: {failures[rank or 0]}"))
+    return engine
 
 
 @dataclasses.dataclass
@@ -115,6 +143,14 @@ class PendingReplica:
         watchdog.touch()
         if self._replica.done():
             self._replica.result()
+
+    def release(self) -> None:
+        """Let go of the model, if it was loaded. To be called when nothing loads any more."""
+        if not self._replica.done() or self._replica.exception() is not None:
+            return
+        replica = self._replica.result()
+        if loaded := vars(replica).pop("engine", None):
+            loaded.close()
 
     def _run(self) -> None:
         _fulfil(self._replica, self._load)

@@ -15,9 +15,12 @@ rank 0                                             ranks 1 … N-1
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ddp_eval.config import Config
 from ddp_eval.distributed import store, watchdog
@@ -37,13 +40,27 @@ from ddp_eval.run.manifest import (
     is_same_model,
     look_at_model,
 )
-from ddp_eval.run.replica import PendingReplica, Replica
+from ddp_eval.run.replica import PendingReplica, Replica, load_on_all
 from ddp_eval.run.resume import warn_nonfinite
 from ddp_eval.system import hub
 from ddp_eval.tasks import trackers
 from ddp_eval.telemetry.sampler import Sampler
 
+if TYPE_CHECKING:
+    from ddp_eval.tasks.kept_setup import KeptSetup
+
 log = logging.getLogger("ddp_eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """Of one model among several of this process: ranks agree on what fails, and nothing of it is left behind.
+
+    kept: the set-up that the models share. on_loaded: called when this rank has loaded its part of the model.
+    """
+
+    kept: KeptSetup
+    on_loaded: Callable[[], None]
 
 
 def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[str, Any] | None:
@@ -65,13 +82,15 @@ def run(config: Config, world: World, inspect: Inspect | None = None) -> dict[st
             return None
         watchdog.step("opening what the results are logged to")
         with Followers(world) as followers, trackers.tracking(config) as track:
-            outcome = _lead_run(config, world, followers, inspect)
+            outcome = lead_run(config, world, followers, inspect)
             watchdog.step("logging the results")
             track(outcome)
             return outcome
 
 
-def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspect | None) -> dict[str, Any]:
+def lead_run(
+    config: Config, world: World, followers: Followers, inspect: Inspect | None = None, swept: Swept | None = None
+) -> dict[str, Any]:
     """The leader's part of `run`: see what the run directory holds, then begin, or go on, unless all is done."""
     watchdog.step(f"looking into the run directory {config.output_path or ''}".rstrip())
     finished = run_directory.find_finished(config, lambda manifest: is_same_model(manifest, config.loader_args), watchdog.touch)
@@ -82,13 +101,13 @@ def _lead_run(config: Config, world: World, followers: Followers, inspect: Inspe
         return finished
     if not config.output_path:
         followers.begin(None)
-        return _load_and_lead(config, NoDirectory(), world, followers, inspect)
+        return _load_and_lead(config, NoDirectory(), world, followers, inspect, swept)
     directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)), watchdog.touch)
     watchdog.set_run_directory(directory.path)
     watchdog.on_exit(directory.close)
     with contextlib.closing(directory):
         followers.begin(directory.path)
-        return _load_and_lead(config, directory, world, followers, inspect)
+        return _load_and_lead(config, directory, world, followers, inspect, swept)
 
 
 def _lose_directory(path: str) -> None:
@@ -99,7 +118,7 @@ def _lose_directory(path: str) -> None:
 
 
 def _load_and_lead(
-    config: Config, directory: Directory, world: World, followers: Followers, inspect: Inspect | None
+    config: Config, directory: Directory, world: World, followers: Followers, inspect: Inspect | None, swept: Swept | None
 ) -> dict[str, Any]:
     """Weights load in a thread of their own while lm_eval builds the prompts."""
     source = _source(config)
@@ -109,13 +128,17 @@ def _load_and_lead(
         limits.check_window(config.loader_args, model_config)
         layout, why = choose_layout(config, model_config, world, directory.layout)
         tokenizer = checkpoint.load_tokenizer(config.loader_args)
-    followers.load(layout)
     before = look_at_model(config.loader_args)
+    followers.load(layout, is_probe=swept is not None)
 
     def load() -> Replica:
         laid_out = lay_out(world, layout)
         with world.meter.background("load"):
-            return Replica(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
+            if swept is None:
+                return Replica(laid_out, layout, load_replica(config, model_config, laid_out, layout), why)
+            engine = load_on_all(laid_out, layout, functools.partial(load_replica, config, model_config), followers.lose)
+            swept.on_loaded()
+            return Replica(laid_out, layout, engine, why)
 
     def digests() -> dict[str, Any]:
         return describe_steady_model(config.loader_args, getattr(model_config, "_commit_hash", None), before)
@@ -126,11 +149,17 @@ def _load_and_lead(
 
     replica = PendingReplica(load, digests, source)
     loader = replica.start()
-    if brings_code(config, model_config):  # which may draw from, or seed, what prompts are drawn from
-        watchdog.step("loading the model", detail=source)
-        loader.join()
-    watchdog.step("building the prompts")
-    return lead(Job(config, followers, directory, model_config, make_encoder(config, model_config, tokenizer), replica, inspect))
+    try:
+        if brings_code(config, model_config):  # which may draw from, or seed, what prompts are drawn from
+            watchdog.step("loading the model", detail=source)
+            loader.join()
+        watchdog.step("building the prompts")
+        encoder, kept = make_encoder(config, model_config, tokenizer), swept.kept if swept is not None else None
+        return lead(Job(config, followers, directory, model_config, encoder, replica, inspect, kept))
+    finally:
+        if swept is not None:
+            loader.join()  # the other ranks load, too, and report
+            replica.release()
 
 
 def _source(config: Config) -> str:

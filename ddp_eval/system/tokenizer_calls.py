@@ -45,7 +45,7 @@ def encode_batch(tokenizer: Any, texts: list[str], special: bool | None) -> list
 
 def decoder_of(tokenizer: Any) -> Callable[[list[list[int]]], list[str]]:
     """Gives the text of each row of ids by `tokenizer.batch_decode`, called as `MultiTokenEOSCriteria` does if it is its own."""
-    if not any(_has_own(tokenizer, name) for name in _ON_THE_WAY_BACK):
+    if decodes_plainly(tokenizer):
         return lambda rows: list(tokenizer.batch_decode(rows))
     import torch
 
@@ -95,6 +95,11 @@ def is_plain(tokenizer: Any) -> bool:
     from transformers import PreTrainedTokenizerFast
 
     return isinstance(tokenizer, PreTrainedTokenizerFast) and not any(_has_own(tokenizer, name) for name in _ON_THE_WAY)
+
+
+def decodes_plainly(tokenizer: Any) -> bool:
+    """The same on the way back, from ids to a text."""
+    return not any(_has_own(tokenizer, name) for name in _ON_THE_WAY_BACK)
 
 
 def _has_own(tokenizer: Any, name: str) -> bool:

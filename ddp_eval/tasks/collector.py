@@ -19,6 +19,7 @@ from ddp_eval.errors import OutOfRange, UserError, one_line
 from ddp_eval.output import irregular
 from ddp_eval.tasks import request_types
 from ddp_eval.tasks.fingerprints import describe_prompts
+from ddp_eval.tasks.kept_setup import KeptSetup
 from ddp_eval.tasks.reasoning import template_arguments
 from ddp_eval.tasks.request_types import Answers, Asked, RunOptions
 from ddp_eval.tasks.task_errors import Stage, errors_pass_through
@@ -33,9 +34,18 @@ class RequestCollector(TemplateLM):
     """The LM object that lm_eval sees: tokenises, hands all requests over at once, gives the answers back one kind at a time."""
 
     def __init__(
-        self, encoder: Encoder, model_config: Any, answer: Callable[[Asked], Answers], config: Config, phases: Phases
+        self,
+        encoder: Encoder,
+        model_config: Any,
+        answer: Callable[[Asked], Answers],
+        config: Config,
+        phases: Phases,
+        kept: KeptSetup | None = None,
     ) -> None:
-        """answer: called once for all requests. phases: where the time goes, switched between building, scoring and metrics."""
+        """answer: called once for all requests. phases: where the time goes, switched between building, scoring and metrics.
+
+        kept: what was encoded before.
+        """
         super().__init__()
         self.encoder = encoder
         self.tokenizer = encoder.tokenizer
@@ -45,6 +55,7 @@ class RequestCollector(TemplateLM):
         self.stage = Stage.LOADING
         self.tasks: dict[str, Any] = {}
         self.templates = TemplateCache(lm_eval.utils.env)
+        self.settings = config
         self._options = RunOptions(
             encoder,
             self.tasks,
@@ -55,6 +66,7 @@ class RequestCollector(TemplateLM):
         )
         self._answer = answer
         self._phases = phases
+        self._kept = kept
         self._chat_template_args = template_arguments(config.model_args)
         if isinstance(config.apply_chat_template, str):  # lm_eval records the named template and applies the default one
             self._chat_template_args["chat_template"] = config.apply_chat_template
@@ -162,9 +174,16 @@ class RequestCollector(TemplateLM):
 
     def _encode(self, instances: Sequence[Instance]) -> Asked:
         watchdog.step("encoding the prompts")
-        with self._phases("tokenize"), ThreadPoolExecutor(1) as aside:  # SHA-256 leaves the interpreter to others
-            described = aside.submit(describe_prompts, instances, self.tasks)
-            return Asked.join(request_types.encode(instances, self._options), instances, described.result())
+
+        def encode() -> Asked:
+            with ThreadPoolExecutor(1) as aside:  # SHA-256 leaves the interpreter to others
+                described = aside.submit(describe_prompts, instances, self.tasks)
+                return Asked.join(request_types.encode(instances, self._options), instances, described.result())
+
+        with self._phases("tokenize"):
+            if self._kept is None:
+                return encode()
+            return self._kept.encode(instances, self.tasks, self._options, encode)
 
     def _explain(self, found: OutOfRange, one: Instance) -> UserError:
         """The sentence for what the model has no row for. one: whose request or prompt it is."""

@@ -102,6 +102,10 @@ class GenerationRequests:
         options["temperature"] = options.get("temperature", 0.0)
         return Settings(tuple(until), options), limit, max_prompt
 
+    def decode_with(self, tokenizer: Any) -> None:
+        """From now on `read` uses this tokenizer, which gives the same ids and texts."""
+        self._tokenizer = tokenizer
+
     def read(self, kind: int, answer: list[int]) -> str:
         """What lm_eval makes of an answer's tokens: its text after the thinking, up to the first stop string."""
         until = self.prompts.settings[kind].until

@@ -24,10 +24,12 @@ from ddp_eval.errors import UserError
 from ddp_eval.output import irregular
 from ddp_eval.system import environment
 from ddp_eval.tasks.collector import RequestCollector
+from ddp_eval.tasks.kept_setup import KeptSetup
 from ddp_eval.tasks.lm_eval_patches import Hooks, patched_lm_eval
 from ddp_eval.tasks.request_types import Answers, Asked
 from ddp_eval.tasks.select import check_before_loading, check_chat_template, check_loaded, make_task_manager, resolve_tasks
-from ddp_eval.tasks.task_errors import blaming, errors_pass_through
+from ddp_eval.tasks.task_errors import Stage, blaming, errors_pass_through
+from ddp_eval.tasks.task_sources import TaskSources
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 
@@ -68,18 +70,20 @@ def evaluate_tasks(
     phases: Phases,
     include_paths: Sequence[str] = (),
     on_progress: Callable[[], None] = lambda: None,
+    kept: KeptSetup | None = None,
 ) -> Outcome:
     """Build the tasks' requests, have them answered, and return lm_eval's results.
 
     answer: called once with all requests. It writes what is to be kept of its answers (`asked.tables`) before it returns: metrics
         run the tasks' own code, which may fail. May raise UserError.
     on_progress: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
+    kept: what earlier evaluations have left to this one, and it to the next.
     Raises UserError for unknown tasks, tasks of kinds that are not served, and tasks that fail to load.
     """
     phases.switch("tasks")
     environment.start_collecting()
     check_chat_template(config.apply_chat_template, encoder.tokenizer)
-    lm = RequestCollector(encoder, model_config, answer, config, phases)
+    lm = RequestCollector(encoder, model_config, answer, config, phases, kept)
     manager = make_task_manager(config, include_paths)
     specs = resolve_tasks(manager, config.tasks)
     check_before_loading(specs, manager.task_index, config.confirm_run_unsafe_code)
@@ -90,12 +94,13 @@ def evaluate_tasks(
         check_loaded(tasks, config)
         lm.begin_building(tasks)
 
-    hooks = Hooks(on_loaded, errors_pass_through()(on_progress))
+    hooks = Hooks(on_loaded, errors_pass_through()(on_progress), kept)
     with _pad_token_set(encoder.tokenizer, model_config):
         tracker = EvaluationTracker()
         with (
             blaming(config.tasks, lambda: lm.stage),
             patched_lm_eval(manager, lm.templates, lm.chosen, phases, hooks) as sources,
+            _keeping(kept, lm, sources),
         ):
             results: Any = lm_eval.simple_evaluate(
                 model=lm,
@@ -135,6 +140,24 @@ def _options_of(config: Config) -> dict[str, Any]:
         "confirm_run_unsafe_code": config.confirm_run_unsafe_code,
         "metadata": config.metadata,
     }
+
+
+@contextlib.contextmanager
+def _keeping(kept: KeptSetup | None, lm: RequestCollector, sources: TaskSources) -> Iterator[None]:
+    """Keep the set-up for the next model, also where this one could not be scored, but not where a task's own code failed."""
+    if kept is None:
+        yield
+        return
+    kept.begin(lm.settings, lm.encoder, sources)
+    try:
+        yield
+    except BaseException:
+        if lm.fingerprints and lm.stage is not Stage.METRICS:
+            kept.end(sources)
+        else:
+            kept.forget()
+        raise
+    kept.end(sources)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from ddp_eval.system.machine import describe_commit
 from ddp_eval.system.quiet import prompt_bar, quiet_libraries
 from ddp_eval.tasks.bootstrap import bootstrap_stderr
 from ddp_eval.tasks.document_rows import dump_document, iterate_rows
+from ddp_eval.tasks.kept_setup import KeptSetup
 from ddp_eval.tasks.patch import Patch, apply
 from ddp_eval.tasks.task_sources import TaskSources, reading_anew
 from ddp_eval.tasks.templates import TemplateCache, forget_literals, parse_literal
@@ -45,10 +46,12 @@ class Hooks(NamedTuple):
 
     on_loaded:  given the tasks, by name, once all are loaded; may raise UserError.
     on_progress: called for every task that is loaded and every document whose prompt is built; what it raises ends the run.
+    kept: asked for each task and its requests before lm_eval makes them.
     """
 
     on_loaded: Callable[[Mapping[str, Any]], None]
     on_progress: Callable[[], None]
+    kept: KeptSetup | None = None
 
 
 @contextlib.contextmanager
@@ -69,7 +72,7 @@ def patched_lm_eval(
             keep_examples(templates, tasks.values())
 
         apply(_patches(templates, phases), stack)
-        apply(_patches_of_progress(manager, hooks.on_progress, prepare), stack)
+        apply(_patches_of_progress(manager, hooks, prepare), stack)
         stack.enter_context(quiet_libraries())
         stack.callback(forget_literals)
         stack.callback(templates.forget_documents)
@@ -110,10 +113,12 @@ def _patches(templates: TemplateCache, phases: Phases) -> list[Patch]:
     ]  # fmt: skip
 
 
-def _patches_of_progress(
-    manager: TaskManager, on_progress: Callable[[], None], prepare: Callable[[Mapping[str, Any]], None]
-) -> list[Patch]:
+def _patches_of_progress(manager: TaskManager, hooks: Hooks, prepare: Callable[[Mapping[str, Any]], None]) -> list[Patch]:
+    on_progress, kept = hooks.on_progress, hooks.kept
     building = _Building(on_progress)
+    build_task, build_requests = TaskFactory._build_task, Task.build_all_requests
+    if kept is not None:
+        build_task, build_requests = _asking_first(kept, build_task, build_requests)
     return [
         Patch(
             manager,
@@ -124,10 +129,10 @@ def _patches_of_progress(
         Patch(
             TaskFactory,
             "_build_task",
-            _build_and_go_on(TaskFactory._build_task, on_progress),
+            _build_and_go_on(build_task, on_progress),
             "may load tasks for hours in silence",
         ),
-        Patch(Task, "build_all_requests", building.naming_the_task(Task.build_all_requests), "gives its bar no task's name"),
+        Patch(Task, "build_all_requests", building.naming_the_task(build_requests), "gives its bar no task's name"),
         Patch(lm_eval.api.task, "tqdm", building.bar, "leaves its bars on the screen, and a long step must be seen to go on"),
     ]
 
@@ -150,6 +155,20 @@ def _load_and_prepare(load: Callable[[Any], Any], prepare: Callable[[Mapping[str
         return loaded
 
     return load_and_prepare
+
+
+def _asking_first(
+    kept: KeptSetup, build_task: Callable[..., Any], build_requests: Callable[..., None]
+) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """lm_eval's methods that make a task and its requests, with those that are there already passed over."""
+
+    def load(factory: Any, entry: Any, overrides: Any) -> Any:
+        return kept.load(build_task, factory, entry, overrides)
+
+    def build(task: Any, **options: Any) -> None:
+        kept.build(build_requests, task, options)
+
+    return load, build
 
 
 def _build_and_go_on(build: Callable[..., Any], on_progress: Callable[[], None]) -> Callable[..., Any]:

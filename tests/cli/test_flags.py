@@ -260,7 +260,7 @@ REFUSED = {
     "--model vllm --numerics alone": (
         "--numerics alone is not for --model vllm, which batches requests as they come: give --model hf"
     ),
-    "lst tasks": "unknown command lst: there are run (may be left out), ls, validate, plan, compare, report and reproduce",
+    "lst tasks": "unknown command lst: there are run (may be left out), sweep, ls, validate, plan, compare, report and reproduce",
     "--fewshots 3": "unknown flag --fewshots: did you mean --num_fewshot or --fresh?",
     "--model-arg pretrained=m": "unknown flag --model_arg: did you mean --model_args or --model?",
     "-limit 5": "unknown flag -limit: did you mean --limit?",

@@ -64,10 +64,10 @@ def test_flags_of_every_command_exist(block: documents.Block) -> None:
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
     for launcher, words in documents.evaluations_in(block.text):
         command, rest = split_command(words)
-        if command == "plan":
+        if command in ("plan", "sweep"):
             _, rest = make_reference.parser_of(command).parse_known_args(rest)
-        if command in ("run", "plan"):
-            config, _ = parse_flags(rest)
+        if command in ("run", "plan", "sweep"):
+            config, _ = parse_flags(rest, names_model=command != "sweep")
             assert launcher != "slurm" or config.output_path, f"{block}: a job needs --output_path"
         else:
             make_reference.parser_of(command).parse_args(rest)
@@ -77,7 +77,16 @@ def test_commands_are_found() -> None:
     """Catches a reader of blocks that overlooks commands, so that the tests above check nothing."""
     found = [words for block in SHELL for _, words in documents.evaluations_in(block.text)]
     assert len(found) > 20
-    assert {split_command(words)[0] for words in found} == {"run", "ls", "validate", "plan", "compare", "report", "reproduce"}
+    assert {split_command(words)[0] for words in found} == {
+        "run",
+        "sweep",
+        "ls",
+        "validate",
+        "plan",
+        "compare",
+        "report",
+        "reproduce",
+    }
     text = "OMP=1 torchrun -m ddp_eval --tasks a \\\n  --limit 2; if python -m ddp_eval ls tags; then echo ok; fi"
     assert list(documents.evaluations_in(text)) == [("module", ["--tasks", "a", "--limit", "2"]), ("module", ["ls", "tags"])]
 

@@ -90,6 +90,11 @@ class RequestType(abc.ABC):
     def encode(self, instances: list[Instance]) -> None:
         """Tokenise the instances. Raises UserError for what cannot be meant."""
 
+    def renew(self, options: RunOptions, swap: Mapping[int, Instance]) -> None:
+        """For the next model. options: equal to those before. swap: {id of an instance: the same one, built anew}."""
+        self.options = options
+        self.instances = [swap.get(id(one), one) for one in self.instances]
+
     @abc.abstractmethod
     def read(self, answers: Answers) -> Any:
         """The result that the other methods take. answers: to this type's own requests and prompts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from lm_eval.api.instance import Instance
@@ -9,7 +10,7 @@ from lm_eval.api.instance import Instance
 from ddp_eval.output.tables import Texts
 from ddp_eval.packs.batches import NO_TOKEN
 from ddp_eval.tasks.generation_requests import GenerationRequests
-from ddp_eval.tasks.request_types.base import Answers, RequestType
+from ddp_eval.tasks.request_types.base import Answers, RequestType, RunOptions
 
 
 class Generated(NamedTuple):
@@ -42,6 +43,10 @@ class GenerateUntil(RequestType):
             options.max_gen_toks,
         )
         self.prompts = self._generation.prompts
+
+    def renew(self, options: RunOptions, swap: Mapping[int, Instance]) -> None:
+        super().renew(options, swap)
+        self._generation.decode_with(options.encoder.tokenizer)
 
     def read(self, answers: Answers) -> Generated:
         not_finite = [tokens[-1:] == [NO_TOKEN] for tokens in answers.generations]

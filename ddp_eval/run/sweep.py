@@ -1,0 +1,254 @@
+"""Many models in one launch: each as a run of its own in a directory of its own, with the set-up made once.
+
+rank 0                                              ranks 1 … N-1
+  look which models there are                         wait
+  next model: ────────────────────────────────────────► its flags
+  a run as in runner.py, but that all ranks agree on what fails; the model after it is read into the page cache meanwhile
+  sweep.json                                          wait
+  no more models ─────────────────────────────────────► leave
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ddp_eval.config import Config
+from ddp_eval.distributed import collectives, watchdog
+from ddp_eval.distributed.messages import Aborted, Followers, LeaderFailed, NextModel, await_begin, next_model
+from ddp_eval.distributed.world import World
+from ddp_eval.engines.hf import model_files
+from ddp_eval.errors import UserError, one_line
+from ddp_eval.layout import Layout
+from ddp_eval.output import status, sweep_file, write
+from ddp_eval.output.directory import AtWork
+from ddp_eval.output.sweep_file import DONE, FAILED, WAITING
+from ddp_eval.run.follower import follow, load_anew
+from ddp_eval.run.manifest import look_at_model
+from ddp_eval.run.runner import Swept, lead_run
+from ddp_eval.run.sweep_models import SweptModel, list_models
+from ddp_eval.run.sweep_options import SweepOptions
+from ddp_eval.run.sweep_watch import Watcher
+from ddp_eval.system.read_ahead import ReadAhead
+from ddp_eval.system.whole_files import why_broken
+from ddp_eval.tasks import trackers
+from ddp_eval.telemetry.sampler import Sampler
+
+if TYPE_CHECKING:
+    from ddp_eval.engines import Engine
+
+log = logging.getLogger("ddp_eval")
+
+Show = Callable[[Config, dict[str, Any]], None]
+
+
+def run_sweep(config: Config, options: SweepOptions, world: World, show: Show) -> list[dict[str, Any]] | None:
+    """Evaluate all models that `options` name, each with the settings of `config`.
+
+    show: called on rank 0 with each model's settings and results. Returns the entries of sweep.json on rank 0, None elsewhere.
+    Raises UserError where there is nothing to evaluate, and LostContact where a failure cannot be agreed on.
+    """
+    world = dataclasses.replace(world, goes_on=True)
+    if not world.is_leader:
+        _follow_sweep(world)
+        return None
+    return _Sweep(config, options, world, show).lead()
+
+
+def _follow_sweep(world: World) -> None:
+    """Every other rank's part."""
+    ahead = ReadAhead()
+    watchdog.step(watchdog.WAITING)
+    while (message := next_model(world)) is not None:
+        if message.config is None:
+            continue
+        # The leader goes on to another model, and this rank knows it.
+        with contextlib.suppress(Aborted, LeaderFailed, collectives.FailedTogether):
+            _follow_one(message.config, message.ahead, world, ahead)
+        _leave_nothing(world)
+        gc.collect()
+        watchdog.step(watchdog.WAITING)
+    ahead.stop()
+
+
+def _follow_one(config: Config, next_files: tuple[Path, ...], world: World, ahead: ReadAhead) -> None:
+    with Sampler(world.meter, world.device):
+        if (begin := await_begin(world)) is None:
+            return
+        watchdog.set_run_directory(begin.directory)
+
+        def load(world: World, layout: Layout) -> Engine:
+            ahead.stop()
+            engine = load_anew(config, world, layout)
+            if world.local_rank == 0:
+                ahead.start(next_files)
+            return engine
+
+        follow(world, load)
+
+
+def _leave_nothing(world: World) -> None:
+    """Of the model that was evaluated last, or failed."""
+    world.meter.reset()
+    watchdog.on_exit(lambda: None)
+    watchdog.set_run_directory(None, resumes=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class _Sweep:
+    """The leader's part. `own`: what this launch knows of models, by name, as entries of sweep.json."""
+
+    def __init__(self, config: Config, options: SweepOptions, world: World, show: Show) -> None:
+        from ddp_eval.tasks.kept_setup import KeptSetup
+
+        self._config, self._options, self._world, self._show = config, options, world, show
+        self._directory = write.make_directory(options.output_path)
+        self._kept, self._ahead = KeptSetup(), ReadAhead()
+        self._own: dict[str, dict[str, Any]] = {}
+        self._watcher = Watcher(options)
+        earlier = sweep_file.read_sweep(self._directory)
+        self._failed_before = {name for name, one in earlier.items() if one["state"] == FAILED}  # the last to be tried again
+        self._is_frozen = False
+
+    def lead(self) -> list[dict[str, Any]]:
+        watchdog.set_run_directory(None, resumes=True)
+        models = list_models(self._options)
+        if not models and not self._options.watch:
+            raise UserError(f"there is no model that --models {','.join(self._options.models)} names")
+        while True:
+            self._watcher.look(models, {name for name, one in self._own.items() if one["state"] != WAITING})
+            self._write(models)
+            if self._watcher.is_over(self._count_settled(models)) or not (ready := self._watcher.ready):
+                if not self._goes_on(models):
+                    break
+                self._watcher.wait(self._keep_in_touch)
+            else:
+                ready.sort(key=lambda one: one.name in self._failed_before)
+                self._evaluate(ready[0], ready[1] if len(ready) > 1 else None)
+            models = list_models(self._options)
+        entries = self._write(models)
+        collectives.send_message(self._world, None)
+        self._ahead.stop()
+        names = {one.name for one in models}
+        return [one for one in entries if one["name"] in names]
+
+    def _goes_on(self, models: list[SweptModel]) -> bool:
+        """Whether to look again, where nothing can be evaluated now."""
+        if self._watcher.is_over(self._count_settled(models)):
+            return False
+        return self._options.watch or self._watcher.tries_again()
+
+    def _count_settled(self, models: list[SweptModel]) -> int:
+        entries = sweep_file.read_sweep(self._directory)
+        return sum(entries.get(one.name, {}).get("state") in (DONE, FAILED) for one in models)
+
+    def _keep_in_touch(self) -> None:
+        """The other ranks' time-outs begin anew."""
+        watchdog.touch()
+        collectives.send_message(self._world, NextModel(None))
+
+    def _write(self, models: list[SweptModel]) -> list[dict[str, Any]]:
+        waiting = [self._entry(one, WAITING, self._watcher.reasons.get(one.name)) for one in models]
+        try:
+            return sweep_file.write_sweep(self._directory, waiting, self._own)
+        except OSError as error:
+            raise write.unwritable(self._directory, error) from error
+
+    def _entry(self, model: SweptModel, state: str, reason: str | None = None, seconds: float | None = None) -> dict[str, Any]:
+        return {
+            "name": model.name, "model": model.model, "revision": model.revision, "step": model.step, "state": state,
+            "reason": reason, "seconds": seconds,
+        }  # fmt: skip
+
+    def _evaluate(self, model: SweptModel, following: SweptModel | None) -> None:
+        """One model, whatever comes of it. Raises what no other model could be evaluated after."""
+        log.warning("%s: %s", model.name, model.model + (f" at {model.revision}" if model.revision else ""))
+        began, found = time.monotonic(), self._entry(model, WAITING)
+        followers = Followers(self._world, stays=True)
+        try:
+            config = config_of(self._config, model)
+            _refuse_broken(config, model)
+            results = self._run(config, self._files_of(following), followers)
+            is_new = "telemetry" in results["ddp_eval"]  # else it was found complete
+            before = sweep_file.read_sweep(self._directory).get(model.name, {}).get("seconds")
+            found |= {"state": DONE, "seconds": round(time.monotonic() - began, 3) if is_new else before}
+            with contextlib.suppress(BrokenPipeError):  # whoever read it has gone
+                self._show(config, results)
+        except AtWork as error:
+            found |= {"reason": str(error)}
+            self._watcher.leave_alone(model)
+        except Exception as error:
+            found |= {"state": FAILED, "reason": _describe(error), "seconds": round(time.monotonic() - began, 3)}
+            status.note_end(self._directory / model.name, status.FAILED, str(error), first_hand=False)
+            if isinstance(error, collectives.LostContact) or not followers.listening:
+                self._own[model.name] = found
+                self._write(list_models(self._options))
+                raise
+            if not isinstance(error, UserError):
+                log.error("%s failed", model.name, exc_info=error)
+            watchdog.say(f"{model.name} failed: {found['reason']}")
+        self._own[model.name] = found
+        self._tidy()
+
+    def _run(self, config: Config, next_files: tuple[Path, ...], followers: Followers) -> dict[str, Any]:
+        world = self._world
+        world.meter.reset()
+        self._ahead.stop()
+        collectives.send_message(world, NextModel(config, next_files))
+        with Sampler(world.meter, world.device), followers, trackers.tracking(config) as track:
+            swept = Swept(self._kept, lambda: self._ahead.start(next_files))
+            results = lead_run(config, world, followers, None, swept)
+            watchdog.step("logging the results")
+            track(results)
+            return results
+
+    def _files_of(self, model: SweptModel | None) -> tuple[Path, ...]:
+        """What loading it will read, as far as it is on this machine."""
+        if model is None:
+            return ()
+        with contextlib.suppress(UserError):
+            looks = look_at_model(config_of(self._config, model).loader_args)
+            return tuple(Path(path) for path in looks or () if model_files.is_loaded(path))
+        return ()
+
+    def _tidy(self) -> None:
+        """Nothing is left of a model. What is kept of the set-up, millions of objects, is not looked through again each time."""
+        _leave_nothing(self._world)
+        if self._kept.is_new:
+            gc.unfreeze()
+            self._is_frozen = False
+        gc.collect()
+        if not self._is_frozen:
+            gc.freeze()
+            self._is_frozen = True
+
+
+def _refuse_broken(config: Config, model: SweptModel) -> None:
+    """Raise UserError for files that no rank could load, before any tries: ranks that share a model fail there one by one."""
+    if model.is_local and not config.model_args.get("subfolder"):
+        why = why_broken(os.path.expanduser(model.model))
+        if why is not None:
+            raise UserError(f"the checkpoint {model.model} is broken: {why}")
+
+
+def config_of(config: Config, model: SweptModel) -> Config:
+    """The settings of a run of its own. With `pretrained` in those of the sweep, its models are adapters."""
+    kind = "peft" if "pretrained" in config.model_args else "pretrained"
+    model_args = {**config.model_args, kind: model.model}
+    if model.revision is not None:
+        model_args["revision"] = model.revision
+    return dataclasses.replace(config, model_args=model_args, output_path=os.path.join(str(config.output_path), model.name))
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"

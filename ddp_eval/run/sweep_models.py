@@ -1,0 +1,90 @@
+"""Which models a sweep is over: from names, paths and patterns to a name, a step and a place in the order for each."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ddp_eval.errors import UserError
+from ddp_eval.run.sweep_options import SweepOptions
+
+# A number behind one of these words, or a name that is a number, is the step of a training run.
+_STEP = re.compile(r"(?:^|[^a-z])(?:steps?|checkpoint|ckpt|iter|iteration|global_?step|batch)[-_=]?0*(\d+)", re.IGNORECASE)
+
+
+class SweptModel(NamedTuple):
+    """name: of its run directory. model: as `pretrained` or `peft` takes it. step: of the training run, where a name has it."""
+
+    name: str
+    model: str
+    revision: str | None
+    step: int | None
+
+    @property
+    def is_local(self) -> bool:
+        return os.path.isdir(os.path.expanduser(self.model))
+
+
+def list_models(options: SweepOptions) -> list[SweptModel]:
+    """All that there are now, in order: by specification, those of a pattern and revisions by their numbers.
+
+    Raises UserError where two would share a run directory.
+    """
+    named: dict[str, str] = {}
+    for spec in options.models:
+        for name, model in _expand(spec):
+            named.setdefault(model, name)
+    counts = Counter(named.values())
+    found = []
+    for model, name in named.items():
+        own = name if counts[name] == 1 else _with_parent(model)
+        for revision in options.revisions or (None,):
+            full = own if revision is None else f"{own}-{revision.replace('/', '-')}"
+            found.append(SweptModel(full, model, revision, step_of(revision or "", name)))
+    for name, count in Counter(one.name for one in found).items():
+        if count > 1:
+            models = [one.model for one in found if one.name == name]
+            raise UserError(f"--models {' and '.join(models)} would both be evaluated in {name}: give them separate sweeps")
+    return found
+
+
+def _expand(spec: str) -> list[tuple[str, str]]:
+    """(name, model) of what a specification stands for now."""
+    if not glob.has_magic(spec):
+        return [(os.path.basename(spec.rstrip("/")) or "model", spec)]
+    parts = Path(os.path.expanduser(spec)).parts
+    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    paths = [path.rstrip("/") for path in glob.glob(os.path.expanduser(spec)) if os.path.isdir(path)]
+    return [("-".join(Path(path).parts[fixed:]), path) for path in sorted(paths, key=natural_key)]
+
+
+def _with_parent(model: str) -> str:
+    return "-".join(Path(model.rstrip("/")).parts[-2:]).replace("/", "")
+
+
+def natural_key(text: str) -> list[tuple[int, int, str]]:
+    """Orders checkpoint-9 before checkpoint-10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def step_of(*texts: str) -> int | None:
+    """
+    >>> step_of("step3000"), step_of("checkpoint-0020"), step_of("500"), step_of("pythia-70m")
+    (3000, 20, 500, None)
+    """
+    for text in texts:
+        if re.fullmatch(r"\d+", text):
+            return int(text)
+        if found := _STEP.search(text):
+            return int(found[1])
+    return None
+
+
+def sort_revisions(revisions: Sequence[str]) -> tuple[str, ...]:
+    """Each once, by their numbers."""
+    return tuple(sorted(dict.fromkeys(revisions), key=natural_key))

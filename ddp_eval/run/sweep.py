@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddp_eval.analysis import sweep_files
 from ddp_eval.config import Config
 from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.messages import Aborted, Followers, LeaderFailed, NextModel, await_begin, next_model
@@ -122,6 +123,11 @@ class _Sweep:
 
     def lead(self) -> list[dict[str, Any]]:
         watchdog.set_run_directory(None, resumes=True)
+        watchdog.step("opening what the results are logged to")
+        with trackers.tracking(self._config) as self._track:
+            return self._lead()
+
+    def _lead(self) -> list[dict[str, Any]]:
         models = list_models(self._options)
         if not models and not self._options.watch:
             raise UserError(f"there is no model that --models {','.join(self._options.models)} names")
@@ -160,7 +166,9 @@ class _Sweep:
     def _write(self, models: list[SweptModel]) -> list[dict[str, Any]]:
         waiting = [self._entry(one, WAITING, self._watcher.reasons.get(one.name)) for one in models]
         try:
-            return sweep_file.write_sweep(self._directory, waiting, self._own)
+            entries = sweep_file.write_sweep(self._directory, waiting, self._own)
+            sweep_files.write_tables(self._directory)
+            return entries
         except OSError as error:
             raise write.unwritable(self._directory, error) from error
 
@@ -178,7 +186,7 @@ class _Sweep:
         try:
             config = config_of(self._config, model)
             _refuse_broken(config, model)
-            results = self._run(config, self._files_of(following), followers)
+            results = self._run(model, config, self._files_of(following), followers)
             is_new = "telemetry" in results["ddp_eval"]  # else it was found complete
             before = sweep_file.read_sweep(self._directory).get(model.name, {}).get("seconds")
             found |= {"state": DONE, "seconds": round(time.monotonic() - began, 3) if is_new else before}
@@ -200,16 +208,16 @@ class _Sweep:
         self._own[model.name] = found
         self._tidy()
 
-    def _run(self, config: Config, next_files: tuple[Path, ...], followers: Followers) -> dict[str, Any]:
+    def _run(self, model: SweptModel, config: Config, next_files: tuple[Path, ...], followers: Followers) -> dict[str, Any]:
         world = self._world
         world.meter.reset()
         self._ahead.stop()
         collectives.send_message(world, NextModel(config, next_files))
-        with Sampler(world.meter, world.device), followers, trackers.tracking(config) as track:
+        with Sampler(world.meter, world.device), followers:
             swept = Swept(self._kept, lambda: self._ahead.start(next_files))
             results = lead_run(config, world, followers, None, swept)
             watchdog.step("logging the results")
-            track(results)
+            self._track(results, model.step)
             return results
 
     def _files_of(self, model: SweptModel | None) -> tuple[Path, ...]:

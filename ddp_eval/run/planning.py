@@ -18,7 +18,16 @@ from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.run.self_check import ScorePlan, check_rows, choose_trees, needs_equal_lengths, score_alone, trial_requests
+from ddp_eval.packs.states import count_branches, plan_states
+from ddp_eval.run.self_check import (
+    ScorePlan,
+    check_rows,
+    check_states,
+    choose_trees,
+    needs_equal_lengths,
+    score_alone,
+    trial_requests,
+)
 
 log = logging.getLogger("ddp_eval")
 
@@ -110,6 +119,7 @@ class WorkPlan(NamedTuple):
 
 
 PADDED, SINGLE = "padded rows", "each request by itself"
+SHARED = "each shared prefix once, with copies of the model's cache"
 
 
 class Decision(NamedTuple):
@@ -132,7 +142,7 @@ def make_plan(
     alone: bool = False,
     score_plan: ScorePlan | None = None,
 ) -> Decision:
-    """Decide between packs and rows, and cut the requests.
+    """Decide between packs, trees that share caches, and rows, and cut the requests.
 
     alone: a forward for each distinct input, whatever else is asked.
     score_plan: how to put a trial plan to the model where a copy of it lies on several ranks; `engine` alone if not given.
@@ -153,10 +163,33 @@ def make_plan(
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens), None)
+    if packing and why_rows != DYNAMIC_ROTARY and len(trial):
+        shared, why_not = _share_caches(engine, requests, trial, max_tokens, score_plan)
+        if shared is not None:
+            return Decision(*shared, why_rows, SHARED)
+        why_rows = f"{why_rows}; {why_not}" if why_not else why_rows
     why_single = check_rows(engine, trial, score_plan) if len(trial) else None
     if why_single is not None:
         return Decision(*cut_single(engine, requests), f"{why_rows}; {why_single}", SINGLE)
     return Decision(*cut_rows(engine, requests, max_tokens), why_rows)
+
+
+def _share_caches(
+    engine: Engine, requests: Requests, trial: Requests, max_tokens: int, score_plan: ScorePlan | None
+) -> tuple[tuple[Plan, IntArray] | None, str | None]:
+    """Packs of trees that share caches, as of `plan_packs`; or none, and why not: None where there is nothing to share."""
+    if engine.why_not_states is not None:
+        return None, None
+    plan, item_of_request = cut_states(engine, requests, max_tokens)
+    if not count_branches(plan):
+        return None, None
+    why_not = check_states(engine, trial, score_plan)
+    return ((plan, item_of_request) if why_not is None else None), why_not
+
+
+def cut_states(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+    """Packs of trees that share caches. Returns as `plan_packs`."""
+    return plan_states(requests, engine.cost_model(), max_tokens, engine.max_reads())
 
 
 def _trial_of(engine: Engine, requests: Requests) -> Requests:

@@ -119,7 +119,7 @@ def test_what_goes_to_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned, sent = torch.zeros(3), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: sent.append((tensor, args, kwargs)))
-    hf.HFEngine._to_device(types.SimpleNamespace(device=torch.device("cuda", 0)), np.arange(3))  # type: ignore[arg-type]
+    hf.HFEngine.to_device(types.SimpleNamespace(device=torch.device("cuda", 0)), np.arange(3))  # type: ignore[arg-type]
     ((tensor, args, kwargs),) = sent
     assert tensor is pinned and args == (torch.device("cuda", 0),) and kwargs == {"non_blocking": True}
 

@@ -334,10 +334,10 @@ def test_digest_names_exactly_this_work(requests: list[Request], data: st.DataOb
     """Catches a field that the digest leaves out: results of other work would be taken from a journal."""
     plan, _ = plan_packs(to_requests(requests), CostModel(forward=5), 20)
     names = [field.name for field in dataclasses.fields(plan)]
-    changed = [dataclasses.replace(plan, rows=not plan.rows)]
+    changed = [dataclasses.replace(plan, kind="states")]
     for name in names:
         values = getattr(plan, name)
-        if name != "rows" and len(values):
+        if name != "kind" and len(values):
             other = values.copy()
             other[data.draw(st.integers(0, len(values) - 1))] += 1
             changed += [dataclasses.replace(plan, **{name: other}), dataclasses.replace(plan, **{name: values[:-1]})]

@@ -73,6 +73,7 @@ class HFEngine(TransformersEngine):
         self._counting = by_depth.counting_of(model)
         self._takes_positions = capabilities.takes_positions(model)
         self._cache_argument = model_cache.cache_argument(model)
+        self._chunked_layers = mamba_scan.chunked_layers(model)
         self.why_not_states = None if self._cache_argument else "its forward takes no cache"
         self._rules, self.why_not_packs = capabilities.tree_rules(model, self.config, self.tree_attention)
         self.capabilities = Capabilities(
@@ -232,12 +233,11 @@ class HFEngine(TransformersEngine):
         fed, wanted = self.to_device(tokens), self.to_device(columns)
         positions = torch.arange(depth, depth + fed.shape[1], device=self.device).expand(len(fed), -1)
         kwargs: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
-        if cache is None and not keep:
-            return self._call(fed, wanted, **kwargs), None
-        assert self._cache_argument is not None
-        kept: list[Any] = []
-        kwargs |= {"use_cache": True, **({self._cache_argument: cache} if cache is not None else {})}
-        values = self._call(fed, wanted, lambda output: kept.append(getattr(output, self._cache_argument)), **kwargs)
+        name, kept = str(self._cache_argument), []
+        if cache is not None or keep:
+            kwargs |= {"use_cache": True, **({name: cache} if cache is not None else {})}
+        with mamba_scan.in_short_chunks(self._chunked_layers, fed.shape[1]):
+            values = self._call(fed, wanted, lambda output: kept.append(getattr(output, name, None)), **kwargs)
         if keep and kept[0] is None:
             raise ValueError("its forward returns no cache")
         return values, kept[0]

@@ -216,7 +216,7 @@ def test_llama4_packs_stop_where_its_queries_go_by_index(tmp_path: Path) -> None
 def test_models_that_packs_cannot_serve_run_as_rows(
     kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
 ) -> None:
-    """Catches ALiBi and state-space models put into trees: MPT takes the mask and is silently wrong."""
+    """Catches state-space models put into trees. Their caches are shared where that saves more than among these."""
     engine = load(tiny_model_path(kind))
     requests, expected = build_prefix_tree(tiny_model(kind), seed=3)
     plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)

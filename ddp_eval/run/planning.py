@@ -206,6 +206,20 @@ def cut_packs(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan
     return plan_packs(requests, engine.cost_model(), in_tree, engine.max_reads())
 
 
+def cut_without_trial(engine: Engine, requests: Requests, packing: bool, max_tokens: int) -> tuple[Plan, str]:
+    """The plan of a model that has no weights yet, as if it passed its self-check; and how it runs, in words."""
+    why = engine.why_not_packs if packing else "--no_packing was given"
+    if packing and needs_equal_lengths(engine, requests):
+        return cut_rows(engine, requests, max_tokens)[0], f"{PADDED}: {DYNAMIC_ROTARY}"
+    if why is None:
+        return cut_packs(engine, requests, max_tokens)[0], "prefix trees in packs"
+    if packing and engine.why_not_states is None:
+        plan, _ = cut_states(engine, requests, max_tokens)
+        if count_branches(plan):
+            return plan, f"{SHARED}: {why}"
+    return cut_rows(engine, requests, max_tokens)[0], f"{PADDED}: {why}"
+
+
 def cut_single(engine: Engine, requests: Requests) -> tuple[Plan, IntArray]:
     """A forward for each distinct input. Returns as `plan_packs`."""
     return plan_rows(requests, 1, engine.max_reads(), isolate=True)

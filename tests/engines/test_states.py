@@ -1,11 +1,10 @@
-"""Trees that share caches, on tiny models of each kind of layer that keeps a state, against one plain forward for each request."""
+"""Trees that share caches, on tiny models of each kind of layer that keeps a state, against plain forwards."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ import transformers
 from engine_runs import CPU, answer_plainly, assert_equal_answers, assert_equal_values, build_prefix_tree, load, run, to_requests
 from tiny_models import STATE_KINDS, VOCAB_SIZE
 
-from ddp_eval.engines.hf import mamba_scan, model_cache
 from ddp_eval.engines.hf import engine as hf
+from ddp_eval.engines.hf import mamba_scan, model_cache
 from ddp_eval.packs.plan import STATES
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.packs.states import count_branches, plan_one_forest
@@ -27,8 +26,11 @@ from ddp_eval.run.planning import make_plan
 from ddp_eval.run.self_check import check_states, trial_requests
 
 # Of transformers 5.23, each with its own code for states. Zamba2's and xLSTM's tiny models do not run.
-TYPES = """bailing_hybrid bamba deepseek_v4 falcon_h1 falcon_mamba granitemoehybrid inkling2_text inkling_text jamba kimi_linear lfm2
-lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5_text qwen3_next qwen4_exp_text zamba zaya""".split()
+TYPES = [
+    "bailing_hybrid", "bamba", "deepseek_v4", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling2_text", "inkling_text",
+    "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid",
+    "qwen3_5_text", "qwen3_next", "qwen4_exp_text", "zamba", "zaya",
+]  # fmt: skip
 
 
 def few_shot(seed: int, questions: int, prefix: int = 150) -> list[tuple[list[int], int]]:

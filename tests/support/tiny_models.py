@@ -125,7 +125,13 @@ STATE_CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "lfm2": lambda: transformers.Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
     "jamba": lambda: transformers.JambaConfig(
-        **_SHAPE, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False
+        **_SHAPE,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
     ),
 }
 _ENCODER_DECODER: dict[str, Any] = {

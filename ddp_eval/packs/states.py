@@ -46,7 +46,7 @@ def plan_states(requests: Requests, cost: CostModel, max_tokens: int, max_reads:
     least_saved = max(LEAST_SEGMENT, int(cost.forward / max(cost.token, 1e-9) * FORWARDS_OF_BRANCH))
     shared, branches = keep_worthwhile(lengths, shared, LEAST_SEGMENT, least_saved)
     families = np.append(np.flatnonzero(shared == 0), len(order))
-    has_branch = np.add.reduceat(branches, families[:-1], dtype=np.int64) > 0
+    has_branch: npt.NDArray[np.bool_] = np.logical_or.reduceat(branches, families[:-1])
 
     trees = _sort_trees(families, has_branch, shared, branches)
     limits = RowLimits(max_tokens, max_reads, most_padding=cost.most_padding)
@@ -173,7 +173,8 @@ def find_segments(pack: Pack) -> Segments:
     follows = (np.arange(1, len(pack)) < end[:-1]) & (end[1:] == end[:-1])
     starts = np.concatenate([[0], np.flatnonzero(~follows) + 1])
     stops = np.append(starts[1:], len(pack))
-    parents, path = [], []
+    parents: list[int] = []
+    path: list[int] = []
     for segment, start in enumerate(starts.tolist()):
         while path and end[starts[path[-1]]] <= start:
             path.pop()

@@ -62,10 +62,14 @@ def test_every_type_equals_plain_forwards(model_type: str) -> None:
     """Catches a type whose cache is another or whose layers ignore it."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(tiny_configs.tiny_config(model_type), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight *= 4  # as drawn, hardly anything shows in the log-probabilities
     engine = hf.HFEngine(model, CPU)
     trial = trial_requests(to_requests([(list(range(2, 200)), 3)]), engine.vocab_size, engine.capabilities.reaches)
     assert check_states(engine, trial) is None
-    engine.close()
+    assert engine.why_not_batches is None or model_type in ("deepseek_v4", "qwen4_exp_text")
 
 
 def test_plan_shares_caches_where_it_pays(tiny_model_path: Callable[[str], Path]) -> None:

@@ -7,7 +7,7 @@ import unittest.mock
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packing import Request, paths_of, request_sets, to_requests
+from request_sets import Request, paths_of, request_sets, to_requests
 
 from ddp_eval.packs import states
 from ddp_eval.packs.cut import CostModel

@@ -35,10 +35,10 @@ def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_after_a_kill_on_another_number_of_ranks(flags: list[str], alone: Path, tmp_path: Path) -> None:
     """Catches batches whose rows depend on the ranks, and packs of shared caches that are run again or lost."""
     path = tmp_path / "run"
-    variables: Any = {"FAULT": "killed_after", "FAULT_RANK": "1", "FAULT_FILE": str(tmp_path / "pid")}
+    variables: Any = {"FAULT": "forward_stuck", "FAULT_RANK": "1", "FAULT_FILE": str(tmp_path / "pid")}
     with launching(2, *flags, "--output_path", path, program=FAULTY, **variables) as running:
         wait_for(tmp_path / "pid", running, 150)
-        assert running.finish(400).returncode != 0
+        running.kill()
     finished = launch(3, *flags, "--output_path", path, program=QUICK, timeout_s=400)
     assert finished.returncode == 0, str(finished)
     assert (path / tables.SCORES).read_bytes() == (alone / tables.SCORES).read_bytes()

@@ -50,6 +50,7 @@ class HFEngine(TransformersEngine):
     """
 
     name = "hf"
+    decodes_by_cache = False  # through the model's own cache, not by attention of ours; `why_not_batches` finds out
 
     def __init__(self, model: Any, device: torch.device, keep_attention: bool = False, whole: Any = None) -> None:
         super().__init__(model, device, whole)
@@ -253,9 +254,13 @@ class HFEngine(TransformersEngine):
 
         if self.capabilities.equal_lengths_beyond is not None:
             return DYNAMIC_ROTARY
-        if not capabilities.takes_positions(self.model):
-            return capabilities.NO_POSITIONS
-        return decode.check_decoding(self)
+        why = decode.check_decoding(self) if self._takes_positions else capabilities.NO_POSITIONS
+        if why is None or self.why_not_states is not None:
+            return why
+        self.decodes_by_cache = True
+        why_not = decode.check_decoding(self)
+        self.decodes_by_cache = why_not is None
+        return None if why_not is None else f"{why}; with its own cache, {why_not}"
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         from ddp_eval.engines.hf import sampling
@@ -287,6 +292,26 @@ class HFEngine(TransformersEngine):
         """(B, V) logits behind (B, 1) tokens."""
         logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **kwargs).logits
         return logits[:, -1]
+
+    def next_with_cache(
+        self, tokens: torch.Tensor, cache: Any, positions: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        """(B, V) logits behind (B, L) tokens that follow on those of `cache`, and the cache behind them.
+
+        positions: (B, L). mask: (B, cached + L), 0 for padding; None where there is none.
+        """
+        name = str(self._cache_argument)
+        kwargs: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        kwargs |= {"attention_mask": mask} if mask is not None else {}
+        kwargs |= {name: cache} if cache is not None else {}
+        kwargs |= {"logits_to_keep": 1} if self._keeps_reads else {}
+        scan = mamba_scan.beginning_at_states(self.model) if tokens.shape[1] > 1 else contextlib.nullcontext()
+        with scan, mamba_scan.in_short_chunks(self._chunked_layers, tokens.shape[1]):
+            output = self.model(input_ids=tokens, use_cache=True, **kwargs)
+        found = getattr(output, name, None)
+        if found is None:
+            raise ValueError("its forward returns no cache")
+        return output.logits[:, -1], found
 
     def logits_at(self, tokens: torch.Tensor, columns: npt.NDArray[Any] | None, **kwargs: Any) -> torch.Tensor | None:
         """(len(columns), V) logits of one row, (1, L) tokens; None if none are asked for."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a model of a benchmark's shape: a random-weight Llama, and a tokenizer trained on the texts of the tasks.
+"""Make a model of a benchmark's shape: with random weights, and a tokenizer trained on the texts of the tasks.
 
     python scripts/make_bench_model.py --shape llama23m --tasks local_mmlu,local_hellaswag,… --include_path DIR --out llama23m
 
@@ -48,6 +48,44 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128_256,
         "max_position_embeddings": 8192,
     },
+    # Three gated delta rules to one layer that attends, as Qwen3-Next and Qwen3.5 have them.
+    "qwen3_5_28m": {
+        "model_type": "qwen3_5_text",
+        **LLAMA23M,
+        "num_hidden_layers": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_value_heads": 8,
+        "linear_num_key_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "tie_word_embeddings": False,
+    },
+    # State-space layers alone.
+    "mamba2_26m": {
+        "model_type": "mamba2",
+        "hidden_size": 512,
+        "num_hidden_layers": 10,
+        "num_heads": 16,
+        "head_dim": 64,
+        "n_groups": 1,
+        "tie_word_embeddings": True,
+    },
+    # A state-space part beside attention in each layer.
+    "falcon_h1_27m": {
+        "model_type": "falcon_h1",
+        **LLAMA23M,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "mamba_d_ssm": 768,
+        "mamba_n_heads": 12,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "mamba_n_groups": 1,
+        "tie_word_embeddings": False,
+    },
+    # Attention with positions by ALiBi.
+    "bloom20m": {"model_type": "bloom", "hidden_size": 384, "n_layer": 8, "n_head": 6},
 }
 TOKENIZER_SIZE = 16_000  # tokens; at most so many, where the texts are few
 
@@ -90,19 +128,21 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def make_config(shape: str, tokenizer: Any) -> Any:
-    from transformers import LlamaConfig
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    settings = {"vocab_size": TOKENIZER_SIZE, "max_position_embeddings": 2048, **SHAPES[shape]}
-    return LlamaConfig(**settings, **ids, architectures=["LlamaForCausalLM"])
+    settings = {"model_type": "llama", "vocab_size": TOKENIZER_SIZE, "max_position_embeddings": 2048, **SHAPES[shape]}
+    kind = settings.pop("model_type")
+    return CONFIG_MAPPING[kind](**settings, **ids, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]])
 
 
 def make_model(config: Any) -> Any:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -78,7 +78,8 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     whole = checkpoint.whole_model(config.loader_args, model_config)
     sizes = measure_model(whole, GPU)
     max_tokens = config.max_pack_tokens or sizes.largest_pack
-    amount, generating = _count_work(config, model_config, whole) if count_work else (TYPICAL_WORKLOAD, None)
+    counted = _count_work(config, model_config, whole) if count_work else Work(TYPICAL_WORKLOAD, None, None)
+    amount, generating = counted.amount, counted.generating
     ranks = Ranks(gpus * nodes, gpus, usable_bytes(gpu_memory), max_tokens, CUDA_SPEEDS, GPU)
     candidates = [
         Candidate(one.layout, impossible=why) if (why := why_not(config, model_config, one.layout, generating)) else one
@@ -96,6 +97,7 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
         f"(about 1 GiB is for CUDA's context, 5% of the rest for the allocator); "
         f"packs of up to {max_tokens:,} tokens",
         f"work: {amount.tokens:,} tokens in {count_packs(amount.packs)} ({work})",
+        *([f"scoring: {counted.mode}"] if counted.mode else []),
         f"seconds at {speeds.flops / 1e12:.0f} TFLOP/s a GPU{slower}; {speeds.link / 1e9:.0f} GB/s within a node, "
         f"{speeds.node_link / 1e9:.0f} GB/s between nodes, {speeds.load / 1e9:.0f} GB/s to load; for comparison, not a promise",
         "",
@@ -107,17 +109,22 @@ def make_report(config: Config, words: list[str], gpus: int, nodes: int, gpu_mem
     return "\n".join(lines), best.fits
 
 
-def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, str | None]:
-    """Build and cut the requests of config.tasks, as a run would; no weight is needed.
+class Work(NamedTuple):
+    """amount: of the run. generating: the first task that generates text, None if none does. mode: how requests will be scored,
+    if the model passes its self-check, and why; None where that is not known."""
 
-    Answers count as long as they may be. Returns the work, and the first task that generates text, None if none does.
-    """
+    amount: Amount
+    generating: str | None
+    mode: str | None
+
+
+def _count_work(config: Config, model_config: Any, whole: Any) -> Work:
+    """Build and cut the requests of config.tasks, as a run would; no weight is needed. Answers count as long as they may be."""
     from ddp_eval import demo
     from ddp_eval.engines.hf import checkpoint, limits
     from ddp_eval.engines.hf import engine as hf
     from ddp_eval.packs.batches import plan_batches
-    from ddp_eval.run.planning import cut_packs, cut_rows
-    from ddp_eval.run.self_check import needs_equal_lengths
+    from ddp_eval.run.planning import cut_without_trial
     from ddp_eval.tasks import harness
     from ddp_eval.tasks.request_types import Answers, Asked
     from ddp_eval.tasks.tokenization import Encoder
@@ -144,14 +151,12 @@ def _count_work(config: Config, model_config: Any, whole: Any) -> tuple[Amount, 
         requests, prompts = counted.args
 
     max_tokens = config.max_pack_tokens or engine.max_tokens()
-    only_rows = engine.why_not_packs or not config.packing or needs_equal_lengths(engine, requests)
-    cut = cut_rows if only_rows else cut_packs
-    plan, _ = cut(engine, requests, max_tokens)
+    plan, mode = cut_without_trial(engine, requests, config.packing, max_tokens)
     texts, _ = plan_batches(prompts, engine.generation_sizes(), [False] * len(prompts.settings))
     answers = int(texts.limits.sum())
     units = plan.num_packs + texts.num_batches
     work = Amount(len(plan.tokens) + len(texts.tokens) + answers, len(plan.targets) + answers, units)
-    return work, (prompts.tasks[0] if len(prompts) else None)
+    return Work(work, prompts.tasks[0] if len(prompts) else None, mode if len(requests) else None)
 
 
 def _table(candidates: list[Candidate], world_size: int) -> list[str]:

@@ -51,7 +51,8 @@ class Engine(abc.ABC):
     `capabilities` by serves_generation=False.
 
     whole: the whole replica's model, on the meta device where this rank holds a part of it.
-    why_not_packs: why only rows must be run, or None. why_not_rows: why not even rows with others, or None.
+    why_not_packs: why no packs must be run, or None. why_not_rows: why not even rows with others, or None.
+    why_not_states: why no packs of trees that share caches (packs/states.py) must be run, or None.
     tree_attention, plain_attention: the attention implementations of trees, and of all else; empty where there is none to choose.
     is_probe: set while a trial plan runs, in which parts of a replica turn an error into NaN: the other ranks wait for them.
     """
@@ -60,6 +61,7 @@ class Engine(abc.ABC):
     capabilities = Capabilities()
     why_not_packs: str | None = None
     why_not_rows: str | None = None
+    why_not_states: str | None = "the engine has no caches to share"
     tree_attention: str = ""
     plain_attention: str = ""
     is_probe: bool = False

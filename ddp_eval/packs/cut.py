@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval.packs.plan import Plan, assemble, empty_plan
+from ddp_eval.packs.plan import PACKS, Plan, assemble, empty_plan
 from ddp_eval.packs.requests import IntArray, Requests
 
 
@@ -48,19 +48,28 @@ def plan_packs(requests: Requests, cost: CostModel, max_tokens: int, max_reads: 
     """
     order, item_of_request, shared = sort_and_share(requests)
     if not len(order):
-        return empty_plan(rows=False), item_of_request
+        return empty_plan(PACKS), item_of_request
     lengths = (np.diff(requests.starts)[order] - 1).astype(np.int64)
     bounds, pack_costs = _cut(_Costs(lengths, shared, requests.num_targets[order], cost), max_tokens, max_reads)
     shared[bounds[:-1]] = 0
     groups = np.argsort(pack_costs, kind="stable")
-    return assemble(requests, order, item_of_request, shared, bounds, groups, rows=False)
+    return assemble(requests, order, item_of_request, shared, bounds, groups, PACKS)
+
+
+def cut_in_order(
+    lengths: IntArray, shared: IntArray, num_targets: IntArray, cost: CostModel, max_tokens: int, max_reads: int | None
+) -> IntArray:
+    """Where packs of neighbouring items begin, (P+1,), as `plan_packs` cuts them. All (M,): see `_Costs`."""
+    if not len(lengths):
+        return np.zeros(1, dtype=np.int64)
+    return _cut(_Costs(lengths, shared, num_targets, cost), max_tokens, max_reads)[0]
 
 
 def plan_one_tree(requests: Requests) -> tuple[Plan, IntArray]:
     """All of `requests`, of which there is one or more, in a single pack, whatever it costs. Returns as `plan_packs`."""
     order, item_of_request, shared = sort_and_share(requests)
     whole, only = np.array([0, len(order)]), np.zeros(1, dtype=np.int64)
-    return assemble(requests, order, item_of_request, shared, whole, only, rows=False)
+    return assemble(requests, order, item_of_request, shared, whole, only, PACKS)
 
 
 def sort_and_share(requests: Requests) -> tuple[IntArray, IntArray, IntArray]:

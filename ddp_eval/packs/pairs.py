@@ -16,7 +16,7 @@ import itertools
 
 import numpy as np
 
-from ddp_eval.packs.plan import Pack, Plan, assemble
+from ddp_eval.packs.plan import PACKS, Pack, Plan, assemble
 from ddp_eval.packs.requests import IntArray, Requests
 
 
@@ -54,7 +54,7 @@ def plan_pairs(requests: Requests, max_tokens: int, max_reads: int | None = None
         (contexts, continuations), longest_context, longest = rows, max(longest_context, length), max(longest, count)
     packs = [*starts, len(order)] if order else [0]
     return assemble(
-        requests, np.array(order, dtype=np.int64), item_of_request, shared, np.array(packs), np.arange(len(packs) - 1), rows=False
+        requests, np.array(order, dtype=np.int64), item_of_request, shared, np.array(packs), np.arange(len(packs) - 1), PACKS
     )
 
 

@@ -27,6 +27,8 @@ import numpy as np
 
 from ddp_eval.packs.requests import IntArray, Requests, gather_runs, offsets_of
 
+PACKS, ROWS, STATES = "packs", "rows", "states"  # how a plan's packs are run
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -41,7 +43,8 @@ class Plan:
     num_targets:   (M,) int32, scored tokens of an item.
     targets:       (sum of num_targets,) int32, the tokens to be predicted.
     num_requests:  (P,) int32, requests that a pack answers (identical requests are run once).
-    rows:          False: a pack is a prefix tree in one line. True: a pack is a batch of plain rows, one root each.
+    kind:          PACKS: a pack is a prefix tree in one line. ROWS: a batch of plain rows, one root each. STATES: prefix trees
+                   whose shared parts are run once each, and their caches copied for the branches (packs/states.py).
     """
 
     tokens: IntArray
@@ -53,7 +56,11 @@ class Plan:
     num_targets: IntArray
     targets: IntArray
     num_requests: IntArray
-    rows: bool
+    kind: str
+
+    @property
+    def rows(self) -> bool:
+        return self.kind == ROWS
 
     @property
     def num_packs(self) -> int:
@@ -65,11 +72,11 @@ class Plan:
 
     def digest(self) -> str:
         """A name for exactly this work: equal plans have equal digests."""
-        return digest_arrays(b"rows" if self.rows else b"packs", self)
+        return digest_arrays(self.kind.encode(), self)
 
 
 _NONE, _START = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
-NO_PLAN = Plan(_NONE, _START, _START, _START, _NONE, _NONE, _NONE, _NONE, _NONE, rows=False)
+NO_PLAN = Plan(_NONE, _START, _START, _START, _NONE, _NONE, _NONE, _NONE, _NONE, PACKS)
 
 
 def digest_arrays(kind: bytes, plan: Any) -> str:
@@ -92,6 +99,7 @@ class Pack:
     answer_targets:      (A,) int64, the scored tokens.
     answer_items:        (A,) int64, the item of each scored token, counted from 0 within the pack, ascending.
     items:               which items of the plan these are.
+    kind:                as the plan's.
     """
 
     tokens: IntArray
@@ -102,7 +110,11 @@ class Pack:
     answer_targets: IntArray
     answer_items: IntArray
     items: range
-    rows: bool
+    kind: str
+
+    @property
+    def rows(self) -> bool:
+        return self.kind == ROWS
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -148,7 +160,7 @@ def build_pack(plan: Plan, index: int) -> Pack:
         answer_targets=targets.astype(np.int64),
         answer_items=np.repeat(np.arange(len(items)), num_targets),
         items=items,
-        rows=plan.rows,
+        kind=plan.kind,
     )
 
 
@@ -198,7 +210,7 @@ def _take_items(pack: Pack, first: int, stop: int) -> Pack:
         answer_targets=pack.answer_targets[chosen],
         answer_items=pack.answer_items[chosen] - first,
         items=range(pack.items.start + first, pack.items.start + stop),
-        rows=pack.rows,
+        kind=pack.kind,
     )
 
 
@@ -209,14 +221,14 @@ def assemble(
     shared: IntArray,
     bounds: IntArray,
     groups: IntArray,
-    rows: bool,
+    kind: str,
 ) -> tuple[Plan, IntArray]:
     """Write the plan whose packs are the item ranges `bounds`, taken in the order `groups`.
 
     order: (M,) the request behind each item. item_of_request: (N,). shared: (M,) input tokens in common with the item before.
     """
     if not len(order):
-        return empty_plan(rows), item_of_request
+        return empty_plan(kind), item_of_request
     sizes = np.diff(bounds)[groups]
     moved = gather_runs(np.arange(len(order)), bounds[:-1][groups], sizes)
     order, shared = order[moved], shared[moved]
@@ -239,20 +251,22 @@ def assemble(
         num_targets=num_targets.astype(np.int32),
         targets=gather_runs(requests.tokens, stops - num_targets, num_targets.astype(np.int64)),
         num_requests=np.add.reduceat(copies, item_starts[:-1]).astype(np.int32),
-        rows=rows,
+        kind=kind,
     )
     return plan, item_of_request
 
 
-def empty_plan(rows: bool) -> Plan:
+def empty_plan(kind: str) -> Plan:
     none, zero = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
-    return Plan(none, zero, zero, zero, none, none, none, none, none, rows)
+    return Plan(none, zero, zero, zero, none, none, none, none, none, kind)
 
 
 def fed_tokens(plan: Plan, pad: Callable[[np.ndarray], np.ndarray] = np.asarray) -> int:
     """Tokens that all forwards of a plan take, padding included. pad: from packs' tokens to the lengths that they are fed in."""
     if not plan.num_packs:
         return 0
+    if plan.kind == STATES:
+        return len(plan.tokens)  # what little padding there is depends on the device
     if not plan.rows:
         return int(pad(np.diff(plan.token_starts)).sum())
     roots = np.flatnonzero(plan.shared == 0)
@@ -281,5 +295,5 @@ def take_packs(plan: Plan, indices: list[int]) -> Plan:
         num_targets=runs(plan.num_targets, plan.item_starts),
         targets=runs(plan.targets, plan.target_starts),
         num_requests=plan.num_requests[indices],
-        rows=plan.rows,
+        kind=plan.kind,
     )

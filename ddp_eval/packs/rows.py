@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ddp_eval.packs.cut import sort_and_share
-from ddp_eval.packs.plan import Plan, assemble, empty_plan
+from ddp_eval.packs.plan import ROWS, Plan, assemble, empty_plan
 from ddp_eval.packs.requests import IntArray, Requests, offsets_of
 
 
@@ -26,7 +28,7 @@ def plan_rows(
     """
     order, item_of_request, shared = sort_and_share(requests)
     if not len(order):
-        return empty_plan(rows=True), item_of_request
+        return empty_plan(ROWS), item_of_request
     lengths = (np.diff(requests.starts)[order] - 1).astype(np.int64)
 
     # The row laid so far ends where the latest item with tokens of its own ends.
@@ -41,7 +43,8 @@ def plan_rows(
     row_reads = np.add.reduceat(requests.num_targets[order].astype(np.int64), row_bounds[:-1])
 
     by_length = np.argsort(row_lengths, kind="stable")
-    batch_bounds = _batch_rows(row_lengths[by_length], row_reads[by_length], max_tokens, max_reads, isolate, most_padding)
+    limits = RowLimits(max_tokens, max_reads, isolate, most_padding)
+    batch_bounds = batch_rows(row_lengths[by_length], row_reads[by_length], limits)
     item_order = np.concatenate([np.arange(row_bounds[row], row_bounds[row + 1]) for row in by_length])
     rank_of_item = np.empty_like(item_order)
     rank_of_item[item_order] = np.arange(len(item_order))
@@ -49,23 +52,29 @@ def plan_rows(
     bounds = offsets_of(items_per_row)[batch_bounds]
     return assemble(
         requests, order[item_order], rank_of_item[item_of_request], shared[item_order], bounds,
-        np.arange(len(bounds) - 1), rows=True,
+        np.arange(len(bounds) - 1), ROWS,
     )  # fmt: skip
 
 
-def _batch_rows(
-    row_lengths: IntArray,
-    row_reads: IntArray,
-    max_tokens: int,
-    max_reads: int | None,
-    one_length: bool,
-    most_padding: int | None,
-) -> IntArray:
+class RowLimits(NamedTuple):
+    """Of a batch of rows: its tokens once every row is padded to the longest, and its reads; None: any number.
+
+    one_length: no padding at all. most_padding: tokens by which all rows together may be lengthened; None: any number.
+    """
+
+    max_tokens: int
+    max_reads: int | None = None
+    one_length: bool = False
+    most_padding: int | None = None
+
+
+def batch_rows(row_lengths: IntArray, row_reads: IntArray, limits: RowLimits) -> IntArray:
     """Split rows of ascending length into batches within the limits. Returns the bounds, in rows.
 
     A batch's logits are computed for every row at every column where any row is read: about rows times the columns from the
     first read to the longest row's end.
     """
+    max_tokens, max_reads, one_length, most_padding = limits
     bounds, tokens, reads, first_read = [0], 0, 0, 0
     for row, (length, count) in enumerate(zip(row_lengths.tolist(), row_reads.tolist(), strict=True)):
         rows = row + 1 - bounds[-1]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ddp_eval.engines import Engine
-from ddp_eval.packs.plan import Plan
+from ddp_eval.packs.plan import PACKS, Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.results import Results
 from ddp_eval.packs.rows import plan_rows
@@ -32,7 +32,7 @@ def rescore_nan(
     Returns all items' results, and how many of them are numbers now.
     """
     broken = np.flatnonzero(np.isnan(results["logprob"]))
-    if decision.plan.rows or engine.capabilities.rows_are_independent or not len(broken):
+    if decision.plan.kind != PACKS or engine.capabilities.rows_are_independent or not len(broken):
         return results, 0
     results = results.copy()
     log.warning(

@@ -18,9 +18,11 @@ from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
+from ddp_eval.packs.states import count_branches, plan_states
 from ddp_eval.run.self_check import (
     ScorePlan,
     check_rows,
+    check_states,
     choose_trees,
     in_one_sentence,
     needs_equal_lengths,
@@ -123,6 +125,7 @@ class WorkPlan(NamedTuple):
 
 
 PADDED, SINGLE = "padded rows", "each request by itself"
+SHARED = "each shared prefix once, with copies of the model's cache"
 
 
 class Decision(NamedTuple):
@@ -146,7 +149,7 @@ def make_plan(
     score_plan: ScorePlan | None = None,
     memo: PlanMemo | None = None,
 ) -> Decision:
-    """Decide between packs and rows, and cut the requests.
+    """Decide between packs, trees that share caches, and rows, and cut the requests.
 
     alone: a forward for each distinct input, whatever else is asked.
     score_plan: how to put a trial plan to the model where a copy of it lies on several ranks; `engine` alone if not given.
@@ -169,10 +172,33 @@ def make_plan(
     max_tokens = max_pack_tokens or engine.max_tokens()  # which goes by the attention that was chosen
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens, memo), None)
+    if packing and why_rows != DYNAMIC_ROTARY and engine.why_not_rows is None and len(trial):
+        shared, why_not = _share_caches(engine, requests, trial, max_tokens, score_plan)
+        if shared is not None:
+            return Decision(*shared, why_rows, SHARED)
+        why_rows = f"{why_rows}; {why_not}" if why_not else why_rows
     why_single = engine.why_not_rows or (check_rows(engine, trial, score_plan) if len(trial) else None)
     if why_single is not None:
         return Decision(*cut_single(engine, requests), f"{why_rows}; {why_single}", SINGLE)
     return Decision(*cut_rows(engine, requests, max_tokens, memo), why_rows)
+
+
+def _share_caches(
+    engine: Engine, requests: Requests, trial: Requests, max_tokens: int, score_plan: ScorePlan | None
+) -> tuple[tuple[Plan, IntArray] | None, str | None]:
+    """Packs of trees that share caches, as of `plan_packs`; or none, and why not: None where there is nothing to share."""
+    if engine.why_not_states is not None:
+        return None, None
+    plan, item_of_request = cut_states(engine, requests, max_tokens)
+    if not count_branches(plan):
+        return None, None
+    why_not = check_states(engine, trial, score_plan)
+    return ((plan, item_of_request) if why_not is None else None), why_not
+
+
+def cut_states(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+    """Packs of trees that share caches. Returns as `plan_packs`."""
+    return plan_states(requests, engine.cost_model(), max_tokens, engine.max_reads())
 
 
 def _trial_of(engine: Engine, requests: Requests) -> Requests:
@@ -188,6 +214,20 @@ def cut_packs(engine: Engine, requests: Requests, max_tokens: int, memo: PlanMem
     in_tree = min(max_tokens, engine.capabilities.max_tree_tokens or max_tokens)
     how = engine.cost_model(), in_tree, engine.max_reads()
     return (memo or PlanMemo()).get("packs", requests, how, lambda: plan_packs(requests, *how))
+
+
+def cut_without_trial(engine: Engine, requests: Requests, packing: bool, max_tokens: int) -> tuple[Plan, str]:
+    """The plan of a model that has no weights yet, as if it passed its self-check; and how it runs, in words."""
+    why = engine.why_not_packs if packing else "--no_packing was given"
+    if packing and needs_equal_lengths(engine, requests):
+        return cut_rows(engine, requests, max_tokens)[0], f"{PADDED}: {DYNAMIC_ROTARY}"
+    if why is None:
+        return cut_packs(engine, requests, max_tokens)[0], "prefix trees in packs"
+    if packing and engine.why_not_states is None:
+        plan, _ = cut_states(engine, requests, max_tokens)
+        if count_branches(plan):
+            return plan, f"{SHARED}: {why}"
+    return cut_rows(engine, requests, max_tokens)[0], f"{PADDED}: {why}"
 
 
 def cut_single(engine: Engine, requests: Requests) -> tuple[Plan, IntArray]:

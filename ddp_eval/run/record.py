@@ -140,7 +140,7 @@ def describe_plan(decision: Decision, requests: Requests) -> dict[str, Any]:
     plan = decision.plan
     return {
         "plan_sha256": plan.digest(),
-        "batching": "rows" if plan.rows else "packs",
+        "batching": plan.kind,
         "why_rows": decision.why_rows,
         "requests": len(requests),
         "distinct_requests": plan.num_items,

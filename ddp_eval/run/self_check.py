@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,8 +15,9 @@ from ddp_eval.engines import LARGEST_ROUNDING, ROUNDING, Engine
 from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.packs.cut import plan_one_tree
 from ddp_eval.packs.plan import Plan, build_pack
-from ddp_eval.packs.requests import Requests, requests_from_lists
+from ddp_eval.packs.requests import Requests, concatenate, requests_from_lists
 from ddp_eval.packs.rows import plan_rows
+from ddp_eval.packs.states import plan_one_forest
 
 log = logging.getLogger("ddp_eval")
 
@@ -58,6 +60,13 @@ def trial_requests(requests: Requests, vocab_size: int, reaches: Sequence[int] =
     return requests_from_lists(
         sequences, [min(count, len(one) - 1) for count, one in zip((3, 5, 4, 6, 12), sequences, strict=True)]
     )
+
+
+def trial_forest(requests: Requests) -> Requests:
+    """`requests`, as `trial_requests` makes them, and as many of the same shape with other tokens, to run beside them."""
+    known, place = np.unique(requests.tokens, return_inverse=True)
+    others = dataclasses.replace(requests, tokens=np.roll(known, 1)[place].astype(requests.tokens.dtype))
+    return concatenate(requests, others)
 
 
 def needs_equal_lengths(engine: Engine, requests: Requests) -> bool:
@@ -110,6 +119,32 @@ def check_packs(engine: Engine, requests: Requests, score_plan: ScorePlan | None
     if _within(drift, allowed):
         return None
     return f"packed and plain runs differ by {float(drift.max()):.2g} nats per token, where {allowed:.2g} on average is allowed"
+
+
+def check_states(engine: Engine, requests: Requests, score_plan: ScorePlan | None = None) -> str | None:
+    """Try `requests` as trees that share caches against each by itself. Returns as `check_packs`.
+
+    Every branching point is taken, however little it saves, and two trees run side by side.
+    """
+    forest = trial_forest(requests)
+    try:
+        shared = _score(engine, score_plan, *plan_one_forest(forest))
+    except (LostContact, UserError):
+        raise
+    except Exception as error:
+        return f"it fails on copies of its cache ({type(error).__name__}: {one_line(error, 200)})"
+    alone = _score_single(engine, score_plan, forest)
+    if not np.isfinite(alone).all():
+        return "its scores are not finite"
+    if not np.isfinite(shared).all():
+        return "it fails on copies of its cache, or its scores there are not finite"
+    drift, allowed = np.abs(shared - alone) / forest.num_targets, LARGEST_ROUNDING.get(engine.dtype, 1e-3)
+    if _within(drift, allowed):
+        return None
+    return (
+        f"runs with copies of its cache and plain ones differ by {float(drift.max()):.2g} nats per token, "
+        f"where {allowed:.2g} on average is allowed"
+    )
 
 
 def check_rows(engine: Engine, requests: Requests, score_plan: ScorePlan | None = None) -> str | None:

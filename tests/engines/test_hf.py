@@ -119,7 +119,7 @@ def test_what_goes_to_a_gpu_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned, sent = torch.zeros(3), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: sent.append((tensor, args, kwargs)))
-    hf.HFEngine._to_device(types.SimpleNamespace(device=torch.device("cuda", 0)), np.arange(3))  # type: ignore[arg-type]
+    hf.HFEngine.to_device(types.SimpleNamespace(device=torch.device("cuda", 0)), np.arange(3))  # type: ignore[arg-type]
     ((tensor, args, kwargs),) = sent
     assert tensor is pinned and args == (torch.device("cuda", 0),) and kwargs == {"non_blocking": True}
 
@@ -216,7 +216,7 @@ def test_llama4_packs_stop_where_its_queries_go_by_index(tmp_path: Path) -> None
 def test_models_that_packs_cannot_serve_run_as_rows(
     kind: str, tiny_model: Callable[..., Any], tiny_model_path: Callable[[str], Path]
 ) -> None:
-    """Catches ALiBi and state-space models put into trees: MPT takes the mask and is silently wrong."""
+    """Catches state-space models put into trees. Their caches are shared where that saves more than among these."""
     engine = load(tiny_model_path(kind))
     requests, expected = build_prefix_tree(tiny_model(kind), seed=3)
     plan, item_of_request, why_rows, _ = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)

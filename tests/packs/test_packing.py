@@ -10,36 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from request_sets import Request, paths_of, request_sets, to_requests
 
 from ddp_eval.packs.cut import CostModel, _Costs, plan_packs
 from ddp_eval.packs.plan import Pack, Plan, build_pack, halve, pad_tail
-from ddp_eval.packs.requests import Requests, concatenate, requests_from_lists
+from ddp_eval.packs.requests import Requests, concatenate
 from ddp_eval.packs.rows import plan_rows
 
 ONE_PACK = CostModel(forward=1e9)  # a forward so dear that everything goes into one
 NO_LIMIT = 10**6
-
-Request = tuple[tuple[int, ...], int]  # tokens, how many of the last are scored
-
-
-def to_requests(requests: list[Request]) -> Requests:
-    return requests_from_lists([list(tokens) for tokens, _ in requests], [count for _, count in requests])
-
-
-@st.composite
-def request_sets(draw: st.DrawFn, min_size: int = 0, max_size: int = 12) -> list[Request]:
-    """Requests over three tokens, many of them a piece of an earlier one plus a tail, or an earlier one again."""
-    tails = st.lists(st.integers(0, 2), min_size=1, max_size=6)
-    requests: list[Request] = []
-    for _ in range(draw(st.integers(min_size, max_size))):
-        tokens = tuple(draw(tails))
-        if len(requests) > 0 and draw(st.booleans()):
-            earlier = draw(st.sampled_from(requests))[0]
-            tokens = (earlier[: draw(st.integers(0, len(earlier)))] + tokens)[:16]
-            tokens = earlier if draw(st.integers(0, 3)) == 0 else tokens
-        tokens = tokens if len(tokens) > 1 else (*tokens, draw(st.integers(0, 2)))
-        requests.append((tokens, draw(st.integers(1, len(tokens) - 1))))
-    return requests
 
 
 @st.composite
@@ -57,17 +36,6 @@ cost_models = st.builds(
     pair=st.sampled_from([0.0, 0.25, 1.0]),
     dense=st.booleans(),
 )
-
-
-def paths_of(pack: Pack) -> list[tuple[int, ...]]:
-    """The tokens from the root to each token of the pack, by depth alone."""
-    stack: list[int] = []
-    paths = []
-    for token, depth in zip(pack.tokens.tolist(), pack.depth.tolist(), strict=True):
-        assert depth <= len(stack)
-        stack[depth:] = [token]
-        paths.append(tuple(stack))
-    return paths
 
 
 def check_pack(pack: Pack, items: list[Request]) -> None:
@@ -334,10 +302,10 @@ def test_digest_names_exactly_this_work(requests: list[Request], data: st.DataOb
     """Catches a field that the digest leaves out: results of other work would be taken from a journal."""
     plan, _ = plan_packs(to_requests(requests), CostModel(forward=5), 20)
     names = [field.name for field in dataclasses.fields(plan)]
-    changed = [dataclasses.replace(plan, rows=not plan.rows)]
+    changed = [dataclasses.replace(plan, kind="states")]
     for name in names:
         values = getattr(plan, name)
-        if name != "rows" and len(values):
+        if name != "kind" and len(values):
             other = values.copy()
             other[data.draw(st.integers(0, len(values) - 1))] += 1
             changed += [dataclasses.replace(plan, **{name: other}), dataclasses.replace(plan, **{name: values[:-1]})]

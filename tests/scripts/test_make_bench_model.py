@@ -15,7 +15,10 @@ SCRIPT = make_bench_model.__file__
 
 @pytest.mark.parametrize(
     ("shape", "millions"),
-    [("tiny", 1.0), ("llama23m", 22.9), ("llama100m", 109.5), ("llama150k", 69.0), ("llama1b", 1235.8), ("llama8b", 8030.3)],
+    [
+        *[("tiny", 1.0), ("llama23m", 22.9), ("llama100m", 109.5), ("llama150k", 69.0), ("llama1b", 1235.8), ("llama8b", 8030.3)],
+        *[("qwen3_5_28m", 27.6), ("mamba2_26m", 25.4), ("falcon_h1_27m", 27.7), ("bloom20m", 20.3)],
+    ],
 )
 def test_number_of_parameters(shape, millions):
     """Catches a shape that is not the one that the records and their readers speak of."""

@@ -110,6 +110,30 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "mamba": lambda: transformers.MambaConfig(**_SMALL, hidden_size=32, num_hidden_layers=2, state_size=8),
 }
+# Layers that keep a state: gated delta rules beside attention, state space and attention in one layer, short convolutions.
+STATE_CONFIGS: dict[str, Callable[[], Any]] = {
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(
+        **_SHAPE,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+    "falcon_h1": lambda: transformers.FalconH1Config(
+        **_SHAPE, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=128
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+    "jamba": lambda: transformers.JambaConfig(
+        **_SHAPE,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
+}
 _ENCODER_DECODER: dict[str, Any] = {
     **{name: 2 for name in ("encoder_layers", "decoder_layers")},
     **{name: 4 for name in ("encoder_attention_heads", "decoder_attention_heads")},
@@ -144,7 +168,8 @@ SEQ2SEQ_CONFIGS: dict[str, Callable[[], Any]] = {
 DEPTH_KINDS = ("mpt", "bloom", "falcon_alibi", "gpt_neo", "openai_gpt")  # count by index, and are made to count by depth
 BATCHED_KINDS = ("llama", "gpt2", "mistral", "gemma2", "gemma3", "qwen3_moe", "llama4")  # generate in batches, too
 TREE_KINDS = (*BATCHED_KINDS, "deepseek_v32", *DEPTH_KINDS)
-ROW_KINDS = ("mamba",)
+ROW_KINDS = ("mamba",)  # no packs
+STATE_KINDS = ("mamba", *STATE_CONFIGS)  # share prefixes by copies of their cache
 SINGLE_KINDS = ("bert", "roberta")
 
 
@@ -155,7 +180,8 @@ def make_model(kind: str, attn_implementation: str | None = None) -> Any:
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         if kind in SEQ2SEQ_CONFIGS:
             return transformers.AutoModelForSeq2SeqLM.from_config(SEQ2SEQ_CONFIGS[kind](), dtype=torch.float32, **options).eval()
-        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=torch.float32, **options)
+        config = {**CONFIGS, **STATE_CONFIGS}[kind]()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
         if kind == "deepseek_v32":  # the padding token's row is zero: to its indexer all tokens before it would be equal
             torch.nn.init.normal_(model.get_input_embeddings().weight, 0.0, 0.3)
     return model.eval()

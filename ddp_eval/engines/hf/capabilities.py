@@ -72,9 +72,8 @@ def tree_rules(model: Any, config: Any, implementation: str) -> tuple[dict[str, 
 
 
 # What configs call lengths, in tokens, at which a layer begins to compute otherwise.
-_REACHES = re.compile(
-    r"sliding_window\w*|\w*window_size|attention_chunk_size|chunk_size|\w*chunk_length|\w*index\w*_(topk|budget)|\w*block_size"
-)
+_REACHES = re.compile(r"sliding_window\w*|\w*window_size|\w*chunk_size|\w*chunk_length|\w*index\w*_(topk|budget)|\w*block_size")
+_DELTA_CHUNK = 64  # tokens that layers of gated delta rules compute together, which no config says
 _ROPE = "original_max_position_embeddings"
 
 
@@ -83,6 +82,8 @@ def reaches(config: Any) -> tuple[int, ...]:
     found = {value for name, value in config.to_dict().items() if _REACHES.fullmatch(name) and type(value) is int}
     rates = getattr(config, "compress_rates", None) or {}
     found.update(rate for rate in (rates.values() if isinstance(rates, dict) else rates) if type(rate) is int)
+    if "linear_attention" in masks.layer_kinds(config):
+        found.add(_DELTA_CHUNK)
     found.update(length for length in (equal_lengths_beyond(config),) if length)
     return tuple(sorted(value for value in found if value > 0))
 

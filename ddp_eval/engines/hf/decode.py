@@ -6,8 +6,10 @@
             takes the free one
 
 The model runs without a cache of transformers': its attention calls `attend`, which keeps the keys and values it is given and
-attends to those kept. So any model whose attention goes through transformers' AttentionInterface will do; `check_decoding` has
-it prove itself against plain forwards. Others answer by their own `generate`, one request at a time (generate_one.py).
+attends to those kept (kv_slots.py). So any model whose attention goes through transformers' AttentionInterface will do. Others
+keep rows in a cache of their own (cache_slots.py): those whose layers keep a state, or whose attention has parts of its own.
+`check_decoding` has either prove itself against plain forwards. Where neither does, the model's own `generate` answers, one
+request at a time (generate_one.py).
 
 Letters: B rows, S slots, P tokens of the common prefix, W tokens kept of the longest row beyond it, L tokens of a tree,
 V vocabulary, K key-value heads, Q query heads for each of them, D head size.
@@ -25,6 +27,8 @@ import torch
 from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.engines import ROUNDING, OnProgress
 from ddp_eval.engines.hf import generate_one
+from ddp_eval.engines.hf.cache_slots import CacheSlots
+from ddp_eval.engines.hf.capabilities import reaches
 from ddp_eval.engines.hf.costs import head_shapes
 from ddp_eval.engines.hf.kv_slots import NAME, KVSlots, register
 from ddp_eval.engines.hf.sampling import TokenSampler, draws_of
@@ -32,6 +36,7 @@ from ddp_eval.engines.ops.masks import layer_rules
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import one_line
 from ddp_eval.packs.batches import NO_TOKEN, Batch, BatchLimits
+from ddp_eval.packs.requests import IntArray
 
 if TYPE_CHECKING:
     from ddp_eval.engines.hf.causal_model import CausalModel
@@ -48,7 +53,7 @@ def generate(engine: CausalModel, batch: Batch, tokenizer: Any, on_progress: OnP
     pad = tokenizer.pad_token_id
     if not batch.slots:
         return generate_one.answer_all(engine, batch, rule, pad, on_progress)
-    with engine.inference(NAME):
+    with engine.inference(_implementation(engine)):
         answers = BatchDecoder(engine, batch, rule, pad, on_progress).run()
         # Their own NaN, or a neighbour's: see run/nan_retry.py. Where the first few come to it by themselves, so will the others.
         broken = [index for index, answer in enumerate(answers) if answer[-1] == NO_TOKEN]
@@ -58,6 +63,15 @@ def generate(engine: CausalModel, batch: Batch, tokenizer: Any, on_progress: OnP
             again = BatchDecoder(engine, _single(batch, index), rule, pad, lambda requests, tokens: on_progress(0, tokens))
             answers[index] = again.run()[0]
     return answers
+
+
+def _implementation(engine: CausalModel) -> str | None:
+    """Under which attention rows decode; None: the model's own."""
+    return None if engine.decodes_by_cache else NAME
+
+
+def _slots(engine: CausalModel, prefix: IntArray, slots: int, width: int) -> KVSlots | CacheSlots:
+    return (CacheSlots if engine.decodes_by_cache else KVSlots)(engine, prefix, slots, width)
 
 
 def _single(batch: Batch, index: int) -> Batch:
@@ -82,7 +96,7 @@ class BatchDecoder:
         self._answers: list[list[int]] = [[] for _ in batch.prompts]
         self._draws = [draws_of(seed, limit) for seed, limit in zip(batch.seeds, batch.limits, strict=True)]
         width = max(len(prompt) - batch.prefix + limit for prompt, limit in zip(batch.prompts, batch.limits, strict=True))
-        self._rows = KVSlots(engine, batch.prompts[0][: batch.prefix], batch.slots, width)
+        self._rows = _slots(engine, batch.prompts[0][: batch.prefix], batch.slots, width)
         self._in_slot: list[int] = []  # the prompt of each row
         self._next = 0
 
@@ -108,10 +122,10 @@ class BatchDecoder:
 
     def _take(self) -> list[int]:
         """The prompts to admit now: as many as there are free slots, if these are enough."""
-        free = min(self._batch.slots - len(self._in_slot), len(self._batch) - self._next)
+        free = min(self._rows.slots - len(self._in_slot), len(self._batch) - self._next)
         taken = list(range(self._next, self._next + free))
         fresh = sum(len(self._batch.prompts[index]) - self._batch.prefix for index in taken)
-        if self._in_slot and free < self._batch.slots // 2 and fresh < ADMIT_TOKENS:
+        if self._in_slot and free < self._rows.slots // 2 and fresh < ADMIT_TOKENS:
             return []
         self._next += free
         return taken
@@ -153,16 +167,9 @@ def check_decoding(engine: CausalModel) -> str | None:
     The rows share a prefix longer than any window, branch, end, and take each other's places.
     """
     try:
-        layer_rules(engine.config)
-    except ValueError as error:
-        return str(error)
-    register()
-    try:
-        engine.model.set_attn_implementation(NAME)
-        taken = engine.config._attn_implementation == NAME
-        engine.model.set_attn_implementation(engine.plain_attention)
-        if not taken:
-            return "its attention cannot be replaced"
+        why = None if engine.decodes_by_cache else _why_no_attention(engine)
+        if why is not None:
+            return why
         drift = _try_decoding(engine)
     except LostContact:
         raise
@@ -176,13 +183,24 @@ def check_decoding(engine: CausalModel) -> str | None:
     return f"batched and plain runs differ by {float(drift.max()):.2g} nats per token, where {allowed:.2g} on average is allowed"
 
 
+def _why_no_attention(engine: CausalModel) -> str | None:
+    """Why the model's attention cannot be replaced, or None."""
+    try:
+        layer_rules(engine.config)
+    except ValueError as error:
+        return str(error)
+    register()
+    engine.model.set_attn_implementation(NAME)
+    taken = engine.config._attn_implementation == NAME
+    engine.model.set_attn_implementation(engine.plain_attention)
+    return None if taken else "its attention cannot be replaced"
+
+
 def _try_decoding(engine: CausalModel) -> npt.NDArray[np.float64]:
     """By how many nats the log-probabilities of tokens differ, decoded in slots and in plain forwards."""
     tokens = np.random.default_rng(0).permutation(np.resize(np.arange(engine.vocab_size), 1024))
-    reach = max(
-        (reach for rule in layer_rules(engine.config).values() for reach in (rule.window, rule.chunk) if reach), default=0
-    )
-    length = min(reach + 8, 512) if reach else 24
+    reach = max((reach for reach in reaches(engine.config) if reach < 512), default=0)
+    length = reach + 8 if reach else 24
     prefix, branch, rest = tokens[:length], tokens[length : length + 9], iter(tokens[length + 9 :].tolist())
 
     def tail(count: int) -> list[int]:
@@ -191,8 +209,8 @@ def _try_decoding(engine: CausalModel) -> npt.NDArray[np.float64]:
     prompts = [np.array([*branch, *tail(3)]), np.array([*branch, *tail(5)]), np.array(tail(4)), np.array(tail(11))]
     forced = [tail(2), tail(5), tail(5), tail(3)]
     decoded: list[list[torch.Tensor]] = [[] for _ in prompts]
-    with engine.inference(NAME):
-        rows = KVSlots(engine, prefix, 3, 20)
+    with engine.inference(_implementation(engine)):
+        rows = _slots(engine, prefix, 3, 20)
         in_slot = [0, 1, 2]
         logits = rows.admit(prompts[:3])[1]
         while in_slot:
@@ -212,9 +230,27 @@ def _try_decoding(engine: CausalModel) -> npt.NDArray[np.float64]:
     drift = []
     with engine.inference(None):
         for prompt, answer, found in zip(prompts, forced, decoded, strict=True):
-            whole = torch.tensor([[*prefix.tolist(), *prompt.tolist(), *answer]], device=engine.device)
-            plain = engine.model(input_ids=whole, use_cache=False).logits[0].float().log_softmax(-1)
-            first = len(prefix) + len(prompt) - 1
-            for step, (row, token) in enumerate(zip(found, answer, strict=True)):
-                drift.append(float((row[token] - plain[first + step, token]).abs()))
+            asked = [*prefix.tolist(), *prompt.tolist()]
+            plain = (_step_by_step if engine.decodes_by_cache else _in_one_forward)(engine, asked, answer)
+            for row, expected, token in zip(found, plain, answer, strict=True):
+                drift.append(float((row[token] - expected.float().log_softmax(-1)[token]).abs()))
     return np.array(drift)
+
+
+def _in_one_forward(engine: CausalModel, prompt: list[int], answer: list[int]) -> list[torch.Tensor]:
+    """(V,) logits before each token of the answer."""
+    whole = torch.tensor([[*prompt, *answer]], device=engine.device)
+    logits = engine.model(input_ids=whole, use_cache=False).logits[0]
+    return list(logits[len(prompt) - 1 : -1])
+
+
+def _step_by_step(engine: CausalModel, prompt: list[int], answer: list[int]) -> list[torch.Tensor]:
+    """The same as the model's own `generate` comes to them: some layers have other code for a step (Nemotron-H: 2e-3 nats)."""
+    cache, logits = None, []
+    for start, fed in enumerate([prompt, *([token] for token in answer[:-1])], start=len(prompt) - 1):
+        tokens = torch.tensor([fed], device=engine.device)
+        first = 0 if cache is None else start
+        positions = torch.arange(first, first + len(fed), device=engine.device)[None]
+        found, cache = engine.next_with_cache(tokens, cache, positions, None)
+        logits.append(found[0])
+    return logits

@@ -20,7 +20,7 @@ import torch
 from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
-from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs
+from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs, mamba_scan, model_cache, state_tree
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
@@ -32,7 +32,8 @@ from ddp_eval.engines.ops.last_layer import LastLayer
 from ddp_eval.errors import UserError, is_out_of_memory
 from ddp_eval.packs.batches import Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
-from ddp_eval.packs.plan import Pack, pad_tail
+from ddp_eval.packs.plan import STATES, Pack, pad_tail
+from ddp_eval.packs.states import ForwardLimits
 from ddp_eval.system import compile_cache
 
 Result = TypeVar("Result")
@@ -49,6 +50,7 @@ class HFEngine(TransformersEngine):
     """
 
     name = "hf"
+    decodes_by_cache = False  # through the model's own cache, not by attention of ours; `why_not_batches` finds out
 
     def __init__(self, model: Any, device: torch.device, keep_attention: bool = False, whole: Any = None) -> None:
         super().__init__(model, device, whole)
@@ -71,6 +73,9 @@ class HFEngine(TransformersEngine):
         self._keeps_reads = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._counting = by_depth.counting_of(model)
         self._takes_positions = capabilities.takes_positions(model)
+        self._cache_argument = model_cache.cache_argument(model)
+        self._chunked_layers = mamba_scan.chunked_layers(model)
+        self.why_not_states = None if self._cache_argument else "its forward takes no cache"
         self._rules, self.why_not_packs = capabilities.tree_rules(model, self.config, self.tree_attention)
         self.why_not_rows = capabilities.why_not_rows(self.config)
         self.capabilities = Capabilities(
@@ -198,7 +203,46 @@ class HFEngine(TransformersEngine):
             return self._read_off(values, splits_head, pack)
 
         with self._inference(), self._own_draws.seeded_by(pack.tokens, pack.depth):
-            return self._run(compute)
+            return self._launch_states(pack) if pack.kind == STATES else self._run(compute)
+
+    def _launch_states(self, pack: Pack) -> readout.Launched:
+        """`launch` for a pack that takes several forwards; the head runs in the last one's step."""
+        self._attend_with(self.plain_attention)
+        tree, splits_head = state_tree.StateTree(self, pack), self.splits_head
+
+        def advance() -> readout.Launched | None:
+            tree.advance()
+            return self._read_off(tree.values, splits_head, pack) if tree.is_done and tree.values is not None else None
+
+        with mamba_scan.beginning_at_states(self.model):
+            while (launched := self._run(advance)) is None:
+                pass
+        return launched
+
+    def forward_limits(self) -> ForwardLimits:
+        """Of one forward of a pack whose caches are shared."""
+        on_gpu = self.device.type == "cuda"
+        return ForwardLimits(8192 if on_gpu else 2048, 256 if on_gpu else 64, self.cost_model().most_padding)
+
+    def call_with_cache(
+        self, tokens: npt.NDArray[Any], columns: npt.NDArray[Any], depth: int, cache: Any, keep: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """A forward behind `depth` tokens, whose cache is `cache`; None where there are none.
+
+        tokens: (B, L) ids. keep: whether the cache behind them is needed.
+        Returns (B, len(columns), H or V) values at those columns, and the cache.
+        """
+        fed, wanted = self.to_device(tokens), self.to_device(columns)
+        positions = torch.arange(depth, depth + fed.shape[1], device=self.device).expand(len(fed), -1)
+        kwargs: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        name, kept = str(self._cache_argument), []
+        if cache is not None or keep:
+            kwargs |= {"use_cache": True, **({name: cache} if cache is not None else {})}
+        with mamba_scan.in_short_chunks(self._chunked_layers, fed.shape[1]):
+            values = self._call(fed, wanted, lambda output: kept.append(getattr(output, name, None)), **kwargs)
+        if keep and kept[0] is None:
+            raise ValueError("its forward returns no cache")
+        return values, kept[0]
 
     def _run(self, compute: Callable[[], Result]) -> Result:
         """`compute()`: one forward of the model, of which its body and its head may be called by themselves."""
@@ -211,9 +255,13 @@ class HFEngine(TransformersEngine):
 
         if self.capabilities.equal_lengths_beyond is not None:
             return DYNAMIC_ROTARY
-        if not capabilities.takes_positions(self.model):
-            return capabilities.NO_POSITIONS
-        return decode.check_decoding(self)
+        why = decode.check_decoding(self) if self._takes_positions else capabilities.NO_POSITIONS
+        if why is None or self.why_not_states is not None:
+            return why
+        self.decodes_by_cache = True
+        why_not = decode.check_decoding(self)
+        self.decodes_by_cache = why_not is None
+        return None if why_not is None else f"{why}; with its own cache, {why_not}"
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         from ddp_eval.engines.hf import sampling
@@ -246,9 +294,29 @@ class HFEngine(TransformersEngine):
         logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **kwargs).logits
         return logits[:, -1]
 
+    def next_with_cache(
+        self, tokens: torch.Tensor, cache: Any, positions: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
+        """(B, V) logits behind (B, L) tokens that follow on those of `cache`, and the cache behind them.
+
+        positions: (B, L). mask: (B, cached + L), 0 for padding; None where there is none.
+        """
+        name = str(self._cache_argument)
+        kwargs: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        kwargs |= {"attention_mask": mask} if mask is not None else {}
+        kwargs |= {name: cache} if cache is not None else {}
+        kwargs |= {"logits_to_keep": 1} if self._keeps_reads else {}
+        scan = mamba_scan.beginning_at_states(self.model) if tokens.shape[1] > 1 else contextlib.nullcontext()
+        with scan, mamba_scan.in_short_chunks(self._chunked_layers, tokens.shape[1]):
+            output = self.model(input_ids=tokens, use_cache=True, **kwargs)
+        found = getattr(output, name, None)
+        if found is None:
+            raise ValueError("its forward returns no cache")
+        return output.logits[:, -1], found
+
     def logits_at(self, tokens: torch.Tensor, columns: npt.NDArray[Any] | None, **kwargs: Any) -> torch.Tensor | None:
         """(len(columns), V) logits of one row, (1, L) tokens; None if none are asked for."""
-        wanted = self._to_device(np.zeros(1, dtype=np.int64) if columns is None else columns)
+        wanted = self.to_device(np.zeros(1, dtype=np.int64) if columns is None else columns)
 
         def compute() -> torch.Tensor | None:
             values = self._call(tokens, wanted, **kwargs)[0]
@@ -273,12 +341,12 @@ class HFEngine(TransformersEngine):
         self._attend_with(self._attention_for(pack))
         masked = self._attention == blocks.NAME or not pack.is_chain
         pack = pad_tail(pack, self.input_shape(pack)[1], masked)
-        tokens = self._to_device(pack.tokens)
-        depth = self._to_device(pack.depth)
+        tokens = self.to_device(pack.tokens)
+        depth = self.to_device(pack.depth)
         counting = self._counting if masked else None
         mask = self._make_mask(pack, depth) if masked and (counting is None or counting.takes_mask) else None
-        reads = self._to_device(pack.reads)
-        with counting.count(depth, self._to_device(pack.end)) if counting is not None else contextlib.nullcontext():
+        reads = self.to_device(pack.reads)
+        with counting.count(depth, self.to_device(pack.end)) if counting is not None else contextlib.nullcontext():
             return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
 
     def _positions(self, depth: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -292,7 +360,7 @@ class HFEngine(TransformersEngine):
     def _make_mask(self, pack: Pack, depth: torch.Tensor) -> Any:
         """What the model takes as `attention_mask`, by its attention implementation."""
         if self.tree_attention != blocks.NAME:
-            return attention.make_mask(self.tree_attention, depth, self._to_device(pack.end), self._rules, self.dtype)
+            return attention.make_mask(self.tree_attention, depth, self.to_device(pack.end), self._rules, self.dtype)
         runs = blocks.split(pack.depth)
         masks = {}
         for kind, rule in self._rules.items():
@@ -309,20 +377,30 @@ class HFEngine(TransformersEngine):
         padded = np.zeros((len(starts), int(pack.depth.max()) + 1), dtype=np.int64)
         padded[row_of_token, pack.depth] = pack.tokens
         columns, column_of_read = np.unique(pack.depth[pack.reads], return_inverse=True)
-        output = self._call(self._to_device(padded), self._to_device(columns))
-        return output[self._to_device(row_of_token[pack.reads]), self._to_device(column_of_read)]
+        output = self._call(self.to_device(padded), self.to_device(columns))
+        return output[self.to_device(row_of_token[pack.reads]), self.to_device(column_of_read)]
 
-    def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """(B, len(columns), H) hidden states of those columns; their (…, V) logits of a model whose head cannot run alone."""
+    def _call(
+        self, tokens: torch.Tensor, columns: torch.Tensor, note: Callable[[Any], None] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(B, len(columns), H) hidden states of those columns; their (…, V) logits of a model whose head cannot run alone.
+
+        note: is given the whole output.
+        """
+        kwargs = {"input_ids": tokens, "use_cache": False, **kwargs}
         with self.last_layer.only(columns) if self.skips_unread else contextlib.nullcontext():
             if self.splits_head:
-                output = self.model.base_model(input_ids=tokens, use_cache=False, **kwargs)
-                hidden: torch.Tensor = output.last_hidden_state[:, columns]
-                return hidden
-            if self._keeps_reads:
-                logits: torch.Tensor = self._whole(input_ids=tokens, logits_to_keep=columns, use_cache=False, **kwargs).logits
-                return logits
-            return self._whole(input_ids=tokens, use_cache=False, **kwargs).logits[:, columns]
+                output = self.model.base_model(**kwargs)
+                values: torch.Tensor = output.last_hidden_state[:, columns]
+            elif self._keeps_reads:
+                output = self._whole(logits_to_keep=columns, **kwargs)
+                values = output.logits
+            else:
+                output = self._whole(**kwargs)
+                values = output.logits[:, columns]
+        if note is not None:
+            note(output)
+        return values
 
     @property
     def _whole(self) -> Callable[..., Any]:
@@ -332,10 +410,8 @@ class HFEngine(TransformersEngine):
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, H) hidden states -> (n, V) logits, by the model's own forward with its body left out."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         body = self.model.base_model
-        stand_in = BaseModelOutputWithPast(last_hidden_state=hidden[None])
+        stand_in = _body_output(hidden[None])
         nothing = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         with unittest.mock.patch.object(body, "forward", lambda *args, **kwargs: stand_in):
             logits: torch.Tensor = self._whole(input_ids=nothing, use_cache=False).logits[0]
@@ -354,16 +430,28 @@ class HFEngine(TransformersEngine):
         for first, (start, stop) in zip(range(0, len(values), step), itertools.pairwise(edges.tolist()), strict=True):
             rows = values[first : first + step]
             logits = self._head(rows) if hidden else rows
-            wanted = self._to_device(reads[start:stop] - first), self._to_device(targets[start:stop])
+            wanted = self.to_device(reads[start:stop] - first), self.to_device(targets[start:stop])
             parts.append(readout.score_tokens(logits, *wanted, items[start:stop]))
-        back = self._to_device(np.argsort(order, kind="stable"))
+        back = self.to_device(np.argsort(order, kind="stable"))
         return readout.copy_to_host(pack, readout.join_scores(parts, back))
 
-    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+    def to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array.astype(np.int64, copy=False))
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()  # from other memory a copy waits for what the device is at
         return tensor.to(self.device, non_blocking=True)
+
+
+def _body_output(hidden: torch.Tensor) -> Any:
+    """What a body returns, with None for all else that heads ask of it: routers' logits, a cache, ... hidden: (1, n, H)."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class BodyOutput(BaseModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+    return BodyOutput(last_hidden_state=hidden)
 
 
 @contextlib.contextmanager

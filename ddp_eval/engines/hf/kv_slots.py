@@ -26,7 +26,7 @@ class KVSlots:
     """Keys and values of the rows that decode together, and the two forwards over them."""
 
     def __init__(self, engine: CausalModel, prefix: IntArray, slots: int, width: int) -> None:
-        self._engine, self._slots, self._width = engine, slots, width
+        self._engine, self.slots, self._width = engine, slots, width
         self._rules = layer_rules(engine.config)
         self._prefix_length = len(prefix)
         self._prefix: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer, (K, P, D) each
@@ -175,7 +175,7 @@ class KVSlots:
         """Copy what a tree's rows need of its keys and values into their slots."""
         if not self._kept:
             self._kept = [
-                tuple(part.new_zeros((self._slots, part.shape[1], self._width, part.shape[3])) for part in pair)  # type: ignore[misc]
+                tuple(part.new_zeros((self.slots, part.shape[1], self._width, part.shape[3])) for part in pair)  # type: ignore[misc]
                 for pair in fresh
             ]
         for path in tree.paths:

@@ -212,6 +212,7 @@ class LayersEngine(engine.HFEngine):
             launches_ahead=True,  # a launch posts a receive
             serves_generation=False,
         )
+        self.why_not_states = "its stages pass on the hidden states of one forward for each pack"
         self._incoming: collectives.Incoming | None = None
         self._sent: collections.deque[collectives.Outgoing] = collections.deque()
 

@@ -1,0 +1,131 @@
+"""Trees that share caches, on tiny models of each kind of layer that keeps a state, against plain forwards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_configs  # in scripts/
+import tiny_models
+import tolerance
+import torch
+import transformers
+from engine_runs import CPU, answer_plainly, assert_equal_answers, assert_equal_values, build_prefix_tree, load, run, to_requests
+from tiny_models import STATE_KINDS, VOCAB_SIZE
+
+from ddp_eval.engines.hf import engine as hf
+from ddp_eval.engines.hf import mamba_scan, model_cache
+from ddp_eval.packs.plan import STATES
+from ddp_eval.packs.rows import plan_rows
+from ddp_eval.packs.states import count_branches, plan_one_forest
+from ddp_eval.run import planning
+from ddp_eval.run.planning import make_plan
+from ddp_eval.run.self_check import check_states, trial_requests
+
+# Of transformers 5.23, each with its own code for states. Zamba2's and xLSTM's tiny models do not run.
+TYPES = [
+    "bailing_hybrid", "bamba", "deepseek_v4", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling2_text", "inkling_text",
+    "jamba", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid",
+    "qwen3_5_text", "qwen3_next", "qwen4_exp_text", "zamba", "zaya",
+]  # fmt: skip
+
+
+def few_shot(seed: int, questions: int, prefix: int = 150) -> list[tuple[list[int], int]]:
+    """Questions of several lengths behind one prefix, with two choices each: the second a token longer."""
+    random = np.random.default_rng(seed)
+
+    def draw(count: int) -> list[int]:
+        return random.integers(2, VOCAB_SIZE, count).tolist()
+
+    stem = draw(prefix)
+    asked = [stem + draw(int(random.integers(20, 60))) for _ in range(questions)]
+    return [(question + draw(1 + choice), 1 + choice) for question in asked for choice in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", STATE_KINDS)
+def test_equals_plain_forwards(kind: str, tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches states that are not copied, belong to another row, are ignored or padded over, and positions counted anew."""
+    engine = load(tiny_model_path(kind))
+    requests, expected = build_prefix_tree(engine.model, seed=5, count=12, longest_prefix=70, longest_tail=40)
+    plan, item_of_request = plan_one_forest(to_requests(requests))
+    assert count_branches(plan) > 3
+    assert_equal_answers(run(engine, plan, item_of_request), expected)
+    assert check_states(engine, trial_requests(to_requests(requests), VOCAB_SIZE)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_type_equals_plain_forwards(model_type: str) -> None:
+    """Catches a type whose cache is another or whose layers ignore it."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_configs.tiny_config(model_type), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight *= 4  # as drawn, hardly anything shows in the log-probabilities
+    engine = hf.HFEngine(model, CPU)
+    trial = trial_requests(to_requests([(list(range(2, 200)), 3)]), engine.vocab_size, engine.capabilities.reaches)
+    assert check_states(engine, trial) is None
+    assert engine.why_not_batches is None or model_type in ("deepseek_v4", "qwen4_exp_text")
+
+
+def test_plan_shares_caches_where_it_pays(tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches models with states that run in rows, rows that no longer do, and a plan that does not say which it is."""
+    engine = load(tiny_model_path("qwen3_5"))
+    requests = few_shot(seed=1, questions=8)
+    decision = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert decision.plan.kind == STATES and decision.instead == planning.SHARED
+    assert decision.why_rows == "its layers of the kind linear_attention keep a state instead of attending"
+    asked = sum(len(tokens) - 1 for tokens, _ in requests)
+    assert len(decision.plan.tokens) < asked / 3
+    assert_equal_values(run(engine, decision.plan, decision.item_of_request), answer_plainly(engine.model, requests))
+    assert make_plan(engine, to_requests(requests), packing=False, max_pack_tokens=None).plan.rows
+    strangers = [(tokens[index : index + 9], 1) for index, (tokens, _) in enumerate(requests)]
+    alone = make_plan(engine, to_requests(strangers), packing=True, max_pack_tokens=None)
+    assert alone.plan.rows and alone.instead == planning.PADDED and "copies" not in str(alone.why_rows)
+
+
+def test_check_catches_layers_that_ignore_their_state(
+    tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a check that is blind: Mamba-1 layers begin at zero whatever their cache holds, without an error."""
+    engine = load(tiny_model_path("mamba"))
+    requests = few_shot(seed=2, questions=40)
+    monkeypatch.setattr(mamba_scan, "beginning_at_states", lambda model: contextlib.nullcontext())
+    decision = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert decision.plan.rows and "runs with copies of its cache and plain ones differ by" in str(decision.why_rows)
+
+
+def test_states_keep_their_dtype(tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches states rounded to the model's dtype on their way into a copy, and rows mixed up in it."""
+    engine = load(tiny_model_path("qwen3_5"), dtype="bfloat16")
+    with torch.inference_mode():
+        cache = engine.model(input_ids=torch.tensor([[5, 6, 7], [8, 9, 10]]), use_cache=True).past_key_values
+        before = [tensor.clone() for tensor in model_cache._tensors(cache)]
+        copied = model_cache.copy_rows(cache, torch.tensor([1, 1, 1]))
+        engine.model(input_ids=torch.tensor([[5]] * 3), past_key_values=copied, use_cache=True)
+    assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+    assert cache.layers[0].conv_states[0].dtype == torch.bfloat16
+    assert [tensor.dtype for tensor in model_cache._tensors(copied)] == [tensor.dtype for tensor in before]
+    assert all(torch.equal(*pair) for pair in zip(model_cache._tensors(cache), before, strict=True)), "the source has changed"
+    requests = few_shot(seed=3, questions=12, prefix=60)
+    exact = [answer.logprob for answer in answer_plainly(load(tiny_model_path("qwen3_5")).model, requests)]
+    plain = [value for value, _ in run(engine, *plan_rows(to_requests(requests), 1, isolate=True))]
+    shared = [value for value, _ in run(engine, *plan_one_forest(to_requests(requests)))]
+    error, allowed = tolerance.error_of_half(shared, plain, exact)
+    assert error <= allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_5", "falcon_h1", "jamba"])
+def test_twenty_to_three_thousand_tokens(kind: str) -> None:
+    """Catches numbers that go off with length, and packs that hold long and short requests badly."""
+    engine = hf.HFEngine(tiny_models.make_model(kind), CPU)
+    requests = [*few_shot(seed=4, questions=3, prefix=2900), *few_shot(seed=5, questions=6, prefix=400)]
+    requests += [(tokens[-length:], 2) for (tokens, _), length in zip(requests, (20, 45, 90, 200, 700, 1500), strict=False)]
+    decision = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
+    assert decision.plan.kind == STATES
+    assert_equal_values(run(engine, decision.plan, decision.item_of_request), answer_plainly(engine.model, requests))

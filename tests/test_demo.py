@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launch import launch
@@ -77,7 +78,8 @@ def test_training_never_sees_an_evaluated_text(make_demo_model):
 @pytest.mark.timeout(180)
 def test_same_steps_give_the_same_bytes(tmp_path):
     """Catches set order, an unseeded draw or a clock in training: two processes with other hash seeds must write equal files."""
-    for name, seed in {"1": {}, "2": {"PYTHONHASHSEED": "2"}}.items():
+    seeds: Any = {"1": {}, "2": {"PYTHONHASHSEED": "2"}}
+    for name, seed in seeds.items():
         made = launch(0, "--steps", 2, "--batch_size", 8, "--out", tmp_path / name, program=(str(SCRIPT),), **seed)
         assert made.returncode == 0, str(made)
     names = sorted(path.name for path in (tmp_path / "1").iterdir())

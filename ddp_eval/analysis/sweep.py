@@ -19,10 +19,10 @@ from ddp_eval.analysis.read import result_rows
 from ddp_eval.errors import UserError
 from ddp_eval.output import write
 from ddp_eval.output.documents import TRANSFORMS
+from ddp_eval.output.sweep_file import DONE, SWEEP
 from ddp_eval.system import read_back
 
-SWEEP = "sweep.json"
-DONE, UNREADABLE = "done", "unreadable"  # states; further ones are those that the sweep itself writes
+UNREADABLE = "unreadable"  # a state beside those that the sweep itself writes
 
 
 class Metric(NamedTuple):

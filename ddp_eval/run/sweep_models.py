@@ -13,6 +13,8 @@ from typing import NamedTuple
 from ddp_eval.errors import UserError
 from ddp_eval.run.sweep_options import SweepOptions
 
+# What stands in a sweep's directory beside its runs.
+_TAKEN = ("logs", "status.json", "sweep.csv", "sweep.json", "sweep_metrics.json")
 # A number behind one of these words, or a name that is a number, is the step of a training run.
 _STEP = re.compile(r"(?:^|[^a-z])(?:steps?|checkpoint|ckpt|iter|iteration|global_?step|batch)[-_=]?0*(\d+)", re.IGNORECASE)
 
@@ -50,13 +52,16 @@ def list_models(options: SweepOptions) -> list[SweptModel]:
         if count > 1:
             models = [one.model for one in found if one.name == name]
             raise UserError(f"--models {' and '.join(models)} would both be evaluated in {name}: give them separate sweeps")
+    for one in found:
+        if one.name in _TAKEN:
+            raise UserError(f"--models {one.model} would be evaluated in {one.name}, which a sweep has for itself: rename it")
     return found
 
 
 def _expand(spec: str) -> list[tuple[str, str]]:
     """(name, model) of what a specification stands for now."""
     if not glob.has_magic(spec):
-        return [(os.path.basename(spec.rstrip("/")) or "model", spec)]
+        return [(os.path.basename(os.path.abspath(spec)) or "model", spec)]
     parts = Path(os.path.expanduser(spec)).parts
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     paths = [path.rstrip("/") for path in glob.glob(os.path.expanduser(spec)) if os.path.isdir(path)]

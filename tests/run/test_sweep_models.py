@@ -45,6 +45,9 @@ def test_names_and_steps() -> None:
     assert names("models/Qwen3-0.6B", "run/iter_0000500", "run/2000/") == [
         ("Qwen3-0.6B", None), ("iter_0000500", 500), ("2000", 2000),
     ]  # fmt: skip
+    assert names("models/.") == [("models", None)]
+    with pytest.raises(UserError, match="--models runs/logs would be evaluated in logs, which a sweep has for itself"):
+        names("runs/logs")
     with pytest.raises(UserError, match="p/x/y and q/x/y would both be evaluated in x-y"):
         names("p/x/y", "q/x/y")
 

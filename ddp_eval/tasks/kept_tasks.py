@@ -1,8 +1,8 @@
 """Tasks that lm_eval need not load and build again for the next model: which they are, and how they become as new.
 
 A task is kept where nothing works between its documents and its scores but templates, lm_eval's own metrics and filters, and code
-that can keep no state (pure_code.py). All others are loaded and built anew for each model, by modules that are executed anew, as in
-a process of their own.
+that can keep no state (pure_code.py). All others are loaded and built anew for each model, by modules that are executed anew, as
+in a process of their own.
 
 What a task draws from Python's, numpy's and torch's global generators while it is loaded and built, the tasks behind it do not
 get: so the states before and after are kept with it, and put in place where it is passed over.

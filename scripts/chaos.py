@@ -292,7 +292,7 @@ class Launch:
             for word, pack, _ in lines:
                 if word == "done":
                     finished.append(int(pack))
-                    del open_packs[int(pack)]
+                    open_packs.pop(int(pack), None)  # the models of a sweep number theirs alike
             most = max(most, len(open_packs))
             lost_s += sum(max(0.0, killed_at - moment) for moment in open_packs.values()) if killed_at else 0.0
         return begun, finished, lost_s, most, again

@@ -1,8 +1,8 @@
 """Tasks that lm_eval need not load and build again for the next model: which they are, and how they become as new.
 
-A task is kept where nothing but templates, lm_eval's own metrics and lm_eval's own filters works between its documents and its
-scores: these keep no state. All others are loaded and built anew for each model, by modules that are executed anew, as in a
-process of their own.
+A task is kept where nothing works between its documents and its scores but templates, lm_eval's own metrics and filters, and code
+that can keep no state (pure_code.py). All others are loaded and built anew for each model, by modules that are executed anew, as
+in a process of their own.
 
 What a task draws from Python's, numpy's and torch's global generators while it is loaded and built, the tasks behind it do not
 get: so the states before and after are kept with it, and put in place where it is passed over.
@@ -24,6 +24,8 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
 from lm_eval.api.task import ConfigurableTask
+
+from ddp_eval.tasks.pure_code import keeps_no_state
 
 _REGISTRIES = (
     registry.filter_registry, registry.aggregation_registry, registry.metric_registry, registry.metric_agg_registry,
@@ -145,14 +147,15 @@ def is_kept(task: Any) -> bool:
         return False
     names = ("doc_to_text", "doc_to_target", "doc_to_choice", "doc_to_decontamination_query", "gen_prefix", "description")
     sources = [getattr(config, name, None) for config in (task.config, task.fewshot_cfg) for name in (*names, "process_docs")]
-    if any(callable(source) for source in (*sources, task.config.process_results)):
-        return False
-    functions = [*task._metric_fn_list.values(), *task._aggregation_list.values()]
-    if not all(_is_of(function, "lm_eval.api.") for function in functions):
+    code = [source for source in (*sources, task.config.process_results) if callable(source)]
+    metrics = [one for one in (*task._metric_fn_list.values(), *task._aggregation_list.values()) if one is not None]
+    code += [metric for metric in metrics if not _is_of(metric, "lm_eval.api.")]
+    if not all(map(keeps_no_state, code)):
         return False
     if not all(_is_plain_filter(make) for ensemble in getattr(task, "_filters", ()) for make in ensemble.filters):
         return False
-    return _is_plain_dataset(task.eval_docs) and all(type(one) is Instance for one in task.instances)
+    makes_documents = task.config.process_docs is not None  # anew each time that they are asked for
+    return (makes_documents or _is_plain_dataset(task.eval_docs)) and all(type(one) is Instance for one in task.instances)
 
 
 def _is_of(function: Any, package: str) -> bool:

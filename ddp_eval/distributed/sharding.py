@@ -184,6 +184,16 @@ def forget_unfinished(model: Any) -> None:
         state._modules_to_run_forward.clear()
 
 
+def drop_received(module: Any) -> None:
+    """Free what the last gathering received, before the next one. On a CPU, where it has been copied into the weights by now.
+
+    torch keeps it for streams of a device: a layer more that is held.
+    """
+    state = module._get_fsdp_state()
+    if state._device.type == "cpu":
+        state._comm_ctx.all_gather_state = None
+
+
 def _states(model: Any) -> list[Any]:
     return list({id(state): state for state in (module._get_fsdp_state() for module in sharded_modules(model))}.values())
 

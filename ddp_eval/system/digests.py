@@ -13,7 +13,7 @@ from typing import Any
 import ddp_eval
 
 _DIGESTS_AT_ONCE = 4
-_BLOCK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2**20
 
 
 def digest_directory(path: str | os.PathLike[str], names: Iterable[str] | None = None, read_all: bool = False) -> dict[str, Any]:

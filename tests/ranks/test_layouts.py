@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import time
+from typing import Any
 
 import pytest
 import tiny_models
@@ -103,7 +104,7 @@ def test_sharded_weights_give_the_bits_of_one_rank(ranks, layout, kind, run):
 @pytest.mark.slow
 def test_weights_of_two_dtypes_are_sharded(tmp_path):
     """Catches FSDP's refusal of layers whose weights are of two dtypes: routers that stay in float32 in a bfloat16 model."""
-    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
+    experts: Any = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1}
     config = transformers.Ernie4_5_MoeConfig(**tiny_models._SHAPE, **experts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -199,6 +199,7 @@ class Lockstep:
             self._is_skipping = False
 
     def _enter(self, module: Any, args: Any) -> None:
+        sharding.drop_received(module)
         self._pace.note_gather(module)
         if self._is_skipping:
             return

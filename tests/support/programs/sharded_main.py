@@ -136,7 +136,7 @@ def run_case(case: str, tokenizer: Any, wholes: dict[tuple[str, str, str], Any],
     if kind == "refused":
         return run_refused(way, tokenizer)
     dtype, work = getattr(torch, dtype_name[0]), way if way in ("texts", "single", "adapter") else ""
-    tasks, options = TASKS, {"limit": 3, "log_samples": True}
+    tasks, options = TASKS, dict[str, Any](limit=3, log_samples=True)
     if work == "texts":
         tasks, options = TEXTS, {**options, "include_path": str(GENERATION_TASKS)}
     elif work == "single":  # by the model's own `generate`

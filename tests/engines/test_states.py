@@ -105,7 +105,7 @@ def test_states_keep_their_dtype(tiny_model_path: Callable[[str], Path]) -> None
     with torch.inference_mode():
         cache = engine.model(input_ids=torch.tensor([[5, 6, 7], [8, 9, 10]]), use_cache=True).past_key_values
         before = [tensor.clone() for tensor in model_cache._tensors(cache)]
-        copied = model_cache.copy_rows(cache, torch.tensor([1, 1, 1]))
+        copied = model_cache.copy_rows(cache, [1, 1, 1], CPU)
         engine.model(input_ids=torch.tensor([[5]] * 3), past_key_values=copied, use_cache=True)
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
     assert cache.layers[0].conv_states[0].dtype == torch.bfloat16

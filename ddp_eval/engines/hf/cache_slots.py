@@ -66,7 +66,7 @@ class CacheSlots:
         for members in self._groups(prompts):
             source = None
             if self._prefix is not None:
-                source = copy_rows(self._prefix, torch.zeros(len(members), dtype=torch.int64, device=self._engine.device))
+                source = copy_rows(self._prefix, [0] * len(members), self._engine.device)
             found, cache = self._run([prompts[index] for index in members], source, self._prefix_length)
             caches.append(cache)
             widths.append(self._prefix_length + len(prompts[members[0]]))
@@ -101,8 +101,7 @@ class CacheSlots:
         """The cache with its rows in the order of slots, and no more padding than they need."""
         longest = max(self._lengths)
         if self._row_in_slot != list(range(self._rows)) or longest < self._width:
-            rows = torch.tensor(self._row_in_slot, device=self._engine.device)
-            self._cache = join_rows([copy_rows(self._cache, rows)], [longest])
+            self._cache = join_rows([copy_rows(self._cache, self._row_in_slot, self._engine.device)], [longest])
             self._row_in_slot, self._rows, self._width = list(range(len(self))), len(self), longest
         return self._cache
 

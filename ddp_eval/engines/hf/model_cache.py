@@ -23,27 +23,28 @@ def cache_argument(model: Any) -> str | None:
     return next((name for name in _ARGUMENTS if all(name in names for names in taken)), None)
 
 
-def copy_rows(cache: Any, rows: torch.Tensor) -> Any:
-    """A cache of its own whose row i is row `rows[i]` of `cache`, which stays as it is. rows: (B,)."""
+def copy_rows(cache: Any, rows: Sequence[int], device: torch.device) -> Any:
+    """A cache of its own whose row i is row `rows[i]` of `cache`, which stays as it is."""
+    chosen, same = torch.tensor(rows, device=device), len(set(rows)) == 1  # here: a GPU would have to be waited for
     if isinstance(cache, (list, tuple)):  # RWKV
-        return [state.index_select(0, rows) for state in cache]
+        return [state.index_select(0, chosen) for state in cache]
     made = copy.copy(cache)
-    made.layers = [_copy_layer(layer, rows) for layer in cache.layers]
+    made.layers = [_copy_layer(layer, chosen, rows[0] if same else None) for layer in cache.layers]
     if hasattr(cache, "linear_cache"):  # MiniMax: [] for layers that attend
         made.linear_cache = [
-            state.index_select(0, rows) if isinstance(state, torch.Tensor) else [] for state in cache.linear_cache
+            state.index_select(0, chosen) if isinstance(state, torch.Tensor) else [] for state in cache.linear_cache
         ]
     return made
 
 
-def _copy_layer(layer: Any, rows: torch.Tensor) -> Any:
+def _copy_layer(layer: Any, rows: torch.Tensor, only: int | None) -> Any:
+    """only: the one row that is copied, however often; None where there are several."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     made = copy.copy(layer)
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized and bool((rows == rows[0]).all()):
+    if only is not None and type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized:
         # Keys and values are only ever appended to, in memory of their own: until then one row serves all.
-        row = int(rows[0])
-        made.keys, made.values = (part[row : row + 1].expand(len(rows), -1, -1, -1) for part in (layer.keys, layer.values))
+        made.keys, made.values = (part[only : only + 1].expand(len(rows), -1, -1, -1) for part in (layer.keys, layer.values))
         return made
     for name, value in vars(layer).items():
         if isinstance(value, (dict, list)):

@@ -69,7 +69,7 @@ class StateTree:
         children = np.flatnonzero(np.isin(segments.parents, batch.members))
         tokens = self._lay_down(batch)
         reads, rows, columns, column_of_read = self._find_reads(batch, tokens.shape[1])
-        cache = None if batch.source is None else copy_rows(batch.source, self._model.to_device(batch.rows))
+        cache = None if batch.source is None else copy_rows(batch.source, batch.rows.tolist(), self._model.device)
         depth = int(segments.depths[batch.members[0]])
         output, cache = self._model.call_with_cache(tokens, columns, depth, cache, keep=len(children) > 0)
         if self.values is None:

@@ -44,6 +44,7 @@ from transformers.models.auto import modeling_auto
 from ddp_eval import demo
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.lm import DDPEvalLM
+from ddp_eval.packs.plan import PACKS, ROWS, STATES
 from ddp_eval.run import leader, planning
 from ddp_eval.system.digests import digest_code
 
@@ -210,8 +211,9 @@ def by_ddp_eval(model_type: str, directory: str, outcome: Outcome) -> Answers:
     def watch(*arguments: Any) -> Any:
         plan = plan_work(*arguments)
         if len(plan.scoring.item_of_request):
-            engine, rows = arguments[3].engine, plan.scoring.plan.rows
-            outcome.mode = "pairs" if engine.capabilities.is_encoder_decoder else plan.scoring.instead if rows else "packs"
+            engine, kind = arguments[3].engine, plan.scoring.plan.kind
+            of_kind = {PACKS: "packs", STATES: "shared caches", ROWS: plan.scoring.instead}
+            outcome.mode = "pairs" if engine.capabilities.is_encoder_decoder else of_kind[kind]
             outcome.why = plan.scoring.why_rows or ""
         if len(plan.generation.item_of_prompt):
             outcome.generation = "batches" if plan.generation.plan.slots.all() else "one by one"

@@ -168,9 +168,10 @@ def test_contexts_are_encoded_once(model_of: Callable[[str], Any]) -> None:
     """Catches an encoder that runs for every choice."""
     seen = []
     engine = Seq2SeqEngine(model_of("t5"), torch.device("cpu"))
-    handle = engine.model.get_encoder().register_forward_hook(lambda module, args, output: seen.append(output[0].shape[0]))
     requests = requests_from_lists([[5, 6, 7, end] for end in (8, 9, 10, 11)], [1] * 4)
     plan, _ = plan_pairs(requests, 10_000)
+    engine.collect(engine.launch(build_pack(plan, 0)))  # the first also looks whether the model draws
+    handle = engine.model.get_encoder().register_forward_hook(lambda module, args, output: seen.append(output[0].shape[0]))
     sums = engine.collect(engine.launch(build_pack(plan, 0)))["logprob"]
     handle.remove()
     assert seen == [1] and len(sums) == 4 and len(np.unique(sums)) == 4

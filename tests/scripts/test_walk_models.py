@@ -16,7 +16,7 @@ import walk_models
     [
         ("gemma4_text", "packs", "batches"),  # heads of two sizes
         ("glm_moe_dsa", "packs", "one by one"),  # an indexer
-        ("lfm2", "padded rows", "one by one"),  # short convolutions
+        ("lfm2", "shared caches", "batches"),  # short convolutions
         ("bert", "each request by itself", "one by one"),  # not causal
         ("bart", "pairs", "one by one"),
     ],

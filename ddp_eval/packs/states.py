@@ -83,7 +83,9 @@ def count_branches(plan: Plan) -> int:
     return int(((shared > 0) & (shared < lengths) & (shared != tips)).sum())
 
 
-def keep_worthwhile(lengths: IntArray, shared: IntArray, least_segment: int, least_saved: int) -> tuple[IntArray, IntArray]:
+def keep_worthwhile(
+    lengths: IntArray, shared: IntArray, least_segment: int, least_saved: int
+) -> tuple[IntArray, npt.NDArray[np.bool_]]:
     """Give up branches that save less than they cost: what stands before them is repeated instead.
 
     lengths, shared: (M,) as `sort_and_share` leaves them. least_segment: tokens between two branches of a path.

@@ -348,7 +348,7 @@ class HFEngine(TransformersEngine):
         with counting.count(depth, self.to_device(pack.end)) if counting is not None else contextlib.nullcontext():
             return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
 
-    def _positions(self, depth: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _positions(self, depth: torch.Tensor) -> dict[str, Any]:
         """depth: (L,). Some models that count by themselves (BLOOM, MPT) take no positions."""
         return {"position_ids": depth[None]} if self._takes_positions else {}
 

@@ -19,6 +19,7 @@ import collections
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -239,13 +240,15 @@ class LayersEngine(engine.HFEngine):
             result = super().launch(launched.pack)
             return super().collect(result) if self.stage.is_last else NO_RESULTS
 
-    def _call(self, tokens: torch.Tensor, columns: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def _call(
+        self, tokens: torch.Tensor, columns: torch.Tensor, note: Callable[[Any], None] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """On the last stage as of the whole model. On the others the hidden states go on, and one zero each stands for them."""
         if self._incoming is not None:
             self._enter(self._incoming.wait())
         try:
             if self.stage.is_last:
-                return super()._call(tokens, columns, **kwargs)
+                return super()._call(tokens, columns, note, **kwargs)
             hidden = self.model.base_model(input_ids=tokens, use_cache=False, **kwargs).last_hidden_state
         except Exception as error:
             if not self.is_probe or is_out_of_memory(error):

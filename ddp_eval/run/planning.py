@@ -139,6 +139,11 @@ class Decision(NamedTuple):
     why_rows: str | None
     instead: str = PADDED
 
+    @property
+    def mode(self) -> str:
+        """How requests are run, in words."""
+        return "packs" if self.why_rows is None else self.instead
+
 
 def make_plan(
     engine: Engine,

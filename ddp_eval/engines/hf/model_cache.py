@@ -70,9 +70,13 @@ def join_rows(caches: Sequence[Any], lengths: Sequence[int]) -> Any:
 
 # Whose tensors are keys and values, (B, heads, tokens, size) each, and dicts of states, (B, ...) each.
 _JOINED = (
-    "DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer",
-    "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer",
-)  # fmt: skip
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+)
 
 
 def _join_layers(layers: Sequence[Any], lengths: Sequence[int]) -> Any:

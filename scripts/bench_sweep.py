@@ -64,7 +64,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each side (default 1)")
     parser.add_argument("--out", help="write PATH.md and PATH.json")
     args = parser.parse_args()
-    args.cpu = True
+    args.cpu, args.dtype = True, "float32"
     words = [task.partition(":") for task in args.tasks.split(",")]
     limits = {limit for _, _, limit in words}
     if len(limits) != 1:

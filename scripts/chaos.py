@@ -144,11 +144,11 @@ def report(args: argparse.Namespace, tally: Tally, length_s: float) -> None:
     kills = ", ".join(f"{count} of {target}" for target, count in tally.kills.items())
     print(f"{args.trials} trials (seed {args.seed}), all bit-identical to the undisturbed run, which takes {length_s:.1f} s")
     print(f"{tally.starts} starts, {sum(tally.kills.values())} kills ({kills}), {tally.restarts} elastic restarts")
-    none_twice = "" if args.sweep else ", none that was in a journal before"
-    print(f"{tally.computed} packs computed{none_twice}; {tally.lost} packs in hand lost")
-    if tally.lost_s:
-        median_s, most_s = statistics.median(tally.lost_s), max(tally.lost_s)
-        print(f"a kill lost {median_s:.3f} s of computing in the median, {most_s:.3f} s at most, over all its ranks")
+    if not args.sweep:  # whose models number their packs alike
+        print(f"{tally.computed} packs computed, none that was in a journal before; {tally.lost} packs in hand lost")
+        if tally.lost_s:
+            median_s, most_s = statistics.median(tally.lost_s), max(tally.lost_s)
+            print(f"a kill lost {median_s:.3f} s of computing in the median, {most_s:.3f} s at most, over all its ranks")
         print(f"a process lost at most {tally.most_lost} pack(s)")
     if tally.gone_s:
         median_s, most_s = statistics.median(tally.gone_s), max(tally.gone_s)

@@ -38,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if cache.name != "ddp_eval":
             Path(home.name, cache.name).symlink_to(cache.absolute())
     os.environ["XDG_CACHE_HOME"] = home.name
+    if "ATEN_CPU_CAPABILITY" in os.environ:  # torch's cache of compiled code is not keyed by it, and offers vectors that are off
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(home.name, "inductor")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import transformers
 from engine_runs import CPU, answer_plainly, assert_equal_answers, assert_equal_values, build_prefix_tree, load, run, to_requests
 from tiny_models import STATE_KINDS, VOCAB_SIZE
 
-from ddp_eval.engines.hf import cache_slots, mamba_scan, model_cache
+from ddp_eval.engines.hf import cache_slots, capabilities, mamba_scan, model_cache
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.hf.cache_slots import CacheSlots
 from ddp_eval.packs.plan import STATES
@@ -98,6 +99,85 @@ def test_check_catches_layers_that_ignore_their_state(
     monkeypatch.setattr(mamba_scan, "beginning_at_states", lambda model: contextlib.nullcontext())
     decision = make_plan(engine, to_requests(requests), packing=True, max_pack_tokens=None)
     assert decision.plan.rows and "runs with copies of its cache and plain ones differ by" in str(decision.why_rows)
+
+
+def test_check_copies_single_rows_too(tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a trial that always has rows of two trees together: where all copy one row, they share its keys and values."""
+    copy_layer = model_cache._copy_layer
+
+    def without_keys(layer, rows, only):
+        made = copy_layer(layer, rows, only)
+        if only is not None and len(rows) > 1 and getattr(made, "keys", None) is not None:
+            made.keys = torch.zeros_like(made.keys)
+        return made
+
+    engine = load(tiny_model_path("lfm2"))
+    trial = trial_requests(to_requests(few_shot(seed=6, questions=4)), VOCAB_SIZE)
+    monkeypatch.setattr(model_cache, "_copy_layer", without_keys)
+    assert "copies of its cache and plain ones differ" in (check_states(engine, trial) or "")
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_one_token_at_the_last_position(rope_type: str) -> None:
+    """Catches padding beyond the length from which on the frequencies of all rows change."""
+    model = tiny_models.make_model("lfm2")
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    config.max_position_embeddings = 64 if rope_type == "dynamic" else 256
+    if rope_type == "longrope":
+        config.rope_parameters |= {"original_max_position_embeddings": 64, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    torch.manual_seed(0)
+    engine = hf.HFEngine(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), CPU)
+    stem = np.random.default_rng(7).integers(2, VOCAB_SIZE, 63).tolist()
+    requests = [(stem + tail, 2) for tail in ([5, 6], [7, 8], [9, 10])]
+    assert engine.most_positions == 64 == len(requests[0][0]) - 1
+    plans = plan_one_forest(to_requests(requests)), plan_rows(to_requests(requests), 1, isolate=True)
+    shared, alone = ([value for value, _ in run(engine, *plan)] for plan in plans)
+    assert np.abs(np.array(shared) - alone).max() < 1e-4
+
+
+def test_layers_that_fully_shard_has_derived_a_class_from() -> None:
+    """Catches Mamba layers that are not known as such where a caller has sharded them one by one: they would begin at zero."""
+    from torch.distributed.fsdp import FSDPModule
+
+    model = tiny_models.make_model("mamba")
+    requests = few_shot(seed=8, questions=3, prefix=40)
+    expected = answer_plainly(model, requests)
+    for block in model.backbone.layers:
+        kind = type(block.mixer)
+        block.mixer.__class__ = type(f"FSDP{kind.__name__}", (FSDPModule, kind), {})
+    assert_equal_values(run(hf.HFEngine(model, CPU), *plan_one_forest(to_requests(requests))), expected)
+
+
+def test_long_branches_of_mamba() -> None:
+    """Catches what a state adds to a branch that is computed a slice of tokens at a time."""
+    engine = hf.HFEngine(tiny_models.make_model("mamba"), CPU)
+    tokens = np.random.default_rng(9).integers(2, VOCAB_SIZE, (2, 300))
+    tokens[1, :20] = tokens[0, :20]
+    requests = [(row.tolist(), 290) for row in tokens]
+    assert_equal_values(run(engine, *plan_one_forest(to_requests(requests))), answer_plainly(engine.model, requests))
+
+
+def test_slots_hold_states(tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows without a common prefix, of which only keys and values were counted, that take any memory for their states."""
+    engine = load(tiny_model_path("falcon_h1"))
+    with engine.inference(None):
+        assert CacheSlots(engine, np.zeros(0, dtype=np.int64), 8, 20).slots == 8
+        states = 2 * 4 * 4 * 16 * 8  # bytes: layers, float32, heads, their size, state size
+        monkeypatch.setitem(model_cache.COPIES_BYTES, "cpu", 5 * states)
+        assert 1 <= CacheSlots(engine, np.zeros(0, dtype=np.int64), 8, 20).slots < 5
+
+
+@pytest.mark.parametrize(("model_type", "values", "reach"), [
+    ("deepseek_v4", {"index_topk": 512, "compress_rates": {"compressed_sparse_attention": 4}}, 2048),
+    ("minimax_m3_vl_text", {"index_topk_blocks": 16, "index_block_size": 128}, 2048),
+])  # fmt: skip
+def test_reaches_count_tokens(model_type: str, values: dict[str, object], reach: int) -> None:
+    """Catches a trial in which an indexer never has to choose: its top-k counts runs of tokens, of so many tokens each."""
+    config = tiny_configs.tiny_config(model_type)
+    for name, value in values.items():
+        setattr(config, name, value)
+    assert reach in capabilities.reaches(config)
 
 
 def test_states_keep_their_dtype(tiny_model_path: Callable[[str], Path]) -> None:

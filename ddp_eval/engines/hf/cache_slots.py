@@ -36,7 +36,8 @@ class DecodingModel(Protocol):
 class CacheSlots:
     """Members and methods as of `KVSlots`; rows stand in slots 0 ... B-1 without a gap.
 
-    slots: how many rows there may be: fewer than asked for where the common prefix, which each row has a copy of, is long.
+    slots: how many rows there may be: fewer than asked for where the common prefix, which each row has a copy of, is long, or
+    where the states of a row are large.
     """
 
     def __init__(self, engine: DecodingModel, prefix: IntArray, slots: int, width: int) -> None:
@@ -50,7 +51,9 @@ class CacheSlots:
         if len(prefix):
             self._prefix = self._run([prefix], None, 0)[1]
             of_row = row_bytes(self._prefix, 1) * (len(prefix) + width) // len(prefix)
-            self.slots = max(1, min(slots, COPIES_BYTES["cuda" if engine.device.type == "cuda" else "cpu"] // max(1, of_row)))
+        else:  # keys and values are counted in the slots asked for, states are not
+            of_row = row_bytes(self._run([np.zeros(1, dtype=np.int64)], None, 0)[1], 1)
+        self.slots = max(1, min(slots, COPIES_BYTES["cuda" if engine.device.type == "cuda" else "cpu"] // max(1, of_row)))
 
     def __len__(self) -> int:
         return len(self._lengths)

@@ -81,7 +81,11 @@ def reaches(config: Any) -> tuple[int, ...]:
     """Lengths of a forward at which some layer begins to compute otherwise: windows, chunks, top-k of an indexer, ..."""
     found = {value for name, value in config.to_dict().items() if _REACHES.fullmatch(name) and type(value) is int}
     rates = getattr(config, "compress_rates", None) or {}
-    found.update(rate for rate in (rates.values() if isinstance(rates, dict) else rates) if type(rate) is int)
+    rates = [rate for rate in (rates.values() if isinstance(rates, dict) else rates) if type(rate) is int]
+    found.update(rates)
+    # What is chosen from are runs of tokens: DeepSeek V4's compressed ones, MiniMax M3's blocks.
+    found.update((getattr(config, "index_topk", None) or 0) * rate for rate in rates)
+    found.add((getattr(config, "index_topk_blocks", None) or 0) * (getattr(config, "index_block_size", None) or 0))
     if "linear_attention" in masks.layer_kinds(config):
         found.add(_DELTA_CHUNK)
     found.update(length for length in (equal_lengths_beyond(config),) if length)

@@ -20,7 +20,7 @@ import torch
 from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
-from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs, mamba_scan, model_cache, state_tree
+from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs, limits, mamba_scan, model_cache, state_tree
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
@@ -218,6 +218,12 @@ class HFEngine(TransformersEngine):
             while (launched := self._run(advance)) is None:
                 pass
         return launched
+
+    @functools.cached_property
+    def most_positions(self) -> int | None:
+        """Tokens of a forward, its cache included, beyond which it has no positions, or computes all of them otherwise."""
+        counts = limits.limits_of(self.whole).positions, self.capabilities.equal_lengths_beyond
+        return min((count for count in counts if count is not None), default=None)
 
     def forward_limits(self) -> ForwardLimits:
         """Of one forward of a pack whose caches are shared."""

@@ -25,7 +25,10 @@ from typing import Any
 
 import torch
 
+from ddp_eval.distributed.sharding import own_class
+
 _SCAN, _CHUNK_SCAN = "mamba_selective_scan", "mamba2_chunk_scan"
+_SLICE = 128  # tokens whose states, N numbers for each channel, are there at once
 _SHORT, _LONG = 32, 64  # tokens of a chunk: up to so many tokens, and beyond
 
 
@@ -43,7 +46,7 @@ def beginning_at_states(model: Any) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for mixer in mixers:
             undo.callback(mixer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        for code in {type(mixer).__module__: sys.modules[type(mixer).__module__] for mixer in mixers}.values():
+        for code in {id(code): code for code in map(_code_of, mixers)}.values():
             scan = functools.partial(_scan_from, getattr(code, _SCAN), given)
             undo.enter_context(unittest.mock.patch.object(code, _SCAN, scan))
         yield
@@ -56,7 +59,7 @@ def chunked_layers(model: Any) -> list[Any]:
     return [
         module
         for module in model.modules()
-        if hasattr(sys.modules[type(module).__module__], _CHUNK_SCAN) and type(getattr(module, "chunk_size", None)) is int
+        if hasattr(_code_of(module), _CHUNK_SCAN) and type(getattr(module, "chunk_size", None)) is int
     ]
 
 
@@ -73,8 +76,13 @@ def in_short_chunks(layers: list[Any], tokens: int) -> Iterator[None]:
             layer.chunk_size = size
 
 
+def _code_of(module: Any) -> Any:
+    """The file of the module's class as it was before `fully_shard` derived one from it; None for a class of no file."""
+    return sys.modules.get(own_class(module).__module__)
+
+
 def _is_mamba(module: Any) -> bool:
-    return hasattr(sys.modules[type(module).__module__], _SCAN) and hasattr(module, "conv1d") and hasattr(module, "A_log")
+    return hasattr(_code_of(module), _SCAN) and hasattr(module, "conv1d") and hasattr(module, "A_log")
 
 
 def _scan_from(
@@ -99,9 +107,13 @@ def _scan_from(
     step = dt.float() if bias is None else dt.float() + bias.float()[..., None]
     if kwargs.get("delta_softplus"):
         step = torch.nn.functional.softplus(step)
-    decay = torch.exp(A.float()[None, :, None] * step.cumsum(-1)[..., None])  # (B, D, L, N)
-    carried = decay * given.pop(0).float()[:, :, None]
-    added = torch.einsum("bdln,bnl->bdl", carried, C.float())
+    total, state = step.cumsum(-1), given.pop(0).float()[:, :, None]
+    parts = []
+    for start in range(0, total.shape[-1], _SLICE):
+        stop = start + _SLICE
+        carried = torch.exp(A.float()[None, :, None] * total[..., start:stop, None]) * state  # (B, D, tokens, N)
+        parts.append(torch.einsum("bdln,bnl->bdl", carried, C[..., start:stop].float()))
+    added = torch.cat(parts, -1)
     if (gate := kwargs.get("z")) is not None:
         added = added * torch.nn.functional.silu(gate.float())
     output = (output + added).to(output.dtype)

@@ -29,6 +29,8 @@ class CachingModel(Protocol):
 
     device: torch.device
 
+    @property
+    def most_positions(self) -> int | None: ...
     def forward_limits(self) -> ForwardLimits: ...
     def call_with_cache(
         self, tokens: npt.NDArray[Any], columns: npt.NDArray[Any], depth: int, cache: Any, keep: bool
@@ -83,17 +85,21 @@ class StateTree:
     def _lay_down(self, batch: _Batch) -> IntArray:
         """(B, L) token ids, padded with zeros on the right.
 
-        One token at a time runs by other code in many layers, whose numbers are further off: leaves have two or more.
+        One token at a time runs by other code in many layers, whose numbers are further off: leaves have two or more, unless
+        there is no position for the second.
         """
         starts, lengths = self._segments.starts[batch.members], self._segments.lengths[batch.members]
-        index = np.arange(max(int(lengths.max()), 2 if batch.source is not None and self._are_leaves(batch) else 1))
+        index = np.arange(max(int(lengths.max()), 2 if self._can_pad(batch) else 1))
         inside = index < lengths[:, None]
         tokens = np.zeros(inside.shape, dtype=np.int64)
         tokens[inside] = self._pack.tokens[(starts[:, None] + index)[inside]]
         return tokens
 
-    def _are_leaves(self, batch: _Batch) -> bool:
-        return bool(self._segments.is_leaf[batch.members].all())
+    def _can_pad(self, batch: _Batch) -> bool:
+        """Whether leaves of one token may be given another."""
+        most, depth = self._model.most_positions, int(self._segments.depths[batch.members[0]])
+        fits = most is None or depth + 2 <= most
+        return fits and batch.source is not None and bool(self._segments.is_leaf[batch.members].all())
 
     def _find_reads(self, batch: _Batch, width: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
         """Which of the pack's reads lie in a batch, the row of each, the columns that are read, and which of these each is."""

@@ -154,15 +154,10 @@ def is_kept(task: Any) -> bool:
         return False
     if not all(_is_plain_filter(make) for ensemble in getattr(task, "_filters", ()) for make in ensemble.filters):
         return False
-    if not (_is_plain_dataset(_rows_of(task)) and _loads_from_file(task.config.custom_dataset)):
+    if not _loads_from_file(task.config.custom_dataset):
         return False
-    return all(type(one) is Instance for one in task.instances)
-
-
-def _rows_of(task: Any) -> Any:
-    """What its documents are, or what `process_docs` makes them of each time that they are asked for."""
-    split = task.config.test_split or task.config.validation_split
-    return task.dataset[split] if task.config.process_docs is not None else task.eval_docs
+    makes_documents = task.config.process_docs is not None  # anew each time that they are asked for
+    return (makes_documents or _is_plain_dataset(task.eval_docs)) and all(type(one) is Instance for one in task.instances)
 
 
 def _loads_from_file(load: Any) -> bool:

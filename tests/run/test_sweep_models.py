@@ -286,7 +286,7 @@ def test_a_folder_of_each_checkpoint(look: Look, tmp_path: Path) -> None:
     checkpoints.write_checkpoint(tmp_path / "checkpoint-3" / "hf", 3)
     assert look(0, subfolder="hf") == []
     assert look(3, subfolder="hf") == ["checkpoint-3"]
-    sweep = parse("--models A --output_path o --watch --model_args subfolder=hf".split()).sweep
+    sweep = parse(["--models", "A", "--output_path", "o", "--watch", "--model_args", "subfolder=hf"]).sweep
     assert sweep is not None and sweep.subfolder == "hf"
 
 

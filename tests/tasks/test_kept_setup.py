@@ -166,8 +166,8 @@ def test_public_names() -> None:
 
 
 def test_a_file_that_changes_while_the_model_scores(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
-    """Catches prompts of the first model's documents for the second, with the digest of its own: the file was written to, or
-    another put beside it, between loading and the end."""
+    """Catches prompts of the first model's documents for the second, with the digest of its own: the file was written to
+    between loading and the end."""
     path = write_task(tmp_path / "tasks", "loglikelihood", [{"context": "one", "target": " two"}], ["acc"])
     evaluator = Evaluator(tiny_tokenizer, ["odd"], include_path=path, bootstrap_iters=0)
     model = tiny_model("llama")
@@ -179,31 +179,6 @@ def test_a_file_that_changes_while_the_model_scores(tiny_model: Callable[..., An
     fresh = evaluate(model, tiny_tokenizer, ["odd"], include_path=path, bootstrap_iters=0)
     assert first is not None and second is not None and fresh is not None
     assert second["ddp_eval"]["prompts_sha256"] == fresh["ddp_eval"]["prompts_sha256"] != first["ddp_eval"]["prompts_sha256"]
-
-
-_SAME_OBJECTS = """
-def load(**unused):
-    return {"test": [{"context": "one is", "target": " odd"}, {"context": "two is", "target": " even"}]}
-def same(documents):
-    return documents
-def lengthen(doc, results):
-    doc["context"] += "!"
-    return {"acc": len(doc["context"])}
-"""
-
-
-def test_documents_that_are_the_same_objects_each_time(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
-) -> None:
-    """Catches a document that the last model's metrics have changed: process_docs may hand over the rows that it was given."""
-    path = write_task(tmp_path / "tasks", "loglikelihood", [], ["acc"])
-    (tmp_path / "tasks" / "utils.py").write_text(_SAME_OBJECTS)
-    (tmp_path / "tasks" / "odd.yaml").open("a").write(
-        "process_docs: !function utils.same\nprocess_results: !function utils.lengthen\n"
-    )
-    evaluator = Evaluator(tiny_tokenizer, ["odd"], include_path=path, bootstrap_iters=0)
-    first, second = (evaluator.evaluate(tiny_model("llama")) for _ in range(2))
-    assert essence(first) == essence(second)
 
 
 def test_documents_of_a_callers_own_function(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:

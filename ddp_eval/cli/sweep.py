@@ -47,7 +47,8 @@ def parse(argv: Sequence[str]) -> Evaluation:
         raise UserError(f"--marker must be the name of a file in a checkpoint's directory, got {options.marker}")
     until = read_until(options.until) if options.until is not None else Until()
     revisions = sort_revisions(_split("--revisions", options.revisions or []))
-    sweep = SweepOptions(models, revisions, config.output_path, options.watch, every_s, until, options.marker)
+    subfolder = "" if "pretrained" in config.model_args else str(config.model_args.get("subfolder") or "")
+    sweep = SweepOptions(models, revisions, config.output_path, options.watch, every_s, until, options.marker, subfolder)
     return Evaluation(dataclasses.replace(config), notes, sweep=sweep)
 
 

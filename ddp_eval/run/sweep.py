@@ -31,7 +31,7 @@ from ddp_eval.engines.hf import model_files
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import Layout
 from ddp_eval.output import status, sweep_file, write
-from ddp_eval.output.directory import AtWork
+from ddp_eval.output.directory import AtWork, already_replaced_by_this_launch
 from ddp_eval.output.sweep_file import DONE, FAILED, WAITING
 from ddp_eval.run.follower import follow, load_anew
 from ddp_eval.run.manifest import look_at_model
@@ -128,35 +128,48 @@ class _Sweep:
             return self._lead()
 
     def _lead(self) -> list[dict[str, Any]]:
-        models = list_models(self._options)
+        models = self._list()
         if not models and not self._options.watch:
             raise UserError(f"there is no model that --models {','.join(self._options.models)} names")
         while True:
-            self._watcher.look(models, {name for name, one in self._own.items() if one["state"] != WAITING})
+            states = {name: one["state"] for name, one in self._own.items() if one["state"] != WAITING}
+            self._watcher.look([one for one in models if states.get(one.name) != DONE], states)
             self._write(models)
-            if self._watcher.is_over(self._count_settled(models)) or not (ready := self._watcher.ready):
-                if not self._goes_on(models):
+            if self._watcher.is_over(self._count_settled()) or not (ready := self._watcher.ready):
+                if not self._goes_on():
                     break
                 self._watcher.wait(self._keep_in_touch)
             else:
                 ready.sort(key=lambda one: one.name in self._failed_before)
                 self._evaluate(ready[0], ready[1] if len(ready) > 1 else None)
-            models = list_models(self._options)
+            models = self._list()
         entries = self._write(models)
         collectives.send_message(self._world, None)
         self._ahead.stop()
-        names = {one.name for one in models}
+        names = {*self._own, *(one.name for one in models)}
         return [one for one in entries if one["name"] in names]
 
-    def _goes_on(self, models: list[SweptModel]) -> bool:
+    def _list(self) -> list[SweptModel]:
+        self._watcher.look_for_end()
+        entries = sweep_file.read_sweep(self._directory).values()
+        return list_models(self._options, {(one.get("model", ""), one.get("revision")): one["name"] for one in entries})
+
+    def _goes_on(self) -> bool:
         """Whether to look again, where nothing can be evaluated now."""
-        if self._watcher.is_over(self._count_settled(models)):
+        if self._watcher.is_over(self._count_settled()):
             return False
         return self._options.watch or self._watcher.tries_again()
 
-    def _count_settled(self, models: list[SweptModel]) -> int:
+    def _count_settled(self) -> int:
+        """Models that are done, in any launch and whether their files are still there, or have failed in this one."""
+        own = {name for name, one in self._own.items() if one["state"] != WAITING}
         entries = sweep_file.read_sweep(self._directory)
-        return sum(entries.get(one.name, {}).get("state") in (DONE, FAILED) for one in models)
+        return len(own | {name for name, one in entries.items() if one["state"] == DONE and self._is_to_stay(name)})
+
+    def _is_to_stay(self, name: str) -> bool:
+        """Whether a finished run is not one that --fresh or --overwrite is to replace."""
+        replaces = self._config.fresh or self._config.overwrite
+        return not replaces or already_replaced_by_this_launch(self._directory / name)
 
     def _keep_in_touch(self) -> None:
         """The other ranks' time-outs begin anew."""
@@ -200,7 +213,7 @@ class _Sweep:
             status.note_end(self._directory / model.name, status.FAILED, str(error), first_hand=False)
             if isinstance(error, collectives.LostContact) or not followers.listening:
                 self._own[model.name] = found
-                self._write(list_models(self._options))
+                self._write(self._list())
                 raise
             if not isinstance(error, UserError):
                 log.error("%s failed", model.name, exc_info=error)

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +32,13 @@ class SweptModel(NamedTuple):
         return os.path.isdir(os.path.expanduser(self.model))
 
 
-def list_models(options: SweepOptions) -> list[SweptModel]:
+Known = Mapping[tuple[str, str | None], str]  # {(model, revision): name}
+
+
+def list_models(options: SweepOptions, known: Known | None = None) -> list[SweptModel]:
     """All that there are now, in order: by specification, those of a pattern and revisions by their numbers.
 
+    known: names that models have had in this sweep, which they keep when others of the same name come.
     Raises UserError where two would share a run directory.
     """
     named: dict[str, str] = {}
@@ -47,6 +51,8 @@ def list_models(options: SweepOptions) -> list[SweptModel]:
         own = name if counts[name] == 1 else _with_parent(model)
         for revision in options.revisions or (None,):
             full = own if revision is None else f"{own}-{revision.replace('/', '-')}"
+            before = (known or {}).get((model, revision), "")
+            full = before if _is_name(before) else full
             found.append(SweptModel(full, model, revision, step_of(revision or "", name)))
     for name, count in Counter(one.name for one in found).items():
         if count > 1:
@@ -66,6 +72,10 @@ def _expand(spec: str) -> list[tuple[str, str]]:
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     paths = [path.rstrip("/") for path in glob.glob(os.path.expanduser(spec)) if os.path.isdir(path)]
     return [("-".join(Path(path).parts[fixed:]), path) for path in sorted(paths, key=natural_key)]
+
+
+def _is_name(text: str) -> bool:
+    return text not in ("", ".", "..") and "/" not in text
 
 
 def _with_parent(model: str) -> str:

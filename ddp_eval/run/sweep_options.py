@@ -25,7 +25,7 @@ class SweepOptions:
     """models: paths, names and patterns. revisions: of each of them; () for the default one. output_path: of the whole sweep.
 
     watch: go on looking for new ones, every `every_s` seconds. marker: a file in a checkpoint's directory that says it is whole;
-    None: its own files do.
+    None: its own files do. subfolder: of each model, where its files lie.
     """
 
     models: tuple[str, ...]
@@ -35,6 +35,7 @@ class SweepOptions:
     every_s: float = 30.0
     until: Until = dataclasses.field(default_factory=Until)
     marker: str | None = None
+    subfolder: str = ""
 
 
 def read_until(text: str) -> Until:

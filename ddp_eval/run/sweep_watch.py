@@ -37,9 +37,15 @@ class Watcher:
         self._has_retried = False
         self._named: set[str] = set()
         self._settling = False
+        self._is_file_there = False  # that of --until
         self._touched = time.monotonic()
         self.ready: list[SweptModel] = []
         self.reasons: dict[str, str] = {}
+
+    def look_for_end(self) -> None:
+        """To be called before models are listed: whoever leaves the file of --until has written the last of them before."""
+        until = self._options.until
+        self._is_file_there = until.file is not None and os.path.lexists(until.file)
 
     def look(self, models: Sequence[SweptModel], settled: Collection[str]) -> None:
         """settled: names of models that were evaluated, or failed, in this launch."""
@@ -49,7 +55,7 @@ class Watcher:
                 if model.name not in settled and model.name not in self._busy:
                     self.ready.append(model)
                 continue
-            look = look_at(os.path.expanduser(model.model))
+            look = look_at(self._folder_of(model))
             if model.name in settled and self._settled_looks.setdefault(model.name, look) == look:
                 continue
             if model.name in self._busy:
@@ -62,7 +68,7 @@ class Watcher:
 
     def _why_not(self, model: SweptModel, look: tuple[Any, ...]) -> str | None:
         """Why a checkpoint is left alone for now."""
-        now, folder = time.monotonic(), os.path.expanduser(model.model)
+        now, folder = time.monotonic(), self._folder_of(model)
         before, since = self._looks.get(model.name, ((), now))
         if before != look:
             since = now
@@ -81,6 +87,9 @@ class Watcher:
             return None
         self._settling = True
         return "it is still being written"
+
+    def _folder_of(self, model: SweptModel) -> str:
+        return os.path.join(os.path.expanduser(model.model), self._options.subfolder)
 
     @property
     def _rest_s(self) -> float:
@@ -104,7 +113,7 @@ class Watcher:
             return settled >= until.count
         if until.seconds is not None:
             return time.monotonic() - self._began >= until.seconds
-        return until.file is not None and os.path.lexists(until.file) and not (self.ready or self._settling)
+        return self._is_file_there and not (self.ready or self._settling)
 
     def wait(self, keep_in_touch: Callable[[], None]) -> None:
         """Until the next look. keep_in_touch: called every few minutes."""

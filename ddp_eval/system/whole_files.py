@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 _MAX_JSON_BYTES = 64 * 2**20
 _CONFIGS = ("config.json", "adapter_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_WHOLE = ("model.safetensors", "adapter_model.safetensors")  # before which loaders look at no other
+_SHARD = re.compile(r"^(pytorch_)?model-\d+-of-\d+\.")
 _NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "rng_state", "trainer_state")
 
 
@@ -31,12 +35,17 @@ def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
         return f"{config} is no whole JSON file"
     if not any(name.endswith(".index.json") or _is_weights(name) for name in names):
         return "its weights are not there yet"
+    whole = any(name in names for name in (*_WHOLE, "pytorch_model.bin"))
+    if not whole and any(map(_SHARD.search, names)) and not any(name.endswith(".index.json") for name in names):
+        return "the index of its shards is not there yet"
     return why_broken(directory)
 
 
 def why_broken(folder: str | os.PathLike[str]) -> str | None:
     """A phrase for a shard that an index names and that is not there, or a safetensors file that is cut short; None if there is
     neither, also where there are no weights at all.
+
+    Of the files that are loaded: where there are safetensors, an index of other files may be left over from a partial download.
     """
     directory = Path(folder)
     try:
@@ -44,7 +53,7 @@ def why_broken(folder: str | os.PathLike[str]) -> str | None:
     except OSError as error:
         return f"{directory} cannot be read ({error.strerror})"
     shards: set[str] = set()
-    for index in sorted(name for name in names if name.endswith(".index.json")):
+    for index in _indices(names):
         content = _read_json(directory / index)
         listed = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
@@ -53,9 +62,17 @@ def why_broken(folder: str | os.PathLike[str]) -> str | None:
     for shard in sorted(shards):
         if not (directory / shard).is_file():
             return f"{shard} is not there, which the index names"
-    weights = {name for name in names if _is_weights(name)} | shards
+    whole = {name for name in _WHOLE if name in names}
+    weights = whole | shards or {name for name in names if _is_weights(name)}
     tensors = sorted(name for name in weights if name.endswith(".safetensors"))
     return next((why for name in tensors if (why := why_cut_short(directory / name)) is not None), None)
+
+
+def _indices(names: Collection[str]) -> list[str]:
+    """The indices that a loader goes by."""
+    found = sorted(name for name in names if name.endswith(".index.json"))
+    of_tensors = [name for name in found if name.endswith(".safetensors.index.json")]
+    return [] if "model.safetensors" in names else of_tensors or found
 
 
 def _is_weights(name: str) -> bool:

@@ -39,7 +39,7 @@ from ddp_eval.tasks.kept_tasks import (
 )
 from ddp_eval.tasks.plan_memo import PlanMemo
 from ddp_eval.tasks.request_types import Asked, RunOptions
-from ddp_eval.tasks.task_sources import TaskSources
+from ddp_eval.tasks.task_sources import TaskSources, look_at, names_in
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.tasks.tokenizer_digest import digest_tokenizer
 
@@ -79,7 +79,9 @@ class KeptSetup:
             self._code = TaskCode()
         elif len(self._tasks) < len(self._all):
             self._code.forget(self._all)
-        sources.files.update({path: digest for path, (digest, _) in self._files.items()})
+        for path, (digest, look) in self._files.items():
+            sources.files[path], sources.looks[path] = digest, look
+        sources.folders.update(self._folders)
         self._loaded, self._all = {}, []
 
     def load(self, build: Callable[..., Any], factory: Any, entry: Any, overrides: Any) -> Any:
@@ -150,8 +152,9 @@ class KeptSetup:
         """All is scored: decide what is kept."""
         if self._key is None:
             return
-        self._files = {path: (digest, _look_at(path)) for path, digest in sources.files.items()}
-        self._folders = {folder: _names_in(folder) for folder in {os.path.dirname(path) for path in self._files}}
+        # As all was when it was read: what was written to since is another by now.
+        self._files = {path: (digest, sources.looks.get(path, "")) for path, digest in sources.files.items()}
+        self._folders = dict(sources.folders)
         kept = {place: one for place, one in self._loaded.items() if one.building is not None and is_kept(one.task)}
         own_code = {module for task in self._all if not any(task is one.task for one in kept.values())
                     for module in modules_at_scoring(task)}  # fmt: skip
@@ -167,14 +170,16 @@ class KeptSetup:
         self._clear()
 
     def _has_same_files(self) -> bool:
-        if any(_names_in(folder) != names for folder, names in self._folders.items()):
+        if any(names_in(folder) != names for folder, names in self._folders.items()):
             return False
         for path, (digest, look) in self._files.items():
-            if _look_at(path) == look:
+            now = look_at(path)
+            if now == look:
                 continue
             folder, name = os.path.split(path)
             if digest_directory(folder, [name], read_all=True)["files"].get(name) != digest:
                 return False
+            self._files[path] = digest, now
         return True
 
 
@@ -223,18 +228,3 @@ def _describe(instances: Sequence[Instance], tasks: Mapping[str, Any], known: Ma
     found = known or describe_prompts(instances, dict(tasks))
     order = hashlib.sha256(repr([(one.request_type, one.doc_id, one.idx, one.repeats) for one in instances]).encode())
     return found["prompts_by_task"][name], found["documents_by_task"][name], found["versions"].get(name), order.hexdigest()
-
-
-def _names_in(folder: str) -> frozenset[str]:
-    with contextlib.suppress(OSError):
-        return frozenset(name for name in os.listdir(folder) if not name.startswith((".", "__pycache__")))
-    return frozenset()
-
-
-def _look_at(path: str) -> str:
-    """Equal as long as nobody writes to a file."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ""
-    return f"{os.path.realpath(path)} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"

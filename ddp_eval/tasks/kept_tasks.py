@@ -154,8 +154,17 @@ def is_kept(task: Any) -> bool:
         return False
     if not all(_is_plain_filter(make) for ensemble in getattr(task, "_filters", ()) for make in ensemble.filters):
         return False
+    if not _loads_from_file(task.config.custom_dataset):
+        return False
     makes_documents = task.config.process_docs is not None  # anew each time that they are asked for
     return (makes_documents or _is_plain_dataset(task.eval_docs)) and all(type(one) is Instance for one in task.instances)
+
+
+def _loads_from_file(load: Any) -> bool:
+    """Whether a `custom_dataset` is none, or of a task's file, or keeps no state. A caller's own may return others by now."""
+    names = getattr(load, "__globals__", {})
+    of_file = "__ddp_eval_source__" in names or str(names.get("__name__", "")).startswith(("lm_eval.", "ddp_eval."))
+    return not callable(load) or of_file or keeps_no_state(load)
 
 
 def _is_of(function: Any, package: str) -> bool:
@@ -174,7 +183,10 @@ def _is_plain_dataset(documents: Any) -> bool:
 
 
 class TaskCode:
-    """The modules that tasks' own code is in. `forget` lets them be executed again, as in a new process."""
+    """The modules that tasks' own code is in. `forget` lets them be executed again, as in a new process.
+
+    Not those that were there before, unless a task file names them: they are the caller's, who may be `__main__`.
+    """
 
     def __init__(self) -> None:
         self._registered = [dict(one._objs) for one in _REGISTRIES]
@@ -182,7 +194,7 @@ class TaskCode:
 
     def forget(self, tasks: Collection[Any]) -> None:
         """tasks: all that have been loaded."""
-        names = {module for task in tasks for module in (*modules_at_load(task), *modules_at_scoring(task))}
+        names = {module for task in tasks for module in (*modules_at_load(task), *modules_at_scoring(task))} - self._before
         names |= {name for name, module in list(sys.modules.items()) if getattr(module, "__ddp_eval_source__", None)}
         names |= {name for name in sys.modules.keys() - self._before if _is_task_of_lm_eval(name)}
         folders = {_folder_of(name) for name in names} - {""}

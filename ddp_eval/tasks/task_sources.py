@@ -42,13 +42,27 @@ _LM_EVALS_TASKS = os.path.join(os.path.dirname(os.path.realpath(_yaml_loader.__f
 
 
 class TaskSources:
-    """The files of this machine that tasks were made of. files: {absolute path: SHA-256}."""
+    """The files of this machine that tasks were made of. files: {absolute path: SHA-256}.
+
+    looks: how each file looked just before it was read (`look_at`). folders: what was in theirs when the first of them was.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, str] = {}
+        self.looks: dict[str, str] = {}
+        self.folders: dict[str, frozenset[str]] = {}
+
+    def see(self, path: str | Path) -> None:
+        """To be called before a file is read: what is written to it from now on, or put beside it, will show."""
+        whole = os.path.abspath(path)
+        self.looks.setdefault(whole, look_at(whole))
+        folder = os.path.dirname(whole)
+        if folder not in self.folders:
+            self.folders[folder] = names_in(folder)
 
     def note(self, path: str | Path) -> str:
         """Read the file, and return its SHA-256; "" if it is gone."""
+        self.see(path)
         folder, name = os.path.split(os.path.abspath(path))
         found = digest_directory(folder, [name])["files"]
         self.files.update({os.path.join(folder, name): digest for name, digest in found.items()})
@@ -60,6 +74,21 @@ class TaskSources:
             path = getattr(sys.modules.get(name), "__file__", None) or ""
             if os.path.dirname(path) == folder or path.startswith(_LM_EVALS_TASKS):
                 self.note(path)
+
+
+def look_at(path: str) -> str:
+    """Equal as long as nobody writes to a file; "" for one that is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{os.path.realpath(path)} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def names_in(folder: str) -> frozenset[str]:
+    with contextlib.suppress(OSError):
+        return frozenset(name for name in os.listdir(folder) if not name.startswith((".", "__pycache__")))
+    return frozenset()
 
 
 @contextlib.contextmanager
@@ -190,6 +219,7 @@ def _loader_of_modules(sources: TaskSources) -> Callable[[Path], Any]:
     """Stands in for lm_eval's function, of which it keeps the names of modules."""
 
     def load(path: Path) -> Any:
+        sources.see(path)
         source = path.read_bytes()
         digest = hashlib.sha256(source).hexdigest()
         sources.files[os.path.abspath(path)] = digest

@@ -100,6 +100,18 @@ def test_models_over_several_ranks(layout: str, tmp_path: Path) -> None:
     assert states(tmp_path / "out") == {"checkpoint-1": "done", "checkpoint-2": "failed", "checkpoint-3": "done"}, str(finished)
 
 
+@pytest.mark.slow
+def test_models_that_rank_0_sends(tmp_path: Path) -> None:
+    """Catches ranks that wait for weights which rank 0 could not read, and for ever."""
+    place = checkpoints.write_checkpoints(tmp_path / "train", [1, 2, 3])
+    settings = json.loads((place / "checkpoint-2" / "config.json").read_text())
+    (place / "checkpoint-2" / "config.json").write_text(json.dumps({**settings, "intermediate_size": 8}))
+    command = ("sweep", "--models", f"{place}/checkpoint-*", "--load", "broadcast", *TASKS, "--output_path", tmp_path / "out")
+    finished = launch(2, *command, program=QUICK, timeout_s=280)
+    assert finished.returncode == 1, str(finished)
+    assert states(tmp_path / "out") == {"checkpoint-1": "done", "checkpoint-2": "failed", "checkpoint-3": "done"}, str(finished)
+
+
 def _train(place: Path) -> None:
     """Writes checkpoints in pieces, the second before the first is whole, and a third that stays broken."""
     first, second = (checkpoints.weights_of(step) for step in (100, 200))

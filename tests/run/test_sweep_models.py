@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
+import torch
 
 from ddp_eval.cli.sweep import parse
 from ddp_eval.config import Config
+from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
 from ddp_eval.output import sweep_file
 from ddp_eval.run import sweep_watch
-from ddp_eval.run.sweep import config_of
+from ddp_eval.run.sweep import config_of, run_sweep
 from ddp_eval.run.sweep_models import SweptModel, list_models
 from ddp_eval.run.sweep_options import SweepOptions, Until, read_until
 from ddp_eval.run.sweep_watch import Watcher
-from ddp_eval.system.whole_files import why_incomplete
+from ddp_eval.system.whole_files import why_broken, why_incomplete
 
 Look = Callable[..., list[str]]
 
@@ -50,6 +53,18 @@ def test_names_and_steps() -> None:
         names("runs/logs")
     with pytest.raises(UserError, match="p/x/y and q/x/y would both be evaluated in x-y"):
         names("p/x/y", "q/x/y")
+
+
+def test_a_name_is_kept_when_others_come(tmp_path: Path) -> None:
+    """Catches a checkpoint of a watch that is evaluated twice: another of its name, in another training, came later."""
+    options = SweepOptions((f"{tmp_path}/a/checkpoint-*", f"{tmp_path}/b/checkpoint-*"), (), "out")
+    (tmp_path / "a" / "checkpoint-1").mkdir(parents=True)
+    before = list_models(options)
+    assert [one.name for one in before] == ["checkpoint-1"]
+    (tmp_path / "b" / "checkpoint-1").mkdir(parents=True)
+    known = {(one.model, one.revision): one.name for one in before}
+    assert [one.name for one in list_models(options, known)] == ["checkpoint-1", "b-checkpoint-1"]
+    assert [one.name for one in list_models(options, {key: "../out" for key in known})] == ["a-checkpoint-1", "b-checkpoint-1"]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +178,116 @@ def test_what_is_missing(tmp_path: Path) -> None:
     assert why_incomplete(place) == "two.safetensors has 9 bytes, and its header is not whole"
     (place / "two.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     assert why_incomplete(place) is None
+
+
+def test_what_is_not_loaded_is_not_missed(tmp_path: Path) -> None:
+    """Catches a checkpoint that is refused for the index of files which nobody downloaded and nobody loads, and one that is
+    taken between its shards, before their index is there."""
+    whole = b"\x02\0\0\0\0\0\0\0{}"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(whole)
+    assert why_incomplete(tmp_path) == "the index of its shards is not there yet"
+    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}')
+    assert why_broken(tmp_path) == "pytorch_model-00001-of-00001.bin is not there, which the index names"
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert why_incomplete(tmp_path) is None
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    assert why_broken(tmp_path) == "model-00001-of-00002.safetensors is not there, which the index names"
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    assert why_broken(tmp_path) is None
+
+
+class Trained:
+    """A watch in which every run comes out, or fails, at once. before_look: called before each look at the files, by number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, before_look: Callable[[int], object] = lambda number: None) -> None:
+        self.ran: list[str] = []
+        self.failing: set[str] = set()
+        looks: list[int] = []
+        look = Watcher.look
+
+        def looking(watcher: Watcher, *args: Any) -> None:
+            looks.append(1)
+            assert len(looks) < 50, "the watch does not end"
+            look(watcher, *args)
+            before_look(len(looks))
+
+        def lead_run(config: Config, *args: object) -> dict[str, Any]:
+            name = Path(str(config.output_path)).name
+            self.ran.append(name)
+            if name in self.failing:
+                raise UserError("it fails")
+            Path(str(config.output_path)).mkdir(exist_ok=True)
+            return {"ddp_eval": {}, "results": {}}
+
+        monkeypatch.setattr(Watcher, "look", looking)
+        monkeypatch.setattr(Watcher, "_rest_s", 0.0)
+        monkeypatch.setattr("ddp_eval.run.sweep.lead_run", lead_run)
+        monkeypatch.setattr("ddp_eval.run.sweep.sweep_files.write_tables", lambda directory: None)
+
+    def watch(self, place: Path, until: Until, **more: Any) -> dict[str, str]:
+        """The states that the sweep returns."""
+        config = Config(output_path=str(place / "out"), tasks=["demo_lambada"], **more)
+        options = SweepOptions((f"{place}/checkpoint-*",), (), str(place / "out"), watch=True, every_s=0.01, until=until)
+        entries = run_sweep(config, options, World(0, 0, 1, torch.device("cpu")), lambda config, results: None)
+        assert entries is not None
+        return {one["name"]: one["state"] for one in entries}
+
+
+def test_until_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a watch that never ends because training removes its old checkpoints, one that does not try again what failed in
+    the last launch, and one that takes for done what --fresh is to replace."""
+    place = checkpoints.write_checkpoints(tmp_path, [1, 2])
+
+    def rotate(number: int) -> None:
+        if trained.ran == ["checkpoint-1"] and (place / "checkpoint-1").exists():
+            (place / "checkpoint-1").rename(place / "removed")
+
+    trained = Trained(monkeypatch, rotate)
+    trained.failing = {"checkpoint-2"}
+    assert trained.watch(place, Until(count=2)) == {"checkpoint-1": "done", "checkpoint-2": "failed"}
+    trained.failing = set()
+    assert trained.watch(place, Until(count=2)) == {"checkpoint-2": "done"}
+    assert trained.ran == ["checkpoint-1", "checkpoint-2", "checkpoint-2"]
+    trained.watch(place, Until(count=1), fresh=True)
+    assert trained.ran[3:] == ["checkpoint-2"]
+
+
+def test_the_last_checkpoint_before_the_file_of_until(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a watch that ends without the checkpoint which came, with the file, just after its last look."""
+    place = checkpoints.write_checkpoints(tmp_path, [1])
+
+    def end(number: int) -> None:
+        if number == 2:
+            checkpoints.write_checkpoint(place / "checkpoint-2", 2)
+            (place / "over").touch()
+
+    trained = Trained(monkeypatch, end)
+    assert trained.watch(place, Until(file=str(place / "over"))) == {"checkpoint-1": "done", "checkpoint-2": "done"}
+
+
+def test_what_is_done_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a checkpoint that is evaluated again because its optimizer was written later."""
+    place = checkpoints.write_checkpoints(tmp_path, [1])
+
+    def go_on(number: int) -> None:
+        if number < 6:
+            (place / "checkpoint-1" / "optimizer.pt").write_text("x" * number)
+        else:
+            (place / "over").touch()
+
+    trained = Trained(monkeypatch, go_on)
+    assert trained.watch(place, Until(file=str(place / "over"))) == {"checkpoint-1": "done"}
+    assert trained.ran == ["checkpoint-1"]
+
+
+def test_a_folder_of_each_checkpoint(look: Look, tmp_path: Path) -> None:
+    """Catches a watch that waits for ever where models lie in a folder of their checkpoints."""
+    checkpoints.write_checkpoint(tmp_path / "checkpoint-3" / "hf", 3)
+    assert look(0, subfolder="hf") == []
+    assert look(3, subfolder="hf") == ["checkpoint-3"]
+    sweep = parse(["--models", "A", "--output_path", "o", "--watch", "--model_args", "subfolder=hf"]).sweep
+    assert sweep is not None and sweep.subfolder == "hf"
 
 
 def test_what_several_launches_know(tmp_path: Path) -> None:

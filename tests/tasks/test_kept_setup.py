@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny_models
 from task_files import write_task
@@ -161,3 +163,37 @@ def test_metadata_that_a_loader_may_read() -> None:
 def test_public_names() -> None:
     assert ddp_eval.Evaluator is Evaluator
     assert KeptSetup().is_new
+
+
+def test_a_file_that_changes_while_the_model_scores(tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Catches prompts of the first model's documents for the second, with the digest of its own: the file was written to
+    between loading and the end."""
+    path = write_task(tmp_path / "tasks", "loglikelihood", [{"context": "one", "target": " two"}], ["acc"])
+    evaluator = Evaluator(tiny_tokenizer, ["odd"], include_path=path, bootstrap_iters=0)
+    model = tiny_model("llama")
+    rows = tmp_path / "tasks" / "rows.json"
+    hook = model.register_forward_hook(lambda *_: rows.write_text('[{"context": "three", "target": " four"}]') and None)
+    first = evaluator.evaluate(model)
+    hook.remove()
+    second = evaluator.evaluate(model)
+    fresh = evaluate(model, tiny_tokenizer, ["odd"], include_path=path, bootstrap_iters=0)
+    assert first is not None and second is not None and fresh is not None
+    assert second["ddp_eval"]["prompts_sha256"] == fresh["ddp_eval"]["prompts_sha256"] != first["ddp_eval"]["prompts_sha256"]
+
+
+def test_documents_of_a_callers_own_function(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """Catches the documents of the first call at the second: a function of the caller's may return others by then. And a module
+    of the caller's that is gone afterwards, so that nothing of it can be pickled any more."""
+    rows = [{"context": "one is", "target": " odd"}]
+    task = {
+        "task": "own", "custom_dataset": lambda **_: datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}),
+        "dataset_path": "own", "output_type": "loglikelihood", "test_split": "test", "doc_to_text": "{{context}}",
+        "doc_to_target": "{{target}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    evaluator = Evaluator(tiny_tokenizer, [task], bootstrap_iters=0)
+    first = evaluator.evaluate(tiny_model("llama"))
+    rows.append({"context": "two is", "target": " even"})
+    second = evaluator.evaluate(tiny_model("llama"))
+    assert first is not None and second is not None
+    assert [found["n-samples"]["own"]["effective"] for found in (first, second)] == [1, 2]
+    assert sys.modules[__name__].__file__ == __file__

@@ -5,6 +5,8 @@ For file systems that many nodes read at once slowly. The others build the model
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,8 @@ from ddp_eval.distributed.messages import next_work
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf import engine as hf
-from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.errors import UserError, is_out_of_memory, one_line
+from ddp_eval.packs.results import NO_RESULTS
 
 
 class _Tensor(NamedTuple):
@@ -39,17 +42,42 @@ def load_engine(model_args: dict[str, Any], config: Any, world: World) -> hf.HFE
         named = _named_tensors(engine.model)
         header = [_Tensor(name, tuple(value.shape), value.dtype, is_buffer) for name, value, is_buffer in named]
         collectives.broadcast_object(world, (header, engine.model.generation_config))
+        with _all_ready(world):
+            pass
         collectives.broadcast_tensors(world, [value for _, value, _ in named])
         return engine
-    model = _build_empty(model_args, config)
     header_and_config = collectives.broadcast_object(world, None)
     if header_and_config is None:
+        if world.goes_on:  # where each rank reports how its load went
+            raise UserError("rank 0 could not read the model")
         next_work(world)  # raises the leader's error
         raise AssertionError("the leader went on without a model")
-    header, model.generation_config = header_and_config
-    _fill(model, header, world.device)
+    with _all_ready(world):
+        model = _build_empty(model_args, config)
+        header, model.generation_config = header_and_config
+        _fill(model, header, world.device)
     collectives.broadcast_tensors(world, [value for _, value, _ in _named_tensors(model)])
     return hf.HFEngine(model.eval(), world.device, keep_attention="attn_implementation" in model_args)
+
+
+@contextlib.contextmanager
+def _all_ready(world: World) -> Iterator[None]:
+    """Where ranks go on after a failure, those that are ready to send or receive wait here for the others. Collective.
+
+    Raises FailedTogether on all ranks where one has failed in the block: none of them is left in a transfer.
+    """
+    if not world.goes_on:
+        yield
+        return
+    why = None
+    try:
+        yield
+    except Exception as error:
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+    try:
+        collectives.all_gather_rows(world, NO_RESULTS, failed=why is not None)
+    except collectives.RankFailed:
+        raise collectives.fail_together(world, why) from None
 
 
 def _named_tensors(model: Any) -> list[tuple[str, torch.Tensor, bool]]:

@@ -59,7 +59,17 @@ def answers(results: dict[str, Any]) -> dict[Any, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", [*tiny_models.BATCHED_KINDS, *tiny_models.STATE_KINDS])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *tiny_models.BATCHED_KINDS,
+        *["mamba", "qwen3_5", "bloom"],  # in slots of their own cache
+        *[
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("falcon_h1", "lfm2", "jamba", "mpt", "gpt_neo", "falcon_alibi")
+        ],
+    ],
+)
 @pytest.mark.usefixtures("few")
 def test_greedy_texts_are_lm_evals(kind: str, evaluate: Callable[..., Any], tiny_model: Callable[..., Any]) -> None:
     """Catches a wrong mask, position, window or slot, an answer that ends too early or too late, and a cut in another place."""

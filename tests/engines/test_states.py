@@ -16,8 +16,9 @@ import transformers
 from engine_runs import CPU, answer_plainly, assert_equal_answers, assert_equal_values, build_prefix_tree, load, run, to_requests
 from tiny_models import STATE_KINDS, VOCAB_SIZE
 
+from ddp_eval.engines.hf import cache_slots, mamba_scan, model_cache
 from ddp_eval.engines.hf import engine as hf
-from ddp_eval.engines.hf import mamba_scan, model_cache
+from ddp_eval.engines.hf.cache_slots import CacheSlots
 from ddp_eval.packs.plan import STATES
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.packs.states import count_branches, plan_one_forest
@@ -117,6 +118,33 @@ def test_states_keep_their_dtype(tiny_model_path: Callable[[str], Path]) -> None
     shared = [value for value, _ in run(engine, *plan_one_forest(to_requests(requests)))]
     error, allowed = tolerance.error_of_half(shared, plain, exact)
     assert error <= allowed
+
+
+def test_rows_in_slots_of_their_own_cache(tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows that see padding, another row's states or what has left, and more copies of a prefix than have room."""
+    engine = load(tiny_model_path("qwen3_5"))
+    random = np.random.default_rng(6)
+    prefix, *tails = (random.integers(2, VOCAB_SIZE, count).astype(np.int32) for count in (30, 5, 1, 17, 8))
+    fed = random.integers(2, VOCAB_SIZE, (4, 3)).tolist()
+    with torch.inference_mode():
+        slots = CacheSlots(engine, prefix, slots=3, width=25)
+        found = [[row] for row in slots.admit(tails[:2])[1]]
+        for rows, row in zip(found, slots.step([fed[0][0], fed[1][0]]), strict=True):
+            rows.append(row)
+        slots.drop(0, is_broken=True)  # the second row moves into its slot
+        found[2:] = [[row] for row in slots.admit(tails[2:])[1]]
+        for step in (1, 2):
+            rows = slots.step([fed[1][step], fed[2][step - 1], fed[3][step - 1]])
+            for place, row in enumerate(rows, start=1):
+                found[place].append(row)
+        ends = [fed[0][:1], fed[1], fed[2][:2], fed[3][:2]]
+        for rows, tail, end in zip(found, tails, ends, strict=True):
+            whole = torch.from_numpy(np.concatenate([prefix, tail, end]).astype(np.int64))[None]
+            plain = engine.model(input_ids=whole, use_cache=False).logits[0]
+            for place, row in enumerate(reversed(rows)):
+                assert torch.allclose(row, plain[-1 - place], atol=1e-3), place
+        monkeypatch.setattr(cache_slots, "COPIES_BYTES", {"cpu": 25_000})
+        assert CacheSlots(engine, prefix, slots=3, width=25).slots == 2
 
 
 @pytest.mark.slow

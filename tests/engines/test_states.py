@@ -134,8 +134,8 @@ def test_rows_in_slots_of_their_own_cache(tiny_model_path: Callable[[str], Path]
         slots.drop(0, is_broken=True)  # the second row moves into its slot
         found[2:] = [[row] for row in slots.admit(tails[2:])[1]]
         for step in (1, 2):
-            rows = slots.step([fed[1][step], fed[2][step - 1], fed[3][step - 1]])
-            for place, row in enumerate(rows, start=1):
+            logits = slots.step([fed[1][step], fed[2][step - 1], fed[3][step - 1]])
+            for place, row in enumerate(logits, start=1):
                 found[place].append(row)
         ends = [fed[0][:1], fed[1], fed[2][:2], fed[3][:2]]
         for rows, tail, end in zip(found, tails, ends, strict=True):

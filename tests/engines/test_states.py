@@ -17,11 +17,7 @@ import transformers
 from engine_runs import CPU, answer_plainly, assert_equal_answers, assert_equal_values, build_prefix_tree, load, run, to_requests
 from tiny_models import STATE_KINDS, VOCAB_SIZE
 
-<<<<<<< HEAD
 from ddp_eval.engines.hf import cache_slots, capabilities, mamba_scan, model_cache
-=======
-from ddp_eval.engines.hf import cache_slots, mamba_scan, model_cache
->>>>>>> states
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.hf.cache_slots import CacheSlots
 from ddp_eval.packs.plan import STATES
@@ -218,13 +214,8 @@ def test_rows_in_slots_of_their_own_cache(tiny_model_path: Callable[[str], Path]
         slots.drop(0, is_broken=True)  # the second row moves into its slot
         found[2:] = [[row] for row in slots.admit(tails[2:])[1]]
         for step in (1, 2):
-<<<<<<< HEAD
-            rows = slots.step([fed[1][step], fed[2][step - 1], fed[3][step - 1]])
-            for place, row in enumerate(rows, start=1):
-=======
             logits = slots.step([fed[1][step], fed[2][step - 1], fed[3][step - 1]])
             for place, row in enumerate(logits, start=1):
->>>>>>> states
                 found[place].append(row)
         ends = [fed[0][:1], fed[1], fed[2][:2], fed[3][:2]]
         for rows, tail, end in zip(found, tails, ends, strict=True):

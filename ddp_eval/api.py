@@ -74,10 +74,12 @@ class Evaluator:
     Each call gives what `ddp_eval.evaluate` would, to the bit. Rank 0 keeps all prompts in memory while the object lives.
     Whatever prompts depend on may change between calls (files of tasks, the tokenizer, the model's window): they are built anew.
 
-    tokenizer, tasks, group, options: as for `evaluate`.
+    tokenizer, tasks, group, options: as for `evaluate`. Raises UserError for options that cannot be meant; tasks are looked up
+    at the first call.
     """
 
     def __init__(self, tokenizer: Any, tasks: list[Any] | str, *, group: Any = None, **options: Any) -> None:
+        _settings_of(tasks, options)
         self._tokenizer, self._tasks, self._group, self._options = tokenizer, tasks, group, options
         self._kept: KeptSetup | None = None
 
@@ -100,13 +102,18 @@ def _evaluate(
     options: dict[str, Any],
     kept: Callable[[], KeptSetup] | None,
 ) -> dict[str, Any] | None:
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
-    settings, notes = flags.read_options(options)
-    config = config_from_options(names, **settings)
+    config, notes = _settings_of(tasks, options)
     bare, root = _unwrap(model)
     warn_of_no_group(config.output_path)
     with _garbage_collected():
         return _evaluate_together(bare, root, tokenizer, config, notes, group, kept)
+
+
+def _settings_of(tasks: list[Any] | str, options: dict[str, Any]) -> tuple[Config, list[str]]:
+    """The settings that a caller gave, and what is to be said of them. Raises UserError for those that cannot be meant."""
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    settings, notes = flags.read_options(options)
+    return config_from_options(names, **settings), notes
 
 
 def _evaluate_together(

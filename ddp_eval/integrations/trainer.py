@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import transformers
@@ -20,7 +21,8 @@ class EvaluationCallback(transformers.TrainerCallback):
     Prompts, token ids and plans are made at the first evaluation and used at all others (`ddp_eval.Evaluator`).
 
     trainer:      whose model is evaluated as it lies: whole, under DDP, or sharded by `fully_shard` (fsdp_version=2).
-    tasks:        as for `ddp_eval.evaluate`, to which `options` go, too.
+    tasks:        as for `ddp_eval.evaluate`, to which `options` go, too; each evaluation has a directory of its own in
+                  output_path, `step-500` and so on.
     every_steps:  steps between evaluations; None: at each evaluation of the Trainer's own.
     tokenizer:    the Trainer's processing_class if not given.
     """
@@ -35,18 +37,20 @@ class EvaluationCallback(transformers.TrainerCallback):
             raise UserError("EvaluationCallback needs a tokenizer: give tokenizer=, or processing_class= to the Trainer")
         if every_steps is not None and every_steps < 1:
             raise UserError(f"every_steps of EvaluationCallback must be 1 or more, got {every_steps}")
+        self._output_path = options.pop("output_path", None)
         self._evaluator = Evaluator(tokenizer, tasks, **options)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._every_steps is not None and state.global_step % self._every_steps == 0:
-            self._run(control)
+            self._run(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._every_steps is None:
-            self._run(control)
+            self._run(state, control)
 
-    def _run(self, control: Any) -> None:
-        results = self._evaluator.evaluate(self._trainer.model)
+    def _run(self, state: Any, control: Any) -> None:
+        place = {} if self._output_path is None else {"output_path": os.path.join(self._output_path, f"step-{state.global_step}")}
+        results = self._evaluator.evaluate(self._trainer.model, **place)
         metrics = metrics_of(results) if results is not None else None
         logs_next = control.should_log
         self._trainer.log(from_first_rank(metrics))

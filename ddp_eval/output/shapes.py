@@ -7,6 +7,7 @@ metric may. pydantic checks (strictly: no text is taken for a number); the value
 from __future__ import annotations
 
 import functools
+import os
 import typing
 from typing import Annotated, Any
 
@@ -308,8 +309,14 @@ def _check_version(version: int) -> int:
 
 def _check_name(name: str) -> str:
     """Of a directory in the sweep's own: it leads nowhere else."""
-    if not name or "/" in name or "\0" in name or name in (".", ".."):
-        raise _wrong(f"must be the name of a directory in the sweep's, got {show(name)}")
+    try:
+        size = len(os.fsencode(name))
+    except UnicodeEncodeError:
+        size = 0
+    if not 0 < size <= 255 or "/" in name or "\0" in name or name in (".", ".."):
+        raise _wrong(
+            f"must be the name of a directory in the sweep's, got {show(name.encode('utf-8', 'backslashreplace').decode())}"
+        )
     return name
 
 

@@ -39,6 +39,8 @@ def write_sweep(directory: Path, models: Iterable[dict[str, Any]], own: Mapping[
         is_settled = earlier is not None and (earlier["state"] != WAITING or name not in now)
         entry = own.get(name) or (earlier if is_settled else now[name])
         assert entry is not None
+        if entry["state"] == DONE and entry["seconds"] is None and earlier is not None and earlier["state"] == DONE:
+            entry = {**entry, "seconds": earlier.get("seconds")}  # another launch, or an earlier one, has evaluated it
         if entry["state"] == WAITING and os.path.isfile(directory / name / write.MANIFEST):  # by another launch
             entry = {**entry, "state": DONE, "reason": None}
         entries.append(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -27,6 +28,12 @@ _MOST_DIGESTED_BYTES = 2**30  # of weights that were passed in; no file of their
 FILES = ("model_files", "tokenizer_files", "adapter_files", "code_files")
 
 
+@functools.cache
+def own_commit() -> dict[str, Any] | None:
+    """Of the code that this process has imported, as `git_commit`: looked up once, since the files may change meanwhile."""
+    return machine.git_commit(os.path.dirname(__file__))
+
+
 def describe_run(
     config: Config, world: World, results_dict: dict[str, Any], facts: dict[str, Any], model: dict[str, Any]
 ) -> dict[str, Any]:
@@ -41,7 +48,7 @@ def describe_run(
         "seeds": dict(zip(("random", "numpy", "torch", "fewshot"), config.seed, strict=True)),
         "packages": versions.describe_packages(),
         "hardware": machine.describe_hardware(),
-        "git": machine.git_commit(os.path.dirname(__file__)),
+        "git": own_commit(),
     }
 
 

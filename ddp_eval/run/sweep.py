@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import logging
 import os
 import time
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddp_eval import demo
 from ddp_eval.analysis import sweep_files
 from ddp_eval.config import Config
 from ddp_eval.distributed import collectives, watchdog
@@ -30,11 +32,12 @@ from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import model_files
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import Layout
+from ddp_eval.output import directory as run_directory
 from ddp_eval.output import status, sweep_file, write
 from ddp_eval.output.directory import AtWork, already_replaced_by_this_launch
 from ddp_eval.output.sweep_file import DONE, FAILED, WAITING
 from ddp_eval.run.follower import follow, load_anew
-from ddp_eval.run.manifest import look_at_model
+from ddp_eval.run.manifest import look_at_model, own_commit
 from ddp_eval.run.runner import Swept, lead_run
 from ddp_eval.run.sweep_models import SweptModel, list_models
 from ddp_eval.run.sweep_options import SweepOptions
@@ -131,6 +134,9 @@ class _Sweep:
         models = self._list()
         if not models and not self._options.watch:
             raise UserError(f"there is no model that --models {','.join(self._options.models)} names")
+        self._refuse_at_once(models)
+        if self._options.watch:
+            self._say_what_is_watched(bool(models))
         while True:
             states = {name: one["state"] for name, one in self._own.items() if one["state"] != WAITING}
             self._watcher.look([one for one in models if states.get(one.name) != DONE], states)
@@ -148,6 +154,25 @@ class _Sweep:
         self._ahead.stop()
         names = {*self._own, *(one.name for one in models)}
         return [one for one in entries if one["name"] in names]
+
+    def _refuse_at_once(self, models: list[SweptModel]) -> None:
+        """Raise UserError for what every model would fail of: tasks that there are not, a directory of runs with other flags."""
+        from ddp_eval.tasks import select
+
+        own_commit()
+        watchdog.step("looking for the tasks")
+        manager = select.make_task_manager(self._config, [demo.TASKS_PATH])
+        select.resolve_tasks(manager, self._config.tasks)
+        finished = (one for one in models if os.path.isfile(self._directory / one.name / write.MANIFEST))
+        for model in itertools.islice(finished, 1):
+            with contextlib.suppress(AtWork):
+                run_directory.find_finished(config_of(self._config, model), lambda manifest: True)
+
+    def _say_what_is_watched(self, finds_any: bool) -> None:
+        options = self._options
+        names = ",".join(options.models)
+        found = "" if finds_any else ", of which there is none yet"
+        log.warning("watching %s%s: looks every %g s, %s", names, found, options.every_s, options.until.describe())
 
     def _list(self) -> list[SweptModel]:
         self._watcher.look_for_end()
@@ -201,12 +226,13 @@ class _Sweep:
             _refuse_broken(config, model)
             results = self._run(model, config, self._files_of(following), followers)
             is_new = "telemetry" in results["ddp_eval"]  # else it was found complete
-            before = sweep_file.read_sweep(self._directory).get(model.name, {}).get("seconds")
-            found |= {"state": DONE, "seconds": round(time.monotonic() - began, 3) if is_new else before}
+            found |= {"state": DONE, "seconds": round(time.monotonic() - began, 3) if is_new else None}
             with contextlib.suppress(BrokenPipeError):  # whoever read it has gone
                 self._show(config, results)
         except AtWork as error:
             found |= {"reason": str(error)}
+            if model.name not in self._own:
+                log.warning("%s is another launch's for now: %s", model.name, error)
             self._watcher.leave_alone(model)
         except Exception as error:
             found |= {"state": FAILED, "reason": _describe(error), "seconds": round(time.monotonic() - began, 3)}

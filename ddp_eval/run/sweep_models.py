@@ -50,6 +50,8 @@ def list_models(options: SweepOptions, known: Known | None = None) -> list[Swept
     for model, name in named.items():
         own = name if counts[name] == 1 else _with_parent(model)
         for revision in options.revisions or (None,):
+            if revision is not None and os.path.isdir(os.path.expanduser(model)):
+                raise UserError(f"--revisions are of models on the hub, and {model} is a directory")
             full = own if revision is None else f"{own}-{revision.replace('/', '-')}"
             before = (known or {}).get((model, revision), "")
             full = before if _is_name(before) else full

@@ -19,6 +19,13 @@ class Until:
     count: int | None = None
     seconds: float | None = None
 
+    def describe(self) -> str:
+        if self.file is not None:
+            return f"until the file {self.file} is there"
+        if self.count is not None:
+            return f"until {self.count} models are evaluated"
+        return "until it is stopped" if self.seconds is None else f"for {self.seconds:g} s"
+
 
 @dataclasses.dataclass(frozen=True)
 class SweepOptions:

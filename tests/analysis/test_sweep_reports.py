@@ -188,6 +188,8 @@ def test_a_run_that_lies_elsewhere_is_not_read(sweep, tmp_path):
     [
         ([entry("../run")], r'models\[0\].name must be the name of a directory in the sweep\'s, got "../run"'),
         ([entry("..")], "must be the name of a directory"),
+        ([entry("\ud800")], "must be the name of a directory"),
+        ([entry("x" * 256)], "must be the name of a directory"),
         ([entry("a"), entry("a")], 'models must name each model once, and "a" is there twice'),
         ([entry("a", step="1")], r'models\[0\].step must be a whole number, got "1"'),
         ([{"name": "a"}], r"models\[0\].state is missing"),

@@ -65,6 +65,14 @@ def test_each_model_is_a_run_of_its_own(ranks: int, tmp_path: Path) -> None:
             manifest.get("hardware", {}).pop("threads", None)
         assert manifests[0] == manifests[1]
         assert status.read_status(swept)["state"] == status.DONE
+    before = (output / "sweep.json").read_bytes()
+    for flags, sentence in (
+        ((*TASKS[:2], "--limit", "7"), "here it is 7"),
+        (("--tasks", "demo_lambad"), "did you mean demo_lambada"),
+    ):
+        refused = launch(0, "sweep", "--models", f"{place}/checkpoint-*", *flags, "--output_path", output, program=QUICK)
+        assert refused.returncode == 2 and sentence in refused.sentences()[0], str(refused)
+    assert (output / "sweep.json").read_bytes() == before, "what is done stays done"
 
 
 @pytest.mark.parametrize(

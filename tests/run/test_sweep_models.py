@@ -49,6 +49,8 @@ def test_names_and_steps() -> None:
         ("Qwen3-0.6B", None), ("iter_0000500", 500), ("2000", 2000),
     ]  # fmt: skip
     assert names("models/.") == [("models", None)]
+    with pytest.raises(UserError, match="--revisions are of models on the hub, and / is a directory"):
+        names("/", revisions=("step5",))
     with pytest.raises(UserError, match="--models runs/logs would be evaluated in logs, which a sweep has for itself"):
         names("runs/logs")
     with pytest.raises(UserError, match="p/x/y and q/x/y would both be evaluated in x-y"):

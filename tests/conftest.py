@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -19,9 +20,12 @@ import hypothesis
 import pytest
 import tiny_models
 import torch
+from torch.utils import collect_env
 
 pytest.register_assert_rewrite("engine_runs", "lm_eval_answers")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
+# lm_eval has torch ask a dozen programs about the machine at the end of each evaluation.
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 # A test must fail for the change that it is run on: not because the machine is busy, nor for an example drawn by chance.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")

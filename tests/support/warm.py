@@ -23,6 +23,8 @@ import select
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 import uuid
 from collections.abc import Sequence
@@ -44,6 +46,7 @@ def serve(path: str) -> None:
     listening.listen()
     for module in MODULES:
         importlib.import_module(module)
+    _describe_machine()
     gc.freeze()  # a forked process that looks through these objects for garbage would copy their pages
     owner, _ = listening.accept()
     owner.sendall(b"ready\n")
@@ -72,6 +75,15 @@ def serve(path: str) -> None:
                 os.close(file)
             running[os.pidfd_open(pid)] = pid, connection
             _send(connection, pid)
+
+
+def _describe_machine() -> None:
+    """Ask a dozen programs about the machine, which forked processes need not ask again."""
+    from ddp_eval.system import environment
+
+    environment.start_collecting().result()
+    while threading.active_count() > 1:
+        time.sleep(0.01)
 
 
 def _send(connection: socket.socket, number: int) -> None:

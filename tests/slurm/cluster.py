@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import random
 import re
 import secrets
 import shutil
@@ -32,6 +33,7 @@ _CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -111,7 +113,9 @@ class Cluster:
         for name in ("state", "spool.n1", "spool.n2", "local", "local_n2"):
             (self.place / name).mkdir(parents=True)
         ports = dict(zip(("controller_port", "n1_port", "n2_port"), _free_ports(3), strict=True))
-        settings = {"host": socket.gethostname(), "place": self.place, "grace_s": GRACE_S, **ports}
+        # Jobs of several clusters run at a time, in other workers of pytest: the port at which ranks meet goes by a job's number.
+        first_job = random.SystemRandom().randrange(1, 10**6)
+        settings = {"host": socket.gethostname(), "place": self.place, "grace_s": GRACE_S, "first_job": first_job, **ports}
         (self.place / "slurm.conf").write_text(_CONFIG.format(**settings))
         for name in ("gpu0", "gpu1"):
             (self.place / name).touch()

@@ -232,7 +232,10 @@ def _try_decoding(engine: CausalModel) -> npt.NDArray[np.float64]:
         for prompt, answer, found in zip(prompts, forced, decoded, strict=True):
             asked = [*prefix.tolist(), *prompt.tolist()]
             plain = (_step_by_step if engine.decodes_by_cache else _in_one_forward)(engine, asked, answer)
-            for row, expected, token in zip(found, plain, answer, strict=True):
+            given = list(zip(found, plain, answer, strict=True))
+            if engine.decodes_by_cache:  # and with positions of the model's own, which may begin elsewhere (Kosmos-2.5)
+                given.append((found[0], _in_one_forward(engine, asked, answer[:1])[0], answer[0]))
+            for row, expected, token in given:
                 drift.append(float((row[token] - expected.float().log_softmax(-1)[token]).abs()))
     return np.array(drift)
 

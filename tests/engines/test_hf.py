@@ -34,6 +34,7 @@ from engine_runs import (
     to_requests,
 )
 from tiny_models import ROW_KINDS, SINGLE_KINDS, TREE_KINDS, VOCAB_SIZE
+from torch.utils import _pytree
 
 from ddp_eval.engines import Capabilities
 from ddp_eval.engines.hf import checkpoint
@@ -502,6 +503,17 @@ def test_missing_weight_is_named(model_copy: Path) -> None:
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
     with refused(str(model_copy), "lacks 1 of the model's weights", "model.layers.1.mlp.up_proj.weight"):
         load(model_copy)
+
+
+def test_heads_leave_nothing_behind(tiny_model_path: Callable[[str], Path]) -> None:
+    """Catches a class that is made for each call of the head: torch keeps those of a model's outputs for good."""
+    engine = load(tiny_model_path("llama"))
+    plan, _ = plan_rows(to_requests([([5, 6, 7, 8], 2)]), max_tokens=100)
+    assert engine.splits_head
+    before = len(_pytree.SUPPORTED_NODES)
+    for _ in range(3):
+        engine.collect(engine.launch(build_pack(plan, 0)))
+    assert len(_pytree.SUPPORTED_NODES) == before
 
 
 def test_tied_head_is_not_missing(tiny_model_path: Callable[[str], Path]) -> None:

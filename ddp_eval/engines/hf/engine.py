@@ -417,7 +417,7 @@ class HFEngine(TransformersEngine):
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, H) hidden states -> (n, V) logits, by the model's own forward with its body left out."""
         body = self.model.base_model
-        stand_in = _body_output(hidden[None])
+        stand_in = _body_output()(last_hidden_state=hidden[None])
         nothing = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
         with unittest.mock.patch.object(body, "forward", lambda *args, **kwargs: stand_in):
             logits: torch.Tensor = self._whole(input_ids=nothing, use_cache=False).logits[0]
@@ -448,8 +448,12 @@ class HFEngine(TransformersEngine):
         return tensor.to(self.device, non_blocking=True)
 
 
-def _body_output(hidden: torch.Tensor) -> Any:
-    """What a body returns, with None for all else that heads ask of it: routers' logits, a cache, ... hidden: (1, n, H)."""
+@functools.cache
+def _body_output() -> type:
+    """The class of what a body returns, with None for all else that heads ask of it: routers' logits, a cache, ...
+
+    One for the process: torch keeps each class of the kind for good.
+    """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     class BodyOutput(BaseModelOutputWithPast):
@@ -457,7 +461,7 @@ def _body_output(hidden: torch.Tensor) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
 
-    return BodyOutput(last_hidden_state=hidden)
+    return BodyOutput
 
 
 @contextlib.contextmanager

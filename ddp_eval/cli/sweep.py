@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -49,7 +48,7 @@ def parse(argv: Sequence[str]) -> Evaluation:
     revisions = sort_revisions(_split("--revisions", options.revisions or []))
     subfolder = "" if "pretrained" in config.model_args else str(config.model_args.get("subfolder") or "")
     sweep = SweepOptions(models, revisions, config.output_path, options.watch, every_s, until, options.marker, subfolder)
-    return Evaluation(dataclasses.replace(config), notes, sweep=sweep)
+    return Evaluation(config, notes, sweep=sweep)
 
 
 def _split(flag: str, words: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import itertools
 import logging
 import os
 import time
@@ -119,6 +118,7 @@ class _Sweep:
         self._directory = write.make_directory(options.output_path)
         self._kept, self._ahead = KeptSetup(), ReadAhead()
         self._own: dict[str, dict[str, Any]] = {}
+        self._in_tables: list[dict[str, Any]] | None = None
         self._watcher = Watcher(options)
         earlier = sweep_file.read_sweep(self._directory)
         self._failed_before = {name for name, one in earlier.items() if one["state"] == FAILED}  # the last to be tried again
@@ -141,13 +141,14 @@ class _Sweep:
             states = {name: one["state"] for name, one in self._own.items() if one["state"] != WAITING}
             self._watcher.look([one for one in models if states.get(one.name) != DONE], states)
             self._write(models)
-            if self._watcher.is_over(self._count_settled()) or not (ready := self._watcher.ready):
-                if not self._goes_on():
-                    break
+            if self._watcher.is_over(self._count_settled()):
+                break
+            if ready := sorted(self._watcher.ready, key=lambda one: one.name in self._failed_before):
+                self._evaluate(ready[0], ready[1] if len(ready) > 1 else None)
+            elif self._options.watch or self._watcher.tries_again():
                 self._watcher.wait(self._keep_in_touch)
             else:
-                ready.sort(key=lambda one: one.name in self._failed_before)
-                self._evaluate(ready[0], ready[1] if len(ready) > 1 else None)
+                break
             models = self._list()
         entries = self._write(models)
         collectives.send_message(self._world, None)
@@ -163,10 +164,10 @@ class _Sweep:
         watchdog.step("looking for the tasks")
         manager = select.make_task_manager(self._config, [demo.TASKS_PATH])
         select.resolve_tasks(manager, self._config.tasks)
-        finished = (one for one in models if os.path.isfile(self._directory / one.name / write.MANIFEST))
-        for model in itertools.islice(finished, 1):
+        finished = next((one for one in models if os.path.isfile(self._directory / one.name / write.MANIFEST)), None)
+        if finished is not None:
             with contextlib.suppress(AtWork):
-                run_directory.find_finished(config_of(self._config, model), lambda manifest: True)
+                run_directory.find_finished(config_of(self._config, finished), lambda manifest: True)
 
     def _say_what_is_watched(self, finds_any: bool) -> None:
         options = self._options
@@ -178,12 +179,6 @@ class _Sweep:
         self._watcher.look_for_end()
         entries = sweep_file.read_sweep(self._directory).values()
         return list_models(self._options, {(one.get("model", ""), one.get("revision")): one["name"] for one in entries})
-
-    def _goes_on(self) -> bool:
-        """Whether to look again, where nothing can be evaluated now."""
-        if self._watcher.is_over(self._count_settled()):
-            return False
-        return self._options.watch or self._watcher.tries_again()
 
     def _count_settled(self) -> int:
         """Models that are done, in any launch and whether their files are still there, or have failed in this one."""
@@ -205,7 +200,9 @@ class _Sweep:
         waiting = [self._entry(one, WAITING, self._watcher.reasons.get(one.name)) for one in models]
         try:
             entries = sweep_file.write_sweep(self._directory, waiting, self._own)
-            sweep_files.write_tables(self._directory)
+            if entries != self._in_tables:  # which are made of every model's results
+                sweep_files.write_tables(self._directory)
+                self._in_tables = entries
             return entries
         except OSError as error:
             raise write.unwritable(self._directory, error) from error

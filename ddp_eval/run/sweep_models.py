@@ -86,7 +86,7 @@ def _with_parent(model: str) -> str:
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Orders checkpoint-9 before checkpoint-10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def step_of(*texts: str) -> int | None:

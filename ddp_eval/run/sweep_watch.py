@@ -44,8 +44,7 @@ class Watcher:
 
     def look_for_end(self) -> None:
         """To be called before models are listed: whoever leaves the file of --until has written the last of them before."""
-        until = self._options.until
-        self._is_file_there = until.file is not None and os.path.lexists(until.file)
+        self._is_file_there = self._sees_file()
 
     def look(self, models: Sequence[SweptModel], settled: Collection[str]) -> None:
         """settled: names of models that were evaluated, or failed, in this launch."""
@@ -112,7 +111,7 @@ class Watcher:
         if until.count is not None:
             return settled >= until.count
         if until.seconds is not None:
-            return time.monotonic() - self._began >= until.seconds
+            return self._is_late()
         return self._is_file_there and not (self.ready or self._settling)
 
     def wait(self, keep_in_touch: Callable[[], None]) -> None:
@@ -122,7 +121,7 @@ class Watcher:
         watchdog.step(f"waiting for {', '.join(self._options.models)}")
         deadline = time.monotonic() + wait_s
         while (left_s := deadline - time.monotonic()) > 0:
-            if not self._settling and self._ends_now():
+            if not self._settling and (self._is_late() or self._sees_file()):
                 return
             if time.monotonic() - self._touched > _TOUCH_S:
                 self._touched = time.monotonic()
@@ -130,7 +129,10 @@ class Watcher:
             watchdog.touch()
             time.sleep(min(_TICK_S, left_s))
 
-    def _ends_now(self) -> bool:
+    def _is_late(self) -> bool:
         until = self._options.until
-        is_late = until.seconds is not None and time.monotonic() - self._began >= until.seconds
-        return is_late or (until.file is not None and os.path.lexists(until.file))
+        return until.seconds is not None and time.monotonic() - self._began >= until.seconds
+
+    def _sees_file(self) -> bool:
+        until = self._options.until
+        return until.file is not None and os.path.lexists(until.file)

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from ddp_eval.system import machine
+
 _BLOCK_BYTES = 8 * 2**20
 _SHARE = 0.5  # of the memory that is available: what else is cached there is in use, too
 
@@ -38,7 +40,7 @@ class ReadAhead:
             self._thread.join()
 
     def _read(self, paths: list[Path], given_up: threading.Event) -> None:
-        left_bytes = _SHARE * available_bytes()
+        left_bytes = _SHARE * machine.free_bytes()
         buffer = bytearray(_BLOCK_BYTES)
         for path in paths:
             with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
@@ -46,11 +48,3 @@ class ReadAhead:
                 while not given_up.is_set() and left_bytes >= _BLOCK_BYTES and (count := file.readinto(buffer)):
                     left_bytes -= count
                     self.read_bytes += count
-
-
-def available_bytes() -> int:
-    """Memory that could be had without swapping; 0 where the system does not say."""
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    return 0

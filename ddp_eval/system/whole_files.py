@@ -25,7 +25,7 @@ def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
     """A phrase for what a checkpoint's directory lacks; None where nothing is missing."""
     directory = Path(folder)
     try:
-        names = {entry.name for entry in os.scandir(directory) if entry.is_file()}
+        names = _names_in(directory)
     except OSError as error:
         return f"{directory} cannot be read ({error.strerror})"
     config = next((name for name in _CONFIGS if name in names), None)
@@ -38,7 +38,7 @@ def why_incomplete(folder: str | os.PathLike[str]) -> str | None:
     whole = any(name in names for name in (*_WHOLE, "pytorch_model.bin"))
     if not whole and any(map(_SHARD.search, names)) and not any(name.endswith(".index.json") for name in names):
         return "the index of its shards is not there yet"
-    return why_broken(directory)
+    return _why_broken(directory, names)
 
 
 def why_broken(folder: str | os.PathLike[str]) -> str | None:
@@ -49,9 +49,16 @@ def why_broken(folder: str | os.PathLike[str]) -> str | None:
     """
     directory = Path(folder)
     try:
-        names = {entry.name for entry in os.scandir(directory) if entry.is_file()}
+        return _why_broken(directory, _names_in(directory))
     except OSError as error:
         return f"{directory} cannot be read ({error.strerror})"
+
+
+def _names_in(directory: Path) -> set[str]:
+    return {entry.name for entry in os.scandir(directory) if entry.is_file()}
+
+
+def _why_broken(directory: Path, names: Collection[str]) -> str | None:
     shards: set[str] = set()
     for index in _indices(names):
         content = _read_json(directory / index)

@@ -36,6 +36,8 @@ def test_patterns_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "runs" / "checkpoint-7").write_text("")
     found = names(str(tmp_path / "runs/checkpoint-*"))
     assert found == [("checkpoint-9", 9), ("checkpoint-10", 10), ("checkpoint-100", 100)]
+    (tmp_path / "runs" / "checkpoint-9²").mkdir()
+    assert names(str(tmp_path / "runs/checkpoint-9*")) == [("checkpoint-9", 9), ("checkpoint-9²", 9)]
     assert names(f"{tmp_path}/*/checkpoint-9") == [("runs-checkpoint-9", 9)]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ddp_eval.system import read_ahead
+from ddp_eval.system import machine
 from ddp_eval.system.read_ahead import ReadAhead
 
 
@@ -13,11 +13,11 @@ def test_within_the_memory_that_is_free(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "weights").write_bytes(bytes(3 * 2**20))
     files = [tmp_path / "gone", tmp_path / "weights"]
     ahead = ReadAhead()
-    monkeypatch.setattr(read_ahead, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(machine, "free_bytes", lambda: 2**30)
     ahead.start(files)
     ahead.wait()
     assert ahead.read_bytes == 3 * 2**20
-    monkeypatch.setattr(read_ahead, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(machine, "free_bytes", lambda: 2**20)
     ahead.start(files)
     ahead.wait()
     assert ahead.read_bytes == 3 * 2**20
@@ -25,4 +25,4 @@ def test_within_the_memory_that_is_free(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_the_system_says() -> None:
-    assert read_ahead.available_bytes() > 2**20
+    assert machine.free_bytes() > 2**20

@@ -25,6 +25,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _SHORT_OF_MEMORY.search(str(error)) is not None
 
 
+def describe(error: Exception) -> str:
+    """One sentence for an error: the user's as it is, others with their class."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+
+
 def one_line(text: object, most: int = 300) -> str:
     """An error's or a value's text in one line of at most `most` characters, dots where it is cut."""
     line = " ".join(str(text).split())

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 
+from ddp_eval.analysis.read import result_rows
 from ddp_eval.api import Evaluator
 from ddp_eval.distributed.world import from_first_rank
 from ddp_eval.errors import UserError
@@ -59,10 +60,7 @@ class EvaluationCallback(transformers.TrainerCallback):
 
 def metrics_of(results: dict[str, Any]) -> dict[str, float]:
     """The metrics of lm_eval's result dict, without standard errors, by plain names."""
-    found = {}
-    for task, row in results["results"].items():
-        for key, value in row.items():
-            metric, comma, kind = key.partition(",")
-            if comma and isinstance(value, (int, float)) and not metric.endswith("_stderr"):
-                found[f"eval/{task}/{metric}" + ("" if kind == "none" else f"/{kind}")] = float(value)
-    return found
+    return {
+        f"eval/{row['task']}/{row['metric']}" + ("" if row["filter"] == "none" else f"/{row['filter']}"): float(row["value"])
+        for row in result_rows(results)
+    }

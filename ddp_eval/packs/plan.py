@@ -75,10 +75,6 @@ class Plan:
         return digest_arrays(self.kind.encode(), self)
 
 
-_NONE, _START = np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
-NO_PLAN = Plan(_NONE, _START, _START, _START, _NONE, _NONE, _NONE, _NONE, _NONE, PACKS)
-
-
 def digest_arrays(kind: bytes, plan: Any) -> str:
     """SHA-256 of what `kind` says of a plan and of its fields but the last, all of them arrays: names, types and content."""
     hasher = hashlib.sha256(kind)

@@ -26,7 +26,7 @@ from ddp_eval.output.directory import Directory
 from ddp_eval.output.journal import RecoveredWork
 from ddp_eval.output.lm_eval_names import SECTION, choose_names
 from ddp_eval.packs.batches import Prompts
-from ddp_eval.packs.plan import NO_PLAN, Plan
+from ddp_eval.packs.plan import PACKS, Plan, empty_plan
 from ddp_eval.packs.requests import Requests
 from ddp_eval.packs.results import Results, fill_slots
 from ddp_eval.placement.choose import check_texts, evaluate_layouts, ranks_of
@@ -177,7 +177,7 @@ def plan_work(job: Job, requests: Requests, prompts: Prompts, replica: Replica) 
         why = "--numerics alone was given" if alone else None if config.packing else "--no_packing was given"
         pad = job.encoder.tokenizer.pad_token_id
         if len(prompts) and replica.world.ranks_per_shard > 1:
-            run_extra(job.followers, replica, NO_PLAN, "trial", asks="why_not_batches")
+            run_extra(job.followers, replica, empty_plan(PACKS), "trial", asks="why_not_batches")
         return WorkPlan(scoring, plan_texts(replica.engine, prompts, pad, why, job.plans))
 
 

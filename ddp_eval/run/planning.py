@@ -178,7 +178,7 @@ def make_plan(
     if why_rows is None:
         return Decision(*cut_packs(engine, requests, max_tokens, memo), None)
     if packing and why_rows != DYNAMIC_ROTARY and engine.why_not_rows is None and len(trial):
-        shared, why_not = _share_caches(engine, requests, trial, max_tokens, score_plan)
+        shared, why_not = _share_caches(engine, requests, trial, max_tokens, score_plan, memo)
         if shared is not None:
             return Decision(*shared, why_rows, SHARED)
         why_rows = f"{why_rows}; {why_not}" if why_not else why_rows
@@ -189,21 +189,22 @@ def make_plan(
 
 
 def _share_caches(
-    engine: Engine, requests: Requests, trial: Requests, max_tokens: int, score_plan: ScorePlan | None
+    engine: Engine, requests: Requests, trial: Requests, max_tokens: int, score_plan: ScorePlan | None, memo: PlanMemo
 ) -> tuple[tuple[Plan, IntArray] | None, str | None]:
     """Packs of trees that share caches, as of `plan_packs`; or none, and why not: None where there is nothing to share."""
     if engine.why_not_states is not None:
         return None, None
-    plan, item_of_request = cut_states(engine, requests, max_tokens)
+    plan, item_of_request = cut_states(engine, requests, max_tokens, memo)
     if not count_branches(plan):
         return None, None
     why_not = check_states(engine, trial, score_plan)
     return ((plan, item_of_request) if why_not is None else None), why_not
 
 
-def cut_states(engine: Engine, requests: Requests, max_tokens: int) -> tuple[Plan, IntArray]:
+def cut_states(engine: Engine, requests: Requests, max_tokens: int, memo: PlanMemo | None = None) -> tuple[Plan, IntArray]:
     """Packs of trees that share caches. Returns as `plan_packs`."""
-    return plan_states(requests, engine.cost_model(), max_tokens, engine.max_reads())
+    how = engine.cost_model(), max_tokens, engine.max_reads()
+    return (memo or PlanMemo()).get("states", requests, how, lambda: plan_states(requests, *how))
 
 
 def _trial_of(engine: Engine, requests: Requests) -> Requests:

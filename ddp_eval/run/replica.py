@@ -15,7 +15,7 @@ import torch
 from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
-from ddp_eval.errors import UserError, one_line
+from ddp_eval.errors import UserError, describe
 from ddp_eval.layout import Layout
 from ddp_eval.placement.kinds import kind_of
 from ddp_eval.placement.load import lay_out
@@ -42,15 +42,10 @@ def load_together(
             raise
         if kind_of(layout).fails_together and not isinstance(error.__cause__, _REFUSALS):
             raise
-        why = _describe_failure(error)
+        why = describe(error)
+        if not isinstance(error, UserError):
+            log.error("loading the model failed", exc_info=error)
     return engine, collectives.gather_reports(world, why)
-
-
-def _describe_failure(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    log.error("loading the model failed", exc_info=error)
-    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def load_on_all(world: World, layout: Layout, load: Callable[[World, Layout], Engine], on_alone: Callable[[], None]) -> Engine:
@@ -85,15 +80,18 @@ class Replica:
     why: str = ""
     attention: str = ""  # of trees, of the engine that gave way to this one
 
+    def close(self) -> None:
+        """Let go of the engine, if there is one: its memory is free when nothing else refers to it."""
+        if loaded := vars(self).pop("engine", None):
+            self.attention = loaded.tree_attention
+            loaded.close()
+
     def move(self, world: World, layout: Layout, load: Callable[[World, Layout], Engine]) -> str | None:
         """Load the model again, in another layout, with the same attention. The memory of what was loaded goes first.
 
         Returns None, or why a rank could not; then nothing is loaded until the next move.
         """
-        if loaded := vars(self).pop("engine", None):
-            self.attention = loaded.tree_attention
-            loaded.close()
-        del loaded
+        self.close()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -146,11 +144,8 @@ class PendingReplica:
 
     def release(self) -> None:
         """Let go of the model, if it was loaded. To be called when nothing loads any more."""
-        if not self._replica.done() or self._replica.exception() is not None:
-            return
-        replica = self._replica.result()
-        if loaded := vars(replica).pop("engine", None):
-            loaded.close()
+        if self._replica.done() and self._replica.exception() is None:
+            self._replica.result().close()
 
     def _run(self) -> None:
         _fulfil(self._replica, self._load)

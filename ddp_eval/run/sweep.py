@@ -29,7 +29,7 @@ from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.messages import Aborted, Followers, LeaderFailed, NextModel, await_begin, next_model
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import model_files
-from ddp_eval.errors import UserError, one_line
+from ddp_eval.errors import UserError, describe
 from ddp_eval.layout import Layout
 from ddp_eval.output import directory as run_directory
 from ddp_eval.output import status, sweep_file, write
@@ -232,7 +232,7 @@ class _Sweep:
                 log.warning("%s is another launch's for now: %s", model.name, error)
             self._watcher.leave_alone(model)
         except Exception as error:
-            found |= {"state": FAILED, "reason": _describe(error), "seconds": round(time.monotonic() - began, 3)}
+            found |= {"state": FAILED, "reason": describe(error), "seconds": round(time.monotonic() - began, 3)}
             status.note_end(self._directory / model.name, status.FAILED, str(error), first_hand=False)
             if isinstance(error, collectives.LostContact) or not followers.listening:
                 self._own[model.name] = found
@@ -292,7 +292,3 @@ def config_of(config: Config, model: SweptModel) -> Config:
     if model.revision is not None:
         model_args["revision"] = model.revision
     return dataclasses.replace(config, model_args=model_args, output_path=os.path.join(str(config.output_path), model.name))
-
-
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"

@@ -17,7 +17,7 @@ import transformers
 from engine_runs import CPU, answer_plainly, assert_equal_answers, assert_equal_values, build_prefix_tree, load, run, to_requests
 from tiny_models import STATE_KINDS, VOCAB_SIZE
 
-from ddp_eval.engines.hf import cache_slots, capabilities, mamba_scan, model_cache
+from ddp_eval.engines.hf import capabilities, mamba_scan, model_cache
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.hf.cache_slots import CacheSlots
 from ddp_eval.packs.plan import STATES
@@ -223,7 +223,7 @@ def test_rows_in_slots_of_their_own_cache(tiny_model_path: Callable[[str], Path]
             plain = engine.model(input_ids=whole, use_cache=False).logits[0]
             for place, row in enumerate(reversed(rows)):
                 assert torch.allclose(row, plain[-1 - place], atol=1e-3), place
-        monkeypatch.setattr(cache_slots, "COPIES_BYTES", {"cpu": 25_000})
+        monkeypatch.setitem(model_cache.COPIES_BYTES, "cpu", 25_000)
         assert CacheSlots(engine, prefix, slots=3, width=25).slots == 2
 
 

@@ -16,7 +16,7 @@ from ddp_eval.distributed.messages import next_work
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint
 from ddp_eval.engines.hf import engine as hf
-from ddp_eval.errors import UserError, is_out_of_memory, one_line
+from ddp_eval.errors import UserError, describe, is_out_of_memory
 from ddp_eval.packs.results import NO_RESULTS
 
 
@@ -73,7 +73,7 @@ def _all_ready(world: World) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+        why = describe(error)
     try:
         collectives.all_gather_rows(world, NO_RESULTS, failed=why is not None)
     except collectives.RankFailed:

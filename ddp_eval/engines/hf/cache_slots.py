@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ddp_eval.engines.hf.model_cache import COPIES_BYTES, attends, copy_rows, join_rows, row_bytes
+from ddp_eval.engines.hf.model_cache import attends, copy_rows, join_rows, most_copies, row_bytes
 from ddp_eval.packs.requests import IntArray
 
 
@@ -53,7 +53,7 @@ class CacheSlots:
             of_row = row_bytes(self._prefix, 1) * (len(prefix) + width) // len(prefix)
         else:  # keys and values are counted in the slots asked for, states are not
             of_row = row_bytes(self._run([np.zeros(1, dtype=np.int64)], None, 0)[1], 1)
-        self.slots = max(1, min(slots, COPIES_BYTES["cuda" if engine.device.type == "cuda" else "cpu"] // max(1, of_row)))
+        self.slots = max(1, min(slots, most_copies(engine.device, of_row)))
 
     def __len__(self) -> int:
         return len(self._lengths)

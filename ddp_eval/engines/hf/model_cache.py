@@ -23,6 +23,11 @@ def cache_argument(model: Any) -> str | None:
     return next((name for name in _ARGUMENTS if all(name in names for names in taken)), None)
 
 
+def most_copies(device: torch.device, bytes_each: int) -> int:
+    """How many copies of such a size may be there at once; at least one."""
+    return max(1, COPIES_BYTES["cuda" if device.type == "cuda" else "cpu"] // max(1, bytes_each))
+
+
 def copy_rows(cache: Any, rows: Sequence[int], device: torch.device) -> Any:
     """A cache of its own whose row i is row `rows[i]` of `cache`, which stays as it is."""
     chosen, same = torch.tensor(rows, device=device), len(set(rows)) == 1  # here: a GPU would have to be waited for

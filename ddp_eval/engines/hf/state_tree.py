@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.engines.hf.model_cache import COPIES_BYTES, copy_rows, row_bytes
+from ddp_eval.engines.hf.model_cache import copy_rows, most_copies, row_bytes
 from ddp_eval.packs.plan import Pack
 from ddp_eval.packs.requests import IntArray
 from ddp_eval.packs.states import ForwardLimits, batch_segments, find_segments
@@ -112,9 +112,8 @@ class StateTree:
 
     def _go_on(self, batch: _Batch, children: IntArray, cache: Any) -> None:
         """Put what goes on from a batch next. Copies are appended to, which takes twice their memory for a moment."""
-        model_limits, rows = self._limits, len(batch.members)
-        in_memory = COPIES_BYTES["cuda" if self._model.device.type == "cuda" else "cpu"] // max(1, 2 * row_bytes(cache, rows))
-        limits = model_limits._replace(max_rows=max(1, min(model_limits.max_rows, in_memory)))
+        in_memory = most_copies(self._model.device, 2 * row_bytes(cache, len(batch.members)))
+        limits = self._limits._replace(max_rows=max(1, min(self._limits.max_rows, in_memory)))
         row_of = {int(segment): row for row, segment in enumerate(batch.members)}
         for members in reversed(batch_segments(self._segments, children, limits)):
             members = members[np.argsort(self._segments.parents[members], kind="stable")]

@@ -12,6 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 
 setup_venv test,dev,docs
+unset PYTHONDONTWRITEBYTECODE # tests begin Python some hundred times: what is compiled once need not be compiled again
 
 cd "$REPOSITORY"
 if [[ "${1:-}" == quick ]]; then

@@ -17,7 +17,7 @@ LOOP = (str(PROGRAMS / "sharded_loop_main.py"),)
 CASES = {
     2: [
         "llama/root/float32", "llama/layers/float32", "llama/kept/float32", "llama/freed/float32", "llama/grouped/float32",
-        "llama/parts/float32", "llama/offload/float32", "llama/compiled/float32", "llama/policy/bfloat16",
+        "llama/parts/float32", "llama/offload/float32", "llama/traced/float32", "llama/policy/bfloat16",
         "llama/root/bfloat16", "gpt2/root/float32", "gemma2/tied/bfloat16", "qwen3_moe/root/float32", "mistral/root/float32",
         "llama/texts/float32", "llama/single/float32", *(["llama/adapter/float32"] if importlib.util.find_spec("peft") else []),
     ],
@@ -57,6 +57,17 @@ def test_sharded_models_answer_as_whole_ones(ranks: int, case: str, run: Callabl
     assert seen[0]["many"] == seen[0]["whole"], "bits"
     assert seen[0]["many"]
     assert [rank["changed"] for rank in seen] == [[]] * ranks
+
+
+@pytest.mark.slow
+def test_compiled_models_answer_as_whole_ones(tmp_path: Path) -> None:
+    """Catches kernels that torch has compiled and that see a part of a weight: "traced" has the same graphs without them."""
+    finished = launch(2, tmp_path, "llama/compiled/float32", program=PROGRAM, timeout_s=280)
+    assert finished.returncode == 0, str(finished)
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text())["llama/compiled/float32"] for rank in (0, 1)]
+    assert seen[0]["many"] == seen[0]["whole"], "bits"
+    assert seen[0]["many"]
+    assert [rank["changed"] for rank in seen] == [[], []]
 
 
 @pytest.mark.parametrize(("case", "sentence"), REFUSED.items())

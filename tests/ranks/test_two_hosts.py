@@ -46,12 +46,12 @@ def hosts():
 
 
 def documented_commands():
-    """The variables and words of the two commands, up to the program's name, with two ranks on each host."""
+    """The variables and words of the two commands, up to the program's name, with a rank on each host."""
     text = (ROOT / "docs" / "guide" / "slurm.md").read_text().partition("## Without SLURM")[2].replace("\\\n", " ")
     commands = re.findall(r"^(GLOO_\S+) (NCCL_\S+) torchrun (.*) -m ddp_eval ", text, flags=re.MULTILINE)
     assert len(commands) == 2
     for gloo, nccl, flags in commands:
-        yield dict(word.split("=") for word in (gloo, nccl)), flags.replace("nproc_per_node=8", "nproc_per_node=2").split()
+        yield dict(word.split("=") for word in (gloo, nccl)), flags.replace("nproc_per_node=8", "nproc_per_node=1").split()
 
 
 def start(stack, host, variables, flags, *more):
@@ -73,7 +73,7 @@ def test_same_bits(hosts, tmp_path):
     plain = launch(1, *RUN, "--output_path", tmp_path / "plain", program=QUICK)
     assert plain.returncode == 0, str(plain)
     assert (tmp_path / "run" / tables.SCORES).read_bytes() == (tmp_path / "plain" / tables.SCORES).read_bytes()
-    assert '"world_size": 4' in (tmp_path / "run" / write.MANIFEST).read_text()
+    assert '"world_size": 2' in (tmp_path / "run" / write.MANIFEST).read_text()
 
 
 def test_wrong_interface(hosts, tmp_path):

@@ -28,9 +28,9 @@ def test_number_of_parameters(shape, millions):
     assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def make(directory, *more, **environment):
+def make(directory, *more, shape="llama23m", **environment):
     """By a forked process, or, with PYTHONHASHSEED, by one that starts anew."""
-    flags = ["--shape", "llama23m", "--tasks", "demo_boolean_expressions", "--include_path", demo.TASKS_PATH, "--out", directory]
+    flags = ["--shape", shape, "--tasks", "demo_boolean_expressions", "--include_path", demo.TASKS_PATH, "--out", directory]
     done = launch(0, *flags, *more, program=(SCRIPT,), **environment)
     assert done.returncode == 0, str(done)
     return directory
@@ -38,7 +38,7 @@ def make(directory, *more, **environment):
 
 def test_same_files_twice(tmp_path):
     """Catches weights or tokens that depend on the process, so that nobody could make a record's model again."""
-    first, second = make(tmp_path / "1"), make(tmp_path / "2", PYTHONHASHSEED="2")
+    first, second = make(tmp_path / "1", shape="tiny"), make(tmp_path / "2", shape="tiny", PYTHONHASHSEED="2")
     names = sorted(path.name for path in first.iterdir())
     assert "model.safetensors" in names and "tokenizer.json" in names
     for name in names:

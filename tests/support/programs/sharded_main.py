@@ -24,6 +24,7 @@ import ddp_eval
 
 TASKS = ["demo_hellaswag", "demo_lambada"]
 TEXTS = ["gen_boolean", "gen_drawn", "gen_story"]
+COMPILED = {"traced": "eager", "compiled": "inductor"}  # the first wraps the model alike, without a compiler
 
 
 def make_model(kind: str, dtype: torch.dtype) -> Any:
@@ -66,8 +67,8 @@ def shard(model: Any, way: str, dtype: torch.dtype) -> Any:
         count = dist.get_world_size() // 2
         options["mesh"] = dist.init_device_mesh("cpu", (count, 2), mesh_dim_names=("replicate", "shard"))
     for layer in layers_of(model):
-        if way == "compiled":
-            layer.compile()
+        if way in COMPILED:
+            layer.compile(backend=COMPILED[way])
         fully_shard(layer, **options)
     if way == "grouped":
         fully_shard([model.base_model.norm, model.get_output_embeddings()], **options)
@@ -81,7 +82,7 @@ def shard(model: Any, way: str, dtype: torch.dtype) -> Any:
         fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32))
     elif way != "layers":
         fully_shard(model, **options)
-    return torch.compile(model) if way == "compiled" else model
+    return torch.compile(model, backend=COMPILED[way]) if way in COMPILED else model
 
 
 def answers(results: dict[str, Any] | None) -> dict[str, Any] | None:

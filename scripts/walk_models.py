@@ -299,9 +299,11 @@ def walk_in_child(model_type: str, limit_s: float) -> Outcome:
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            with contextlib.suppress(BaseException):
+            try:
                 outcome = walk_one(model_type)
-                Path(file.name).write_text(json.dumps(dataclasses.asdict(outcome)))
+            except BaseException as error:  # nothing of the parent's may run in this process
+                outcome = Outcome("no answer", why=describe(error))
+            Path(file.name).write_text(json.dumps(dataclasses.asdict(outcome)))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
@@ -312,10 +314,18 @@ def walk_in_child(model_type: str, limit_s: float) -> Outcome:
                 break
             time.sleep(0.05)
         text = file.read()
-    outcome = Outcome(**json.loads(text)) if text else Outcome("no answer", why=f"the process ended, or ran over {limit_s:.0f} s")
+    outcome = Outcome(**json.loads(text)) if text else Outcome("no answer", why=how_it_ended(ended[1], limit_s))
     outcome.elapsed_s, outcome.code = round(time.monotonic() - started, 1), code_now()
     outcome.cpu_s = round(ended[2].ru_utime + ended[2].ru_stime, 1)
     return outcome
+
+
+def how_it_ended(status: int, limit_s: float) -> str:
+    """Words on a process that left no outcome; status: of os.wait."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGKILL:
+        return f"its process was killed, after {limit_s:.0f} s or for want of memory"
+    return f"its process ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with exit code {code}"
 
 
 def code_now() -> str:

@@ -38,14 +38,14 @@ class Lockstep:
         self._root = model if root is None else root
         self.own_forward: Callable[..., Any] = model.forward
         self._modules = sharding.sharded_modules(self._root)
-        # Until a forward has shown the order in which they are called, that in which they are defined.
+        # Until a forward of the whole model has shown which are called, and in what order: as they are defined.
         self._order = [module for module in self._modules if module is not self._root]
         self._is_known = False
         self._entered: list[Any] = []
         self._open: list[Any] = []
         self._kept: set[int] = set()
         self._keeping = sharding.Kept()
-        self._is_stepping = self._is_skipping = self._in_head = self._is_paced = self._has_begun = False
+        self._is_stepping = self._is_skipping = self._in_head = self._is_paced = self._is_whole = self._has_begun = False
         self._compute: Callable[[], None] | None = None
         self._past: sharding.ForwardOrder | None = None
         self._undo = contextlib.ExitStack()
@@ -57,12 +57,15 @@ class Lockstep:
         self._reshard()
         self._pace.close()
 
-    def run(self, compute: Callable[[], Result]) -> Result:
-        """`compute()`, which calls the model's body once and its head any number of times, as one step."""
+    def run(self, compute: Callable[[], Result], is_whole: bool = False) -> Result:
+        """`compute()`, which calls the model's body once and its head any number of times, as one step.
+
+        is_whole: it is the model's own forward.
+        """
         if self._is_stepping:
             return compute()
         results: list[Result] = []
-        self._compute, self._has_begun = lambda: results.append(compute()), False
+        self._compute, self._is_whole, self._has_begun = lambda: results.append(compute()), is_whole, False
         try:
             self._root()
         except LostContact:
@@ -125,7 +128,7 @@ class Lockstep:
 
             @functools.wraps(self.own_forward)
             def inner(*args: Any, **kwargs: Any) -> Any:
-                return self.run(functools.partial(self.own_forward, *args, **kwargs))
+                return self.run(functools.partial(self.own_forward, *args, **kwargs), is_whole=True)
 
             undo.enter_context(unittest.mock.patch.object(self._model, "forward", inner))
 
@@ -145,13 +148,15 @@ class Lockstep:
             return None
         if self._is_stepping:
             return self.own_forward(*args, **kwargs)
+        is_whole = self._compute is None or self._is_whole
         compute = self._compute or functools.partial(self.own_forward, *args, **kwargs)
         self._is_stepping = self._has_begun = True
         self._entered, self._open = [], []
         try:
             result = compute()
+            if is_whole:
+                self._note_order()
             self._complete()
-            self._note_order()
             return result
         except LostContact:
             raise
@@ -182,8 +187,11 @@ class Lockstep:
                 self._skip(module)
 
     def _note_order(self) -> None:
-        """The first step that ran the whole model shows the order for the others."""
-        if not self._is_known and len(self._entered) >= len(self._order):
+        """The first forward of the whole model shows the order for all others: it is on the same tokens on every rank.
+
+        What it does not call stays sharded: a tower that reads images, while all that is read is text.
+        """
+        if not self._is_known:
             self._order, self._is_known = list(self._entered), True
 
     def _skip(self, module: Any) -> None:

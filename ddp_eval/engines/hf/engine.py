@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
 from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs, limits, mamba_scan, model_cache, state_tree
@@ -29,7 +28,7 @@ from ddp_eval.engines.ops import masks as attention
 from ddp_eval.engines.ops import onednn_linear, rotary
 from ddp_eval.engines.ops import tree_attention as blocks
 from ddp_eval.engines.ops.last_layer import LastLayer
-from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.errors import LostContact, UserError, is_out_of_memory
 from ddp_eval.packs.batches import Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import STATES, Pack, pad_tail

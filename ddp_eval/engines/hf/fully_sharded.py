@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 
 from ddp_eval.distributed import sharding
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, engine, layer_configs
 from ddp_eval.engines.hf.lockstep import Lockstep
 from ddp_eval.engines.ops import logprobs
-from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.errors import LostContact, UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
 
 Result = TypeVar("Result")

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import traceback
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ddp_eval.distributed import sharding
 from ddp_eval.distributed.contact import naming_lost_ranks
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.sharding import DONE, FAILED, RUNS, Pace
-from ddp_eval.errors import one_line
+from ddp_eval.errors import LostContact, OutOfStep, is_out_of_memory, one_line
 
 Result = TypeVar("Result")
 
@@ -79,12 +79,25 @@ class Lockstep:
         return results[0]
 
     def _rejoin(self, error: Exception) -> None:
-        """Gather the root's weights again, which failed here and the others wait for. Raises LostContact if it fails again."""
+        """Gather the root's weights again, which failed here and the others wait for. Raises OutOfStep if it fails again."""
         if self._is_paced:
-            raise LostContact(
-                f"rank {self._pace.rank} cannot gather the weights that its shard group waits for: {one_line(error)}"
-            ) from error
+            raise self._cannot_gather(error) from error
+        free_tensors(error)
         self._idle()
+
+    def _finish(self, error: Exception) -> None:
+        """Join in the rest of a step that failed here. Raises OutOfStep if that fails again."""
+        free_tensors(error)
+        try:
+            self._complete()
+            self._skip(self._root)
+        except LostContact:
+            raise
+        except Exception as again:
+            raise self._cannot_gather(again) from again
+
+    def _cannot_gather(self, error: Exception) -> OutOfStep:
+        return OutOfStep(f"rank {self._pace.rank} cannot gather the weights that its shard group waits for: {one_line(error)}")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -160,9 +173,8 @@ class Lockstep:
             return result
         except LostContact:
             raise
-        except Exception:
-            self._complete()
-            self._skip(self._root)
+        except Exception as error:
+            self._finish(error)
             raise
         finally:
             self._is_stepping = False
@@ -178,13 +190,17 @@ class Lockstep:
             self._is_paced = False
 
     def _complete(self) -> None:
-        """Call the modules that this step has not come to, so that every rank has joined in gathering each of them."""
+        """Call the modules that this step has not come to, so that every rank has joined in gathering each of them.
+
+        After an error in it, another call goes on with the module that it was at.
+        """
         with naming_lost_ranks("gathering the weights"):
-            for module in reversed(self._open):
-                self._skip(module)
-            self._open.clear()
-            for module in self._order[len(self._entered) :]:
-                self._skip(module)
+            while self._open:
+                self._skip(self._open[-1])
+                self._open.pop()
+            while len(self._entered) < len(self._order):
+                self._skip(self._order[len(self._entered)])
+                self._entered.append(self._order[len(self._entered)])
 
     def _note_order(self) -> None:
         """The first forward of the whole model shows the order for all others: it is on the same tokens on every rank.
@@ -226,3 +242,15 @@ class Lockstep:
         sharding.forget_unfinished(self._root)
         for module in self._modules:
             module.reshard()
+
+
+def free_tensors(error: BaseException) -> None:
+    """Where memory is short: let go of what the frames of a failed forward hold, which its traceback keeps alive."""
+    seen: list[BaseException] = []
+    causes: list[BaseException | None] = [error] if is_out_of_memory(error) else []
+    while causes:
+        one = causes.pop()
+        if one is not None and not any(one is other for other in seen):
+            seen.append(one)
+            traceback.clear_frames(one.__traceback__)
+            causes += [one.__cause__, one.__context__]

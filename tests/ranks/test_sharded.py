@@ -111,6 +111,7 @@ def test_a_rank_short_of_memory_runs_its_pack_in_halves(what: str, loop: list[An
 def test_a_rank_short_of_memory_generates_with_fewer_rows(loop: list[Any]) -> None:
     """Catches other texts, and ranks that wait for one that begins a batch anew."""
     assert loop[0]["memory for texts"][0] == loop[0]["texts"]
+    assert loop[0]["memory for the root's weights in texts"][0] == loop[0]["texts"]
     assert loop[0]["texts"]["gen_drawn"]
 
 

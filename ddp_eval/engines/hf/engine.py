@@ -296,7 +296,7 @@ class HFEngine(TransformersEngine):
 
     def next_logits(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(B, V) logits behind (B, 1) tokens."""
-        logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **kwargs).logits
+        logits: torch.Tensor = self._run(lambda: self._whole(input_ids=tokens, use_cache=False, **kwargs).logits)
         return logits[:, -1]
 
     def next_with_cache(
@@ -313,7 +313,7 @@ class HFEngine(TransformersEngine):
         kwargs |= {"logits_to_keep": 1} if self._keeps_reads else {}
         scan = mamba_scan.beginning_at_states(self.model) if tokens.shape[1] > 1 else contextlib.nullcontext()
         with scan, mamba_scan.in_short_chunks(self._chunked_layers, tokens.shape[1]):
-            output = self.model(input_ids=tokens, use_cache=True, **kwargs)
+            output = self._run(lambda: self._whole(input_ids=tokens, use_cache=True, **kwargs))
         found = getattr(output, name, None)
         if found is None:
             raise ValueError("its forward returns no cache")

@@ -128,6 +128,7 @@ def main() -> None:
         "memory for a layer's weights": failure(model, tokenizer, 0, out_of_memory, gathers=3),
         "memory beside a tower": failure(towered, tokenizer, 1, out_of_memory),
         "memory for texts": failure(model, tokenizer, 1, out_of_memory, "generate"),
+        "memory for the root's weights in texts": failure(model, tokenizer, 1, out_of_memory, "generate", gathers=1),
         "bug": failure(model, tokenizer, 1, lambda: ValueError("a bug")),
         "bug on the leader": failure(model, tokenizer, 0, lambda: ValueError("a bug")),
         "bug in texts": failure(model, tokenizer, 1, lambda: ValueError("a bug"), "generate"),

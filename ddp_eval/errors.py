@@ -16,10 +16,20 @@ class UserError(Exception):
     """What was expected, what came, and what to do, in one sentence."""
 
 
+class LostContact(RuntimeError):
+    """Another rank has failed or is gone. That rank's own error is the one to read."""
+
+
+class OutOfStep(LostContact):
+    """Other ranks wait in a collective that this one cannot take part in: nothing can be sent to them over the same group."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory did not do, or this machine's."""
+    """Whether a device's memory did not do, or this machine's. Not where another rank's did not, whatever the words."""
     import torch  # later: flags and files are read without it
 
+    if isinstance(error, LostContact):
+        return False
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and _SHORT_OF_MEMORY.search(str(error)) is not None

@@ -25,9 +25,8 @@ import torch.distributed.nn.functional  # its functions keep for good the group 
 from torch.utils.data import DistributedSampler
 
 from ddp_eval.distributed.contact import naming_lost_ranks
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
-from ddp_eval.errors import UserError
+from ddp_eval.errors import LostContact, UserError
 
 log = logging.getLogger("ddp_eval")
 

@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 
 from ddp_eval.distributed.launch_environment import launch_rank
-from ddp_eval.distributed.meeting import LostContact
+from ddp_eval.errors import LostContact, is_out_of_memory
 
 
 @contextlib.contextmanager
 def naming_lost_ranks(doing: str) -> Iterator[None]:
+    """Errors of a collective, as LostContact that says what this rank was doing. Short memory of its own stays what it is."""
     started = time.monotonic()
     try:
         yield
     except LostContact:
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         rank = dist.get_rank() if dist.is_initialized() else launch_rank()
         elapsed_s = time.monotonic() - started
         reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)

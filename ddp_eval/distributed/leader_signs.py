@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from ddp_eval.distributed import watchdog
-from ddp_eval.distributed.meeting import LostContact
+from ddp_eval.errors import LostContact
 
 BEAT_S = 2.0
 _LONGEST_LOOK_S = 1.0  # between two looks for the message: a thousand ranks ask one store

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ddp_eval.distributed import watchdog
 from ddp_eval.distributed.launch_environment import LaunchEnvironment
-from ddp_eval.errors import UserError
+from ddp_eval.errors import LostContact, UserError
 from ddp_eval.system import processes
 
 _CONNECT_S = 5.0  # for one try to reach the store
@@ -32,10 +32,6 @@ _ASK_S = 2.0
 _stores: dict[tuple[str, int], Any] = {}  # kept: a second group of this process, or the others' last words, need them
 
 Notify = Callable[[list[int], float], None]  # given the ranks that are missing (only rank 0 knows all), and seconds waited
-
-
-class LostContact(RuntimeError):
-    """Another rank has failed or is gone. That rank's own error is the one to read."""
 
 
 class TwoOfOneRank(Exception):

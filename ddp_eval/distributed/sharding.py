@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ddp_eval.distributed.contact import naming_lost_ranks
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import LEADER_TIMEOUT, World, global_rank, group_timeout_s, new_group
-from ddp_eval.errors import UserError
+from ddp_eval.errors import LostContact, UserError
 
 RUNS, DONE, FAILED = 1, 0, -1  # what a rank is about to do: a forward; nothing more; nothing, as it failed
 

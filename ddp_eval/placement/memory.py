@@ -62,7 +62,7 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
     from ddp_eval.engines.hf import costs, layer_configs
 
     config = whole.config.get_text_config()
-    layers = _layers(whole, layer_configs.num_layers(config))
+    layers = layer_configs.modules_of_layers(whole)
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     tied = embedding is not None and head is not None and head.weight is embedding.weight
     layer_bytes = [_bytes(layer) for layer in layers]
@@ -89,13 +89,6 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
         mask=0 if attention == tree_attention.NAME else _MASK_BYTES,
         scores=costs.SCORE_BYTES * heads if attention == "eager" else 0,
     )
-
-
-def _layers(whole: Any, count: int) -> list[Any]:
-    """The modules of the language model's layers; none where they cannot be told."""
-    holder = whole.get_decoder() if hasattr(whole, "get_decoder") else whole
-    lists = (module for module in (holder or whole).modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
-    return list(next(lists, []))
 
 
 def _bytes(module: Any) -> int:

@@ -17,7 +17,7 @@ from ddp_eval.distributed.progress import Progress
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine, OnProgress
 from ddp_eval.engines.ops import onednn_linear
-from ddp_eval.errors import UserError, is_out_of_memory, one_line
+from ddp_eval.errors import OutOfStep, UserError, is_out_of_memory, one_line
 from ddp_eval.output import journal
 from ddp_eval.packs.batches import Batch, build_batch
 from ddp_eval.packs.plan import Pack, build_pack, halve
@@ -79,7 +79,10 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
                         splits.append(np.array([[index, pieces]]))
                 progress.push()
         except BaseException as error:
-            if world.borrowed or world.agrees_on_failures:  # leave a group that works; otherwise exiting is faster
+            is_in_step = not isinstance(error, OutOfStep)
+            if is_in_step and (
+                world.borrowed or world.agrees_on_failures
+            ):  # leave a group that works; otherwise exiting is faster
                 with contextlib.suppress(collectives.LostContact):
                     collectives.all_gather_rows(world, NO_RESULTS, failed=True)
             if world.agrees_on_failures and isinstance(error, Exception):

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ddp_eval.distributed.collectives import LostContact
 from ddp_eval.engines import LARGEST_ROUNDING, ROUNDING, Engine
-from ddp_eval.errors import UserError, is_out_of_memory, one_line
+from ddp_eval.errors import LostContact, UserError, is_out_of_memory, one_line
 from ddp_eval.packs.cut import plan_one_tree
 from ddp_eval.packs.plan import Plan, build_pack
 from ddp_eval.packs.requests import Requests, concatenate, requests_from_lists

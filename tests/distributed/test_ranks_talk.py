@@ -19,10 +19,10 @@ from ddp_eval.distributed import meeting, watchdog
 from ddp_eval.distributed import messages as protocol
 from ddp_eval.distributed import store as store_module
 from ddp_eval.distributed.launch_environment import LaunchEnvironment
-from ddp_eval.distributed.meeting import LostContact, exchange_through
+from ddp_eval.distributed.meeting import exchange_through
 from ddp_eval.distributed.messages import Followers, Journals, Work
 from ddp_eval.distributed.world import World
-from ddp_eval.errors import UserError
+from ddp_eval.errors import LostContact, UserError
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.run import execute, self_check
 

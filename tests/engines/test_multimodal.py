@@ -13,7 +13,7 @@ from engine_runs import CPU, assert_equal_answers, build_prefix_tree, load, run,
 from tiny_configs import tiny_config
 
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import checkpoint, pipeline_parallel
+from ddp_eval.engines.hf import checkpoint, layer_configs, pipeline_parallel
 from ddp_eval.engines.hf.load import wrap_model
 from ddp_eval.errors import UserError
 from ddp_eval.placement.memory import measure_model
@@ -64,12 +64,14 @@ def test_models_that_cannot_be_evaluated_on_text() -> None:
 
 
 def test_layers_of_a_language_model_within_another() -> None:
-    """Catches a traceback for Gemma 3's multimodal class, and sizes of its tower for images taken for its layers."""
+    """Catches a traceback for Gemma 3's multimodal class, and its tower for images, of as many layers, sharded in their place."""
     whole = make("gemma3").to("meta")
     with pytest.raises(UserError, match="cannot split gemma3 models"):
         pipeline_parallel.plan_stages(whole, 2)
     sizes = measure_model(whole, CPU)
     language = whole.get_decoder().layers
+    assert layer_configs.modules_of_layers(whole) == list(language)
+    assert len(whole.model.vision_tower.encoder.layers) == len(language)
     assert sizes.layers == [sum(weight.nbytes for weight in layer.parameters()) for layer in language]
 
 

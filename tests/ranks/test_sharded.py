@@ -97,7 +97,9 @@ def numbers(answers: Any) -> list[float]:
     return [float(number) for task in sorted(answers) for sample in answers[task] for number in NUMBER.findall(str(sample[1:]))]
 
 
-@pytest.mark.parametrize("what", ["memory", "memory for the root's weights", "memory for a layer's weights"])
+@pytest.mark.parametrize(
+    "what", ["memory", "memory for the root's weights", "memory for a layer's weights", "memory beside a tower"]
+)
 def test_a_rank_short_of_memory_runs_its_pack_in_halves(what: str, loop: list[Any]) -> None:
     """Catches a rank that runs more forwards than the others, or joins in fewer gatherings: then one waits for the other."""
     answers, _ = loop[0][what]
@@ -109,6 +111,7 @@ def test_a_rank_short_of_memory_runs_its_pack_in_halves(what: str, loop: list[An
 def test_a_rank_short_of_memory_generates_with_fewer_rows(loop: list[Any]) -> None:
     """Catches other texts, and ranks that wait for one that begins a batch anew."""
     assert loop[0]["memory for texts"][0] == loop[0]["texts"]
+    assert loop[0]["memory for the root's weights in texts"][0] == loop[0]["texts"]
     assert loop[0]["texts"]["gen_drawn"]
 
 

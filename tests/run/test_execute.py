@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import tolerance
 import torch
 
+from ddp_eval.distributed import collectives
+from ddp_eval.distributed.messages import Work
 from ddp_eval.distributed.world import World
+from ddp_eval.engines import Capabilities
 from ddp_eval.engines.hf import engine as hf
-from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.errors import LostContact, OutOfStep, UserError, is_out_of_memory
 from ddp_eval.packs.cut import plan_one_tree
 from ddp_eval.packs.plan import Pack, build_pack
 from ddp_eval.packs.requests import requests_from_lists
@@ -52,6 +56,23 @@ def test_shortages_by_what_is_said_of_them() -> None:
     assert is_out_of_memory(BackendCompilerFailed(run_out_on_a_gpu, torch.OutOfMemoryError("CUDA out of memory"), None))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(ValueError("CUDA error: out of memory"))
+    assert not is_out_of_memory(LostContact("rank 1 cannot go on: CUDA out of memory"))
+
+
+@pytest.mark.parametrize(("error", "sent"), [(OutOfStep("no memory for weights"), 0), (ValueError("a bug"), 1)])
+def test_a_rank_out_of_step_sends_nothing(error: Exception, sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches word of a failure that the others take for weights: they wait in another collective of the caller's group."""
+    calls: list[Any] = []
+    monkeypatch.setattr(collectives, "all_gather_rows", lambda *args, **options: calls.append(options))
+
+    def fail() -> NoReturn:
+        raise error
+
+    engine: Any = SimpleNamespace(plain_attention="sdpa", capabilities=Capabilities(), together=fail)
+    plan = plan_one_tree(requests_from_lists([[1, 2]], [1]))[0]
+    with pytest.raises(type(error)):
+        execute.run_plan(World(0, 0, 1, CPU, borrowed=True), engine, Work(plan, np.arange(1), "work"))
+    assert calls == [{"failed": True}] * sent
 
 
 @pytest.mark.parametrize("run_out", SHORTAGES, ids=["gpu", "cpu", "numpy"])

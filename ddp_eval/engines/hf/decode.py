@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.engines import ROUNDING, OnProgress
 from ddp_eval.engines.hf import generate_one
 from ddp_eval.engines.hf.cache_slots import CacheSlots
@@ -34,7 +33,7 @@ from ddp_eval.engines.hf.kv_slots import NAME, KVSlots, register
 from ddp_eval.engines.hf.sampling import TokenSampler, draws_of
 from ddp_eval.engines.ops.masks import layer_rules
 from ddp_eval.engines.stop_strings import StopRule
-from ddp_eval.errors import one_line
+from ddp_eval.errors import LostContact, one_line
 from ddp_eval.packs.batches import NO_TOKEN, Batch, BatchLimits
 from ddp_eval.packs.requests import IntArray
 

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
 from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs, limits, mamba_scan, model_cache, state_tree
@@ -29,7 +28,7 @@ from ddp_eval.engines.ops import masks as attention
 from ddp_eval.engines.ops import onednn_linear, rotary
 from ddp_eval.engines.ops import tree_attention as blocks
 from ddp_eval.engines.ops.last_layer import LastLayer
-from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.errors import LostContact, UserError, is_out_of_memory
 from ddp_eval.packs.batches import Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import STATES, Pack, pad_tail
@@ -297,7 +296,7 @@ class HFEngine(TransformersEngine):
 
     def next_logits(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(B, V) logits behind (B, 1) tokens."""
-        logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, **kwargs).logits
+        logits: torch.Tensor = self._run(lambda: self._whole(input_ids=tokens, use_cache=False, **kwargs).logits)
         return logits[:, -1]
 
     def next_with_cache(
@@ -314,7 +313,7 @@ class HFEngine(TransformersEngine):
         kwargs |= {"logits_to_keep": 1} if self._keeps_reads else {}
         scan = mamba_scan.beginning_at_states(self.model) if tokens.shape[1] > 1 else contextlib.nullcontext()
         with scan, mamba_scan.in_short_chunks(self._chunked_layers, tokens.shape[1]):
-            output = self.model(input_ids=tokens, use_cache=True, **kwargs)
+            output = self._run(lambda: self._whole(input_ids=tokens, use_cache=True, **kwargs))
         found = getattr(output, name, None)
         if found is None:
             raise ValueError("its forward returns no cache")

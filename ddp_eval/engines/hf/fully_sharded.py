@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 import torch
 
 from ddp_eval.distributed import sharding
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.world import World
-from ddp_eval.engines.hf import checkpoint, engine
+from ddp_eval.engines.hf import checkpoint, engine, layer_configs
 from ddp_eval.engines.hf.lockstep import Lockstep
 from ddp_eval.engines.ops import logprobs
-from ddp_eval.errors import UserError, is_out_of_memory
+from ddp_eval.errors import LostContact, UserError, is_out_of_memory
 from ddp_eval.packs.plan import Pack
 
 Result = TypeVar("Result")
@@ -94,17 +93,10 @@ def check_model(whole: Any, ranks: int) -> None:
             f"--layout shard:{ranks} needs transformers 5.20 or newer, which loads weights into shards, and "
             f"{importlib.metadata.version('transformers')} is installed"
         )
-    if not _layers(whole):
+    if not layer_configs.modules_of_layers(whole):
         raise UserError(
             f"--layout shard:{ranks} cannot shard {whole.config.get_text_config().model_type} models: their layers are in no list"
         )
-
-
-def _layers(model: Any) -> list[Any]:
-    """The longest list of layers in the model, in order; empty if there is none."""
-    count = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
-    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
-    return list(next(lists, []))
 
 
 def load_sharded_engine(model_args: dict[str, Any], config: Any, world: World) -> ShardedEngine:
@@ -147,7 +139,7 @@ def _sharding_class(base: type) -> type:
 
     def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
         model._is_distributed_loading_by_transformers = True
-        sharding.shard(model, _layers(model), mesh_manager.get_mesh("fsdp"))
+        sharding.shard(model, layer_configs.modules_of_layers(model), mesh_manager.get_mesh("fsdp"))
         return model
 
     own = {

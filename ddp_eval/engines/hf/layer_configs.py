@@ -8,9 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def num_layers(config: Any) -> int:
     return int(read(config, "num_hidden_layers", 0))
+
+
+def modules_of_layers(model: Any) -> list[Any]:
+    """The language model's layers, in order; none where they are in no list.
+
+    Qwen2-Audio's encoder, which comes first, has as many layers as its language model.
+    """
+    count = num_layers(model.config.get_text_config())
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    modules = (module for holder in (decoder, model) if holder is not None for module in holder.modules())
+    return list(next((module for module in modules if isinstance(module, torch.nn.ModuleList) and len(module) == count), []))
 
 
 def read(config: Any, name: str, default: Any = None) -> Any:

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import traceback
 import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ddp_eval.distributed import sharding
 from ddp_eval.distributed.contact import naming_lost_ranks
-from ddp_eval.distributed.meeting import LostContact
 from ddp_eval.distributed.sharding import DONE, FAILED, RUNS, Pace
-from ddp_eval.errors import one_line
+from ddp_eval.errors import LostContact, OutOfStep, is_out_of_memory, one_line
 
 Result = TypeVar("Result")
 
@@ -38,14 +38,14 @@ class Lockstep:
         self._root = model if root is None else root
         self.own_forward: Callable[..., Any] = model.forward
         self._modules = sharding.sharded_modules(self._root)
-        # Until a forward has shown the order in which they are called, that in which they are defined.
+        # Until a forward of the whole model has shown which are called, and in what order: as they are defined.
         self._order = [module for module in self._modules if module is not self._root]
         self._is_known = False
         self._entered: list[Any] = []
         self._open: list[Any] = []
         self._kept: set[int] = set()
         self._keeping = sharding.Kept()
-        self._is_stepping = self._is_skipping = self._in_head = self._is_paced = self._has_begun = False
+        self._is_stepping = self._is_skipping = self._in_head = self._is_paced = self._is_whole = self._has_begun = False
         self._compute: Callable[[], None] | None = None
         self._past: sharding.ForwardOrder | None = None
         self._undo = contextlib.ExitStack()
@@ -57,12 +57,15 @@ class Lockstep:
         self._reshard()
         self._pace.close()
 
-    def run(self, compute: Callable[[], Result]) -> Result:
-        """`compute()`, which calls the model's body once and its head any number of times, as one step."""
+    def run(self, compute: Callable[[], Result], is_whole: bool = False) -> Result:
+        """`compute()`, which calls the model's body once and its head any number of times, as one step.
+
+        is_whole: it is the model's own forward.
+        """
         if self._is_stepping:
             return compute()
         results: list[Result] = []
-        self._compute, self._has_begun = lambda: results.append(compute()), False
+        self._compute, self._is_whole, self._has_begun = lambda: results.append(compute()), is_whole, False
         try:
             self._root()
         except LostContact:
@@ -76,12 +79,25 @@ class Lockstep:
         return results[0]
 
     def _rejoin(self, error: Exception) -> None:
-        """Gather the root's weights again, which failed here and the others wait for. Raises LostContact if it fails again."""
+        """Gather the root's weights again, which failed here and the others wait for. Raises OutOfStep if it fails again."""
         if self._is_paced:
-            raise LostContact(
-                f"rank {self._pace.rank} cannot gather the weights that its shard group waits for: {one_line(error)}"
-            ) from error
+            raise self._cannot_gather(error) from error
+        free_tensors(error)
         self._idle()
+
+    def _finish(self, error: Exception) -> None:
+        """Join in the rest of a step that failed here. Raises OutOfStep if that fails again."""
+        free_tensors(error)
+        try:
+            self._complete()
+            self._skip(self._root)
+        except LostContact:
+            raise
+        except Exception as again:
+            raise self._cannot_gather(again) from again
+
+    def _cannot_gather(self, error: Exception) -> OutOfStep:
+        return OutOfStep(f"rank {self._pace.rank} cannot gather the weights that its shard group waits for: {one_line(error)}")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -125,7 +141,7 @@ class Lockstep:
 
             @functools.wraps(self.own_forward)
             def inner(*args: Any, **kwargs: Any) -> Any:
-                return self.run(functools.partial(self.own_forward, *args, **kwargs))
+                return self.run(functools.partial(self.own_forward, *args, **kwargs), is_whole=True)
 
             undo.enter_context(unittest.mock.patch.object(self._model, "forward", inner))
 
@@ -145,19 +161,20 @@ class Lockstep:
             return None
         if self._is_stepping:
             return self.own_forward(*args, **kwargs)
+        is_whole = self._compute is None or self._is_whole
         compute = self._compute or functools.partial(self.own_forward, *args, **kwargs)
         self._is_stepping = self._has_begun = True
         self._entered, self._open = [], []
         try:
             result = compute()
+            if is_whole:
+                self._note_order()
             self._complete()
-            self._note_order()
             return result
         except LostContact:
             raise
-        except Exception:
-            self._complete()
-            self._skip(self._root)
+        except Exception as error:
+            self._finish(error)
             raise
         finally:
             self._is_stepping = False
@@ -173,17 +190,24 @@ class Lockstep:
             self._is_paced = False
 
     def _complete(self) -> None:
-        """Call the modules that this step has not come to, so that every rank has joined in gathering each of them."""
+        """Call the modules that this step has not come to, so that every rank has joined in gathering each of them.
+
+        After an error in it, another call goes on with the module that it was at.
+        """
         with naming_lost_ranks("gathering the weights"):
-            for module in reversed(self._open):
-                self._skip(module)
-            self._open.clear()
-            for module in self._order[len(self._entered) :]:
-                self._skip(module)
+            while self._open:
+                self._skip(self._open[-1])
+                self._open.pop()
+            while len(self._entered) < len(self._order):
+                self._skip(self._order[len(self._entered)])
+                self._entered.append(self._order[len(self._entered)])
 
     def _note_order(self) -> None:
-        """The first step that ran the whole model shows the order for the others."""
-        if not self._is_known and len(self._entered) >= len(self._order):
+        """The first forward of the whole model shows the order for all others: it is on the same tokens on every rank.
+
+        What it does not call stays sharded: a tower that reads images, while all that is read is text.
+        """
+        if not self._is_known:
             self._order, self._is_known = list(self._entered), True
 
     def _skip(self, module: Any) -> None:
@@ -218,3 +242,15 @@ class Lockstep:
         sharding.forget_unfinished(self._root)
         for module in self._modules:
             module.reshard()
+
+
+def free_tensors(error: BaseException) -> None:
+    """Where memory is short: let go of what the frames of a failed forward hold, which its traceback keeps alive."""
+    seen: list[BaseException] = []
+    causes: list[BaseException | None] = [error] if is_out_of_memory(error) else []
+    while causes:
+        one = causes.pop()
+        if one is not None and not any(one is other for other in seen):
+            seen.append(one)
+            traceback.clear_frames(one.__traceback__)
+            causes += [one.__cause__, one.__context__]

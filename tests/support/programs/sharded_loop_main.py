@@ -114,6 +114,8 @@ def main() -> None:
     plain, evaluated = train(20, (), tokenizer), train(20, (5, 10), tokenizer)
     model = sharded_main.make_model("llama", torch.float32)
     sharded_main.shard(model, "root", torch.float32)
+    towered = sharded_main.add_tower(sharded_main.make_model("llama", torch.float32))
+    sharded_main.shard(towered, "root", torch.float32)
     usual = sharded_main.answers(evaluate(model, tokenizer, log_samples=True))
     texts = sharded_main.answers(generate(model, tokenizer, log_samples=True))
     found = {
@@ -124,14 +126,16 @@ def main() -> None:
         "memory": failure(model, tokenizer, 1, out_of_memory),
         "memory for the root's weights": failure(model, tokenizer, 1, out_of_memory, gathers=1),
         "memory for a layer's weights": failure(model, tokenizer, 0, out_of_memory, gathers=3),
+        "memory beside a tower": failure(towered, tokenizer, 1, out_of_memory),
         "memory for texts": failure(model, tokenizer, 1, out_of_memory, "generate"),
+        "memory for the root's weights in texts": failure(model, tokenizer, 1, out_of_memory, "generate", gathers=1),
         "bug": failure(model, tokenizer, 1, lambda: ValueError("a bug")),
         "bug on the leader": failure(model, tokenizer, 0, lambda: ValueError("a bug")),
         "bug in texts": failure(model, tokenizer, 1, lambda: ValueError("a bug"), "generate"),
         "afterwards": sharded_main.answers(evaluate(model, tokenizer, log_samples=True)),
     }
     (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    del model
+    del model, towered
     gc.collect()
     dist.destroy_process_group()
 

@@ -52,6 +52,12 @@ def layers_of(model: Any) -> list[Any]:
     return list(model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers)
 
 
+def add_tower(model: Any) -> Any:
+    """The model with modules that text does not come to, defined before its layers, as models that read images have them."""
+    model._modules = {"tower": torch.nn.ModuleList(torch.nn.Linear(9, 9) for _ in range(2)), **model._modules}
+    return model
+
+
 def shard(model: Any, way: str, dtype: torch.dtype) -> Any:
     """Spread the model over the ranks. Returns what the caller would evaluate."""
     options: dict[str, Any] = {}
@@ -66,7 +72,7 @@ def shard(model: Any, way: str, dtype: torch.dtype) -> Any:
     if way == "hybrid":
         count = dist.get_world_size() // 2
         options["mesh"] = dist.init_device_mesh("cpu", (count, 2), mesh_dim_names=("replicate", "shard"))
-    for layer in layers_of(model):
+    for layer in (*getattr(model, "tower", ()), *layers_of(model)):
         if way in COMPILED:
             layer.compile(backend=COMPILED[way])
         fully_shard(layer, **options)

@@ -15,7 +15,7 @@ import transformers
 
 import ddp_eval
 from ddp_eval import demo
-from ddp_eval.distributed.meeting import LostContact
+from ddp_eval.errors import LostContact
 
 GROUP_S = 4
 

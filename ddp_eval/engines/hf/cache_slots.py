@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ddp_eval.engines.hf.cache_sizes import CacheSizes
 from ddp_eval.engines.hf.model_cache import attends, can_pad, copy_rows, join_rows, most_copies, row_bytes
 from ddp_eval.packs.requests import IntArray
 
@@ -29,6 +30,8 @@ class DecodingModel(Protocol):
 
     device: torch.device
 
+    @property
+    def cache_sizes(self) -> CacheSizes | None: ...
     def max_tokens(self) -> int: ...
     def next_with_cache(
         self, tokens: torch.Tensor, cache: Any, positions: torch.Tensor, mask: torch.Tensor | None
@@ -68,10 +71,13 @@ class CacheSlots:
         first = self._run([prefix if len(prefix) else np.zeros(1, dtype=np.int64)], None, 0)[1]
         if len(prefix):
             self._prefix = first
+        self._pads = can_pad(first)
+        if engine.cache_sizes is not None:
+            of_row = engine.cache_sizes.row_bytes(len(prefix) + width)
+        elif len(prefix):
             of_row = row_bytes(first, 1) * (len(prefix) + width) // len(prefix)
         else:  # keys and values are counted in the slots asked for, states are not
             of_row = row_bytes(first, 1)
-        self._pads = can_pad(first)
         self.slots = max(1, min(slots, most_copies(engine.device, of_row)))
 
     def __len__(self) -> int:

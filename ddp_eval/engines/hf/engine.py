@@ -22,6 +22,7 @@ from ddp_eval.distributed.world import World
 from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
 from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs, limits, mamba_scan, model_cache, state_tree
 from ddp_eval.engines.hf.base import TransformersEngine
+from ddp_eval.engines.hf.cache_sizes import CacheSizes, measure_cache
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
 from ddp_eval.engines.ops import logprobs as readout
@@ -227,8 +228,17 @@ class HFEngine(TransformersEngine):
 
     def forward_limits(self) -> ForwardLimits:
         """Of one forward of a pack whose caches are shared."""
-        on_gpu = self.device.type == "cuda"
-        return ForwardLimits(8192 if on_gpu else 2048, 256 if on_gpu else 64, self.cost_model().most_padding)
+        sizes, max_tokens = self.cache_sizes, 8192 if self.device.type == "cuda" else 2048
+        limits = ForwardLimits(max_tokens, model_cache.max_rows(self.device), self.cost_model().most_padding)
+        if sizes is None:
+            return limits
+        # Copies are appended to, which takes twice their memory for a moment.
+        return limits._replace(rows_that_fit=lambda tokens: model_cache.most_copies(self.device, 2 * sizes.row_bytes(tokens)))
+
+    @functools.cached_property
+    def cache_sizes(self) -> CacheSizes | None:
+        """What rows of the model's own cache take; None where that is not known."""
+        return measure_cache(self.whole, self.dtype)
 
     def call_with_cache(
         self, tokens: npt.NDArray[Any], columns: npt.NDArray[Any], depth: int, cache: Any, keep: bool

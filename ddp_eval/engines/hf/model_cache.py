@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 COPIES_BYTES = {"cuda": 2**33, "cpu": 2**30}  # of rows that run together, copies of one cache
+_MAX_ROWS = {"cuda": 256, "cpu": 64}
 _ARGUMENTS = ("past_key_values", "cache_params", "state")  # by which forwards take a cache, and return it
 
 
@@ -25,7 +26,26 @@ def cache_argument(model: Any) -> str | None:
 
 def most_copies(device: torch.device, bytes_each: int) -> int:
     """How many copies of such a size may be there at once; at least one."""
-    return max(1, COPIES_BYTES["cuda" if device.type == "cuda" else "cpu"] // max(1, bytes_each))
+    return max(1, COPIES_BYTES[_kind(device)] // max(1, bytes_each))
+
+
+def max_rows(device: torch.device) -> int:
+    """Of one forward that goes on from copies of a cache."""
+    return _MAX_ROWS[_kind(device)]
+
+
+def copies_bytes(device: torch.device, row_bytes: int) -> int:
+    """The most that caches take of rows of such a size.
+
+    In scoring: copies while they are appended to, what they were copied from, and what that was copied from. In generation:
+    the rows in slots, and the cache that they are joined in with new ones.
+    """
+    together = min(max_rows(device), most_copies(device, 2 * row_bytes))
+    return 4 * together * row_bytes
+
+
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def copy_rows(cache: Any, rows: Sequence[int], device: torch.device, tokens: int | None = None) -> Any:

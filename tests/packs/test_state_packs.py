@@ -129,7 +129,7 @@ def test_trees_alike_run_side_by_side_and_what_shares_nothing_in_rows() -> None:
 
 
 def test_batches_keep_their_limits() -> None:
-    """Catches padding in rows that others go on from, batches beyond the limits of a forward, and rows counted without their cache."""
+    """Catches padding in rows that others go on from, batches beyond their limits, and rows counted without their cache."""
     requests = [((1,) * 20 + (branch,) * (5 + branch % 3) + tail, 1) for branch in range(2, 11) for tail in ((0, 0), (12, 0))]
     pack = build_pack(plan_one_forest(to_requests(requests))[0], 0)
     found = find_segments(pack)

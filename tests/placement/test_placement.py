@@ -234,6 +234,7 @@ def test_room_for_copies_of_caches(whole_of):
     states = 3 * (32 * 128 * 128 * 4 + (2 * 16 * 128 + 32 * 128) * 4 * 2)  # in float32, and of a convolution
     keys = tokens * 2 * 2 * 256 * 2
     row = states + keys
+    assert sizes.cache is not None
     assert (sizes.cache.row_bytes(tokens), sizes.cache.row_bytes(tokens, 2)) == (row, states + keys // 2)
     together = 2**33 // (2 * row)
     assert together < 256, "memory is the limit, not rows"

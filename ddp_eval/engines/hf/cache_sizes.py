@@ -76,8 +76,9 @@ def _size(shorter: _Part, longer: _Part, few: int) -> PartSize:
 
 
 def _without_weights(model: Any, dtype: torch.dtype) -> Any:
+    kind: Any = own_class(model)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        made = own_class(model)._from_config(copy.deepcopy(model.config), dtype=dtype, attn_implementation="eager")
+        made = kind._from_config(copy.deepcopy(model.config), dtype=dtype, attn_implementation="eager")
     if hasattr(made, "set_experts_implementation"):
         made.set_experts_implementation("batched_mm")  # another wants bfloat16 (torch 2.13), or values
     return made.eval()

@@ -101,8 +101,8 @@ class CacheSlots:
         self._joined += fresh
         if self._pads and len(self._joined) > 1:
             cache = join_rows([one.cache for one in self._joined], [one.width for one in self._joined])
-            width, members = max(one.width for one in self._joined), [row for one in self._joined for row in one.rows]
-            self._joined = [_Joined(cache, width, members)]
+            width, together = max(one.width for one in self._joined), [row for one in self._joined for row in one.rows]
+            self._joined = [_Joined(cache, width, together)]
         self._in_slot += rows
         return sum(map(len, prompts)), self._in_order(logits, [row for one in fresh for row in one.rows], rows)
 

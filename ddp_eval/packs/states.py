@@ -17,7 +17,7 @@ Letters: M items, S segments of a pack (runs of tokens without a branch).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -188,11 +188,15 @@ def find_segments(pack: Pack) -> Segments:
 
 
 class ForwardLimits(NamedTuple):
-    """Of one forward: tokens, padding included; rows; and tokens of padding."""
+    """Of one forward: tokens, padding included; rows; and tokens of padding.
+
+    rows_that_fit: how many rows of so many tokens, those in their cache included, have memory for it; None: not known.
+    """
 
     max_tokens: int
     max_rows: int
     most_padding: int
+    rows_that_fit: Callable[[int], int] | None = None
 
 
 def batch_segments(segments: Segments, members: IntArray, limits: ForwardLimits) -> list[IntArray]:
@@ -201,20 +205,24 @@ def batch_segments(segments: Segments, members: IntArray, limits: ForwardLimits)
     Leaves come last: what others go on from is done, and freed, before.
     """
     inner, leaves = members[~segments.is_leaf[members]], members[segments.is_leaf[members]]
-    return [*_split(segments, inner, limits._replace(most_padding=0)), *_split(segments, leaves, limits)]
+    have_cache = len(members) > 0 and bool(segments.parents[members[0]] >= 0)
+    of_leaves = limits if have_cache else limits._replace(rows_that_fit=None)
+    return [*_split(segments, inner, limits._replace(most_padding=0)), *_split(segments, leaves, of_leaves)]
 
 
 def _split(segments: Segments, members: IntArray, limits: ForwardLimits) -> Iterator[IntArray]:
     """Batches of ascending length within the limits."""
     members = members[np.argsort(segments.lengths[members], kind="stable")]
     lengths = segments.lengths[members].tolist()
+    ends = (segments.depths + segments.lengths)[members].tolist()
     start = total = 0
-    for place, length in enumerate(lengths):
+    for place, (length, end) in enumerate(zip(lengths, ends, strict=True)):
         rows = place + 1 - start
         total += length
-        if rows > 1 and (
-            rows > limits.max_rows or rows * length > limits.max_tokens or rows * length - total > limits.most_padding
-        ):
+        fitting = limits.max_rows
+        if limits.rows_that_fit is not None:
+            fitting = min(fitting, limits.rows_that_fit(end))
+        if rows > 1 and (rows > fitting or rows * length > limits.max_tokens or rows * length - total > limits.most_padding):
             yield members[start:place]
             start, total = place, length
     if lengths:

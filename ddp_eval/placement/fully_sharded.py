@@ -8,7 +8,7 @@ from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
 from ddp_eval.placement.kinds import Kind
-from ddp_eval.placement.memory import ModelSizes, pack_bytes
+from ddp_eval.placement.memory import ModelSizes, room_bytes
 from ddp_eval.placement.speed import RunCost, Workload
 
 _GATHERED = 3  # layers whose weights are there at once: the one that computes, what it was gathered into, and the one before
@@ -27,7 +27,7 @@ class FullySharded(Kind):
 
     def rank_bytes(self, sizes: ModelSizes, spans: list[range] | None, max_tokens: int) -> list[tuple[int, int]]:
         gathered = sizes.embedding + sizes.head + sizes.rest + _GATHERED * max(sizes.layers, default=0)
-        return [(-(-sizes.weights // self.ranks) + gathered, pack_bytes(sizes, max_tokens, 1))] * self.ranks
+        return [(-(-sizes.weights // self.ranks) + gathered, room_bytes(sizes, max_tokens, 1))] * self.ranks
 
     def run_cost(self, sizes: ModelSizes, spans: list[range] | None, work: Workload) -> RunCost:
         received = sum(sizes.layers) * (self.ranks - 1) / self.ranks

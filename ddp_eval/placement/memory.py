@@ -1,4 +1,4 @@
-"""What a model takes of a rank's memory under each layout: its weights to the byte, the room that a pack needs by estimate.
+"""What a model takes of a rank's memory under each layout: its weights to the byte, the room that packs need by estimate.
 
 Everything comes from the model on the meta device, so that no weight is read. The estimate of activations counts the largest
 tensors that are alive at once in one layer of a forward without gradients; what the allocator and CUDA keep for themselves is a
@@ -8,13 +8,16 @@ share of the card (`usable_bytes`).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ddp_eval.engines.ops import tree_attention
 from ddp_eval.system import machine
 from ddp_eval.system.text import GIB
+
+if TYPE_CHECKING:
+    from ddp_eval.engines.hf.cache_sizes import CacheSizes
 
 # Kept free of each GPU: CUDA's context and libraries, and what the allocator cannot hand out.
 _CONTEXT_BYTES, _ALLOCATOR_SHARE = GIB, 0.95
@@ -33,6 +36,7 @@ class ModelSizes:
     values, and the logits.
     largest_pack: tokens of the largest pack that is planned. mask, scores: bytes for each pair of tokens of a pack: what making
     its mask takes, and what the scores of all heads take where attention is eager.
+    device: that it runs on. cache: of a model that packs do not serve, which runs with copies of its own cache; None of others.
     """
 
     layers: list[int]
@@ -50,6 +54,8 @@ class ModelSizes:
     largest_pack: int
     mask: int
     scores: int
+    device: torch.device
+    cache: CacheSizes | None
 
     @property
     def weights(self) -> int:
@@ -59,7 +65,7 @@ class ModelSizes:
 
 def measure_model(whole: Any, device: torch.device) -> ModelSizes:
     """The sizes of a transformers model on the meta device, when it runs on `device`."""
-    from ddp_eval.engines.hf import costs, layer_configs
+    from ddp_eval.engines.hf import cache_sizes, capabilities, costs, layer_configs
 
     config = whole.config.get_text_config()
     layers = layer_configs.modules_of_layers(whole)
@@ -72,6 +78,7 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
     hidden, shapes = int(layer_configs.read(config, "hidden_size", 1)), costs.head_shapes(config)
     heads = max(heads for heads, _, _ in shapes)
     attention = costs.choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
+    _, why_not_packs = capabilities.tree_rules(whole, config, attention)
     return ModelSizes(
         layers=layer_bytes,
         embedding=embedding_bytes,
@@ -88,6 +95,8 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
         largest_pack=costs.largest_pack(config, attention, device),
         mask=0 if attention == tree_attention.NAME else _MASK_BYTES,
         scores=costs.SCORE_BYTES * heads if attention == "eager" else 0,
+        device=device,
+        cache=cache_sizes.measure_cache(whole, next(whole.parameters()).dtype) if why_not_packs else None,
     )
 
 
@@ -115,6 +124,16 @@ def pack_bytes(sizes: ModelSizes, max_tokens: int, ranks: int, has_head: bool = 
     logits = reads * sizes.vocab * (sizes.value_bytes + 2 * 4) if has_head else 0
     pairs = max_tokens**2 * (sizes.mask + -(-sizes.scores // ranks))
     return max_tokens * per_token * sizes.value_bytes + pairs + logits
+
+
+def room_bytes(sizes: ModelSizes, max_tokens: int, ranks: int) -> int:
+    """As `pack_bytes`, on a rank that holds all layers, with the copies of the model's own cache where it runs with these."""
+    from ddp_eval.engines.hf import model_cache
+
+    copies = 0
+    if sizes.cache is not None:
+        copies = model_cache.copies_bytes(sizes.device, sizes.cache.row_bytes(max_tokens, ranks))
+    return pack_bytes(sizes, max_tokens, ranks) + copies
 
 
 def usable_bytes(card_bytes: int) -> int:

@@ -8,7 +8,7 @@ from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Engine
 from ddp_eval.placement.kinds import Kind
-from ddp_eval.placement.memory import ModelSizes, pack_bytes
+from ddp_eval.placement.memory import ModelSizes, room_bytes
 from ddp_eval.placement.speed import RunCost, Workload
 
 
@@ -30,7 +30,7 @@ class TensorParallel(Kind):
 
     def rank_bytes(self, sizes: ModelSizes, spans: list[range] | None, max_tokens: int) -> list[tuple[int, int]]:
         share = -(-(sizes.weights - sizes.vectors) // self.ranks) + sizes.vectors
-        return [(share, pack_bytes(sizes, max_tokens, self.ranks))] * self.ranks
+        return [(share, room_bytes(sizes, max_tokens, self.ranks))] * self.ranks
 
     def run_cost(self, sizes: ModelSizes, spans: list[range] | None, work: Workload) -> RunCost:
         ranks, layers = self.ranks, len(work.layers)

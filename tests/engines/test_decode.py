@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_configs  # in scripts/
 import tiny_models
 import torch
+import transformers
 from places import GENERATION_TASKS
 
 import ddp_eval
@@ -63,7 +65,7 @@ def answers(results: dict[str, Any]) -> dict[Any, Any]:
     "kind",
     [
         *tiny_models.BATCHED_KINDS,
-        *["mamba", "qwen3_5", "bloom"],  # in slots of their own cache
+        *["mamba", "qwen3_5", "bloom", "deepseek_v32"],  # in slots of their own cache
         *[
             pytest.param(kind, marks=pytest.mark.slow)
             for kind in ("falcon_h1", "lfm2", "jamba", "mpt", "gpt_neo", "falcon_alibi")
@@ -82,6 +84,40 @@ def test_greedy_texts_are_lm_evals(kind: str, evaluate: Callable[..., Any], tiny
         for name, value in theirs["results"][task].items():
             if "," in name and "stderr" not in name:
                 assert ours["results"][task][name] == value
+
+
+# What layers keep beside keys: an indexer's (Qwen 4 with n-grams of tokens, too), compressed runs of tokens, blocks of them.
+BESIDE_KEYS = {
+    "deepseek_v4": {},
+    "qwen4_exp_text": {},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_block_size": 4,
+        "index_topk_blocks": 3,
+        "index_n_heads": tiny_configs.KV_HEADS,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", BESIDE_KEYS)
+@pytest.mark.usefixtures("few")
+def test_greedy_texts_of_what_keeps_more_than_keys(model_type: str, evaluate: Callable[..., Any]) -> None:
+    """Catches an indexer that chooses among padding, and runs of tokens that begin elsewhere because of it."""
+    torch.manual_seed(0)
+    config = tiny_configs.tiny_config(model_type)
+    for name, value in {**BESIDE_KEYS[model_type], "vocab_size": tiny_models.VOCAB_SIZE}.items():
+        setattr(config, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight *= 4
+    theirs = lm_eval_texts(model, ["gen_boolean", "gen_story"], limit=5)
+    ours = evaluate(model, ["gen_boolean", "gen_story"], limit=5)
+    assert answers(ours) == answers(theirs)
+    assert ours["ddp_eval"]["generation"]["why_one_by_one"] is None
+    assert len({str(row["resps"]) for row in ours["samples"]["gen_story"]}) > 1
 
 
 @pytest.mark.usefixtures("few")

@@ -71,7 +71,7 @@ def test_every_type_equals_plain_forwards(model_type: str) -> None:
     engine = hf.HFEngine(model, CPU)
     trial = trial_requests(to_requests([(list(range(2, 200)), 3)]), engine.vocab_size, engine.capabilities.reaches)
     assert check_states(engine, trial) is None
-    assert engine.why_not_batches is None or model_type in ("deepseek_v4", "qwen4_exp_text")
+    assert engine.why_not_batches is None
 
 
 def test_plan_shares_caches_where_it_pays(tiny_model_path: Callable[[str], Path]) -> None:
@@ -105,8 +105,8 @@ def test_check_copies_single_rows_too(tiny_model_path: Callable[[str], Path], mo
     """Catches a trial that always has rows of two trees together: where all copy one row, they share its keys and values."""
     copy_layer = model_cache._copy_layer
 
-    def without_keys(layer, rows, only):
-        made = copy_layer(layer, rows, only)
+    def without_keys(layer, rows, only, *rest):
+        made = copy_layer(layer, rows, only, *rest)
         if only is not None and len(rows) > 1 and getattr(made, "keys", None) is not None:
             made.keys = torch.zeros_like(made.keys)
         return made
@@ -187,10 +187,12 @@ def test_states_keep_their_dtype(tiny_model_path: Callable[[str], Path]) -> None
         cache = engine.model(input_ids=torch.tensor([[5, 6, 7], [8, 9, 10]]), use_cache=True).past_key_values
         before = [tensor.clone() for tensor in model_cache._tensors(cache)]
         copied = model_cache.copy_rows(cache, [1, 1, 1], CPU)
+        joined = model_cache.join_rows([cache, copied], [3, 3])
         engine.model(input_ids=torch.tensor([[5]] * 3), past_key_values=copied, use_cache=True)
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
     assert cache.layers[0].conv_states[0].dtype == torch.bfloat16
-    assert [tensor.dtype for tensor in model_cache._tensors(copied)] == [tensor.dtype for tensor in before]
+    for made in (copied, joined):
+        assert [tensor.dtype for tensor in model_cache._tensors(made)] == [tensor.dtype for tensor in before]
     assert all(torch.equal(*pair) for pair in zip(model_cache._tensors(cache), before, strict=True)), "the source has changed"
     requests = few_shot(seed=3, questions=12, prefix=60)
     exact = [answer.logprob for answer in answer_plainly(load(tiny_model_path("qwen3_5")).model, requests)]

@@ -129,7 +129,7 @@ def test_trees_alike_run_side_by_side_and_what_shares_nothing_in_rows() -> None:
 
 
 def test_batches_keep_their_limits() -> None:
-    """Catches padding in rows that others go on from, and batches beyond the limits of a forward."""
+    """Catches padding in rows that others go on from, batches beyond their limits, and rows counted without their cache."""
     requests = [((1,) * 20 + (branch,) * (5 + branch % 3) + tail, 1) for branch in range(2, 11) for tail in ((0, 0), (12, 0))]
     pack = build_pack(plan_one_forest(to_requests(requests))[0], 0)
     found = find_segments(pack)
@@ -141,3 +141,7 @@ def test_batches_keep_their_limits() -> None:
         assert len(set(found.lengths[batch].tolist())) == 1 and found.lengths[batch].sum() <= 14
     leaves = np.flatnonzero(found.is_leaf)
     assert [len(batch) for batch in batch_segments(found, leaves, ForwardLimits(1000, 5, 0))] == [5, 5, 5, 3]
+    asked: list[int] = []
+    two_fit = ForwardLimits(1000, 5, 0, lambda tokens: asked.append(tokens) or 2)
+    assert [len(batch) for batch in batch_segments(found, leaves, two_fit)] == [2] * 9
+    assert set(asked) == set((found.depths + found.lengths)[leaves].tolist())

@@ -1,5 +1,6 @@
 """What fits and what it costs, for real public configurations, against figures worked by hand."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -224,6 +225,27 @@ def test_a_pack_takes_what_is_reckoned():
     assert 0.6 * reckoned < peak < 1.2 * reckoned, (peak, reckoned)
 
 
+def test_room_for_copies_of_caches(whole_of):
+    """Catches hybrids that are said to fit without the copies of their caches, and states that are split where keys are."""
+    config = transformers.Qwen3NextConfig(num_hidden_layers=4)  # of 80B-A3B: three layers of states to one that attends
+    with torch.device("meta"):
+        whole = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    sizes, tokens = measure_model(whole, GPU), 8192
+    states = 3 * (32 * 128 * 128 * 4 + (2 * 16 * 128 + 32 * 128) * 4 * 2)  # in float32, and of a convolution
+    keys = tokens * 2 * 2 * 256 * 2
+    row = states + keys
+    assert sizes.cache is not None
+    assert (sizes.cache.row_bytes(tokens), sizes.cache.row_bytes(tokens, 2)) == (row, states + keys // 2)
+    together = 2**33 // (2 * row)
+    assert together < 256, "memory is the limit, not rows"
+    room = sizing.pack_bytes(sizes, tokens, 1) + 4 * together * row
+    assert kind_of(WHOLE_COPIES).rank_bytes(sizes, None, tokens) == [(sizes.weights, room)]
+    enough = Ranks(2, 2, sizes.weights + room, tokens, CUDA_SPEEDS, GPU)
+    for ranks, fits in ((enough, True), (dataclasses.replace(enough, memory=enough.memory - 1), False)):
+        assert evaluate_layouts(whole, ranks)[0].fits == fits
+    assert measure_model(whole_of("llama-3.1-8b"), GPU).cache is None, "packs keep no cache"
+
+
 def layouts_on(whole, card_gib, gpus=8):
     return evaluate_layouts(whole, Ranks(gpus, gpus, usable_bytes(card_gib * GIB), None, CUDA_SPEEDS, GPU))
 
@@ -261,7 +283,7 @@ def test_nothing_fits(whole_of):
 
 
 # Four layers of 100 weights, a head that counts as nothing, tokens of 10 values of 2 bytes.
-TINY = ModelSizes([200] * 4, 0, 0, 0, 0, False, 2, [100.0] * 4, 10, 40, 30, 0, 8192, 0, 0)
+TINY = ModelSizes([200] * 4, 0, 0, 0, 0, False, 2, [100.0] * 4, 10, 40, 30, 0, 8192, 0, 0, CPU, None)
 SLOW = Speeds(flops=800.0, link=100.0, node_link=10.0, latency_s=0.0, load=80.0, copy=400.0)
 
 

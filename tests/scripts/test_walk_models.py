@@ -16,7 +16,7 @@ from launch import launch
     ("model_type", "mode", "generation"),
     [
         ("gemma4_text", "packs", "batches"),  # heads of two sizes
-        ("glm_moe_dsa", "packs", "one by one"),  # an indexer
+        ("glm_moe_dsa", "packs", "batches"),  # an indexer
         ("lfm2", "shared caches", "batches"),  # short convolutions
         ("bert", "each request by itself", "one by one"),  # not causal
         ("bart", "pairs", "one by one"),

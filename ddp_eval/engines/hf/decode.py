@@ -31,7 +31,7 @@ from ddp_eval.engines.hf.capabilities import reaches
 from ddp_eval.engines.hf.costs import head_shapes
 from ddp_eval.engines.hf.kv_slots import NAME, KVSlots, register
 from ddp_eval.engines.hf.sampling import TokenSampler, draws_of
-from ddp_eval.engines.ops.masks import layer_rules
+from ddp_eval.engines.ops.masks import layer_rules, needs_dense_masks
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.errors import LostContact, one_line
 from ddp_eval.packs.batches import NO_TOKEN, Batch, BatchLimits
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 ADMIT_TOKENS = 256  # prompts wait for free slots until they bring so many tokens together: a small forward costs almost as much
 HEARTBEAT_STEPS = 64  # between two signs of life
+MOST_REACH, MOST_INDEXED = 512, 4096  # tokens that a trial's prefix goes beyond, at most; with an indexer that sees the padding
 NAN_PROBE = 8  # answers that show whether others, too, end in NaN of their own
 
 
@@ -197,8 +198,9 @@ def _why_no_attention(engine: CausalModel) -> str | None:
 
 def _try_decoding(engine: CausalModel) -> npt.NDArray[np.float64]:
     """By how many nats the log-probabilities of tokens differ, decoded in slots and in plain forwards."""
-    tokens = np.random.default_rng(0).permutation(np.resize(np.arange(engine.vocab_size), 1024))
-    reach = max((reach for reach in reaches(engine.config) if reach < 512), default=0)
+    most = MOST_INDEXED if engine.decodes_by_cache and needs_dense_masks(engine.config) else MOST_REACH
+    reach = max((reach for reach in reaches(engine.config) if reach < most), default=0)
+    tokens = np.random.default_rng(0).permutation(np.resize(np.arange(engine.vocab_size), max(1024, 2 * reach)))
     length = reach + 8 if reach else 24
     prefix, branch, rest = tokens[:length], tokens[length : length + 9], iter(tokens[length + 9 :].tolist())
 

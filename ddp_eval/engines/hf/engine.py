@@ -21,6 +21,7 @@ from ddp_eval.distributed.world import World
 from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
 from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs, limits, mamba_scan, model_cache, state_tree
 from ddp_eval.engines.hf.base import TransformersEngine
+from ddp_eval.engines.hf.cache_sizes import CacheSizes, measure_cache
 from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
 from ddp_eval.engines.ops import logprobs as readout
@@ -226,8 +227,17 @@ class HFEngine(TransformersEngine):
 
     def forward_limits(self) -> ForwardLimits:
         """Of one forward of a pack whose caches are shared."""
-        on_gpu = self.device.type == "cuda"
-        return ForwardLimits(8192 if on_gpu else 2048, 256 if on_gpu else 64, self.cost_model().most_padding)
+        sizes, max_tokens = self.cache_sizes, 8192 if self.device.type == "cuda" else 2048
+        limits = ForwardLimits(max_tokens, model_cache.max_rows(self.device), self.cost_model().most_padding)
+        if sizes is None:
+            return limits
+        # Copies are appended to, which takes twice their memory for a moment.
+        return limits._replace(rows_that_fit=lambda tokens: model_cache.most_copies(self.device, 2 * sizes.row_bytes(tokens)))
+
+    @functools.cached_property
+    def cache_sizes(self) -> CacheSizes | None:
+        """What rows of the model's own cache take; None where that is not known."""
+        return measure_cache(self.whole, self.dtype)
 
     def call_with_cache(
         self, tokens: npt.NDArray[Any], columns: npt.NDArray[Any], depth: int, cache: Any, keep: bool
@@ -235,19 +245,28 @@ class HFEngine(TransformersEngine):
         """A forward behind `depth` tokens, whose cache is `cache`; None where there are none.
 
         tokens: (B, L) ids. keep: whether the cache behind them is needed.
-        Returns (B, len(columns), H or V) values at those columns, and the cache.
+        Returns (B, len(columns), H or V) values at those columns, and the cache; None unless it is needed.
         """
         fed, wanted = self.to_device(tokens), self.to_device(columns)
         positions = torch.arange(depth, depth + fed.shape[1], device=self.device).expand(len(fed), -1)
-        kwargs: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
-        name, kept = str(self._cache_argument), []
-        if cache is not None or keep:
-            kwargs |= {"use_cache": True, **({name: cache} if cache is not None else {})}
+        kept: list[Any] = []
+        note = (lambda output: kept.append(self._cache_of(output))) if keep else None
+        kwargs = self._cache_kwargs(cache, positions) if keep or cache is not None else self._position_kwargs(positions)
         with mamba_scan.in_short_chunks(self._chunked_layers, fed.shape[1]):
-            values = self._call(fed, wanted, lambda output: kept.append(getattr(output, name, None)), **kwargs)
-        if keep and kept[0] is None:
+            values = self._call(fed, wanted, note, **kwargs)
+        return values, kept[0] if keep else None
+
+    def _cache_kwargs(self, cache: Any, positions: torch.Tensor) -> dict[str, Any]:
+        """What a forward at `positions`, (B, L), is given that goes on from `cache`, or begins one where it is None."""
+        given = {str(self._cache_argument): cache} if cache is not None else {}
+        return {"use_cache": True, **self._position_kwargs(positions), **given}
+
+    def _cache_of(self, output: Any) -> Any:
+        """The cache that a forward returns. Raises ValueError if there is none."""
+        cache = getattr(output, str(self._cache_argument), None)
+        if cache is None:
             raise ValueError("its forward returns no cache")
-        return values, kept[0]
+        return cache
 
     def _run(self, compute: Callable[[], Result]) -> Result:
         """`compute()`: one forward of the model, of which its body and its head may be called by themselves."""
@@ -306,18 +325,13 @@ class HFEngine(TransformersEngine):
 
         positions: (B, L). mask: (B, cached + L), 0 for padding; None where there is none.
         """
-        name = str(self._cache_argument)
-        kwargs: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        kwargs = self._cache_kwargs(cache, positions)
         kwargs |= {"attention_mask": mask} if mask is not None else {}
-        kwargs |= {name: cache} if cache is not None else {}
         kwargs |= {"logits_to_keep": 1} if self._keeps_reads else {}
         scan = mamba_scan.beginning_at_states(self.model) if tokens.shape[1] > 1 else contextlib.nullcontext()
         with scan, mamba_scan.in_short_chunks(self._chunked_layers, tokens.shape[1]):
-            output = self._run(lambda: self._whole(input_ids=tokens, use_cache=True, **kwargs))
-        found = getattr(output, name, None)
-        if found is None:
-            raise ValueError("its forward returns no cache")
-        return output.logits[:, -1], found
+            output = self._run(lambda: self._whole(input_ids=tokens, **kwargs))
+        return output.logits[:, -1], self._cache_of(output)
 
     def logits_at(self, tokens: torch.Tensor, columns: npt.NDArray[Any] | None, **kwargs: Any) -> torch.Tensor | None:
         """(len(columns), V) logits of one row, (1, L) tokens; None if none are asked for."""
@@ -352,11 +366,11 @@ class HFEngine(TransformersEngine):
         mask = self._make_mask(pack, depth) if masked and (counting is None or counting.takes_mask) else None
         reads = self.to_device(pack.reads)
         with counting.count(depth, self.to_device(pack.end)) if counting is not None else contextlib.nullcontext():
-            return self._call(tokens[None], reads, attention_mask=mask, **self._positions(depth))[0]
+            return self._call(tokens[None], reads, attention_mask=mask, **self._position_kwargs(depth[None]))[0]
 
-    def _positions(self, depth: torch.Tensor) -> dict[str, Any]:
-        """depth: (L,). Some models that count by themselves (BLOOM, MPT) take no positions."""
-        return {"position_ids": depth[None]} if self._takes_positions else {}
+    def _position_kwargs(self, positions: torch.Tensor) -> dict[str, Any]:
+        """positions: (B, L). Some models that count by themselves (BLOOM, MPT) take none."""
+        return {"position_ids": positions} if self._takes_positions else {}
 
     def _attention_for(self, pack: Pack) -> str:
         """Chains need no mask. Blocks serve them too, and leave out of the last layer what is not read."""

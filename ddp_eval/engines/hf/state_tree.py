@@ -111,9 +111,10 @@ class StateTree:
         return reads, place[owners], columns if len(reads) else np.array([width - 1]), column_of_read
 
     def _go_on(self, batch: _Batch, children: IntArray, cache: Any) -> None:
-        """Put what goes on from a batch next. Copies are appended to, which takes twice their memory for a moment."""
-        in_memory = most_copies(self._model.device, 2 * row_bytes(cache, len(batch.members)))
-        limits = self._limits._replace(max_rows=max(1, min(self._limits.max_rows, in_memory)))
+        """Put what goes on from a batch next."""
+        limits, of_row = self._limits, 2 * row_bytes(cache, len(batch.members))  # copies are appended to
+        if limits.rows_that_fit is None:
+            limits = limits._replace(max_rows=min(limits.max_rows, most_copies(self._model.device, of_row)))
         row_of = {int(segment): row for row, segment in enumerate(batch.members)}
         for members in reversed(batch_segments(self._segments, children, limits)):
             members = members[np.argsort(self._segments.parents[members], kind="stable")]

@@ -1,7 +1,8 @@
 """`torchrun … -m ddp_eval`: from the command line to an exit code.
 
 0: done. 2: an error that the user can fix, in one sentence. 3: two runs differ more than --expect allows.
-1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes.
+1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes;
+or models of a sweep are left to another launch, and the same command goes on with what that leaves.
 130: the same by Ctrl-C. 141: whoever reads what a command prints ended first, as `head` does. torchrun makes 1 of all but 0.
 """
 
@@ -31,6 +32,7 @@ from ddp_eval.tasks import trackers
 if TYPE_CHECKING:
     from ddp_eval.distributed.world import World
     from ddp_eval.run.preflight import PreflightReport
+    from ddp_eval.run.sweep import SweepEnd
 
 _T = TypeVar("_T")
 _DEATH_S = 1.0
@@ -159,7 +161,7 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> int:
     from ddp_eval.distributed.store import common_store, report_once
     from ddp_eval.run import preflight
 
-    config, results, entries = evaluation.config, None, None
+    config, results, end = evaluation.config, None, None
     try:
         watchdog.step("preparing to join the other ranks")
         trackers.check_installed(config)
@@ -187,7 +189,7 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> int:
         if evaluation.sweep is not None:
             from ddp_eval.run.sweep import run_sweep
 
-            entries = run_sweep(config, evaluation.sweep, world, _show)
+            end = run_sweep(config, evaluation.sweep, world, _show)
         else:
             results = run(config, world, evaluation.inspect)
     except UserError as error:  # not for @record: it would add a traceback
@@ -204,9 +206,9 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> int:
     watching.stop()
     world_module.leave_group(world)
     # Whoever reads it may have gone; the run is in its directory.
-    if entries is not None:
-        _print_all(functools.partial(_show_sweep, config, entries))
-        return 1 if any(one["state"] == "failed" for one in entries) else 0
+    if end is not None:
+        _print_all(functools.partial(_show_sweep, config, end))
+        return 1 if end.count("failed") else watchdog.EXIT_PREEMPTED if end.held else 0
     if results is not None:
         _print_all(functools.partial(_show, config, results))
     return 0
@@ -226,14 +228,15 @@ def _show(config: Config, results: dict[str, Any]) -> None:
         print(printable(f"ddp_eval: the run is in {config.output_path}"))
 
 
-def _show_sweep(config: Config, entries: list[dict[str, Any]]) -> None:
+def _show_sweep(config: Config, end: SweepEnd) -> None:
     """A line for each model of a sweep."""
-    width = max((len(one["name"]) for one in entries), default=0)
-    for one in entries:
+    width = max((len(one["name"]) for one in end.entries), default=0)
+    for one in end.entries:
         took = f"{one['seconds']:.1f} s" if one["seconds"] is not None else ""
         print(printable(f"ddp_eval: {one['name']:<{width}}  {one['state']}  {one['reason'] or took}".rstrip()))
-    failed = sum(one["state"] == "failed" for one in entries)
-    outcome = f"; {failed} of {len(entries)} models failed" if failed else ""
+    number = len(end.entries)
+    counts = {"failed": end.count("failed"), "are gone": end.count("gone"), "are left to another launch": len(end.held)}
+    outcome = "".join(f"; {count} of {number} models {what}" for what, count in counts.items() if count)
     print(printable(f"ddp_eval: the sweep is in {config.output_path}{outcome}"))
 
 

@@ -65,10 +65,10 @@ is_done() {
         { [[ -z "$sweeping" ]] && grep -qs 'holds this very run, complete: nothing is left to do' "${LOGS:-/dev/null}".*.log; }
 }
 
-# Whether this start of a sweep came to the end of its models, and some of them failed.
-has_failed_models() {
-    [[ -n "$sweeping" && "$output/sweep.json" -nt "$LOGS.start" ]] && ! grep -qs '"state": *"waiting"' "$output/sweep.json" &&
-        grep -qs '"state": *"failed"' "$output/sweep.json"
+# How this start of a sweep came to the end of its models, such as "3 done, 1 failed"; nothing where it did not come so far.
+# sweep.json says how models stand in all launches, and not which of them has come to its end.
+end_of_sweep() {
+    [[ -z "$sweeping" ]] || grep -hs '^ddp_eval: the sweep is over: ' "$LOGS".*.log | tail -n 1 | sed 's/^ddp_eval: the sweep is over: //'
 }
 
 # On success. Arguments: the flags, which sweep.sh compares with its list.
@@ -187,7 +187,6 @@ run_step() {
     export RENDEZVOUS="$JOB.$restart.$attempt" LOGS="$output/logs/$JOB.$restart.$attempt"
     # What --fresh and --overwrite ask for is done once, at the first start that comes so far.
     export SLURM_RESTART_COUNT="$((restart + attempt))"
-    [[ -z "$sweeping" ]] || : >"$LOGS.start"
     say "start on $SLURM_JOB_NODELIST; the output of each node is in $LOGS.NODE.log"
     # --wait: when one node's torchrun has ended, the others, which notice by themselves, are ended after so many seconds.
     "${SRUN[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
@@ -331,8 +330,11 @@ for ((attempt = 0; ; attempt++)); do
         exit 75
     elif [[ "$code" == 0 && -n "$sweeping" && -f "$output/sweep.json" ]]; then
         leave_done "$@"
-    elif has_failed_models; then
+    elif [[ "$(end_of_sweep)" == *" failed"* ]]; then
         fail "failed, not requeued" "some models of the sweep failed: see $output/sweep.json"
+    elif [[ "$(end_of_sweep)" == *" at work in another launch"* ]]; then
+        say "ended, and left models of the sweep to another launch, which is at work on them: see $output/sweep.json"
+        exit 75
     elif ((code == 0)) && [[ " $* " == *" --preflight"* ]]; then
         say "node checks passed; nothing was evaluated"
         exit 0

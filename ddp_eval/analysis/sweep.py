@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ddp_eval.analysis.read import result_rows
 from ddp_eval.errors import UserError
-from ddp_eval.output import write
+from ddp_eval.output import sweep_file, write
 from ddp_eval.output.documents import TRANSFORMS
 from ddp_eval.output.sweep_file import DONE, SWEEP
 from ddp_eval.system import read_back
@@ -117,12 +117,9 @@ def refuse_among_runs(paths: Sequence[str | Path], command: str) -> None:
 def read_sweep(path: str | Path) -> Sweep:
     """Read sweep.json, and the results of each model that is done. Raises UserError, naming the file, for a sweep.json
     that cannot be read."""
-    from ddp_eval.output import shapes
-
     place = Path(path)
-    found = read_back.read_json(place / SWEEP, shapes.SWEEP, place)
-    fields = ("model", "revision", "step", "reason", "seconds")
-    models = [Model(one["name"], state=one["state"], **{name: one.get(name) for name in fields}) for one in found["models"]]
+    fields = ("name", "model", "revision", "step", "state", "reason", "seconds")
+    models = [Model(**{name: one[name] for name in fields}) for one in sweep_file.read_sweep(place)]
     series = list(dict.fromkeys(model.series for model in models))
     models.sort(key=lambda model: (series.index(model.series), -1 if model.step is None else model.step))
     return Sweep(place, [_with_scores(place, model) for model in models])

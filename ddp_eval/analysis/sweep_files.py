@@ -17,7 +17,6 @@ from ddp_eval.analysis.verdict import jsonable
 from ddp_eval.system.files import replace_file
 
 CSV, JSON = "sweep.csv", "sweep_metrics.json"
-VERSION = 1
 _FACTS = ("name", "model", "revision", "step", "state", "reason", "seconds")
 _COLUMNS = (*_FACTS, "task", "metric", "filter", "value", "stderr", "documents")
 
@@ -28,13 +27,15 @@ def write_tables(directory: str | Path) -> None:
     A model that is not done has one row, without a task. Raises UserError where sweep.json cannot be read, OSError where the
     disk refuses.
     """
+    from ddp_eval.output import shapes
+
     sweep = read_sweep(directory)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(_COLUMNS)
     writer.writerows(_rows(sweep))
     replace_file(sweep.path / CSV, [stream.getvalue().encode("utf-8", "backslashreplace")])
-    table = jsonable({"version": VERSION, "models": [describe(model) for model in sweep.models]})
+    table = jsonable({"version": shapes.SWEEP_VERSION, "models": [describe(model) for model in sweep.models]})
     replace_file(sweep.path / JSON, [json.dumps(table, indent=1).encode() + b"\n"])
 
 

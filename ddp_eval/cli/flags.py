@@ -61,22 +61,22 @@ _REFUSED_FLAGS = {
 }
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
+def parse(argv: Sequence[str], more: Iterable[str] = ()) -> tuple[Config, list[str]]:
     """Read a command line, without the program's name: `parse_flags`, and the word `run` may come before the flags."""
     command, flags = split_command(argv)
     if command != DEFAULT:
         raise unknown_command(command)
-    return parse_flags(flags)
+    return parse_flags(flags, more=more)
 
 
-def parse_flags(argv: Sequence[str], names_model: bool = True) -> tuple[Config, list[str]]:
+def parse_flags(argv: Sequence[str], names_model: bool = True, more: Iterable[str] = ()) -> tuple[Config, list[str]]:
     """The flags of `run` -> a Config, and one sentence for each flag that is accepted and ignored, for one rank to log.
 
     names_model: whether the model is among them, by default the demo's; for a sweep it is not.
-
+    more: names of the flags that a subcommand has beside these, and has taken out: what is misspelt may be one of them.
     Raises UserError with one sentence for anything that cannot be meant. --help and --version print, then raise SystemExit(0).
     """
-    raw = _read_command_line(argv)
+    raw = _read_command_line(argv, more)
     if "config" in raw:
         raw = _read_config_file(to_text("--config", raw.pop("config"))) | raw
     batch_size = raw.get("batch_size")
@@ -199,13 +199,13 @@ class _PrintVersion(argparse.Action):
         parser.exit()
 
 
-def _read_command_line(argv: Sequence[str]) -> dict[str, Any]:
+def _read_command_line(argv: Sequence[str], more: Iterable[str]) -> dict[str, Any]:
     """Raw values by flag name: str, list of str, or True. Raises UserError for what no flag takes."""
     namespace, rest = build_parser().parse_known_args([_with_underscores(token) for token in argv])
     for token in rest:
         if token.startswith("-"):
             name = token.lstrip("-").partition("=")[0]
-            raise UserError(f"unknown flag {token.partition('=')[0]}: {did_you_mean(name, '--')}")
+            raise UserError(f"unknown flag {token.partition('=')[0]}: {did_you_mean(name, '--', more)}")
     if rest:
         raise UserError(f"{rest[0]} belongs to no flag (see --help)")
     raw = vars(namespace)
@@ -389,8 +389,8 @@ _FLAGS = {
 }
 
 
-def did_you_mean(name: str, prefix: str) -> str:
-    matches = difflib.get_close_matches(name.replace("-", "_"), [*_FLAGS, *IGNORED_FLAGS], n=3)
+def did_you_mean(name: str, prefix: str, more: Iterable[str] = ()) -> str:
+    matches = difflib.get_close_matches(name.replace("-", "_"), [*more, *_FLAGS, *IGNORED_FLAGS], n=3)
     if matches:
         return f"did you mean {' or '.join(prefix + match for match in matches)}?"
     if name.replace("-", "_") in KNOWN_MODEL_ARGS:

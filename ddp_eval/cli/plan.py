@@ -31,16 +31,17 @@ NOTHING_FITS = 3  # the exit code, beside 2 for a UserError and 1 for a defect
 
 def main(argv: list[str]) -> int:
     """Print the plan. Returns the exit code: 0, or 3 when nothing fits. Raises UserError for what cannot be meant."""
-    options, rest = _read(argv)
+    options, rest, own = _read(argv)
     has_tasks = any(word.split("=")[0] in ("--tasks", "-t") for word in rest)
-    config, _ = cli.parse(rest if has_tasks else [*rest, "--tasks", "demo"])
+    config, _ = cli.parse(rest if has_tasks else [*rest, "--tasks", "demo"], own)
     words = rest if has_tasks else [*rest, "--tasks", "TASKS"]
     text, fits = make_report(config, words, options.gpus, options.nodes, parse_memory(options.gpu_memory), has_tasks)
     print(text)
     return 0 if fits else NOTHING_FITS
 
 
-def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """The values of its own flags, the words that are left, and the names of its own."""
     parser = SubcommandParser("plan", _ABOUT)
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of a node (default: 8)")
     parser.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
@@ -49,7 +50,7 @@ def _read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("gpus", "nodes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be 1 or more, got {getattr(options, name)}")
-    return options, rest
+    return options, rest, parser.flags
 
 
 def parse_memory(text: str) -> int:

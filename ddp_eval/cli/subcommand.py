@@ -44,5 +44,10 @@ class SubcommandParser(argparse.ArgumentParser):
         )
         self._command = command
 
+    @property
+    def flags(self) -> list[str]:
+        """The names of its own flags, without dashes."""
+        return [action.dest for action in self._actions if action.option_strings and action.dest != "help"]
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self._command}: {message} (see {self._command} --help)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 
@@ -21,8 +20,9 @@ on with what is missing."""
 
 def parse(argv: Sequence[str]) -> Evaluation:
     """Raises UserError for anything that cannot be meant, SystemExit(0) for --help."""
-    options, rest = _build_parser().parse_known_args(argv)
-    config, notes = parse_flags(rest, names_model=False)
+    parser = _build_parser()
+    options, rest = parser.parse_known_args(argv)
+    config, notes = parse_flags(rest, names_model=False, more=parser.flags)
     if not config.output_path:
         raise UserError("sweep needs --output_path DIR, under which each model has its run directory")
     if config.model != "hf":
@@ -58,7 +58,7 @@ def _split(flag: str, words: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser() -> SubcommandParser:
     parser = SubcommandParser("sweep", _ABOUT, launcher="torchrun")
     parser.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="paths, names and quoted patterns, with commas")
     parser.add_argument("--revisions", nargs="+", metavar="REVISION", help="of each model, with commas (default: its main one)")

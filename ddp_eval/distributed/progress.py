@@ -21,6 +21,7 @@ class Progress:
 
     On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end. With `silent`, or no requests, nothing.
     requests: those that are left; done: those that an earlier start has done, which count as the first of the whole.
+    is_stopped: whether some rank has called `stop`, as of when this one last told its counts; only where ranks agree on failures.
     """
 
     PUSH_S = 0.5  # a rank tells its counts at most this often
@@ -36,6 +37,8 @@ class Progress:
         done: int = 0,
     ) -> None:
         self._requests, self._tokens = Tally(world, f"{name}/requests"), Tally(world, f"{name}/tokens")
+        self._stops = Tally(world, f"{name}/stops") if world.agrees_on_failures else None
+        self.is_stopped = False
         self._left, self._done, self._total = requests, done, done + requests
         self._stream = stream or sys.stderr
         self._quiet_s = quiet_s
@@ -72,6 +75,13 @@ class Progress:
                 tally.add(amount)
         self._unsent = [0, 0]
         self._pushed_at = time.monotonic()
+        if self._stops is not None:
+            self.is_stopped = self._stops.read() > 0
+
+    def stop(self) -> None:
+        """This rank has failed, and what the others do now is in vain."""
+        if self._stops is not None:
+            self._stops.add(1)
 
     def _show(self) -> None:
         if self._stream.isatty():

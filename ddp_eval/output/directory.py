@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.output import journal, lm_eval_names, status, write
-from ddp_eval.output.lock import Lock, LockHeldError, OnWait, not_at_all
+from ddp_eval.output.lock import LOCK, Lock, LockHeldError, OnWait, not_at_all
 from ddp_eval.output.versions import describe_packages
 from ddp_eval.system import digests, launch_id
 from ddp_eval.system.files import read_object, replace_json
@@ -31,7 +31,6 @@ from ddp_eval.system.read_back import Shape, read_json
 log = logging.getLogger("ddp_eval")
 
 JOURNALS = "journal"
-LOCK = ".ddp_eval.lock"
 _RUN = "run.json"
 
 _NO_MATTER = {  # to any run
@@ -47,6 +46,10 @@ class AtWork(UserError):
     """Another run holds the directory, or held it a moment ago and has finished there."""
 
 
+class Lost(AtWork):
+    """The directory was deleted, or taken over by another run, while this one was at work in it."""
+
+
 class Kept(NamedTuple):
     """Where finished packs are kept, and under which key."""
 
@@ -59,6 +62,7 @@ class Directory(Protocol):
 
     @property
     def layout(self) -> str | None: ...
+    def check(self) -> None: ...
     def resume(
         self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any
     ) -> tuple[journal.RecoveredWork, Kept | None]: ...
@@ -70,6 +74,9 @@ class NoDirectory:
     """Keeps nothing and has nothing to resume from."""
 
     layout: str | None = None
+
+    def check(self) -> None:
+        pass
 
     def resume(
         self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any
@@ -93,6 +100,15 @@ class RunDirectory:
         self.previous_status: dict[str, Any] = {}  # the status of that run
         self._lock = lock
         self._replace = replace
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lock is not None and self._lock.is_lost
+
+    def check(self) -> None:
+        """Raise Lost where the directory is no longer this run's to write to: cheap enough for every pack."""
+        if self.is_lost:
+            raise Lost(lost_sentence(self.path))
 
     def recover(self, key: bytes, item_starts: Any, text_starts: Any = None) -> journal.RecoveredWork:
         """What is done of the work that `key` names. Journals of other work are removed if they may be replaced.
@@ -163,6 +179,8 @@ class RunDirectory:
         A start that has finished no work leaves nothing that would bind the next one. A journal stays, even an empty one: another
         rank may be writing to it.
         """
+        if self.is_lost:  # what lies there is another's
+            return
         with contextlib.suppress(OSError):
             if self.files_to_remove and self.previous_status:
                 self.forget_journals()
@@ -294,6 +312,23 @@ def _take_lock(directory: Path, on_lost: Callable[[], None], on_wait: OnWait) ->
     except LockHeldError as held:
         raise AtWork(f"another run is at work in --output_path {directory} ({held}): wait for it, or give another") from None
     return lock
+
+
+def lost_sentence(directory: Path) -> str:
+    return f"--output_path {directory} was deleted or taken over by another run"
+
+
+def is_at_work(directory: Path, on_wait: OnWait = not_at_all) -> bool:
+    """Whether another run holds a run directory now; the lock of a dead one is removed. on_wait: see `Lock`."""
+    if not os.path.lexists(directory / LOCK):
+        return False
+    try:
+        _take_lock(directory, lambda: None, on_wait).release()
+    except AtWork:
+        return True
+    except (OSError, UserError):  # nobody can be told
+        return False
+    return False
 
 
 def already_replaced_by_this_launch(directory: Path) -> bool:

@@ -24,6 +24,7 @@ from ddp_eval.system import read_back
 from ddp_eval.system.launch_id import slurm_job
 from ddp_eval.system.processes import birth, machine
 
+LOCK = ".ddp_eval.lock"  # the name of the file, in the directory that it is for
 BEAT_S = 5.0
 WATCH_S = 25.0  # a holder that touches nothing for so long is gone; NFS may show a touch a few seconds late
 _MAX_BYTES = 2**16
@@ -45,13 +46,14 @@ class LockHeldError(Exception):
 class Lock:
     """Holds `path` from `acquire` to `release`.
 
-    on_lost: called, once, from a thread, if the file goes away meanwhile. on_wait: see `OnWait`.
+    on_lost: called, once, from a thread, if the file goes away meanwhile; `is_lost` says so, too. on_wait: see `OnWait`.
     """
 
     def __init__(self, path: Path, on_lost: Callable[[], None], on_wait: OnWait = not_at_all) -> None:
         self.path = path
         self._on_wait = on_wait
         self._on_lost = on_lost
+        self.is_lost = False
         self._me = {**_describe_process(), "token": uuid.uuid4().hex}
         self._released = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
@@ -168,8 +170,20 @@ class Lock:
             except OSError:  # a disk that does not answer has not taken the file away; after WATCH_S another run may
                 mine = time.monotonic() - answered < WATCH_S
             if not mine and not self._released.is_set():
+                self.is_lost = True
                 self._on_lost()
                 return
+
+
+def gave_way_to_restart(path: Path) -> bool:
+    """Of a lost lock, whether SLURM has started this very job again, and its script has removed what this start had locked."""
+    if slurm_job() is None or not path.parent.is_dir():
+        return False
+    try:
+        holder, _ = _read(path)
+    except (OSError, UserError):
+        return False
+    return holder is None or holder.get("slurm_job") == slurm_job()
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, Any]:

@@ -298,7 +298,7 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-SWEEP_VERSION = 1
+SWEEP_VERSION = 1  # of sweep.json, and of the file of metrics that is made of it
 
 
 def _check_version(version: int) -> int:
@@ -329,6 +329,7 @@ class _SweepModel(TypedDict, total=False):
     state: Required[str]
     reason: str | None
     seconds: Seconds | None
+    logged: list[str]
 
 
 def _check_twice(models: list[_SweepModel]) -> list[_SweepModel]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,8 +46,12 @@ def _nothing(columns: int) -> list[np.ndarray]:
     return [np.zeros((0, columns), dtype=np.int64)]
 
 
-def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
-    """Run this rank's batches of generation and packs, and gather everyone's results."""
+def run_plan(world: World, engine: Engine, work: Work, check: Callable[[], None] = lambda: None) -> Gathered:
+    """Run this rank's batches of generation and packs, and gather everyone's results.
+
+    check: called after each where ranks agree on what fails; may raise to end the plan on all of them.
+    """
+    check = check if world.agrees_on_failures else lambda: None
     phases = world.meter.phases
     engine.is_probe = work.phase == "trial"
     if work.attention == engine.plain_attention:  # a caller's ranks may each have come with another
@@ -66,12 +70,16 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
                 if work.asks:
                     getattr(engine, work.asks)
                 for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
+                    check()
+                    _heed(progress)
                     if engine.capabilities.reports_results:
                         if divided > 1:
                             splits.append(np.array([[index, divided]]))
                         lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
                         answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
                 for index, found, pieces in _run_packs(world, engine, work, packs, progress, own):
+                    check()
+                    _heed(progress)
                     if not engine.capabilities.reports_results:
                         continue
                     results.append(found)
@@ -84,9 +92,11 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
                 world.borrowed or world.agrees_on_failures
             ):  # leave a group that works; otherwise exiting is faster
                 with contextlib.suppress(collectives.LostContact):
+                    progress.stop()
                     collectives.all_gather_rows(world, NO_RESULTS, failed=True)
             if world.agrees_on_failures and isinstance(error, Exception):
-                raise collectives.fail_together(world, _describe_failure(world, error)) from error
+                why = None if isinstance(error, _Stopped) else _describe_failure(world, error)
+                raise collectives.fail_together(world, why) from error
             raise
         watchdog.step(watchdog.WAITING)
         with phases("gather"):
@@ -97,6 +107,15 @@ def run_plan(world: World, engine: Engine, work: Work) -> Gathered:
                 if not world.agrees_on_failures:
                     raise
                 raise collectives.fail_together(world, None) from None
+
+
+class _Stopped(Exception):
+    """Another rank has failed, and says why."""
+
+
+def _heed(progress: Progress) -> None:
+    if progress.is_stopped:
+        raise _Stopped
 
 
 def _describe_failure(world: World, error: Exception) -> str:

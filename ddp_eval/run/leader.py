@@ -16,7 +16,7 @@ import torch
 from ddp_eval import demo
 from ddp_eval import layout as layouts
 from ddp_eval.config import Config
-from ddp_eval.distributed import watchdog
+from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.messages import Followers, Journals
 from ddp_eval.engines import registry
 from ddp_eval.engines.hf import checkpoint, limits
@@ -128,6 +128,7 @@ def answer_and_keep(job: Job, asked: Asked, record: Record) -> Answers:
         watchdog.step("reading the model's files")
         job.inspect({"model": job.replica.digests(), "packages": versions.describe_packages(), **asked.fingerprints})
     answers = answer(job, asked.requests, asked.prompts, record)
+    job.directory.check()
     scores, texts = asked.tables(answers)
     record.not_finite = tables.find_not_finite(scores, texts)
     warn_nonfinite(record.not_finite)
@@ -216,6 +217,7 @@ def recover(job: Job, plan: WorkPlan, replica: Replica) -> Todo:
         watchdog.step("reading the model's files")
         return journal_key(scoring, texts, replica.engine.describe(), replica.world, job.replica.digests())
 
+    job.directory.check()
     found, kept = job.directory.resume(make_key, scoring.item_starts, texts.item_starts)
     journals = Journals(*kept) if kept is not None else None
     job.directory.begin_replacing(job.config, str(replica.layout))
@@ -226,15 +228,19 @@ def recover(job: Job, plan: WorkPlan, replica: Replica) -> Todo:
 def execute(job: Job, plan: WorkPlan, replica: Replica, todo: Todo) -> Gathered:
     """Have all ranks run what is left, each its share."""
     watchdog.step(watchdog.WAITING)  # a rank may still load the model
-    with job.followers.working_on(
-        plan.scoring.plan,
-        todo.left,
-        todo.journals,
-        texts=plan.generation.plan,
-        tokenizer=job.encoder.tokenizer if plan.generation.plan.num_batches else None,
-        attention=replica.engine.tree_attention,
-    ) as work:
-        return run_plan(replica.world, replica.engine, work)
+    try:
+        with job.followers.working_on(
+            plan.scoring.plan,
+            todo.left,
+            todo.journals,
+            texts=plan.generation.plan,
+            tokenizer=job.encoder.tokenizer if plan.generation.plan.num_batches else None,
+            attention=replica.engine.tree_attention,
+        ) as work:
+            return run_plan(replica.world, replica.engine, work, job.directory.check)
+    except collectives.FailedTogether:
+        job.directory.check()  # a lost one is why, and no failure of the model
+        raise
 
 
 def join_found(found: RecoveredWork, done: Gathered) -> Gathered:
@@ -277,6 +283,7 @@ def write_results(job: Job, outcome: Outcome, record: Record) -> dict[str, Any]:
 
     if config.log_samples or config.predict_only:
         results["samples"] = samples
+    job.directory.check()
     with phases("write"):
         if config.output_path:
             watchdog.step("writing the results")

@@ -20,7 +20,8 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ddp_eval.config import Config
 from ddp_eval.distributed import store, watchdog
@@ -28,7 +29,7 @@ from ddp_eval.distributed.messages import Followers, await_begin
 from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import checkpoint, limits
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import status
+from ddp_eval.output import lock, status
 from ddp_eval.output.directory import Directory, NoDirectory
 from ddp_eval.output.irregular import log_irregular
 from ddp_eval.placement.choose import choose_layout
@@ -102,7 +103,8 @@ def lead_run(
     if not config.output_path:
         followers.begin(None)
         return _load_and_lead(config, NoDirectory(), world, followers, inspect, swept)
-    directory = run_directory.open_directory(config, lambda: _lose_directory(str(config.output_path)), watchdog.touch)
+    lose = functools.partial(_lose_directory, Path(config.output_path), swept is not None)
+    directory = run_directory.open_directory(config, lose, watchdog.touch)
     watchdog.set_run_directory(directory.path)
     watchdog.on_exit(directory.close)
     with contextlib.closing(directory):
@@ -110,10 +112,15 @@ def lead_run(
         return _load_and_lead(config, directory, world, followers, inspect, swept)
 
 
-def _lose_directory(path: str) -> None:
-    """From the thread that keeps the lock: the run directory is no longer ours to write to."""
-    watchdog.set_run_directory(None)
-    store.report_once(f"--output_path {path} was deleted or taken over by another run: this one ends; start it again")
+def _lose_directory(path: Path, is_swept: bool) -> None:
+    """From the thread that keeps the lock: the run directory is no longer ours to write to.
+
+    A sweep ends this model's run, at its next look, and goes on; unless SLURM has started it again elsewhere.
+    """
+    watchdog.set_run_directory(None, resumes=is_swept)
+    if is_swept and not lock.gave_way_to_restart(path / lock.LOCK):
+        return
+    store.report_once(f"{run_directory.lost_sentence(path)}: this one ends; start it again")
     watchdog.leave(2, status.FAILED, "")
 
 
@@ -143,12 +150,17 @@ def _load_and_lead(
     def digests() -> dict[str, Any]:
         return describe_steady_model(config.loader_args, getattr(model_config, "_commit_hash", None), before)
 
-    # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
-    with world.meter.phases("start"):
-        from ddp_eval.tasks import harness  # noqa: F401
-
     replica = PendingReplica(load, digests, source)
-    loader = replica.start()
+    try:
+        # lm_eval's imports come first: two threads that import the same packages can meet half-made modules.
+        with world.meter.phases("start"):
+            from ddp_eval.tasks import harness  # noqa: F401
+
+        loader = replica.start()
+    except Exception as error:
+        if swept is not None:  # the other ranks load already, and report
+            load_on_all(lay_out(world, layout), layout, functools.partial(_fail, error), followers.lose)
+        raise
     try:
         if brings_code(config, model_config):  # which may draw from, or seed, what prompts are drawn from
             watchdog.step("loading the model", detail=source)
@@ -160,6 +172,10 @@ def _load_and_lead(
         if swept is not None:
             loader.join()  # the other ranks load, too, and report
             replica.release()
+
+
+def _fail(error: Exception, *_: object) -> NoReturn:
+    raise error
 
 
 def _source(config: Config) -> str:

@@ -18,12 +18,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ddp_eval import demo
-from ddp_eval.analysis import sweep_files
 from ddp_eval.config import Config
 from ddp_eval.distributed import collectives, watchdog
 from ddp_eval.distributed.messages import Aborted, Followers, LeaderFailed, NextModel, await_begin, next_model
@@ -32,14 +31,15 @@ from ddp_eval.engines.hf import model_files
 from ddp_eval.errors import UserError, describe
 from ddp_eval.layout import Layout
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import status, sweep_file, write
-from ddp_eval.output.directory import AtWork, already_replaced_by_this_launch
-from ddp_eval.output.sweep_file import DONE, FAILED, WAITING
+from ddp_eval.output import status, write
+from ddp_eval.output.directory import AtWork, Lost, already_replaced_by_this_launch
+from ddp_eval.output.sweep_file import DONE, FAILED, GONE, WAITING
 from ddp_eval.run.follower import follow, load_anew
 from ddp_eval.run.manifest import look_at_model, own_commit
 from ddp_eval.run.runner import Swept, lead_run
-from ddp_eval.run.sweep_models import SweptModel, list_models
+from ddp_eval.run.sweep_models import SweptModel, is_removed, list_models
 from ddp_eval.run.sweep_options import SweepOptions
+from ddp_eval.run.sweep_states import REMOVED, SweepStates, entry_of, summarize
 from ddp_eval.run.sweep_watch import Watcher
 from ddp_eval.system.read_ahead import ReadAhead
 from ddp_eval.system.whole_files import why_broken
@@ -54,10 +54,23 @@ log = logging.getLogger("ddp_eval")
 Show = Callable[[Config, dict[str, Any]], None]
 
 
-def run_sweep(config: Config, options: SweepOptions, world: World, show: Show) -> list[dict[str, Any]] | None:
+class SweepEnd(NamedTuple):
+    """entries: of sweep.json, of the models of this launch. held: names of those that are left to another launch, at work now."""
+
+    entries: list[dict[str, Any]]
+    held: list[str]
+
+    def count(self, state: str) -> int:
+        return sum(one["state"] == state for one in self.entries)
+
+    def describe(self) -> str:
+        return summarize([one["state"] for one in self.entries], len(self.held))
+
+
+def run_sweep(config: Config, options: SweepOptions, world: World, show: Show) -> SweepEnd | None:
     """Evaluate all models that `options` name, each with the settings of `config`.
 
-    show: called on rank 0 with each model's settings and results. Returns the entries of sweep.json on rank 0, None elsewhere.
+    show: called on rank 0 with each model's settings and results. Returns how they stand on rank 0, None elsewhere.
     Raises UserError where there is nothing to evaluate, and LostContact where a failure cannot be agreed on.
     """
     world = dataclasses.replace(world, goes_on=True)
@@ -109,7 +122,7 @@ def _leave_nothing(world: World) -> None:
 
 
 class _Sweep:
-    """The leader's part. `own`: what this launch knows of models, by name, as entries of sweep.json."""
+    """The leader's part."""
 
     def __init__(self, config: Config, options: SweepOptions, world: World, show: Show) -> None:
         from ddp_eval.tasks.kept_setup import KeptSetup
@@ -117,20 +130,19 @@ class _Sweep:
         self._config, self._options, self._world, self._show = config, options, world, show
         self._directory = write.make_directory(options.output_path)
         self._kept, self._ahead = KeptSetup(), ReadAhead()
-        self._own: dict[str, dict[str, Any]] = {}
-        self._in_tables: list[dict[str, Any]] | None = None
+        self._states = SweepStates(self._directory, options)
         self._watcher = Watcher(options)
-        earlier = sweep_file.read_sweep(self._directory)
+        earlier = self._states.read()
         self._failed_before = {name for name, one in earlier.items() if one["state"] == FAILED}  # the last to be tried again
         self._is_frozen = False
 
-    def lead(self) -> list[dict[str, Any]]:
+    def lead(self) -> SweepEnd:
         watchdog.set_run_directory(None, resumes=True)
         watchdog.step("opening what the results are logged to")
         with trackers.tracking(self._config) as self._track:
             return self._lead()
 
-    def _lead(self) -> list[dict[str, Any]]:
+    def _lead(self) -> SweepEnd:
         models = self._list()
         if not models and not self._options.watch:
             raise UserError(f"there is no model that --models {','.join(self._options.models)} names")
@@ -138,10 +150,10 @@ class _Sweep:
         if self._options.watch:
             self._say_what_is_watched(bool(models))
         while True:
-            states = {name: one["state"] for name, one in self._own.items() if one["state"] != WAITING}
-            self._watcher.look([one for one in models if states.get(one.name) != DONE], states)
+            settled = self._states.settled
+            self._watcher.look([one for one in models if settled.get(one.name) != DONE], settled)
             self._write(models)
-            if self._watcher.is_over(self._count_settled()):
+            if self._watcher.is_over(self._states.count_settled(self._is_to_stay)):
                 break
             if ready := sorted(self._watcher.ready, key=lambda one: one.name in self._failed_before):
                 self._evaluate(ready[0], ready[1] if len(ready) > 1 else None)
@@ -153,8 +165,11 @@ class _Sweep:
         entries = self._write(models)
         collectives.send_message(self._world, None)
         self._ahead.stop()
-        names = {*self._own, *(one.name for one in models)}
-        return [one for one in entries if one["name"] in names]
+        names = {*self._states.own, *(one.name for one in models)}
+        held = self._states.held_by_others() if self._watcher.wants_all else []
+        end = SweepEnd([one for one in entries if one["name"] in names], held)
+        log.warning("the sweep is over: %s", end.describe())  # slurm/eval.sh reads it
+        return end
 
     def _refuse_at_once(self, models: list[SweptModel]) -> None:
         """Raise UserError for what every model would fail of: tasks that there are not, a directory of runs with other flags."""
@@ -177,14 +192,8 @@ class _Sweep:
 
     def _list(self) -> list[SweptModel]:
         self._watcher.look_for_end()
-        entries = sweep_file.read_sweep(self._directory).values()
-        return list_models(self._options, {(one.get("model", ""), one.get("revision")): one["name"] for one in entries})
-
-    def _count_settled(self) -> int:
-        """Models that are done, in any launch and whether their files are still there, or have failed in this one."""
-        own = {name for name, one in self._own.items() if one["state"] != WAITING}
-        entries = sweep_file.read_sweep(self._directory)
-        return len(own | {name for name, one in entries.items() if one["state"] == DONE and self._is_to_stay(name)})
+        entries = self._states.read().values()
+        return list_models(self._options, {(one["model"] or "", one["revision"]): one["name"] for one in entries})
 
     def _is_to_stay(self, name: str) -> bool:
         """Whether a finished run is not one that --fresh or --overwrite is to replace."""
@@ -197,54 +206,55 @@ class _Sweep:
         collectives.send_message(self._world, NextModel(None))
 
     def _write(self, models: list[SweptModel]) -> list[dict[str, Any]]:
-        waiting = [self._entry(one, WAITING, self._watcher.reasons.get(one.name)) for one in models]
-        try:
-            entries = sweep_file.write_sweep(self._directory, waiting, self._own)
-            if entries != self._in_tables:  # which are made of every model's results
-                sweep_files.write_tables(self._directory)
-                self._in_tables = entries
-            return entries
-        except OSError as error:
-            raise write.unwritable(self._directory, error) from error
-
-    def _entry(self, model: SweptModel, state: str, reason: str | None = None, seconds: float | None = None) -> dict[str, Any]:
-        return {
-            "name": model.name, "model": model.model, "revision": model.revision, "step": model.step, "state": state,
-            "reason": reason, "seconds": seconds,
-        }  # fmt: skip
+        return self._states.write(models, self._watcher.reasons)
 
     def _evaluate(self, model: SweptModel, following: SweptModel | None) -> None:
         """One model, whatever comes of it. Raises what no other model could be evaluated after."""
         log.warning("%s: %s", model.name, model.model + (f" at {model.revision}" if model.revision else ""))
-        began, found = time.monotonic(), self._entry(model, WAITING)
+        began, was_there = time.monotonic(), model.is_local
         followers = Followers(self._world, stays=True)
         try:
             config = config_of(self._config, model)
             _refuse_broken(config, model)
-            results = self._run(model, config, self._files_of(following), followers)
-            is_new = "telemetry" in results["ddp_eval"]  # else it was found complete
-            found |= {"state": DONE, "seconds": round(time.monotonic() - began, 3) if is_new else None}
+            results, logged = self._run(model, config, self._files_of(following), followers)
+            seconds = round(time.monotonic() - began, 3) if _is_new(results) else None
+            found = entry_of(model, DONE, seconds=seconds, logged=logged)
             with contextlib.suppress(BrokenPipeError):  # whoever read it has gone
                 self._show(config, results)
         except AtWork as error:
-            found |= {"reason": str(error)}
-            if model.name not in self._own:
-                log.warning("%s is another launch's for now: %s", model.name, error)
-            self._watcher.leave_alone(model)
+            found = self._leave_alone(model, error)
         except Exception as error:
-            found |= {"state": FAILED, "reason": describe(error), "seconds": round(time.monotonic() - began, 3)}
-            status.note_end(self._directory / model.name, status.FAILED, str(error), first_hand=False)
-            if isinstance(error, collectives.LostContact) or not followers.listening:
-                self._own[model.name] = found
-                self._write(self._list())
-                raise
-            if not isinstance(error, UserError):
-                log.error("%s failed", model.name, exc_info=error)
-            watchdog.say(f"{model.name} failed: {found['reason']}")
-        self._own[model.name] = found
+            found = self._fail(model, error, was_there, time.monotonic() - began, followers)
+        self._states.note(found)
         self._tidy()
 
-    def _run(self, model: SweptModel, config: Config, next_files: tuple[Path, ...], followers: Followers) -> dict[str, Any]:
+    def _leave_alone(self, model: SweptModel, why: AtWork) -> dict[str, Any]:
+        """A model that another launch is at, or whose directory this one has lost: it is looked at again later."""
+        if isinstance(why, Lost) or model.name not in self._states.own:
+            log.warning("%s is left alone for now: %s", model.name, why)
+        self._watcher.leave_alone(model)
+        return entry_of(model, WAITING, str(why))
+
+    def _fail(self, model: SweptModel, error: Exception, was_there: bool, seconds: float, followers: Followers) -> dict[str, Any]:
+        """The entry of a model that failed. Raises the error where no other model could be evaluated after it."""
+        found = entry_of(model, FAILED, describe(error), round(seconds, 3))
+        status.note_end(self._directory / model.name, status.FAILED, str(error), first_hand=False)
+        if isinstance(error, collectives.LostContact) or not followers.listening:
+            self._states.note(found)
+            self._write(self._list())
+            raise error
+        if (was_there and not model.is_local) or is_removed(self._options, model.model):
+            watchdog.say(f"{model.name} is gone: {REMOVED}")
+            return found | {"state": GONE, "reason": REMOVED}
+        if not isinstance(error, UserError):
+            log.error("%s failed", model.name, exc_info=error)
+        watchdog.say(f"{model.name} failed: {found['reason']}")
+        return found
+
+    def _run(
+        self, model: SweptModel, config: Config, next_files: tuple[Path, ...], followers: Followers
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The results, and the marks of the trackers that have them. What was found complete is logged where it is not yet."""
         world = self._world
         world.meter.reset()
         self._ahead.stop()
@@ -253,8 +263,8 @@ class _Sweep:
             swept = Swept(self._kept, lambda: self._ahead.start(next_files))
             results = lead_run(config, world, followers, None, swept)
             watchdog.step("logging the results")
-            self._track(results, model.step)
-            return results
+            before = {} if _is_new(results) else self._states.read().get(model.name, {})
+            return results, self._track(results, model.step, before.get("logged", ()))
 
     def _files_of(self, model: SweptModel | None) -> tuple[Path, ...]:
         """What loading it will read, as far as it is on this machine."""
@@ -275,6 +285,11 @@ class _Sweep:
         if not self._is_frozen:
             gc.freeze()
             self._is_frozen = True
+
+
+def _is_new(results: dict[str, Any]) -> bool:
+    """Whether a run has just come to them, and they were not found complete."""
+    return "telemetry" in results["ddp_eval"]
 
 
 def _refuse_broken(config: Config, model: SweptModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -11,10 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ddp_eval.errors import UserError
+from ddp_eval.output.lock import LOCK
+from ddp_eval.output.status import STATUS
+from ddp_eval.output.write import MANIFEST, RESULTS
 from ddp_eval.run.sweep_options import SweepOptions
 
 # What stands in a sweep's directory beside its runs.
-_TAKEN = ("logs", "status.json", "sweep.csv", "sweep.json", "sweep_metrics.json")
+_TAKEN = (LOCK, "logs", "report.html", "status.json", "sweep.csv", "sweep.json", "sweep_metrics.json")
+# What a run directory holds, from its first moment on, and a checkpoint.
+_OF_RUNS = (LOCK, STATUS, MANIFEST, RESULTS)
+_OF_CHECKPOINTS = ("config.json", "adapter_config.json")
 # A number behind one of these words, or a name that is a number, is the step of a training run.
 _STEP = re.compile(r"(?:^|[^a-z])(?:steps?|checkpoint|ckpt|iter|iteration|global_?step|batch)[-_=]?0*(\d+)", re.IGNORECASE)
 
@@ -43,7 +50,7 @@ def list_models(options: SweepOptions, known: Known | None = None) -> list[Swept
     """
     named: dict[str, str] = {}
     for spec in options.models:
-        for name, model in _expand(spec):
+        for name, model in _expand(spec, options):
             named.setdefault(model, name)
     counts = Counter(named.values())
     found = []
@@ -66,14 +73,37 @@ def list_models(options: SweepOptions, known: Known | None = None) -> list[Swept
     return found
 
 
-def _expand(spec: str) -> list[tuple[str, str]]:
-    """(name, model) of what a specification stands for now."""
+def is_removed(options: SweepOptions, model: str) -> bool:
+    """Whether one of the patterns would find a model of this path, and it is not there (of a name nobody knows)."""
+    if os.path.isdir(model):
+        return False
+    parts = Path(model).parts
+    patterns = [Path(os.path.expanduser(spec)).parts for spec in options.models if glob.has_magic(spec)]
+    return any(len(own) == len(parts) and all(map(fnmatch.fnmatchcase, parts, own)) for own in patterns)
+
+
+def _expand(spec: str, options: SweepOptions) -> list[tuple[str, str]]:
+    """(name, model) of what a specification stands for now. A pattern may also find the sweep's own directory, and its runs."""
     if not glob.has_magic(spec):
         return [(os.path.basename(os.path.abspath(spec)) or "model", spec)]
     parts = Path(os.path.expanduser(spec)).parts
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     paths = [path.rstrip("/") for path in glob.glob(os.path.expanduser(spec)) if os.path.isdir(path)]
+    paths = [path for path in paths if not _is_own(path, options)]
     return [("-".join(Path(path).parts[fixed:]), path) for path in sorted(paths, key=natural_key)]
+
+
+def _is_own(path: str, options: SweepOptions) -> bool:
+    """Whether a directory is the sweep's, or a run's in there. Checkpoints may lie there, too, and be evaluated in place."""
+    place, whole = os.path.realpath(path), os.path.realpath(options.output_path)
+    if place == whole:
+        return True
+    if os.path.commonpath([place, whole]) != whole:
+        return False
+    folder = os.path.join(place, options.subfolder)
+    if any(os.path.lexists(os.path.join(folder, name)) for name in _OF_CHECKPOINTS):
+        return False
+    return os.path.relpath(place, whole) in _TAKEN or any(os.path.lexists(os.path.join(place, name)) for name in _OF_RUNS)
 
 
 def _is_name(text: str) -> bool:

@@ -105,6 +105,11 @@ class Watcher:
         self._has_retried = True
         return True
 
+    @property
+    def wants_all(self) -> bool:
+        """Whether the end is that of all models, and not of so many, or of a time."""
+        return self._options.until.count is None and self._options.until.seconds is None
+
     def is_over(self, settled: int) -> bool:
         """Whether --until has come. settled: how many models are done, or have failed, in all launches."""
         until = self._options.until

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import unittest.mock
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,8 +41,11 @@ from ddp_eval.tasks.kept_tasks import (
 from ddp_eval.tasks.plan_memo import PlanMemo
 from ddp_eval.tasks.request_types import Asked, RunOptions
 from ddp_eval.tasks.task_sources import TaskSources, look_at, names_in
+from ddp_eval.tasks.template_dates import printed_dates
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.tasks.tokenizer_digest import digest_tokenizer
+
+log = logging.getLogger("ddp_eval")
 
 # Of the settings: which model it is, where results go, and what is said meanwhile.
 _OF_THE_MODEL = ("pretrained", "revision", "peft", "subfolder")
@@ -60,6 +64,7 @@ class KeptSetup:
     def _clear(self) -> None:
         self.plans.forget()
         self._key: str | None = None
+        self._dates: dict[str, str] = {}
         self._files: dict[str, tuple[str, str]] = {}  # {path: (SHA-256, how it looked)}
         self._folders: dict[str, frozenset[str]] = {}  # of these files, with what is in them: patterns may match more
         self._tasks: dict[str, KeptTask] = {}  # by the names and changes under which they were loaded
@@ -70,9 +75,13 @@ class KeptSetup:
 
     def begin(self, config: Config, encoder: Encoder, sources: TaskSources) -> None:
         """Before anything is loaded."""
-        key = _key_of(config, encoder)
+        dates = printed_dates(config, encoder.tokenizer)
+        key = _key_of(config, encoder, dates)
+        if self._asked is not None and dates and self._dates.keys() == dates.keys() and self._dates != dates:
+            log.warning("the chat template prints the date, which is another now: prompts are built anew, as in a run by itself")
         if key is None or key != self._key or not self._has_same_files():
             self.forget()
+        self._dates = dates or {}
         self.is_new = self._asked is None
         self._key = key
         if self._code is None:
@@ -201,17 +210,17 @@ def _reading(content: list[Any]) -> Iterator[list[Any]]:
         yield content
 
 
-def _key_of(config: Config, encoder: Encoder) -> str | None:
+def _key_of(config: Config, encoder: Encoder, dates: dict[str, str] | None) -> str | None:
     """All that prompts and their ids depend on beside tasks' files; None where that cannot be told, or where they are random."""
     tokenizer = digest_tokenizer(encoder.tokenizer)
-    if tokenizer is None or None in config.seed:
+    if tokenizer is None or dates is None or None in config.seed:
         return None
     settings = {one.name: getattr(config, one.name) for one in dataclasses.fields(config) if one.name not in _NO_MATTER}
     settings["model_args"] = {name: value for name, value in config.model_args.items() if name not in _OF_THE_MODEL}
     settings["tasks"] = [task if isinstance(task, (str, dict)) else id(task) for task in config.tasks]
     of_encoder = encoder.max_length, encoder.add_bos_token, encoder.prefix_token_id, encoder.separate
     return json.dumps(
-        [settings, of_encoder, tokenizer, os.getcwd()], sort_keys=True, default=lambda one: f"{type(one)} {id(one)}"
+        [settings, of_encoder, tokenizer, dates, os.getcwd()], sort_keys=True, default=lambda one: f"{type(one)} {id(one)}"
     )
 
 

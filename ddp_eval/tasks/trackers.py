@@ -10,11 +10,13 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from ddp_eval.config import Config
@@ -28,9 +30,12 @@ STEP = "step"  # the name under which W&B has the x-axis
 
 
 class Track(Protocol):
-    """What `tracking` gives: logs results, with the step of the checkpoint that they are of as the x-axis where it has one."""
+    """What `tracking` gives: logs results, with the step of the checkpoint that they are of as the x-axis where it has one.
 
-    def __call__(self, results: dict[str, Any], step: int | None = None) -> None: ...
+    logged: marks of the trackers that have them already. Returns the marks of those that have them by now.
+    """
+
+    def __call__(self, results: dict[str, Any], step: int | None = None, logged: Collection[str] = ()) -> list[str]: ...
 
 
 def check_installed(config: Config) -> None:
@@ -52,7 +57,7 @@ def tracking(config: Config) -> Iterator[Track]:
     """
     with contextlib.ExitStack() as stack:
         senders = [
-            (flag, stack.enter_context(_opened(flag, functools.partial(make, config))))
+            (flag, _mark_of(flag, wanted), stack.enter_context(_opened(flag, functools.partial(make, config))))
             for flag, make, wanted in (
                 ("--wandb_args", _open_wandb, config.wandb_args),
                 ("--trackio_args", _open_trackio, config.trackio_args),
@@ -61,15 +66,27 @@ def tracking(config: Config) -> Iterator[Track]:
             if wanted
         ]
 
-        def send_all(results: dict[str, Any], step: int | None = None) -> None:
+        def send_all(results: dict[str, Any], step: int | None = None, logged: Collection[str] = ()) -> list[str]:
             plain = {key: value for key, value in results.items() if key != "samples"}
-            for flag, send in senders:
+            have = set(logged)
+            for flag, mark, send in senders:
+                if mark in have:
+                    continue
                 try:
                     send(copy.deepcopy(plain), results.get("samples") if config.log_samples else None, step)
+                    have.add(mark)
                 except Exception as error:
                     log.warning("%s: the results were not logged: %s: %s", flag, type(error).__name__, one_line(error))
 
+            return sorted(have)
+
         yield send_all
+
+
+def _mark_of(flag: str, arguments: Mapping[str, Any]) -> str:
+    """Another one for each tracker, project and run, from which none of them can be read."""
+    text = json.dumps([flag, arguments], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 @contextlib.contextmanager

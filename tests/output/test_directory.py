@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import journal, status, tables, write
+from ddp_eval.output import journal, lock, status, tables, write
 from ddp_eval.output.directory import find_finished, open_directory
 from ddp_eval.output.journal import Journal, work_key
 from ddp_eval.packs.results import RESULT
@@ -391,3 +393,48 @@ def test_a_resume_knows_the_layout(config, opening, unfinished):
     assert directory.layout == "layers:2"
     directory.close()
     assert opening(config(fresh=True)).layout is None
+
+
+@pytest.mark.parametrize("harm", ["deleted", "taken over"])
+def test_a_directory_that_is_lost(harm, config, finished, monkeypatch):
+    """Catches a run that writes into what is another's by now, and takes that one's unfinished work away when it ends."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.02)
+    lost = threading.Event()
+    directory = open_directory(config(overwrite=True), lost.set)
+    directory.check()
+    if harm == "deleted":
+        shutil.rmtree(directory.path)
+    else:
+        (directory.path / run_directory.LOCK).unlink()
+    assert lost.wait(20)
+    before = {} if harm == "deleted" else {path: path.read_bytes() for path in directory.path.rglob("*") if path.is_file()}
+    with pytest.raises(run_directory.Lost, match="was deleted or taken over by another run"):
+        directory.check()
+    directory.close()
+    assert {path: path.read_bytes() for path in directory.path.rglob("*") if path.is_file()} == before
+    assert directory.path.exists() is (harm != "deleted")
+
+
+def test_a_job_that_slurm_has_started_again(config, monkeypatch):
+    """Catches the earlier start of a sweep, on a node that SLURM has lost, that goes on with other models beside the new one."""
+    config()
+    path = Path(config().output_path) / run_directory.LOCK
+    path.parent.mkdir()
+    assert not lock.gave_way_to_restart(path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert lock.gave_way_to_restart(path), "eval.sh has removed it"
+    for job, gave_way in (("7", True), ("8", False)):
+        path.write_text(json.dumps({"slurm_job": job, "token": "0" * 32}))
+        assert lock.gave_way_to_restart(path) is gave_way
+    shutil.rmtree(path.parent)
+    assert not lock.gave_way_to_restart(path), "somebody has deleted the whole directory"
+
+
+def test_whether_a_run_is_at_work(config):
+    """Catches a directory that is taken to be at work for good because of the lock of a dead run."""
+    directory = open_directory(config(), lambda: None)
+    holder = json.loads((directory.path / run_directory.LOCK).read_text())
+    directory.close()
+    assert not run_directory.is_at_work(directory.path)
+    (directory.path / run_directory.LOCK).write_text(json.dumps({**holder, "born": "another"}))
+    assert not run_directory.is_at_work(directory.path) and not (directory.path / run_directory.LOCK).exists()

@@ -97,6 +97,28 @@ def test_a_model_that_fails_on_one_rank(fault: str, sentence: str, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "state", "sentence", "outcome"),
+    [
+        ("start_crash", "failed", "ImportError: a module that is half made", "; 2 of 2 models failed"),
+        ("directory_lost", "waiting", "was deleted or taken over by another run", "; 2 of 2 models are left to another launch"),
+    ],
+)
+def test_a_model_that_fails_on_rank_0(fault: str, state: str, sentence: str, outcome: str, tmp_path: Path) -> None:
+    """Catches ranks that wait for the report of one which could not load, that go on with packs nobody wants any more, or that a
+    run directory of one model takes along."""
+    place = checkpoints.write_checkpoints(tmp_path / "train", [1, 2])
+    finished = launch(
+        2, "sweep", "--models", f"{place}/checkpoint-*", *TASKS, "--output_path", tmp_path / "out", program=FAULTY, FAULT=fault,
+        FAULT_RANK="0", timeout_s=280,
+    )  # fmt: skip
+    assert finished.returncode == 1, str(finished)
+    assert states(tmp_path / "out") == {"checkpoint-1": state, "checkpoint-2": state}, str(finished)
+    assert all(sentence in why for why in reasons(tmp_path / "out").values()), str(finished)
+    assert outcome in finished.stdout, str(finished)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["layers:2", "tensor:2", "shard:2"])
 def test_models_over_several_ranks(layout: str, tmp_path: Path) -> None:
     """Catches a second model that meets what the first has left behind, and a broken one that ranks disagree on."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +16,26 @@ import torch
 
 from ddp_eval.cli.sweep import parse
 from ddp_eval.config import Config
+from ddp_eval.distributed import collectives
+from ddp_eval.distributed.messages import Followers
+from ddp_eval.distributed.progress import Progress
 from ddp_eval.distributed.world import World
 from ddp_eval.errors import UserError
-from ddp_eval.output import sweep_file
+from ddp_eval.output import directory as run_directory
+from ddp_eval.output import lock, sweep_file
+from ddp_eval.output.lock import LOCK
 from ddp_eval.run import sweep_watch
-from ddp_eval.run.sweep import config_of, run_sweep
+from ddp_eval.run.replica import PendingReplica
+from ddp_eval.run.runner import Swept, lead_run
+from ddp_eval.run.sweep import SweepEnd, config_of, run_sweep
 from ddp_eval.run.sweep_models import SweptModel, list_models
 from ddp_eval.run.sweep_options import SweepOptions, Until, read_until
+from ddp_eval.run.sweep_states import SweepStates
 from ddp_eval.run.sweep_watch import Watcher
+from ddp_eval.system.processes import birth, machine
 from ddp_eval.system.whole_files import why_broken, why_incomplete
+from ddp_eval.tasks import trackers
+from ddp_eval.tasks.kept_setup import KeptSetup
 
 Look = Callable[..., list[str]]
 
@@ -84,6 +99,8 @@ def test_a_name_is_kept_when_others_come(tmp_path: Path) -> None:
         ("--models A --output_path o --model_args revision=x", "give --revisions"),
         ("--models A, --output_path o", "something between its commas"),
         ("--models A --output_path o --bogus", "unknown flag --bogus"),
+        ("--models A --output_path o --watch --untill 3", r"unknown flag --untill: did you mean --until\?"),
+        ("--modles A --output_path o", r"unknown flag --modles: did you mean --models or --model"),
     ],
 )
 def test_flags_that_cannot_be_meant(flags: str, sentence: str) -> None:
@@ -207,6 +224,7 @@ class Trained:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, before_look: Callable[[int], object] = lambda number: None) -> None:
         self.ran: list[str] = []
         self.failing: set[str] = set()
+        self.raising: dict[str, Exception] = {}
         looks: list[int] = []
         look = Watcher.look
 
@@ -221,21 +239,31 @@ class Trained:
             self.ran.append(name)
             if name in self.failing:
                 raise UserError("it fails")
+            if name in self.raising:
+                raise self.raising[name]
             Path(str(config.output_path)).mkdir(exist_ok=True)
             return {"ddp_eval": {}, "results": {}}
 
         monkeypatch.setattr(Watcher, "look", looking)
         monkeypatch.setattr(Watcher, "_rest_s", 0.0)
         monkeypatch.setattr("ddp_eval.run.sweep.lead_run", lead_run)
-        monkeypatch.setattr("ddp_eval.run.sweep.sweep_files.write_tables", lambda directory: None)
+        monkeypatch.setattr("ddp_eval.run.sweep._Sweep._refuse_at_once", lambda sweep, models: None)
+        monkeypatch.setattr("ddp_eval.run.sweep._Sweep._tidy", lambda sweep: None)
+        monkeypatch.setattr("ddp_eval.run.sweep_states.sweep_files.write_tables", lambda directory: None)
+
+    def sweep(self, place: Path, until: Until | None = None, **more: Any) -> SweepEnd:
+        """until: of a watch."""
+        config = Config(output_path=str(place / "out"), tasks=["demo_lambada"], **more)
+        options = SweepOptions(
+            (f"{place}/checkpoint-*",), (), str(place / "out"), watch=until is not None, every_s=0.01, until=until or Until()
+        )
+        end = run_sweep(config, options, World(0, 0, 1, torch.device("cpu")), lambda config, results: None)
+        assert end is not None
+        return end
 
     def watch(self, place: Path, until: Until, **more: Any) -> dict[str, str]:
         """The states that the sweep returns."""
-        config = Config(output_path=str(place / "out"), tasks=["demo_lambada"], **more)
-        options = SweepOptions((f"{place}/checkpoint-*",), (), str(place / "out"), watch=True, every_s=0.01, until=until)
-        entries = run_sweep(config, options, World(0, 0, 1, torch.device("cpu")), lambda config, results: None)
-        assert entries is not None
-        return {one["name"]: one["state"] for one in entries}
+        return {one["name"]: one["state"] for one in self.sweep(place, until, **more).entries}
 
 
 def test_until_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,18 +322,194 @@ def test_a_folder_of_each_checkpoint(look: Look, tmp_path: Path) -> None:
     assert sweep is not None and sweep.subfolder == "hf"
 
 
+def entry(name: str, state: str = "waiting", **more: Any) -> dict[str, Any]:
+    found = {"name": name, "model": name, "revision": None, "step": None, "state": state, "reason": None, "seconds": None}
+    return {**found, "logged": [], **more}
+
+
+def launch_in(place: Path) -> SweepStates:
+    """What one launch knows of a sweep in `place`."""
+    return SweepStates(place, SweepOptions((f"{place}/train/checkpoint-*",), (), str(place)))
+
+
+def states_in(place: Path) -> dict[str, str]:
+    return {name: one["state"] for name, one in sweep_file.read_earlier(place).items()}
+
+
 def test_what_several_launches_know(tmp_path: Path) -> None:
-    """Catches a launch that forgets what another has done, and a run that is waited for though its directory holds it."""
-
-    def entry(name: str, state: str = "waiting") -> dict[str, object]:
-        return {"name": name, "model": name, "revision": None, "step": None, "state": state, "reason": None, "seconds": None}
-
-    both = [entry("a"), entry("b")]
-    sweep_file.write_sweep(tmp_path, both, {"b": entry("b", "failed")})
-    sweep_file.write_sweep(tmp_path, [*both, entry("c"), entry("d")], {"a": entry("a", "done")})
+    """Catches a launch that forgets, or takes back, what another has done, and a run that is waited for though it is there."""
+    models = [SweptModel(name, name, None, None) for name in "abcd"]
+    one, two = launch_in(tmp_path), launch_in(tmp_path)
+    one.note(entry("b", "failed"))
+    one.write(models[:2], {})
+    two.note(entry("a", "done", seconds=2.0))
+    two.note(entry("b", "done", seconds=3.0))
+    two.write(models, {})
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "manifest.json").write_text("{}")
-    sweep_file.write_sweep(tmp_path, [*both, entry("c"), entry("d")], {})
-    states = {name: one["state"] for name, one in sweep_file.read_sweep(tmp_path).items()}
-    assert states == {"a": "done", "b": "failed", "c": "waiting", "d": "done"}
+    one.note(entry("a", "done"))  # it has found it complete
+    found = one.write(models, {"c": "it is not complete"})
+    assert states_in(tmp_path) == {"a": "done", "b": "done", "c": "waiting", "d": "done"}
+    assert [(one["seconds"], one["reason"]) for one in found[:3]] == [(2.0, None), (3.0, None), (None, "it is not complete")]
+    assert (tmp_path / "sweep.csv").read_text().count("unreadable") == 3, "tables are of the same models"
     assert SweptModel("a", str(tmp_path), None, None).is_local
+
+
+def test_two_launches_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches lines that are lost because two launches read the file, and both write it."""
+    monkeypatch.setattr("ddp_eval.run.sweep_states.sweep_files.write_tables", lambda directory: time.sleep(0.01))
+    names = [[f"{writer}{number}" for number in range(6)] for writer in "ab"]
+
+    def work(own: list[str]) -> None:
+        states = launch_in(tmp_path)
+        for name in own:
+            states.note(entry(name, "done"))
+            states.write([], {})
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert states_in(tmp_path) == {name: "done" for own in names for name in own}
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_launch_that_died_or_hangs_while_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a sweep that waits for ever for the lock of a dead launch, and one that ends over the lock of one that hangs."""
+    holder = {"host": "h", "pid": 2**22 + 1, "born": "x", "machine": machine(), "token": "0" * 32}
+    (tmp_path / LOCK).write_text(json.dumps(holder))
+    launch_in(tmp_path).write([SweptModel("a", "a", None, None)], {})
+    assert states_in(tmp_path) == {"a": "waiting"}
+    monkeypatch.setattr(sweep_file, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(lock, "DYING_S", 0.1)
+    (tmp_path / LOCK).write_text(json.dumps({**holder, "pid": os.getpid(), "born": birth(os.getpid())}))
+    states = launch_in(tmp_path)
+    states.note(entry("a", "done"))
+    assert states.write([], {})[0]["state"] == "done", "what this launch knows"
+    assert states_in(tmp_path) == {"a": "waiting"} and "sweep.json is not written for now: process" in caplog.text
+    (tmp_path / LOCK).unlink()
+    states.write([], {})
+    assert states_in(tmp_path) == {"a": "done"}
+
+
+def test_a_state_file_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches what other launches wrote thrown away, as a later version's file, and a sweep that ends in its middle over it."""
+    states = launch_in(tmp_path)
+    states.note(entry("a", "done"))
+    states.write([], {})
+    (tmp_path / "sweep.json").write_text('{"version": 2, "models": []}')
+    with pytest.raises(UserError, match="the version that this ddp_eval reads, got 2: remove it, and the same command finds"):
+        launch_in(tmp_path)
+    states.write([], {})
+    assert states_in(tmp_path) == {"a": "done"} and "it is written anew" in caplog.text
+
+
+def test_a_checkpoint_that_is_removed_before_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches one that waits for ever, in this launch and the next, is named at each look, or is taken for a failure."""
+    place = checkpoints.write_checkpoints(tmp_path, [1, 3])
+    (place / "checkpoint-2").mkdir()  # incomplete
+    (place / "checkpoint-4").mkdir()
+
+    def rotate(number: int) -> None:
+        if number == 2 and not (place / "removed").exists():  # the third is removed between the look at it and its turn
+            (place / "checkpoint-2").rmdir()
+            (place / "checkpoint-3").rename(place / "removed")
+
+    trained = Trained(monkeypatch, rotate)
+    trained.failing = {"checkpoint-3"}
+    end = trained.sweep(place, Until(count=3))
+    states = {"checkpoint-1": "done", "checkpoint-2": "gone", "checkpoint-3": "gone", "checkpoint-4": "waiting"}
+    assert {one["name"]: one["state"] for one in end.entries} == states == states_in(place / "out")
+    assert end.describe() == "1 done, 2 gone, 1 waiting"
+    assert caplog.text.count("checkpoint-2 is gone: its files were removed before it was evaluated") == 1
+    assert "checkpoint-3 is gone" in capsys.readouterr().err
+    (place / "checkpoint-4").rmdir()
+    caplog.clear()
+    assert trained.sweep(place, Until(count=4)).describe() == "1 done, 1 gone", "those of this launch"
+    assert "checkpoint-4 is gone" in caplog.text and "checkpoint-2" not in caplog.text
+    (place / "removed").rename(place / "checkpoint-3")
+    trained.failing = set()
+    assert trained.watch(place, Until(count=4))["checkpoint-3"] == "done", "it has come back"
+
+
+def test_models_that_another_launch_is_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sweep that ends as if all of its models were done, while another launch holds one; and one whose run directory
+    was taken away, which ends the other models, or writes into what is another's by now."""
+    place = checkpoints.write_checkpoints(tmp_path, [1, 2, 3])
+    trained = Trained(monkeypatch)
+    trained.raising = {
+        "checkpoint-1": run_directory.AtWork("another run is at work"),
+        "checkpoint-2": run_directory.Lost("it was taken over"),
+    }
+    end = trained.sweep(place)
+    assert trained.ran == [*(f"checkpoint-{step}" for step in (1, 2, 3)), "checkpoint-1", "checkpoint-2"], "once more, at the end"
+    assert end.held == ["checkpoint-1", "checkpoint-2"] and end.describe() == "1 done, 2 at work in another launch"
+    assert not (place / "out" / "checkpoint-2").exists()
+    assert trained.sweep(place, Until(seconds=0.05)).held == [], "its time is over, whatever waits"
+
+
+def test_a_pattern_that_finds_the_sweep_itself(tmp_path: Path) -> None:
+    """Catches the directory of a sweep, and its runs, taken for checkpoints; checkpoints that lie there are some."""
+    for name in ("checkpoint-1", "sweep", "sweep/checkpoint-1", "sweep/logs", "sweep/checkpoint-2", "sweep-2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sweep" / "checkpoint-1" / "status.json").write_text("{}")
+    for name in ("status.json", "config.json"):
+        (tmp_path / "sweep" / "checkpoint-2" / name).write_text("{}")
+    found = [list_models(SweepOptions((f"{tmp_path}/{pattern}",), (), f"{tmp_path}/sweep/")) for pattern in ("*", "*/*")]
+    assert [one.name for one in found[0]] == ["checkpoint-1", "sweep-2"]
+    assert [one.name for one in found[1]] == ["sweep-checkpoint-2"]
+
+
+def test_results_are_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tracker that gets finished models again at each restart, and one that never gets those it could not take."""
+    place = checkpoints.write_checkpoints(tmp_path, [1, 2])
+    sent: list[int | None] = []
+    refused: list[int | None] = []
+
+    def send(results: dict[str, Any], samples: object, step: int | None) -> None:
+        sent.append(step)
+        if not refused:
+            refused.append(step)
+            raise ConnectionError("not now")
+
+    monkeypatch.setattr(trackers, "_open_trackio", lambda config: (send, lambda: None))
+    trained = Trained(monkeypatch)
+    for project, steps in (("hushed", [1, 2]), ("hushed", [1]), ("hushed", []), ("another", [1, 2])):
+        sent.clear()
+        assert trained.sweep(place, trackio_args={"project": project}).count("done") == 2
+        assert sent == steps, project
+    assert "hushed" not in (place / "out" / "sweep.json").read_text()
+
+
+def test_a_failure_behind_the_message_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that load, and wait for ever for the report of one which failed before it could load."""
+
+    def fail(replica: PendingReplica) -> None:
+        raise ImportError("half a module")
+
+    reports: list[Any] = []
+    gather = collectives.gather_reports
+    monkeypatch.setattr(PendingReplica, "start", fail)
+    monkeypatch.setattr(collectives, "gather_reports", lambda world, report: (reports.append(report), gather(world, report))[1])
+    world = World(0, 0, 1, torch.device("cpu"), goes_on=True)
+    followers = Followers(world, stays=True)
+    config = Config(model_args={"pretrained": "demo"}, tasks=["demo_lambada"])
+    with pytest.raises(UserError, match=r"^ImportError: half a module$"):
+        lead_run(config, world, followers, None, Swept(KeptSetup(), lambda: None))
+    assert reports == ["ImportError: half a module"] and followers.listening
+
+
+def test_ranks_hear_of_a_failure_in_their_packs() -> None:
+    """Catches ranks that run the rest of their packs, for an hour, for a model that has failed on another."""
+    for goes_on in (True, False):
+        with Progress(World(0, 0, 1, torch.device("cpu"), goes_on=goes_on), "work", 4, silent=True) as progress:
+            progress.push()
+            assert not progress.is_stopped
+            progress.stop()
+            progress.push()
+            assert progress.is_stopped is goes_on

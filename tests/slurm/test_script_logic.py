@@ -207,7 +207,12 @@ def test_time_limit_no_longer_than_the_warning(steps, code, evaluate, tmp_path):
 def models(*states):
     """A step that leaves a sweep.json."""
     text = json.dumps({"version": 1, "models": [{"name": str(number), "state": state} for number, state in enumerate(states)]})
-    return f"/bin/sleep 0.02; echo '{text}' >\"$FAKE/run/sweep.json\"; "
+    return f"echo '{text}' >\"$FAKE/run/sweep.json\"; "
+
+
+def over(*counts):
+    """A step in which a sweep comes to the end of its models."""
+    return f'echo "ddp_eval: the sweep is over: {", ".join(counts)}" >>"$LOGS.n1.log"; '
 
 
 def test_a_sweep_that_is_done(evaluate, tmp_path):
@@ -221,19 +226,25 @@ def test_a_sweep_that_is_done(evaluate, tmp_path):
 
 def test_a_sweep_with_models_that_failed(evaluate, tmp_path):
     """Catches a model without a file that is tried three times over, with all that comes before it."""
-    finished = evaluate(models("done", "failed") + "exit 1", command=("sweep",))
+    finished = evaluate(
+        models("done", "failed", "waiting") + over("1 done", "1 failed", "1 waiting") + "exit 1", command=("sweep",)
+    )
     assert finished.returncode == 1 and len(lines(tmp_path / "runs")) == 1, finished.stdout
     assert f"failed, not requeued: some models of the sweep failed: see {tmp_path}/run/sweep.json\n" in finished.stdout
     assert status.read_status(tmp_path / "run")["state"] == status.FAILED
 
 
-@pytest.mark.parametrize("earlier", ["waiting", "failed"])
-def test_a_rank_of_a_sweep_that_dies(earlier, evaluate, tmp_path):
-    """Catches a sweep given up when one rank died: models wait, or the state file is that of an earlier start."""
-    (tmp_path / "run" / "sweep.json").write_text(json.dumps({"version": 1, "models": [{"name": "a", "state": earlier}]}))
-    os.utime(tmp_path / "run" / "sweep.json", (0, 0))
-    written = models("failed", "waiting") if earlier == "waiting" else ""
-    step = f'(($(wc -l <"$FAKE/runs") == 1)) && {{ {written}exit 1; }}\n{models("done")}exit 0'
+def test_a_sweep_that_leaves_models_to_another_launch(evaluate, tmp_path):
+    """Catches a job that starts again and again beside the other, and one that ends as if all were done."""
+    finished = evaluate(models("done", "waiting") + over("1 done", "1 at work in another launch") + "exit 1", command=("sweep",))
+    assert finished.returncode == 75 and len(lines(tmp_path / "runs")) == 1, finished.stdout
+    assert "ended, and left models of the sweep to another launch" in finished.stdout
+    assert status.read_status(tmp_path / "run") == {}
+
+
+def test_a_rank_of_a_sweep_that_dies(evaluate, tmp_path):
+    """Catches a sweep given up when one rank died: the models that failed are not all that it has to do."""
+    step = f'(($(wc -l <"$FAKE/runs") == 1)) && {{ {models("failed", "failed")}exit 1; }}\n{models("done")}exit 0'
     finished = evaluate(step, command=("sweep",))
     assert finished.returncode == 0 and "starts again, restart 1 of 2" in finished.stdout, finished.stdout
 

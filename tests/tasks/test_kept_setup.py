@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import json
 import re
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ from task_files import write_task
 
 import ddp_eval
 from ddp_eval.api import Evaluator, evaluate
-from ddp_eval.tasks import kept_tasks
+from ddp_eval.config import Config
+from ddp_eval.tasks import kept_tasks, template_dates
 from ddp_eval.tasks.kept_setup import KeptSetup
+from ddp_eval.tasks.task_sources import TaskSources
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.tasks.tokenizer_digest import digest_tokenizer
 
@@ -197,3 +202,28 @@ def test_documents_of_a_callers_own_function(tiny_model: Callable[..., Any], tin
     assert first is not None and second is not None
     assert [found["n-samples"]["own"]["effective"] for found in (first, second)] == [1, 2]
     assert sys.modules[__name__].__file__ == __file__
+
+
+def test_a_template_that_prints_the_date(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches prompts with yesterday's date behind midnight, where a run by itself has today's."""
+    days = [datetime.datetime(2026, 11, 30, 23, 59)]
+    clock = types.SimpleNamespace(datetime=types.SimpleNamespace(now=lambda: days[0]))
+    monkeypatch.setattr(template_dates, "datetime", clock)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{% if strftime_now is defined %}{{ strftime_now( '%d %b') }}{% endif %}{{ strftime_now(\"%Y\") }}"
+    config = Config(tasks=["demo_lambada"], apply_chat_template=True)
+    assert template_dates.printed_dates(config, tokenizer) == {"%d %b": "30 Nov", "%Y": "2026"}
+    assert template_dates.printed_dates(Config(tasks=["demo_lambada"]), tokenizer) == {}
+    setup, found = KeptSetup(), []
+    for day in (days[0], days[0], datetime.datetime(2026, 12, 1)):
+        days[0] = day
+        setup.begin(config, Encoder(tokenizer, 64), TaskSources())
+        found.append(setup.is_new)
+        setup._asked = setup._asked or object()  # type: ignore[assignment]
+    assert found == [True, False, True] and "the chat template prints the date, which is another now" in caplog.text
+    tokenizer.chat_template = "{{ strftime_now(date_format) }}"
+    assert template_dates.printed_dates(config, tokenizer) is None
+    setup.begin(config, Encoder(tokenizer, 64), TaskSources())
+    assert setup.is_new

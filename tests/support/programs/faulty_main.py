@@ -9,6 +9,8 @@ forward_little_memory  from its second pack on, what has over 300 tokens does no
 forward_stuck      it writes its process id to FAULT_FILE and stops in its second pack
 killed_after       SIGKILL when its first batch of texts is in its journal; it writes its process id to FAULT_FILE before
 journal_full       the disk has no room for its second pack
+start_crash        a defect between its message to load the model and its own loading
+directory_lost     its run directory is taken away in its first packs
 
 no_compiler happens to every rank: the attention that is fastest for trees cannot run
 """
@@ -29,7 +31,10 @@ from ddp_eval.distributed.world import World
 from ddp_eval.engines.hf import engine as hf
 from ddp_eval.engines.ops import tree_attention
 from ddp_eval.errors import UserError
-from ddp_eval.output import journal
+from ddp_eval.output import directory as run_directory
+from ddp_eval.output import journal, lock
+from ddp_eval.run import leader
+from ddp_eval.run.replica import PendingReplica
 
 
 def fail_to_load(*args: object, **kwargs: object) -> NoReturn:
@@ -108,6 +113,24 @@ def fill_disk() -> None:
     mock.patch.object(journal.Journal, "append", append_or_fail).start()
 
 
+def fail_to_start(replica: PendingReplica) -> NoReturn:
+    raise ImportError("a module that is half made")
+
+
+def lose_directory() -> None:
+    run_plan, lost = leader.run_plan, []
+
+    def run_and_lose(*args: Any) -> Any:
+        if len(args) > 3:
+            lost.append(args[3].__self__)
+            (lost[-1].path / lock.LOCK).unlink()
+        return run_plan(*args)
+
+    mock.patch.object(leader, "run_plan", run_and_lose).start()
+    is_lost = property(lambda directory: any(one is directory for one in lost))
+    mock.patch.object(run_directory.RunDirectory, "is_lost", is_lost).start()
+
+
 def refuse_to_compile(*args: object, **kwargs: object) -> NoReturn:
     raise RuntimeError("Failed to find C compiler")
 
@@ -126,6 +149,10 @@ if __name__ == "__main__":
             fill_disk()
         elif os.environ["FAULT"] == "killed_after":
             die_after_texts()
+        elif os.environ["FAULT"] == "start_crash":
+            mock.patch.object(PendingReplica, "start", fail_to_start).start()
+        elif os.environ["FAULT"] == "directory_lost":
+            lose_directory()
         elif os.environ["FAULT"].startswith("load"):
             hf.load_engine = fail_to_load
         else:

@@ -63,9 +63,9 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
     sizes = [int(size) for size in args.batch_sizes.split(",")]
     job = Job(load_model, run_ours, run_lm_eval, no_memory=(math.inf, None))
-    with contextlib.ExitStack() as sides:
-        lm_eval_side = sides.enter_context(Side("lm_eval", args, job)) if args.peer == "lm_eval" else None
-        our_side = sides.enter_context(Side("ours", args, job))
+    lm_eval_side = Side("lm_eval", args, job) if args.peer == "lm_eval" else None
+    our_side = Side("ours", args, job)
+    with lm_eval_side or contextlib.nullcontext(), our_side:
         rows: list[dict[str, Any]] = []
         report = {"conditions": our_side.ask("conditions"), "rows": rows}
         for task in args.tasks.split(","):

@@ -92,7 +92,7 @@ def test_where_two_answers_part(tiny_model, tiny_tokenizer):
 def test_half_precision_is_explained_in_float32(tiny_model, tiny_tokenizer):
     """Catches a tie told from rounded logits, and another model's weights in the exact copy."""
     model = copy.deepcopy(tiny_model("gpt2")).bfloat16()  # no buffers that are rounded too
-    found = bench_generation.explain_difference(model, tiny_tokenizer, (5, 6, 7), (8, 9), (8, 11))
+    (found,) = bench_generation.explain_differences(model, tiny_tokenizer, [((5, 6, 7), (8, 9), (8, 11))])
     with torch.inference_mode():
         logits = copy.deepcopy(model).float()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, -1]
     assert found["logits"] == pytest.approx([float(logits[9]), float(logits[11])], abs=1e-6)

@@ -199,7 +199,7 @@ def format_report(report: dict[str, Any]) -> str:
     lines = [
         f"{report['date']}, commit {report['commit']}: `{report['command']}`",
         f"Hardware: {json.dumps(checked['hardware'])}, {checked['free_bytes'] / 1e9:.0f} GB of the device's memory free.",
-        f"Packages: {packages}. C compiler: {checked['compiler'] or 'none, so packs run without flex_attention'}.",
+        f"Packages: {packages}. Compiler for flex_attention: {checked['compiler']}.",
         "",
         *format_table(["part", "what came of it"], [[one["part"], describe(one).partition(": ")[2]] for one in report["parts"]]),
     ]

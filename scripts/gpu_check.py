@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,12 @@ def try_device() -> dict[str, Any]:
 
 
 def find_compiler() -> str:
+    """Triton builds a module of Python's for each kernel: it needs a C compiler and Python's headers, no nvcc."""
     names = (os.environ.get("CC"), "gcc", "clang", "cc")
-    return next((name for name in names if name and shutil.which(name)), "")
+    compiler = next((name for name in names if name and shutil.which(name)), "")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "none (Python's headers are not installed)"
+    return compiler or "none (there is no C compiler)"
 
 
 if __name__ == "__main__":

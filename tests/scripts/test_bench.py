@@ -18,6 +18,7 @@ import torch
 
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.system import machine
 
 
 def test_useful_work_of_many_requests_by_hand():
@@ -98,6 +99,23 @@ def test_half_precision_is_explained_in_float32(tiny_model, tiny_tokenizer):
     assert found["logits"] == pytest.approx([float(logits[9]), float(logits[11])], abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("git", "named"),
+    [
+        (None, "unknown"),
+        ({"commit": "0123456789", "dirty": False}, "0123456"),
+        ({"commit": "0123456789", "dirty": True}, "0123456 with changes"),
+    ],
+)
+def test_a_record_names_the_code_that_ran(monkeypatch, git, named):
+    """Catches records of changed files under a commit's name, and a machine without git on which nothing runs."""
+    monkeypatch.delenv("CODE_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "git_commit", lambda path: git)
+    assert sides.commit_of_code() == named
+    monkeypatch.setenv("CODE_COMMIT", "abc")
+    assert sides.commit_of_code() == "abc"
+
+
 class FakeSide(sides.Side):
     """Answers what `measure_task` asks, in turn. answer: (limit, batch size) -> what a side answers."""
 
@@ -113,6 +131,7 @@ class FakeSide(sides.Side):
 OURS = {
     **{"requests": 1, "request_tokens": 2, "computed_tokens": 2, "packs": 1, "batching": "packs", "packs_split": {}},
     **{"phases_s": {"forward": 1.0}, "peak_flops": 1e9, "useful": {"flops": 1e8}, "answers": {"t": []}, "metrics": {"t": {}}},
+    "engine": {"attention": "sdpa"},
 }
 THEIRS = {"answers": {"t": []}, "metrics": {"t": {"acc": 1.0}}}
 

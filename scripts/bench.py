@@ -307,14 +307,15 @@ def format_report(report: dict[str, Any]) -> str:
     mean = f"Geometric mean of the ratios: **{cut(math.exp(statistics.fmean(compared)))}**. " if compared else ""
     attention = ", ".join(sorted({row["attention"] for row in rows}))
     share = sum(row["flops"] for row in rows) / sum(row["phases_s"]["forward"] * row["peak_flops"] for row in rows)
+    peak_flops = statistics.median(row["peak_flops"] for row in rows)
     lines = [
         *format_conditions(conditions),
         f"| {' | '.join(columns_of(rows[0]))} |",
         f"|{'---|' * len(columns_of(rows[0]))}",
         *map(format_row, rows),
         "",
-        f"Attention of packs: {attention}. {mean}Useful work over the forward phases of all tasks: **{cut(100 * share, 1)}%** of the "
-        f"rate of a large matrix product ({statistics.median(row['peak_flops'] for row in rows) / 1e9:,.0f} GFLOP/s).",
+        f"Attention of packs: {attention}. {mean}Useful work over the forward phases of all tasks: "
+        f"**{cut(100 * share, 1)}%** of the rate of a large matrix product ({peak_flops / 1e9:,.0f} GFLOP/s).",
     ]
     return "\n".join(lines)
 

@@ -143,7 +143,7 @@ def vllm_part(args: argparse.Namespace, work: Path, model: Path) -> Part:
     drawing = [sys.executable, str(SCRIPTS / "gpu_models.py"), "--draw", str(model), "--dtype", DTYPE, *on_cpu(args),
                "--out", str(weights)]  # fmt: skip
     # Log-probabilities of prompts take memory that vLLM does not count when it takes its share of the device's.
-    vllm_args = "max_model_len=2048" if args.rehearse else "max_model_len=4096,gpu_memory_utilization=0.6"
+    vllm_args = "max_model_len=2048,enforce_eager=True" if args.rehearse else "max_model_len=4096,gpu_memory_utilization=0.6"
     comparing = [sys.executable, str(SCRIPTS / "bench_peers.py"), "--model", str(weights), "--dtypes", DTYPE, *on_cpu(args),
                  "--tasks", f"{task}:{documents or 100}", "--include_path", str(args.include_path), "--vllm_args", vllm_args,
                  "--peers", "ddp_eval;ddp_eval, vLLM;lm_eval vllm", "--repeats", "1",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timed_parts
@@ -86,7 +87,7 @@ def test_a_part_ends_with_its_time_and_what_it_wrote_is_kept(tmp_path, monkeypat
         f"pathlib.Path({str(tmp_path / 'speed.md')!r}).write_text('one row');"
         f"pathlib.Path({str(tmp_path / 'speed.json')!r}).write_text('[1]')"
     )
-    noticed = []
+    noticed: list[dict[str, Any]] = []
     part = Part("speed", python(program_with_child(tmp_path, more)), 0, 60, record=tmp_path / "speed")
     found = timed_parts.run_part(part, 1.0, tmp_path / "log", noticed.append)
     assert (found["state"], found["md"], found["json"]) == ("ended", "one row", [1])

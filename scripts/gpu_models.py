@@ -1,9 +1,10 @@
-"""The models of bench_gpu.py: 1b and 8b as configs, whose weights its parts draw on the device, or 1b with weights on disk.
+"""The models of bench_gpu.py: configs, whose weights its parts draw on the device, or one of them with weights on disk.
 
     python scripts/gpu_models.py --shapes llama1b llama8b --tasks A:300,B --include_path TASKS --out DIR
     python scripts/gpu_models.py --draw DIR/1b --dtype bfloat16 --out DIR/weights          for vLLM, which reads them
 
-Both have one tokenizer, which learns the texts of the tasks.
+1b and 8b have the vocabulary of their shapes, most of whose tokens stand for no text; 1b_text, which generates some, has the
+tokenizer's. All have one tokenizer, which learns the texts of the tasks.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ def main() -> None:
 def make_configs(args: argparse.Namespace) -> None:
     names = [task.partition(":")[0] for task in args.tasks.split(",")]
     tokenizer = train_tokenizer(read_texts(names, args.include_path))
-    for name, shape in zip(("1b", "8b"), args.shapes, strict=True):
+    small, large = args.shapes
+    for name, shape in (("1b", small), ("8b", large), ("1b_text", small)):
+        config = make_config(shape, tokenizer)
+        if name == "1b_text":
+            config.vocab_size = len(tokenizer)
         tokenizer.save_pretrained(args.out / name)
-        make_config(shape, tokenizer).save_pretrained(args.out / name)
+        config.save_pretrained(args.out / name)
 
 
 def draw(args: argparse.Namespace) -> None:

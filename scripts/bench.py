@@ -63,9 +63,9 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
     sizes = [int(size) for size in args.batch_sizes.split(",")]
     job = Job(load_model, run_ours, run_lm_eval, no_memory=(math.inf, None))
-    with contextlib.ExitStack() as sides:
-        lm_eval_side = sides.enter_context(Side("lm_eval", args, job)) if args.peer == "lm_eval" else None
-        our_side = sides.enter_context(Side("ours", args, job))
+    lm_eval_side = Side("lm_eval", args, job) if args.peer == "lm_eval" else None
+    our_side = Side("ours", args, job)
+    with lm_eval_side or contextlib.nullcontext(), our_side:
         rows: list[dict[str, Any]] = []
         report = {"conditions": our_side.ask("conditions"), "rows": rows}
         for task in args.tasks.split(","):
@@ -151,6 +151,7 @@ def measure_task(lm_eval_side: Side | None, our_side: Side, task: str, sizes: li
         "limit": limit,
         **{key: ours[0][key] for key in ("requests", "request_tokens", "computed_tokens", "packs", "batching")},
         **ours[0]["useful"],
+        "attention": ours[0]["engine"]["attention"],
         "phases_s": {name: median(lambda run, name=name: run["phases_s"].get(name, 0.0)) for name in ours[0]["phases_s"]},
         "peak_flops": median(lambda run: run["peak_flops"]),
         "share_of_peak": median(lambda run: run["useful"]["flops"] / run["phases_s"]["forward"] / run["peak_flops"]),
@@ -304,15 +305,17 @@ def format_report(report: dict[str, Any]) -> str:
     conditions, rows = report["conditions"], report["rows"]
     compared = [math.log(row["ratio"]) for row in rows if "ratio" in row]
     mean = f"Geometric mean of the ratios: **{cut(math.exp(statistics.fmean(compared)))}**. " if compared else ""
+    attention = ", ".join(sorted({row["attention"] for row in rows}))
     share = sum(row["flops"] for row in rows) / sum(row["phases_s"]["forward"] * row["peak_flops"] for row in rows)
+    peak_flops = statistics.median(row["peak_flops"] for row in rows)
     lines = [
         *format_conditions(conditions),
         f"| {' | '.join(columns_of(rows[0]))} |",
         f"|{'---|' * len(columns_of(rows[0]))}",
         *map(format_row, rows),
         "",
-        f"{mean}Useful work over the forward phases of all tasks: **{cut(100 * share, 1)}%** of the "
-        f"rate of a large matrix product ({statistics.median(row['peak_flops'] for row in rows) / 1e9:,.0f} GFLOP/s).",
+        f"Attention of packs: {attention}. {mean}Useful work over the forward phases of all tasks: "
+        f"**{cut(100 * share, 1)}%** of the rate of a large matrix product ({peak_flops / 1e9:,.0f} GFLOP/s).",
     ]
     return "\n".join(lines)
 

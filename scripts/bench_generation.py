@@ -22,13 +22,13 @@ spread like those of a geometric distribution. The table shows their quartiles.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import math
 import os
 import statistics
 import sys
 import unittest.mock
+from collections.abc import Sequence
 from typing import Any
 
 from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep, read_task  # beside this file
@@ -42,8 +42,8 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
     sizes = [int(size) for size in args.batch_sizes.split(",")]
     job = Job(load_model, run_ours, run_lm_eval, no_memory={"elapsed_s": math.inf})
-    with contextlib.ExitStack() as stack:
-        theirs, ours = (stack.enter_context(Side(name, args, job)) for name in ("lm_eval", "ours"))
+    theirs, ours = Side("lm_eval", args, job), Side("ours", args, job)
+    with theirs, ours:
         rows: list[dict[str, Any]] = []
         report = {"conditions": ours.ask("conditions"), "rows": rows}
         for task in args.tasks.split(","):
@@ -123,7 +123,7 @@ def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats:
         "ratio": medians[best] / ours_s,
         "texts_compared": len(alone["texts"]),
         "texts_equal": sum(a == b for a, b in zip(alone["texts"], mine[-1]["texts"], strict=True)),
-        "differences": [ours.ask("call", explain_difference, *pair) for pair in pairs if pair[1] != pair[2]],
+        "differences": ours.ask("call", explain_differences, [pair for pair in pairs if pair[1] != pair[2]]),
         "all_times_s": {**{str(size): seen for size, seen in times.items()}, "ours": [run["elapsed_s"] for run in mine]},
         "quarter_times_s": {str(size): seconds for size, seconds in tried.items()},
     }
@@ -168,19 +168,26 @@ def run_ours(
     return {"elapsed_s": elapsed_s, **answers, **results["ddp_eval"]["generation"]}
 
 
-def explain_difference(
-    model: Any, tokenizer: Any, prompt: tuple[int, ...], ours: tuple[int, ...], theirs: tuple[int, ...]
-) -> dict[str, Any]:
-    """Where two answers to a prompt part: the tokens that each side took there, and their logits in a plain forward in float32.
+def explain_differences(model: Any, tokenizer: Any, pairs: Sequence[tuple[tuple[int, ...], ...]]) -> list[dict[str, Any]]:
+    """Of each (prompt, answer here, answer by lm_eval): where the answers part, the tokens that each side took there, and their
+    logits in a plain forward in float32.
 
     tokens, logits: ours first; none where one answer is the beginning of the other.
     """
     import torch
 
+    exact = exact_copy(model) if pairs and model.dtype != torch.float32 else model
+    return [explain_difference(exact, tokenizer, *pair) for pair in pairs]
+
+
+def explain_difference(
+    exact: Any, tokenizer: Any, prompt: tuple[int, ...], ours: tuple[int, ...], theirs: tuple[int, ...]
+) -> dict[str, Any]:
+    import torch
+
     step = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if step is None:
         return {"step": min(len(ours), len(theirs)), "tokens": [], "logits": []}
-    exact = model if model.dtype == torch.float32 else exact_copy(model)
     with torch.inference_mode():
         tokens = torch.tensor([[*prompt, *ours[:step]]], device=exact.device)
         logits = exact(input_ids=tokens, use_cache=False).logits[0, -1]

@@ -5,6 +5,7 @@
 #   scripts/bench_gpu.sh --rehearse                       the same parts on the CPU with tiny shapes
 #
 # PYTHON names the interpreter, with this package's dependencies and those of its tests; python3 if it is not set.
+# benchmarks/README.md says what else a machine must have, and how to run it in two commands.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1 PYTHONUNBUFFERED=1

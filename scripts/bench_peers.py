@@ -41,14 +41,20 @@ from sides import describe_commands, format_conditions, format_table, keep, read
 WITHIN_NATS = {"float32": 1e-4, "bfloat16": 0.1}  # of a scored token
 FEW = 2  # documents of the first run
 Runs = Callable[[float], dict[str, Any]]  # a peer on so many documents
+Grown = Callable[[dict[str, Any]], None]
 
 
 class NotThere(str):
     """In place of an environment's Python: why there is none."""
 
 
-def measure_task(text: str, dtype: str, pythons: dict[str, str], args: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """The numbers of each peer on one task, or the reason why there are none. pythons: of each environment, or NotThere."""
+def measure_task(
+    text: str, dtype: str, pythons: dict[str, str], args: argparse.Namespace, place: Path, grown: Grown = lambda row: None
+) -> dict[str, Any]:
+    """The numbers of each peer on one task, or the reason why there are none. pythons: of each environment, or NotThere.
+
+    grown: is given the row after each peer's turn.
+    """
     task, limit, quarter = read_task(text)
     if not limit:
         sys.exit(f"--tasks takes TASK:DOCUMENTS, got {text}")
@@ -68,13 +74,18 @@ def measure_task(text: str, dtype: str, pythons: dict[str, str], args: argparse.
             ready[name], found[name] = prepare(peer, job, python, quarter)
         except CommandError as error:
             found[name] = {"reason": reason_of(error)}
-    take_turns(ready, found, job, limit)
+    take_turns(ready, found, job, limit, lambda: grown(row_of(job, limit, found)))
+    return row_of(job, limit, found)
+
+
+def row_of(job: Job, limit: float, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the peers have come to so far, the last answers of each held against ddp_eval's."""
     reference = found.get("ddp_eval", {}).get("last")
-    for one in found.values():
-        last = one.pop("last", None)
-        if last and reference:
-            one.update(compare(reference, last, WITHIN_NATS[dtype]))
-    return {"task": task, "documents": int(limit), "dtype": dtype, "peers": found}
+    peers = {name: {key: value for key, value in one.items() if key != "last"} for name, one in found.items()}
+    for name, one in found.items():
+        if reference and "last" in one:
+            peers[name] |= compare(reference, one["last"], WITHIN_NATS[job.dtype])
+    return {"task": job.task, "documents": int(limit), "dtype": job.dtype, "peers": peers}
 
 
 def environment_of(peer: Peer, args: argparse.Namespace) -> str:
@@ -92,8 +103,10 @@ def prepare(peer: Peer, job: Job, python: str, quarter: float) -> tuple[Runs, di
     return lambda limit: peer.command(job, python, limit, size), {"batch_size": size, "quarter_scoring_s": tried, "runs": []}
 
 
-def take_turns(ready: dict[str, Runs], found: dict[str, dict[str, Any]], job: Job, limit: float) -> None:
-    """Run all peers in turn, the slow ones once; what each came to goes into `found`."""
+def take_turns(
+    ready: dict[str, Runs], found: dict[str, dict[str, Any]], job: Job, limit: float, grown: Callable[[], None]
+) -> None:
+    """Run all peers in turn, the slow ones once; what each came to goes into `found`, medians with it."""
     for turn in range(job.args.repeats):
         for name in list(ready):
             one = found[name]
@@ -107,10 +120,9 @@ def take_turns(ready: dict[str, Runs], found: dict[str, dict[str, Any]], job: Jo
                 continue
             print(f"{job.task} {job.dtype} {name}: {last['wall_s']:.1f} s", file=sys.stderr, flush=True)
             one["runs"].append({key: last[key] for key in ("wall_s", *SPANS)})
-    for name in ready:
-        one = found[name]
-        one["acc"] = one["last"]["acc"]
-        one.update({key: statistics.median(run[key] for run in one["runs"]) for key in ("wall_s", *SPANS)})
+            one["acc"] = last["acc"]
+            one.update({key: statistics.median(run[key] for run in one["runs"]) for key in ("wall_s", *SPANS)})
+            grown()
 
 
 def reason_of(error: CommandError) -> str:
@@ -152,7 +164,7 @@ HEADS = ["peer", "batch", "whole s", "runs", *(span.removesuffix("_s") + " s" fo
 
 def format_peer(name: str, found: dict[str, Any], ours_s: float | None) -> list[str]:
     if "wall_s" not in found:
-        return [name, "", found["reason"].replace("|", "/"), *[""] * (len(HEADS) - 3)]
+        return [name, "", found.get("reason", "not run yet").replace("|", "/"), *[""] * (len(HEADS) - 3)]
     faster = f"**{found['wall_s'] / ours_s:.2f}**" if ours_s else ""
     nats = found.get("max_difference_nats")
     if nats is None:
@@ -196,10 +208,14 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     report = {"conditions": describe_commands(args), "environments": described, "rows": rows}
+
+    def grown(row: dict[str, Any]) -> None:
+        keep({**report, "rows": [*rows, row]}, format_report, args.out)
+
     with tempfile.TemporaryDirectory() as place:
         for dtype in args.dtypes.split(","):
             for text in args.tasks.split(","):
-                rows.append(measure_task(text, dtype, pythons, args, Path(place)))
+                rows.append(measure_task(text, dtype, pythons, args, Path(place), grown))
                 keep(report, format_report, args.out)
     print(format_report(report))
     return 0 if all(found.get("agrees", True) for row in rows for found in row["peers"].values()) else 1
@@ -234,6 +250,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="an environment that is there")
     parser.add_argument("--make_only", action="store_true", help="make the environments and no more")
     parser.add_argument("--batch_sizes", default="1,8,32", help="of lm_eval and lighteval, to try (default 1,8,32)")
+    parser.add_argument("--vllm_args", help="more model_args for the commands with vLLM, such as max_model_len=4096")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each peer, in turn (default 3)")
     parser.add_argument("--once_above", type=float, default=300, help="seconds from which a peer runs once (default 300)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")

@@ -53,7 +53,7 @@ class Job:
 def run_ddp_eval(job: Job, python: str, limit: float, batch_size: str, engine: str = "hf") -> dict[str, Any]:
     args = job.args
     with tempfile.TemporaryDirectory() as scratch:
-        model_args = f"pretrained={args.model},dtype={job.dtype}"
+        model_args = model_args_of(job, engine)
         more = ["--model", "vllm"] if engine == "vllm" else ["--device", "cpu"] if args.cpu else []
         flags = ["--model_args", model_args, *commands.common_flags([job.task], limit, args), *more]
         ran = run(args, [python, "-m", "ddp_eval", *flags, "--output_path", f"{scratch}/run"])
@@ -66,12 +66,18 @@ def run_ddp_eval(job: Job, python: str, limit: float, batch_size: str, engine: s
     return finish(ran, spans, answers, results["results"][job.task], "acc,none") | {"tokens": tokens}
 
 
+def model_args_of(job: Job, engine: str) -> str:
+    """The same for ddp_eval and for lm_eval."""
+    more = f",{job.args.vllm_args}" if engine == "vllm" and job.args.vllm_args else ""
+    return f"pretrained={job.args.model},dtype={job.dtype}{more}"
+
+
 def run_lm_eval(job: Job, python: str, limit: float, batch_size: str, model: str = "hf") -> dict[str, Any]:
     args = job.args
     with tempfile.TemporaryDirectory() as scratch:
         more = ["--device", commands.find_device(args)] if model == "hf" else []
         flags = [
-            *("run", "--model", model, "--model_args", f"pretrained={args.model},dtype={job.dtype}"),
+            *("run", "--model", model, "--model_args", model_args_of(job, model)),
             *commands.common_flags([job.task], limit, args),
             *("--batch_size", batch_size or "auto", *more, "--output_path", f"{scratch}/run"),
         ]

@@ -15,9 +15,9 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 import traceback
@@ -46,7 +46,10 @@ class Job:
 
 
 class Side:
-    """A process that holds the model and runs tasks for one of the two sides when asked. name: "ours" or "lm_eval"."""
+    """A process that holds the model and runs tasks for one of the two sides when asked. name: "ours" or "lm_eval".
+
+    It starts at once, so that two that are made before either is entered load their models at the same time.
+    """
 
     def __init__(self, name: str, args: argparse.Namespace, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
@@ -220,13 +223,10 @@ def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> di
     from ddp_eval.output.versions import describe_packages
     from ddp_eval.system.machine import describe_hardware
 
-    commit = subprocess.run(
-        ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     config = model.config
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit_of_code(),
         # Where this machine keeps its files is of no use to others.
         "command": shlex.join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "model": f"{type(model).__name__} {model.num_parameters() / 1e6:.1f} M parameters, hidden {config.hidden_size}, "
@@ -237,6 +237,15 @@ def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> di
         "packages": describe_packages(),
         "python": platform.python_version(),
     }
+
+
+def commit_of_code() -> str:
+    """Of this repository, and whether its files differ from it; CODE_COMMIT where that is set, for a copy without git."""
+    from ddp_eval.system.machine import git_commit
+
+    found = git_commit(REPOSITORY)
+    here = found["commit"][:7] + (" with changes" if found["dirty"] else "") if found else "unknown"
+    return os.environ.get("CODE_COMMIT") or here
 
 
 def describe_commands(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.requests import requests_from_lists
+from ddp_eval.system import machine
 
 
 def test_useful_work_of_many_requests_by_hand():
@@ -92,10 +93,27 @@ def test_where_two_answers_part(tiny_model, tiny_tokenizer):
 def test_half_precision_is_explained_in_float32(tiny_model, tiny_tokenizer):
     """Catches a tie told from rounded logits, and another model's weights in the exact copy."""
     model = copy.deepcopy(tiny_model("gpt2")).bfloat16()  # no buffers that are rounded too
-    found = bench_generation.explain_difference(model, tiny_tokenizer, (5, 6, 7), (8, 9), (8, 11))
+    (found,) = bench_generation.explain_differences(model, tiny_tokenizer, [((5, 6, 7), (8, 9), (8, 11))])
     with torch.inference_mode():
         logits = copy.deepcopy(model).float()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, -1]
     assert found["logits"] == pytest.approx([float(logits[9]), float(logits[11])], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("git", "named"),
+    [
+        (None, "unknown"),
+        ({"commit": "0123456789", "dirty": False}, "0123456"),
+        ({"commit": "0123456789", "dirty": True}, "0123456 with changes"),
+    ],
+)
+def test_a_record_names_the_code_that_ran(monkeypatch, git, named):
+    """Catches records of changed files under a commit's name, and a machine without git on which nothing runs."""
+    monkeypatch.delenv("CODE_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "git_commit", lambda path: git)
+    assert sides.commit_of_code() == named
+    monkeypatch.setenv("CODE_COMMIT", "abc")
+    assert sides.commit_of_code() == "abc"
 
 
 class FakeSide(sides.Side):
@@ -113,6 +131,7 @@ class FakeSide(sides.Side):
 OURS = {
     **{"requests": 1, "request_tokens": 2, "computed_tokens": 2, "packs": 1, "batching": "packs", "packs_split": {}},
     **{"phases_s": {"forward": 1.0}, "peak_flops": 1e9, "useful": {"flops": 1e8}, "answers": {"t": []}, "metrics": {"t": {}}},
+    "engine": {"attention": "sdpa"},
 }
 THEIRS = {"answers": {"t": []}, "metrics": {"t": {"acc": 1.0}}}
 

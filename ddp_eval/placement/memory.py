@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddp_eval.engines.hf.attention_choice import choose_attention
 from ddp_eval.engines.ops import tree_attention
 from ddp_eval.system import machine
 from ddp_eval.system.text import GIB
@@ -77,7 +78,7 @@ def measure_model(whole: Any, device: torch.device) -> ModelSizes:
     total = _bytes(whole)
     hidden, shapes = int(layer_configs.read(config, "hidden_size", 1)), costs.head_shapes(config)
     heads = max(heads for heads, _, _ in shapes)
-    attention = costs.choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
+    attention = choose_attention(whole, getattr(config, "_attn_implementation", None) or "eager", device)
     _, why_not_packs = capabilities.tree_rules(whole, config, attention)
     return ModelSizes(
         layers=layer_bytes,

@@ -86,3 +86,21 @@ def test_a_model_that_cannot_score_text() -> None:
     model.model.forward = fail
     with pytest.raises(UserError, match="cannot score text, one request at a time: ValueError: pixel_values are needed"):
         make_plan(engine, to_requests([([1, 2, 3], 1)]), packing=True, max_pack_tokens=None)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "smolvlm"])
+def test_towers_keep_their_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback where a tower cannot attend as the language model does, and a caller's model left changed."""
+    model = make(kind)
+    (tower,) = [module for name, module in model.named_modules() if name in ("model.visual", "model.vision_model")]
+    monkeypatch.setattr(type(tower), "_supports_sdpa", False)
+    tower.config._attn_implementation_internal = "eager"
+    assert model.config._attn_implementation == "sdpa"
+    engine: Any = wrap_model(model, World(0, 0, 1, CPU))
+    assert engine.tree_attention == "ddp_eval_blocks"
+    with engine.inference(engine.tree_attention):
+        assert model.config.get_text_config()._attn_implementation == "ddp_eval_blocks"
+    assert engine.why_not_batches is None
+    engine.close()
+    assert tower.config._attn_implementation == "eager"
+    assert model.config.get_text_config()._attn_implementation == model.config._attn_implementation == "sdpa"

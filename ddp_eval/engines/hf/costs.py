@@ -1,4 +1,4 @@
-"""What a model costs on a device: operations, memory of attention, the kernel that serves it."""
+"""What a model costs on a device: operations, and memory of attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddp_eval.engines.hf import layer_configs
-from ddp_eval.engines.ops import masks, onednn_linear
+from ddp_eval.engines.ops import onednn_linear
 from ddp_eval.engines.ops import tree_attention as blocks
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
@@ -44,32 +44,6 @@ def largest_pack(config: Any, tree_attention: str, device: torch.device) -> int:
     heads = int(layer_configs.read(config, "num_attention_heads", 1))
     pairs = _MOST_SCORE_BYTES["cuda" if device.type == "cuda" else "cpu"] // (SCORE_BYTES * heads)
     return min(most, math.isqrt(pairs))
-
-
-def choose_attention(model: Any, plain: str, device: torch.device) -> str:
-    """The attention implementation that is fastest for trees, where the model came with sdpa; else what it came with.
-
-    On the CPU: tree_attention.py. On CUDA in half precision: flex_attention, which skips what the tree masks (H100, Llama 8 B in
-    bfloat16, packs of 8192 tokens: 58% of the card's matrix rate, as much as plain causal rows; sdpa with a mask 41%).
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    if plain != "sdpa" or masks.needs_dense_masks(model.config.get_text_config()):
-        return plain
-    if device.type == "cpu":
-        AttentionInterface.register(blocks.NAME, blocks.attend)
-        AttentionMaskInterface.register(blocks.NAME, sdpa_mask)
-        faster = blocks.NAME
-    elif model.dtype != torch.float32 and getattr(model, "_supports_flex_attn", False):
-        faster = "flex_attention"
-    else:
-        return plain
-    # A model with attention code of its own keeps what it has, with a warning in transformers' log and no error.
-    model.set_attn_implementation(faster)
-    taken: str = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation(plain)
-    return taken
 
 
 def flops_of_pair_and_read(config: Any) -> tuple[float, float]:

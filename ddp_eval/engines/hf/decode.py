@@ -26,6 +26,7 @@ import torch
 
 from ddp_eval.engines import ROUNDING, OnProgress
 from ddp_eval.engines.hf import generate_one
+from ddp_eval.engines.hf.attention_choice import attend_with
 from ddp_eval.engines.hf.cache_slots import CacheSlots
 from ddp_eval.engines.hf.capabilities import reaches
 from ddp_eval.engines.hf.costs import head_shapes
@@ -176,7 +177,7 @@ def check_decoding(engine: CausalModel) -> str | None:
     except Exception as error:
         return f"it fails at batches ({type(error).__name__}: {one_line(error, 200)})"
     finally:
-        engine.model.set_attn_implementation(engine.attention_now)
+        attend_with(engine.model, engine.attention_now)
     allowed = ROUNDING.get(engine.dtype, 1e-4)
     if float(drift.mean()) <= allowed and float(drift.max()) <= 4 * allowed:  # a NaN is not "at most" anything
         return None
@@ -190,9 +191,9 @@ def _why_no_attention(engine: CausalModel) -> str | None:
     except ValueError as error:
         return str(error)
     register()
-    engine.model.set_attn_implementation(NAME)
+    attend_with(engine.model, NAME)
     taken = engine.config._attn_implementation == NAME
-    engine.model.set_attn_implementation(engine.plain_attention)
+    attend_with(engine.model, engine.plain_attention)
     return None if taken else "its attention cannot be replaced"
 
 

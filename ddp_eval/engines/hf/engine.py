@@ -20,9 +20,10 @@ import torch
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import DYNAMIC_ROTARY, Capabilities, OnProgress
 from ddp_eval.engines.hf import by_depth, capabilities, checkpoint, layer_configs, limits, mamba_scan, model_cache, state_tree
+from ddp_eval.engines.hf.attention_choice import attend_with, choose_attention
 from ddp_eval.engines.hf.base import TransformersEngine
 from ddp_eval.engines.hf.cache_sizes import CacheSizes, measure_cache
-from ddp_eval.engines.hf.costs import active_parameters, choose_attention, flops_of_pair_and_read, largest_pack, pad_lengths
+from ddp_eval.engines.hf.costs import active_parameters, flops_of_pair_and_read, largest_pack, pad_lengths
 from ddp_eval.engines.hf.draws import ForwardDraws
 from ddp_eval.engines.ops import logprobs as readout
 from ddp_eval.engines.ops import masks as attention
@@ -99,7 +100,7 @@ class HFEngine(TransformersEngine):
 
     def _attend_with(self, implementation: str) -> None:
         if implementation != self._attention:
-            self.model.set_attn_implementation(implementation)
+            attend_with(self.model, implementation)
             self._attention = implementation
 
     def _forget_lengths(self) -> None:

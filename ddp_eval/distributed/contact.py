@@ -14,7 +14,7 @@ from ddp_eval.errors import LostContact, is_out_of_memory
 
 @contextlib.contextmanager
 def naming_lost_ranks(doing: str) -> Iterator[None]:
-    """Errors of a collective, as LostContact that says what this rank was doing. Short memory of its own stays what it is."""
+    """Errors of a collective, as LostContact that says what this rank was doing. Its own lack of memory is raised unchanged."""
     started = time.monotonic()
     try:
         yield

@@ -21,7 +21,7 @@ class Progress:
 
     On a terminal: a bar. Elsewhere: a line every `quiet_s` seconds, and one at the end. With `silent`, or no requests, nothing.
     requests: those that are left; done: those that an earlier start has done, which count as the first of the whole.
-    is_stopped: whether some rank has called `stop`, as of when this one last told its counts; only where ranks agree on failures.
+    is_stopped: whether some rank has called `stop`, when this one last pushed its counts; only where ranks agree on failures.
     """
 
     PUSH_S = 0.5  # a rank tells its counts at most this often
@@ -79,7 +79,7 @@ class Progress:
             self.is_stopped = self._stops.read() > 0
 
     def stop(self) -> None:
-        """This rank has failed, and what the others do now is in vain."""
+        """This rank has failed: the others should stop."""
         if self._stops is not None:
             self._stops.add(1)
 
@@ -114,7 +114,7 @@ class Progress:
 
 
 class Tally:
-    """A count that all ranks add to and the leader reads, without any rank waiting for another."""
+    """A count that all ranks add to and read, without any rank waiting for another."""
 
     def __init__(self, world: World, name: str) -> None:
         self._key = f"ddp_eval/tally/{name}"

@@ -49,7 +49,7 @@ def _nothing(columns: int) -> list[np.ndarray]:
 def run_plan(world: World, engine: Engine, work: Work, check: Callable[[], None] = lambda: None) -> Gathered:
     """Run this rank's batches of generation and packs, and gather everyone's results.
 
-    check: called after each where ranks agree on what fails; may raise to end the plan on all of them.
+    check: called after each pack and batch where ranks agree on what fails; may raise to end the plan on all of them.
     """
     check = check if world.agrees_on_failures else lambda: None
     phases = world.meter.phases
@@ -90,7 +90,7 @@ def _run_mine(
         getattr(engine, work.asks)
     for index, batch, texts, divided in _run_batches(world, engine, work, batches, progress, own):
         check()
-        _heed(progress)
+        _raise_if_stopped(progress)
         if not reports:
             continue
         if divided > 1:
@@ -99,7 +99,7 @@ def _run_mine(
         answers += [np.array(text, dtype=np.int64)[:, None] for text in texts]
     for index, found, pieces in _run_packs(world, engine, work, packs, progress, own):
         check()
-        _heed(progress)
+        _raise_if_stopped(progress)
         if not reports:
             continue
         results.append(found)
@@ -115,6 +115,7 @@ def _share_failure(world: World, progress: Progress, error: BaseException) -> No
     if is_in_step and (world.borrowed or world.agrees_on_failures):  # leave a group that works; otherwise exiting is faster
         with contextlib.suppress(collectives.LostContact):
             progress.stop()
+        with contextlib.suppress(collectives.LostContact):
             collectives.all_gather_rows(world, NO_RESULTS, failed=True)
     if world.agrees_on_failures and isinstance(error, Exception):
         why = None if isinstance(error, _Stopped) else _describe_failure(world, error)
@@ -125,7 +126,7 @@ class _Stopped(Exception):
     """Another rank has failed, and says why."""
 
 
-def _heed(progress: Progress) -> None:
+def _raise_if_stopped(progress: Progress) -> None:
     if progress.is_stopped:
         raise _Stopped
 

@@ -89,6 +89,7 @@ class CacheSlots:
         Returns the tokens computed and (len(prompts), V) logits of what comes next.
         """
         rows = [_Row(self._prefix_length + len(prompt)) for prompt in prompts]
+        self._joined = [one for one in self._joined if not all(row.has_left for row in one.rows)]  # before the forwards
         fresh, logits = [], []
         for members in self._groups(prompts):
             source = None

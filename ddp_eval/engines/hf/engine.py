@@ -233,7 +233,8 @@ class HFEngine(TransformersEngine):
         if sizes is None:
             return limits
         # Copies are appended to, which takes twice their memory for a moment.
-        return limits._replace(rows_that_fit=lambda tokens: model_cache.most_copies(self.device, 2 * sizes.row_bytes(tokens)))
+        fitting = functools.cache(lambda tokens: model_cache.most_copies(self.device, 2 * sizes.row_bytes(tokens)))
+        return limits._replace(rows_that_fit=fitting)
 
     @functools.cached_property
     def cache_sizes(self) -> CacheSizes | None:

@@ -112,8 +112,9 @@ class StateTree:
 
     def _go_on(self, batch: _Batch, children: IntArray, cache: Any) -> None:
         """Put what goes on from a batch next."""
-        limits, of_row = self._limits, 2 * row_bytes(cache, len(batch.members))  # copies are appended to
+        limits = self._limits
         if limits.rows_that_fit is None:
+            of_row = 2 * row_bytes(cache, len(batch.members))  # copies are appended to
             limits = limits._replace(max_rows=min(limits.max_rows, most_copies(self._model.device, of_row)))
         row_of = {int(segment): row for row, segment in enumerate(batch.members)}
         for members in reversed(batch_segments(self._segments, children, limits)):

@@ -29,6 +29,9 @@ from ddp_eval.packs.requests import IntArray, Requests, gather_runs, offsets_of
 from ddp_eval.packs.rows import RowLimits, batch_rows
 
 LEAST_SEGMENT = 16  # tokens of a shared part that are worth a forward of their own
+# Tokens that a branching point must save: linear attention and Mamba-2 pad each run of tokens to chunks of 32 or 64.
+LEAST_SAVED = 48
+LEAST_SHARE = 0.05  # of all tokens that trees must save, or everything runs as rows
 # Forwards that a branching point adds, for its own part and what goes on from it, if eight trees run side by side.
 FORWARDS_OF_BRANCH = 2 / 8
 
@@ -43,7 +46,7 @@ def plan_states(requests: Requests, cost: CostModel, max_tokens: int, max_reads:
     if not len(order):
         return empty_plan(STATES), item_of_request
     lengths, num_targets = (np.diff(requests.starts)[order] - 1).astype(np.int64), requests.num_targets[order]
-    least_saved = max(LEAST_SEGMENT, int(cost.forward / max(cost.token, 1e-9) * FORWARDS_OF_BRANCH))
+    least_saved = max(LEAST_SAVED, int(cost.forward / max(cost.token, 1e-9) * FORWARDS_OF_BRANCH))
     shared, branches = keep_worthwhile(lengths, shared, LEAST_SEGMENT, least_saved)
     families = np.append(np.flatnonzero(shared == 0), len(order))
     has_branch: npt.NDArray[np.bool_] = np.logical_or.reduceat(branches, families[:-1])
@@ -71,6 +74,15 @@ def plan_one_forest(requests: Requests) -> tuple[Plan, IntArray]:
     shared, _ = keep_worthwhile(lengths, shared, 2, 1)
     whole, only = np.array([0, len(order)]), np.zeros(1, dtype=np.int64)
     return assemble(requests, order, item_of_request, shared, whole, only, STATES)
+
+
+def pays(plan: Plan) -> bool:
+    """Whether the trees of `plan` save enough for what copies and short runs of tokens cost."""
+    if not count_branches(plan):
+        return False
+    goes_on = np.append(plan.shared[1:] == plan.lengths[:-1], False)  # the next item, which begins with this one
+    rows = int(plan.lengths[(plan.lengths > plan.shared) & ~goes_on].sum(dtype=np.int64))
+    return rows - len(plan.tokens) >= LEAST_SHARE * rows
 
 
 def count_branches(plan: Plan) -> int:

@@ -18,7 +18,7 @@ from ddp_eval.packs.pairs import plan_pairs
 from ddp_eval.packs.plan import Plan
 from ddp_eval.packs.requests import IntArray, Requests
 from ddp_eval.packs.rows import plan_rows
-from ddp_eval.packs.states import count_branches, plan_states
+from ddp_eval.packs.states import pays, plan_states
 from ddp_eval.run.self_check import (
     ScorePlan,
     check_rows,
@@ -191,11 +191,11 @@ def make_plan(
 def _share_caches(
     engine: Engine, requests: Requests, trial: Requests, max_tokens: int, score_plan: ScorePlan | None, memo: PlanMemo
 ) -> tuple[tuple[Plan, IntArray] | None, str | None]:
-    """Packs of trees that share caches, as of `plan_packs`; or none, and why not: None where there is nothing to share."""
+    """Packs of trees that share caches, as of `plan_packs`; or none, and why not: None where there is little to share."""
     if engine.why_not_states is not None:
         return None, None
     plan, item_of_request = cut_states(engine, requests, max_tokens, memo)
-    if not count_branches(plan):
+    if not pays(plan):
         return None, None
     why_not = check_states(engine, trial, score_plan)
     return ((plan, item_of_request) if why_not is None else None), why_not
@@ -231,7 +231,7 @@ def cut_without_trial(engine: Engine, requests: Requests, packing: bool, max_tok
         return cut_packs(engine, requests, max_tokens)[0], "prefix trees in packs"
     if packing and engine.why_not_states is None:
         plan, _ = cut_states(engine, requests, max_tokens)
-        if count_branches(plan):
+        if pays(plan):
             return plan, f"{SHARED}: {why}"
     return cut_rows(engine, requests, max_tokens)[0], f"{PADDED}: {why}"
 

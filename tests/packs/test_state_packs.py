@@ -108,6 +108,23 @@ def test_small_savings_are_given_up() -> None:
     assert not kept.any() and not branches.any()
 
 
+def test_trees_that_save_little_are_none() -> None:
+    """Catches copies of caches for prefixes so short that rows are as fast: two choices behind a sentence."""
+    random = np.random.default_rng(0)
+
+    def plan_of(context: int, choices: int, others: int = 0) -> Plan:
+        requests = []
+        for _ in range(10):
+            question = tuple(random.integers(0, 1000, context).tolist())
+            requests += [((*question, *random.integers(0, 1000, 15).tolist()), 15) for _ in range(choices)]
+        requests += [(tuple(random.integers(0, 1000, 500).tolist()), 1) for _ in range(others)]
+        return plan_states(to_requests(requests), CostModel(), 4000)[0]
+
+    assert not states.pays(plan_of(context=20, choices=2)) and not states.pays(plan_of(context=20, choices=3))
+    assert states.pays(plan_of(context=20, choices=4)) and states.pays(plan_of(context=100, choices=2))
+    assert not states.pays(plan_of(context=100, choices=2, others=60)), "1,000 of 33,000 tokens"
+
+
 def test_trees_alike_run_side_by_side_and_what_shares_nothing_in_rows() -> None:
     """Catches trees of other depths between those that could share a forward, and rows among trees."""
     random = np.random.default_rng(0)

@@ -5,7 +5,7 @@
 #   scripts/test.sh quick [FOLDER ...]  under a minute: tests that start no process, of the folders or of those that take least
 #   scripts/test.sh -m slow             the slow tests; -m "" runs everything
 #
-# The folders of tests mirror those of the package; beside them, tests/ranks, cases and slurm start real processes. Four files of
+# The folders of tests mirror those of the package; beside them, tests/ranks, cases and slurm start real processes. Five files of
 # tests run at a time, since many of them wait for something; one at a time: scripts/test.sh -n 0
 set -euo pipefail
 # shellcheck source=scripts/setup_venv.sh
@@ -20,4 +20,4 @@ if [[ "${1:-}" == quick ]]; then
     (($#)) || set -- tests/{analysis,cli,distributed,output,packs,placement,system,telemetry} tests/test_{architecture,config,layout}.py
     set -- -m "not slow and not processes" "$@"
 fi
-exec "$VENV/bin/python" -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"
+exec "$VENV/bin/python" -m pytest -n 5 --dist loadfile --no-loadscope-reorder "$@"

@@ -197,8 +197,9 @@ def gave_way_to_restart(path: Path) -> bool:
         holder, _ = _read(path)
     except (OSError, UserError):
         return False
-    if holder is not None:
-        return holder.get("slurm_job") == slurm_job()
+    if holder is not None:  # this very process where a silent disk answers again
+        is_own = (holder.get("pid"), holder.get("machine")) == (os.getpid(), machine())
+        return holder.get("slurm_job") == slurm_job() and not is_own
     launch = status.read_status(path.parent).get("launch")
     return launch is None or (isinstance(launch, dict) and launch.get("slurm") == slurm_job())
 

@@ -20,6 +20,7 @@ from ddp_eval.output import journal, lock, status, tables, write
 from ddp_eval.output.directory import find_finished, open_directory
 from ddp_eval.output.journal import Journal, work_key
 from ddp_eval.packs.results import RESULT
+from ddp_eval.system.processes import machine
 
 KEY = work_key({"plan": "a"})
 ITEM_STARTS = np.array([0, 1, 2])
@@ -445,6 +446,8 @@ def test_a_job_that_slurm_has_started_again(config, monkeypatch):
     for job, gave_way in (("7", True), ("8", False)):
         path.write_text(json.dumps({"slurm_job": job, "token": "0" * 32}))
         assert lock.gave_way_to_restart(path) is gave_way
+    path.write_text(json.dumps({"slurm_job": "7", "pid": os.getpid(), "machine": machine(), "token": "0" * 32}))
+    assert not lock.gave_way_to_restart(path), "a silent disk has the lock still, and answers again"
     path.unlink()
     for launch, gave_way in (({"slurm": "7"}, True), ({"slurm": "8"}, False), ({"torchrun": "x"}, False)):
         (path.parent / "status.json").write_text(json.dumps({"state": "done", "launch": launch}))

@@ -2,7 +2,7 @@
 
 0: done. 2: an error that the user can fix, in one sentence. 3: two runs differ more than --expect allows.
 1: a defect or a lost rank, with its traceback. 75 (EX_TEMPFAIL): stopped by SIGTERM or SIGUSR1, the same command resumes;
-or models of a sweep are left to another launch, and the same command goes on with what that leaves.
+or models of a sweep are left to another launch, or sweep.json could not be written: the same command goes on with what is left.
 130: the same by Ctrl-C. 141: whoever reads what a command prints ended first, as `head` does. torchrun makes 1 of all but 0.
 """
 
@@ -208,7 +208,7 @@ def _join_and_run(evaluation: Evaluation, watching: watchdog.Watch) -> int:
     # Whoever reads it may have gone; the run is in its directory.
     if end is not None:
         _print_all(functools.partial(_show_sweep, config, end))
-        return 1 if end.count("failed") else watchdog.EXIT_PREEMPTED if end.held else 0
+        return 1 if end.count("failed") else watchdog.EXIT_PREEMPTED if end.held or not end.is_written else 0
     if results is not None:
         _print_all(functools.partial(_show, config, results))
     return 0
@@ -234,10 +234,7 @@ def _show_sweep(config: Config, end: SweepEnd) -> None:
     for one in end.entries:
         took = f"{one['seconds']:.1f} s" if one["seconds"] is not None else ""
         print(printable(f"ddp_eval: {one['name']:<{width}}  {one['state']}  {one['reason'] or took}".rstrip()))
-    number = len(end.entries)
-    counts = {"failed": end.count("failed"), "are gone": end.count("gone"), "are left to another launch": len(end.held)}
-    outcome = "".join(f"; {count} of {number} models {what}" for what, count in counts.items() if count)
-    print(printable(f"ddp_eval: the sweep is in {config.output_path}{outcome}"))
+    print(printable(f"ddp_eval: the sweep is in {config.output_path}: {end.describe()}"))
 
 
 def _report_checks(checks: PreflightReport, speed: str, world: World) -> None:

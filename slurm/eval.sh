@@ -104,13 +104,13 @@ is_taken() {
     return 1
 }
 
-# A job that fails before it has opened the run directory (a wrong flag, a bad node, no Python) tells scripts too. Argument: why.
-# The fields are those of ddp_eval/output/status.py. Nothing replaces "done", or what another run at work has said.
-note_failure() {
+# A job that fails before it has opened the run directory (a wrong flag, a bad node, no Python) tells scripts too. Arguments: the
+# state, and why. The fields are those of ddp_eval/output/status.py. Nothing replaces "done", or what another run at work has said.
+note_end() {
     if is_taken || { [[ -f "$output/status.json" ]] && grep -qs '"state": *"done"' "$output/status.json"; }; then
         return
     fi
-    write_status failed "$1"
+    write_status "$1" "$2"
 }
 
 # Arguments: the state, and why.
@@ -124,7 +124,7 @@ write_status() {
 
 # Arguments: how it failed, and why.
 fail() {
-    note_failure "$2"
+    note_end failed "$2"
     say "$1: $2"
     exit 1
 }
@@ -333,6 +333,7 @@ for ((attempt = 0; ; attempt++)); do
     elif [[ "$(end_of_sweep)" == *" failed"* ]]; then
         fail "failed, not requeued" "some models of the sweep failed: see $output/sweep.json"
     elif [[ "$(end_of_sweep)" == *" at work in another launch"* ]]; then
+        note_end preempted "models of the sweep were left to another launch: see $output/sweep.json"
         say "ended, and left models of the sweep to another launch, which is at work on them: see $output/sweep.json"
         exit 75
     elif ((code == 0)) && [[ " $* " == *" --preflight"* ]]; then

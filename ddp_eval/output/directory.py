@@ -179,7 +179,9 @@ class RunDirectory:
         A start that has finished no work leaves nothing that would bind the next one. A journal stays, even an empty one: another
         rank may be writing to it.
         """
-        if self.is_lost:  # what lies there is another's
+        if self._lock is not None and self.is_lost:  # what lies there is another's; the lock is not if only the disk was silent
+            with contextlib.suppress(OSError):
+                self._lock.release()
             return
         with contextlib.suppress(OSError):
             if self.files_to_remove and self.previous_status:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.output import status
 from ddp_eval.system import read_back
 from ddp_eval.system.launch_id import slurm_job
 from ddp_eval.system.processes import birth, machine
@@ -37,6 +38,9 @@ OnWait = Callable[[str | None], None]
 
 def not_at_all(detail: str | None) -> None:
     """An OnWait that does nothing."""
+
+
+_left: set[Any] = set()  # tokens of locks that this process let go of while the disk refused to remove them
 
 
 class LockHeldError(Exception):
@@ -68,7 +72,9 @@ class Lock:
             if holder is None:
                 continue
             self._on_wait(f"{self.path} is held by {_name(holder)}: looking whether that lives")
-            if _is_alive_here(holder) is None:
+            if holder.get("token") in _left:
+                stale: bool | None = True
+            elif _is_alive_here(holder) is None:
                 stale = self._watch(seen, WATCH_S, lambda: False)
             else:
                 stale = self._watch(None, DYING_S, functools.partial(_is_dead_here, holder))
@@ -81,9 +87,14 @@ class Lock:
         self._beating.start()
 
     def release(self) -> None:
+        """Raises OSError when the disk refuses: the file stays, and this process may take it over."""
         self._released.set()
-        if self._owns(self.path):
-            self.path.unlink(missing_ok=True)
+        try:
+            if self._owns(self.path):
+                self.path.unlink(missing_ok=True)
+        except OSError:
+            _left.add(self._me["token"])
+            raise
 
     def _create(self) -> bool:
         return self._place(self.path)
@@ -176,14 +187,21 @@ class Lock:
 
 
 def gave_way_to_restart(path: Path) -> bool:
-    """Of a lost lock, whether SLURM has started this very job again, and its script has removed what this start had locked."""
-    if slurm_job() is None or not path.parent.is_dir():
-        return False
+    """Of a run directory's lost lock, whether SLURM has started this very job again, and its script has removed the lock.
+
+    Without a holder another launch may also have taken it over, ended there and let go of it: it has left its status.
+    """
     try:
+        if slurm_job() is None or not path.parent.is_dir():
+            return False
         holder, _ = _read(path)
     except (OSError, UserError):
         return False
-    return holder is None or holder.get("slurm_job") == slurm_job()
+    if holder is not None:  # this very process where a silent disk answers again
+        is_own = (holder.get("pid"), holder.get("machine")) == (os.getpid(), machine())
+        return holder.get("slurm_job") == slurm_job() and not is_own
+    launch = status.read_status(path.parent).get("launch")
+    return launch is None or (isinstance(launch, dict) and launch.get("slurm") == slurm_job())
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, Any]:

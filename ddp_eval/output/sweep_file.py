@@ -21,8 +21,8 @@ from typing import Any
 
 from ddp_eval.output import write
 from ddp_eval.output.lock import LOCK, Lock, LockHeldError, OnWait, not_at_all
+from ddp_eval.system import read_back
 from ddp_eval.system.files import replace_json
-from ddp_eval.system.read_back import read_json
 
 SWEEP = "sweep.json"
 DONE, FAILED, WAITING, GONE = "done", "failed", "waiting", "gone"
@@ -34,13 +34,19 @@ def read_sweep(directory: Path) -> list[dict[str, Any]]:
     """The entries of sweep.json, all of their fields there. Raises UserError, naming the file, where it cannot be read."""
     from ddp_eval.output import shapes  # it takes a sixth of a second
 
-    found = read_json(directory / SWEEP, shapes.SWEEP, directory)
+    found = read_back.read_json(directory / SWEEP, shapes.SWEEP, directory)
     return [{**_NOTHING, **one} for one in found["models"]]
 
 
 def read_earlier(directory: Path) -> dict[str, dict[str, Any]]:
     """{name: entry}; {} where there is no sweep.json yet. Raises UserError as `read_sweep`."""
     return {one["name"]: one for one in read_sweep(directory)} if os.path.lexists(directory / SWEEP) else {}
+
+
+def check_disk(directory: Path) -> None:
+    """Raise OSError where the disk does not give the sweep.json that is there. Not for what stands in it: see `read_sweep`."""
+    with contextlib.suppress(FileNotFoundError), read_back.open_regular(directory / SWEEP) as file:
+        file.read(read_back.MAX_JSON_BYTES)
 
 
 @contextlib.contextmanager
@@ -95,7 +101,8 @@ def _choose(
     earlier: dict[str, Any] | None, now: dict[str, Any] | None, own: dict[str, Any] | None, is_news: bool
 ) -> dict[str, Any]:
     """Of one model: what this launch has just learned, else how others have left it, else what it knew before."""
-    if own is not None and is_news:
+    is_done = earlier is not None and earlier["state"] == DONE
+    if own is not None and is_news and not (is_done and own["state"] in (WAITING, GONE)):  # another launch has come to its end
         return own
     if earlier is not None and (now is None or earlier["state"] in (DONE, FAILED)):
         return earlier

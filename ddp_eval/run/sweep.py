@@ -31,13 +31,13 @@ from ddp_eval.engines.hf import model_files
 from ddp_eval.errors import UserError, describe
 from ddp_eval.layout import Layout
 from ddp_eval.output import directory as run_directory
-from ddp_eval.output import status, write
+from ddp_eval.output import status, sweep_file, write
 from ddp_eval.output.directory import AtWork, Lost, already_replaced_by_this_launch
 from ddp_eval.output.sweep_file import DONE, FAILED, GONE, WAITING
 from ddp_eval.run.follower import follow, load_anew
 from ddp_eval.run.manifest import look_at_model, own_commit
 from ddp_eval.run.runner import Swept, lead_run
-from ddp_eval.run.sweep_models import SweptModel, is_removed, list_models
+from ddp_eval.run.sweep_models import SweptModel, is_missing, is_removed, list_models
 from ddp_eval.run.sweep_options import SweepOptions
 from ddp_eval.run.sweep_states import REMOVED, SweepStates, entry_of, summarize
 from ddp_eval.run.sweep_watch import Watcher
@@ -55,10 +55,12 @@ Show = Callable[[Config, dict[str, Any]], None]
 
 
 class SweepEnd(NamedTuple):
-    """entries: of sweep.json, of the models of this launch. held: names of those that are left to another launch, at work now."""
+    """entries: of sweep.json, of the models of this launch. held: names of those that are left to another launch, at work now.
+    is_written: whether sweep.json says so, too."""
 
     entries: list[dict[str, Any]]
     held: list[str]
+    is_written: bool
 
     def count(self, state: str) -> int:
         return sum(one["state"] == state for one in self.entries)
@@ -163,12 +165,16 @@ class _Sweep:
                 break
             models = self._list()
         entries = self._write(models)
+        if self._states.has_news:
+            entries = self._write(models)
         collectives.send_message(self._world, None)
         self._ahead.stop()
         names = {*self._states.own, *(one.name for one in models)}
-        held = self._states.held_by_others() if self._watcher.wants_all else []
-        end = SweepEnd([one for one in entries if one["name"] in names], held)
+        held = self._states.held_by_others(self._is_to_stay) if self._watcher.wants_all else []
+        end = SweepEnd([one for one in entries if one["name"] in names], held, not self._states.has_news)
         log.warning("the sweep is over: %s", end.describe())  # slurm/eval.sh reads it
+        if not end.is_written:
+            log.warning("%s lacks what this launch did last: the same command adds it", self._directory / sweep_file.SWEEP)
         return end
 
     def _refuse_at_once(self, models: list[SweptModel]) -> None:
@@ -243,7 +249,7 @@ class _Sweep:
             self._states.note(found)
             self._write(self._list())
             raise error
-        if (was_there and not model.is_local) or is_removed(self._options, model.model):
+        if (was_there and is_missing(model.model)) or is_removed(self._options, model.model):
             watchdog.say(f"{model.name} is gone: {REMOVED}")
             return found | {"state": GONE, "reason": REMOVED}
         if not isinstance(error, UserError):

@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,12 +75,34 @@ def list_models(options: SweepOptions, known: Known | None = None) -> list[Swept
 
 
 def is_removed(options: SweepOptions, model: str) -> bool:
-    """Whether one of the patterns would find a model of this path, and it is not there (of a name nobody knows)."""
-    if os.path.isdir(model):
-        return False
+    """Whether one of the patterns would find a model of this path, and it is not there (of a name nobody knows).
+
+    Not where that cannot be told: a directory above it cannot be read, or the part before the first * is not there (a file system
+    that is not mounted now).
+    """
     parts = Path(model).parts
     patterns = [Path(os.path.expanduser(spec)).parts for spec in options.models if glob.has_magic(spec)]
-    return any(len(own) == len(parts) and all(map(fnmatch.fnmatchcase, parts, own)) for own in patterns)
+    found = [own for own in patterns if len(own) == len(parts) and all(map(fnmatch.fnmatchcase, parts, own))]
+    return bool(found) and all(_can_read(Path(*own[: _count_fixed(own)])) for own in found) and is_missing(model)
+
+
+def is_missing(model: str) -> bool:
+    """Whether there certainly is no directory of this path: not where a disk or a permission hides it."""
+    try:
+        return not stat.S_ISDIR(os.stat(os.path.expanduser(model)).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+
+
+def _can_read(directory: Path) -> bool:
+    try:
+        with os.scandir(directory) as entries:
+            next(entries, None)
+    except OSError:
+        return False
+    return True
 
 
 def _expand(spec: str, options: SweepOptions) -> list[tuple[str, str]]:
@@ -87,10 +110,15 @@ def _expand(spec: str, options: SweepOptions) -> list[tuple[str, str]]:
     if not glob.has_magic(spec):
         return [(os.path.basename(os.path.abspath(spec)) or "model", spec)]
     parts = Path(os.path.expanduser(spec)).parts
-    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    fixed = _count_fixed(parts)
     paths = [path.rstrip("/") for path in glob.glob(os.path.expanduser(spec)) if os.path.isdir(path)]
     paths = [path for path in paths if not _is_own(path, options)]
     return [("-".join(Path(path).parts[fixed:]), path) for path in sorted(paths, key=natural_key)]
+
+
+def _count_fixed(parts: Sequence[str]) -> int:
+    """How many parts of a pattern's path come before the first that is one."""
+    return next(place for place, part in enumerate(parts) if glob.has_magic(part))
 
 
 def _is_own(path: str, options: SweepOptions) -> bool:

@@ -5,6 +5,7 @@ Other launches may work on the same sweep: the file is read before it is written
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from ddp_eval.analysis import sweep_files
 from ddp_eval.distributed import watchdog
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.output import directory as run_directory
 from ddp_eval.output import sweep_file, write
 from ddp_eval.output.lock import LockHeldError
@@ -42,11 +43,23 @@ class SweepStates:
 
     def read(self) -> dict[str, dict[str, Any]]:
         """The entries of sweep.json by name; as they last were where it cannot be read any more."""
+        with contextlib.suppress(OSError):
+            return self._read()
+        return self._entries
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """Raises OSError where the disk does not answer: what others have written may still be there."""
         try:
+            sweep_file.check_disk(self._directory)
             self._entries = sweep_file.read_earlier(self._directory)
         except UserError as error:
             log.warning("%s: it is written anew", error)
         return self._entries
+
+    @property
+    def has_news(self) -> bool:
+        """Whether sweep.json lacks something that this launch knows: the last `write` could not change it."""
+        return bool(self._news)
 
     def note(self, entry: dict[str, Any]) -> None:
         """What came of a model."""
@@ -65,34 +78,37 @@ class SweepStates:
                   if one["state"] == GONE or (one["state"] == DONE and is_to_stay(name))}  # fmt: skip
         return len(self.settled.keys() | others)
 
-    def held_by_others(self) -> list[str]:
-        """Names of models that another launch was at when this one came to them, and that are not done yet."""
+    def held_by_others(self, is_to_stay: Callable[[str], bool]) -> list[str]:
+        """Names of models that another launch was at when this one came to them, and that are not done yet. is_to_stay: as in
+        `count_settled`."""
         entries = self.read()
-        return [name for name, one in self.own.items() if one["state"] == WAITING and entries.get(name, one)["state"] == WAITING]
+        done = {name for name, one in entries.items() if one["state"] == DONE and is_to_stay(name)}
+        own = [name for name, one in self.own.items() if one["state"] == WAITING]
+        return [name for name in own if name not in done and entries.get(name, self.own[name])["state"] in (WAITING, DONE)]
 
     def write(self, models: Sequence[SweptModel], reasons: Mapping[str, str]) -> list[dict[str, Any]]:
         """Bring the files up to date, and return the entries. models: all that there are now. reasons: why some of them wait."""
         waiting = [entry_of(one, WAITING, reasons.get(one.name)) for one in models]
-        self._look_for_gone({one.name for one in models})
+        self._look_for_gone(models)
         try:
             with sweep_file.changing(self._directory, watchdog.touch):
-                entries = sweep_file.merge(self._directory, self.read(), waiting, self.own, self._news)
+                entries = sweep_file.merge(self._directory, self._read(), waiting, self.own, self._news)
                 sweep_file.write_sweep(self._directory, entries)
                 if entries != self._in_tables:  # which are made of every model's results
                     sweep_files.write_tables(self._directory)
             self._in_tables = entries
             self._news.clear()
-        except LockHeldError as held:
-            log.warning("%s is not written for now: %s keeps its lock", self._directory / sweep_file.SWEEP, held)
+        except (LockHeldError, OSError) as error:
+            why = f"{error} keeps its lock" if isinstance(error, LockHeldError) else one_line(error)
+            log.warning("%s is not written for now: %s", self._directory / sweep_file.SWEEP, why)
             entries = sweep_file.merge(self._directory, self.read(), waiting, self.own, self._news)
-        except OSError as error:
-            raise write.unwritable(self._directory, error) from error
         self._entries = {one["name"]: one for one in entries}
         return entries
 
-    def _look_for_gone(self, listed: set[str]) -> None:
+    def _look_for_gone(self, models: Sequence[SweptModel]) -> None:
         """Of the models that wait, those that no pattern finds any more: nobody can evaluate them. Each is named once."""
-        for name in [name for name, one in self.own.items() if one["state"] == GONE and name in listed]:
+        listed, there = {one.name for one in models}, {one.name for one in models if one.is_local}  # a path is listed in any case
+        for name in [name for name, one in self.own.items() if one["state"] == GONE and name in there]:
             del self.own[name]  # it has come back
             self._news.discard(name)
         for name, entry in {**self.own, **self.read()}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from ddp_eval.output import journal, lock, status, tables, write
 from ddp_eval.output.directory import find_finished, open_directory
 from ddp_eval.output.journal import Journal, work_key
 from ddp_eval.packs.results import RESULT
+from ddp_eval.system.processes import machine
 
 KEY = work_key({"plan": "a"})
 ITEM_STARTS = np.array([0, 1, 2])
@@ -415,6 +417,24 @@ def test_a_directory_that_is_lost(harm, config, finished, monkeypatch):
     assert directory.path.exists() is (harm != "deleted")
 
 
+def test_a_directory_that_a_silent_disk_has_lost(config, monkeypatch):
+    """Catches a sweep that keeps its own later look at a model out, by a lock that nobody touches any more."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.02)
+    monkeypatch.setattr(lock, "WATCH_S", 0.1)
+    lost = threading.Event()
+    directory = open_directory(config(), lost.set)
+
+    def refuse(*names):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", refuse)
+        assert lost.wait(20)
+    directory.close()
+    assert not (directory.path / run_directory.LOCK).exists()
+    open_directory(config(), lambda: None).close()
+
+
 def test_a_job_that_slurm_has_started_again(config, monkeypatch):
     """Catches the earlier start of a sweep, on a node that SLURM has lost, that goes on with other models beside the new one."""
     config()
@@ -426,6 +446,12 @@ def test_a_job_that_slurm_has_started_again(config, monkeypatch):
     for job, gave_way in (("7", True), ("8", False)):
         path.write_text(json.dumps({"slurm_job": job, "token": "0" * 32}))
         assert lock.gave_way_to_restart(path) is gave_way
+    path.write_text(json.dumps({"slurm_job": "7", "pid": os.getpid(), "machine": machine(), "token": "0" * 32}))
+    assert not lock.gave_way_to_restart(path), "a silent disk has the lock still, and answers again"
+    path.unlink()
+    for launch, gave_way in (({"slurm": "7"}, True), ({"slurm": "8"}, False), ({"torchrun": "x"}, False)):
+        (path.parent / "status.json").write_text(json.dumps({"state": "done", "launch": launch}))
+        assert lock.gave_way_to_restart(path) is gave_way, "another launch has taken it over and ended"
     shutil.rmtree(path.parent)
     assert not lock.gave_way_to_restart(path), "somebody has deleted the whole directory"
 

@@ -45,7 +45,7 @@ def test_each_model_is_a_run_of_its_own(ranks: int, tmp_path: Path) -> None:
     assert finished.returncode == 1, str(finished)
     assert states(output) == {"checkpoint-8": "done", "checkpoint-9": "failed", "checkpoint-10": "done"}
     assert "cannot load a tokenizer" in reasons(output)["checkpoint-9"]
-    assert "1 of 3 models failed" in finished.stdout
+    assert f"the sweep is in {output}: 2 done, 1 failed" in finished.stdout
     assert [line for line in finished.sentences() if "checkpoint-9 failed" in line]
     lines = [["--model_args", f"pretrained={place}/checkpoint-{step}", *TASKS] for step in (8, 10)]
     runs = [[*line, "--output_path", str(where)] for line, step in zip(lines, (8, 10), strict=True)
@@ -100,8 +100,8 @@ def test_a_model_that_fails_on_one_rank(fault: str, sentence: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("fault", "state", "sentence", "outcome"),
     [
-        ("start_crash", "failed", "ImportError: a module that is half made", "; 2 of 2 models failed"),
-        ("directory_lost", "waiting", "was deleted or taken over by another run", "; 2 of 2 models are left to another launch"),
+        ("start_crash", "failed", "ImportError: a module that is half made", ": 2 failed"),
+        ("directory_lost", "waiting", "was deleted or taken over by another run", ": 2 at work in another launch"),
     ],
 )
 def test_a_model_that_fails_on_rank_0(fault: str, state: str, sentence: str, outcome: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -28,7 +29,7 @@ from ddp_eval.run import sweep_watch
 from ddp_eval.run.replica import PendingReplica
 from ddp_eval.run.runner import Swept, lead_run
 from ddp_eval.run.sweep import SweepEnd, config_of, run_sweep
-from ddp_eval.run.sweep_models import SweptModel, list_models
+from ddp_eval.run.sweep_models import SweptModel, is_removed, list_models
 from ddp_eval.run.sweep_options import SweepOptions, Until, read_until
 from ddp_eval.run.sweep_states import SweepStates
 from ddp_eval.run.sweep_watch import Watcher
@@ -251,12 +252,11 @@ class Trained:
         monkeypatch.setattr("ddp_eval.run.sweep._Sweep._tidy", lambda sweep: None)
         monkeypatch.setattr("ddp_eval.run.sweep_states.sweep_files.write_tables", lambda directory: None)
 
-    def sweep(self, place: Path, until: Until | None = None, **more: Any) -> SweepEnd:
-        """until: of a watch."""
+    def sweep(self, place: Path, until: Until | None = None, models: tuple[str, ...] = (), **more: Any) -> SweepEnd:
+        """until: of a watch. models: others than checkpoint-*."""
         config = Config(output_path=str(place / "out"), tasks=["demo_lambada"], **more)
-        options = SweepOptions(
-            (f"{place}/checkpoint-*",), (), str(place / "out"), watch=until is not None, every_s=0.01, until=until or Until()
-        )
+        models = models or (f"{place}/checkpoint-*",)
+        options = SweepOptions(models, (), str(place / "out"), watch=until is not None, every_s=0.01, until=until or Until())
         end = run_sweep(config, options, World(0, 0, 1, torch.device("cpu")), lambda config, results: None)
         assert end is not None
         return end
@@ -353,6 +353,12 @@ def test_what_several_launches_know(tmp_path: Path) -> None:
     assert [(one["seconds"], one["reason"]) for one in found[:3]] == [(2.0, None), (3.0, None), (None, "it is not complete")]
     assert (tmp_path / "sweep.csv").read_text().count("unreadable") == 3, "tables are of the same models"
     assert SweptModel("a", str(tmp_path), None, None).is_local
+    for state in ("waiting", "gone"):  # it found it held, or removed, before the other came to its end
+        one.note(entry("b", state))
+        assert one.write(models, {})[1] == entry("b", "done", seconds=3.0)
+    assert one.held_by_others(lambda name: True) == []
+    one.note(entry("b"))
+    assert one.held_by_others(lambda name: False) == ["b"], "--fresh waits for it, too"
 
 
 def test_two_launches_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,11 +394,35 @@ def test_a_launch_that_died_or_hangs_while_it_wrote(
     (tmp_path / LOCK).write_text(json.dumps({**holder, "pid": os.getpid(), "born": birth(os.getpid())}))
     states = launch_in(tmp_path)
     states.note(entry("a", "done"))
-    assert states.write([], {})[0]["state"] == "done", "what this launch knows"
+    assert states.write([], {})[0]["state"] == "done" and states.has_news, "what this launch knows"
     assert states_in(tmp_path) == {"a": "waiting"} and "sweep.json is not written for now: process" in caplog.text
     (tmp_path / LOCK).unlink()
     states.write([], {})
-    assert states_in(tmp_path) == {"a": "done"}
+    assert states_in(tmp_path) == {"a": "done"} and not states.has_news
+
+
+def test_a_disk_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches what others have written replaced because it could not be read, and a sweep that ends in its middle over it, or as
+    if all of it were in the file."""
+    launch_in(tmp_path).write([SweptModel("a", "a", None, None)], {})
+    states = launch_in(tmp_path)
+    states.note(entry("b", "done"))
+
+    def refuse(path: object, within: object = None) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(sweep_file, "_PATIENCE_S", 0.0)
+    with monkeypatch.context() as patch:  # nor can the lock be removed
+        patch.setattr(sweep_file.read_back, "open_regular", refuse)
+        states.write([], {})
+    assert states.has_news and states_in(tmp_path) == {"a": "waiting"} and "sweep.json is not written for now" in caplog.text
+    assert "anew" not in caplog.text
+    states.write([], {})
+    assert states_in(tmp_path) == {"a": "waiting", "b": "done"}
+    place = checkpoints.write_checkpoints(tmp_path / "train", [1])
+    trained = Trained(monkeypatch)
+    monkeypatch.setattr(sweep_file, "write_sweep", refuse)
+    assert not trained.sweep(place).is_written and "lacks what this launch did last" in caplog.text
 
 
 def test_a_state_file_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -435,6 +465,45 @@ def test_a_checkpoint_that_is_removed_before_its_turn(
     (place / "removed").rename(place / "checkpoint-3")
     trained.failing = set()
     assert trained.watch(place, Until(count=4))["checkpoint-3"] == "done", "it has come back"
+
+
+def test_a_path_that_is_removed_before_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches one that is named by its path, and waits for ever once it is removed, or is tried again."""
+    place = checkpoints.write_checkpoints(tmp_path, [1, 2])
+    trained = Trained(monkeypatch)
+    trained.failing = {"checkpoint-2"}
+
+    def remove(config: Config, model: SweptModel) -> None:
+        if model.name == "checkpoint-2" and model.is_local:
+            Path(model.model).rename(place / "removed")
+
+    monkeypatch.setattr("ddp_eval.run.sweep._refuse_broken", remove)
+    paths = tuple(str(place / f"checkpoint-{step}") for step in (1, 2))
+    assert trained.sweep(place, Until(count=2), paths).describe() == "1 done, 1 gone"
+    assert trained.ran == ["checkpoint-1", "checkpoint-2"] and states_in(place / "out")["checkpoint-2"] == "gone"
+
+
+def test_a_directory_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches models taken for gone, all at once, because their file system is not mounted, or a disk does not answer."""
+    options = SweepOptions((f"{tmp_path}/runs/*/checkpoint-*",), (), "out")
+    model = f"{tmp_path}/runs/a/checkpoint-1"
+    assert not is_removed(options, model), "nobody can look into runs/"
+    Path(model).mkdir(parents=True)
+    assert not is_removed(options, model)
+    Path(model).rmdir()
+    assert is_removed(options, model) and not is_removed(options, f"{tmp_path}/runs/a/other")
+    stat = os.stat
+
+    def refuse(path: Any, **more: Any) -> os.stat_result:
+        if path == model:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return stat(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        assert not is_removed(options, model)
+    (tmp_path / "runs" / "a").rmdir()
+    assert is_removed(options, model), "the training was removed"
 
 
 def test_models_that_another_launch_is_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

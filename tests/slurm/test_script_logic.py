@@ -239,7 +239,7 @@ def test_a_sweep_that_leaves_models_to_another_launch(evaluate, tmp_path):
     finished = evaluate(models("done", "waiting") + over("1 done", "1 at work in another launch") + "exit 1", command=("sweep",))
     assert finished.returncode == 75 and len(lines(tmp_path / "runs")) == 1, finished.stdout
     assert "ended, and left models of the sweep to another launch" in finished.stdout
-    assert status.read_status(tmp_path / "run") == {}
+    assert status.read_status(tmp_path / "run")["state"] == status.PREEMPTED
 
 
 def test_a_rank_of_a_sweep_that_dies(evaluate, tmp_path):

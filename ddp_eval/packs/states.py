@@ -80,8 +80,10 @@ def pays(plan: Plan) -> bool:
     """Whether the trees of `plan` save enough for what copies and short runs of tokens cost."""
     if not count_branches(plan):
         return False
-    goes_on = np.append(plan.shared[1:] == plan.lengths[:-1], False)  # the next item, which begins with this one
-    rows = int(plan.lengths[(plan.lengths > plan.shared) & ~goes_on].sum(dtype=np.int64))
+    lays = plan.lengths > plan.shared  # others lie within what was laid before
+    lengths, shared = plan.lengths[lays], plan.shared[lays]
+    goes_on = np.append(shared[1:] == lengths[:-1], False)  # the next one's row begins with this one's
+    rows = int(lengths[~goes_on].sum(dtype=np.int64))
     return rows - len(plan.tokens) >= LEAST_SHARE * rows
 
 

@@ -123,6 +123,9 @@ def test_trees_that_save_little_are_none() -> None:
     assert not states.pays(plan_of(context=20, choices=2)) and not states.pays(plan_of(context=20, choices=3))
     assert states.pays(plan_of(context=20, choices=4)) and states.pays(plan_of(context=100, choices=2))
     assert not states.pays(plan_of(context=100, choices=2, others=60)), "1,000 of 33,000 tokens"
+    questions = [(*range(500), *random.integers(500, 1000, 30).tolist()) for _ in range(10)]
+    requests = [((*question, letter), 1) for question in questions for letter in range(4)]
+    assert states.pays(plan_states(to_requests(requests), CostModel(), 4000)[0]), "four requests of the same tokens but the last"
 
 
 def test_trees_alike_run_side_by_side_and_what_shares_nothing_in_rows() -> None:

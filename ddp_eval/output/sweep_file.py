@@ -43,12 +43,6 @@ def read_earlier(directory: Path) -> dict[str, dict[str, Any]]:
     return {one["name"]: one for one in read_sweep(directory)} if os.path.lexists(directory / SWEEP) else {}
 
 
-def check_disk(directory: Path) -> None:
-    """Raise OSError where the disk does not give the sweep.json that is there. Not for what stands in it: see `read_sweep`."""
-    with contextlib.suppress(FileNotFoundError), read_back.open_regular(directory / SWEEP) as file:
-        file.read(read_back.MAX_JSON_BYTES)
-
-
 @contextlib.contextmanager
 def changing(directory: Path, on_wait: OnWait = not_at_all) -> Iterator[None]:
     """Within the block no other launch changes the sweep's files. on_wait: see `Lock`.

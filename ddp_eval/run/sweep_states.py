@@ -50,9 +50,10 @@ class SweepStates:
     def _read(self) -> dict[str, dict[str, Any]]:
         """Raises OSError where the disk does not answer: what others have written may still be there."""
         try:
-            sweep_file.check_disk(self._directory)
             self._entries = sweep_file.read_earlier(self._directory)
         except UserError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             log.warning("%s: it is written anew", error)
         return self._entries
 

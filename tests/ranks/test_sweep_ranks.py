@@ -12,7 +12,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from launch import QUICK, launch, launching, wait_for
+from launch import QUICK, Finished, launch, launching, wait_for
 from places import PROGRAMS
 
 from ddp_eval.distributed.watchdog import EXIT_PREEMPTED
@@ -75,6 +75,19 @@ def test_each_model_is_a_run_of_its_own(ranks: int, tmp_path: Path) -> None:
     assert (output / "sweep.json").read_bytes() == before, "what is done stays done"
 
 
+def sweep_of_two(place: Path, fault: str, rank: str, state: str, sentence: str) -> Finished:
+    """A sweep on two ranks, of which `rank` has each of two models end in `state`, by a reason that holds `sentence`."""
+    models = checkpoints.write_checkpoints(place / "train", [1, 2])
+    finished = launch(
+        2, "sweep", "--models", f"{models}/checkpoint-*", *TASKS, "--output_path", place / "out", program=FAULTY, FAULT=fault,
+        FAULT_RANK=rank, timeout_s=280,
+    )  # fmt: skip
+    assert finished.returncode == 1, str(finished)
+    assert states(place / "out") == {"checkpoint-1": state, "checkpoint-2": state}, str(finished)
+    assert all(sentence in why for why in reasons(place / "out").values()), str(finished)
+    return finished
+
+
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
@@ -85,14 +98,7 @@ def test_each_model_is_a_run_of_its_own(ranks: int, tmp_path: Path) -> None:
 )
 def test_a_model_that_fails_on_one_rank(fault: str, sentence: str, tmp_path: Path) -> None:
     """Catches ranks that disagree on what comes next: each model fails on the second rank alone."""
-    place = checkpoints.write_checkpoints(tmp_path / "train", [1, 2])
-    finished = launch(
-        2, "sweep", "--models", f"{place}/checkpoint-*", *TASKS, "--output_path", tmp_path / "out", program=FAULTY, FAULT=fault,
-        FAULT_RANK="1", timeout_s=280,
-    )  # fmt: skip
-    assert finished.returncode == 1, str(finished)
-    assert states(tmp_path / "out") == {"checkpoint-1": "failed", "checkpoint-2": "failed"}, str(finished)
-    assert all(sentence in why for why in reasons(tmp_path / "out").values()), str(finished)
+    sweep_of_two(tmp_path, fault, "1", "failed", sentence)
     assert status.read_status(tmp_path / "out" / "checkpoint-1")["state"] == status.FAILED
 
 
@@ -107,14 +113,7 @@ def test_a_model_that_fails_on_one_rank(fault: str, sentence: str, tmp_path: Pat
 def test_a_model_that_fails_on_rank_0(fault: str, state: str, sentence: str, outcome: str, tmp_path: Path) -> None:
     """Catches ranks that wait for the report of one which could not load, that go on with packs nobody wants any more, or that a
     run directory of one model takes along."""
-    place = checkpoints.write_checkpoints(tmp_path / "train", [1, 2])
-    finished = launch(
-        2, "sweep", "--models", f"{place}/checkpoint-*", *TASKS, "--output_path", tmp_path / "out", program=FAULTY, FAULT=fault,
-        FAULT_RANK="0", timeout_s=280,
-    )  # fmt: skip
-    assert finished.returncode == 1, str(finished)
-    assert states(tmp_path / "out") == {"checkpoint-1": state, "checkpoint-2": state}, str(finished)
-    assert all(sentence in why for why in reasons(tmp_path / "out").values()), str(finished)
+    finished = sweep_of_two(tmp_path, fault, "0", state, sentence)
     assert outcome in finished.stdout, str(finished)
 
 

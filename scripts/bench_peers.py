@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """ddp_eval beside its peers: whole commands over the same documents, and apart their start-up, prompts and scoring.
 
-    python scripts/bench_peers.py --model DIR --tasks A:200,B:200 --include_path TASKS --cpu --out benchmarks/peers_NAME
+    python scripts/bench_peers.py --model DIR --tasks A:200,B:200:0 --include_path TASKS --cpu --out benchmarks/peers_NAME
 
 Each peer has an environment of its own, made from the pins in benchmarks/peers/ (in --environments, some GB; --python NAME=PATH
 takes one that is there), and runs its own command, from start to exit, on the same cores:
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -55,11 +56,9 @@ def measure_task(
 
     grown: is given the row after each peer's turn.
     """
-    task, limit, quarter = read_task(text)
-    if not limit:
-        sys.exit(f"--tasks takes TASK:DOCUMENTS, got {text}")
-    job = Job(args, task, dtype, place / task)
-    fits = write_rows(task, (limit, quarter, FEW), args, job.rows)
+    task, limit, quarter, shots = read_task_and_shots(text)
+    job = Job(args, task, dtype, place / text.replace(":", "_"), shots)
+    fits = write_rows(job, (limit, quarter, FEW))
     found: dict[str, dict[str, Any]] = {}
     ready: dict[str, Runs] = {}
     for name in args.peers.split(";"):
@@ -85,7 +84,22 @@ def row_of(job: Job, limit: float, found: dict[str, dict[str, Any]]) -> dict[str
     for name, one in found.items():
         if reference and "last" in one:
             peers[name] |= compare(reference, one["last"], WITHIN_NATS[job.dtype])
-    return {"task": job.task, "documents": int(limit), "dtype": job.dtype, "peers": peers}
+    return {"task": job.task, "documents": int(limit), "num_fewshot": job.shots, "dtype": job.dtype, "peers": peers}
+
+
+def read_task_and_shots(text: str) -> tuple[str, float, float, int | None]:
+    """TASK:DOCUMENTS or TASK:DOCUMENTS:SHOTS -> the task, its documents, a quarter of them, its few-shot examples.
+
+    >>> read_task_and_shots("local_piqa:40"), read_task_and_shots("local_arc_challenge:40:0")
+    (('local_piqa', 40.0, 10.0, None), ('local_arc_challenge', 40.0, 10.0, 0))
+    """
+    parts = text.split(":")
+    if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts[1:]):
+        sys.exit(f"--tasks takes TASK:DOCUMENTS or TASK:DOCUMENTS:SHOTS, got {text}")
+    task, limit, quarter = read_task(":".join(parts[:2]))
+    if not limit:
+        sys.exit(f"--tasks needs a number of documents, got {text}")
+    return task, limit, quarter, int(parts[2]) if parts[2:] else None
 
 
 def environment_of(peer: Peer, args: argparse.Namespace) -> str:
@@ -128,7 +142,8 @@ def take_turns(
 def reason_of(error: CommandError) -> str:
     if error.is_out_of_memory:
         return "not enough memory"
-    lines = [line for line in error.stderr.splitlines() if line.strip()]
+    bars = re.compile(r"\d+%\|")  # tqdm's
+    lines = [line for line in error.stderr.splitlines() if line.strip() and not bars.search(line)]
     return f"failed: {(lines or [f'returned {error.returncode}'])[-1].strip()[:200]}"
 
 
@@ -177,13 +192,18 @@ def format_peer(name: str, found: dict[str, Any], ours_s: float | None) -> list[
             f"{found['acc']:.4f}", *differences]  # fmt: skip
 
 
+def label_of(row: dict[str, Any]) -> str:
+    shots = "" if row["num_fewshot"] is None else f" {row['num_fewshot']}-shot"
+    return f"{row['task']}{shots}, {row['documents']}"
+
+
 def format_report(report: dict[str, Any]) -> str:
     rows = report["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     whole = []
     for row in rows:
         cells = [f"{row['peers'][n]['wall_s']:.1f}" if "wall_s" in row["peers"].get(n, {}) else "-" for n in names]
-        whole.append([f"{row['task']}, {row['documents']}", row["dtype"], *cells])
+        whole.append([label_of(row), row["dtype"], *cells])
     lines = [
         *format_conditions(report["conditions"]),
         "Environments: " + "; ".join(f"{name}: {text}" for name, text in report["environments"].items()) + ".",
@@ -195,7 +215,7 @@ def format_report(report: dict[str, Any]) -> str:
     for row in rows:
         ours_s = row["peers"].get("ddp_eval", {}).get("wall_s")
         table = [format_peer(name, found, ours_s) for name, found in row["peers"].items()]
-        lines += ["", f"{row['task']}, {row['documents']} documents, {row['dtype']}:", "", *format_table(HEADS, table)]
+        lines += ["", f"{label_of(row)} documents, {row['dtype']}:", "", *format_table(HEADS, table)]
     return "\n".join(lines)
 
 
@@ -203,6 +223,8 @@ def main() -> int:
     args = read_arguments()
     logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
+    for text in args.tasks.split(","):
+        read_task_and_shots(text)  # a wrong one ends it here
     pythons, described = find_environments(args)
     if args.make_only:
         return 0
@@ -242,7 +264,9 @@ def find_environments(args: argparse.Namespace) -> tuple[dict[str, str], dict[st
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="model directory, with weights")
-    parser.add_argument("--tasks", required=True, help="comma-separated TASK:DOCUMENTS, multiple-choice")
+    parser.add_argument(
+        "--tasks", required=True, help="comma-separated TASK:DOCUMENTS[:SHOTS], multiple-choice; SHOTS: few-shot examples"
+    )
     parser.add_argument("--include_path", help="directory of the tasks' files")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="default float32,bfloat16")
     parser.add_argument("--peers", default=";".join(PEERS), help=f"with ; between them (default {';'.join(PEERS)})")

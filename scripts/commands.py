@@ -139,11 +139,12 @@ def is_accuracy(name: str) -> bool:
     return name.rpartition(" ")[2].partition(",")[0] in ACCURACIES
 
 
-def common_flags(tasks: Sequence[str], limit: float | None, args: argparse.Namespace) -> list[str]:
+def common_flags(tasks: Sequence[str], limit: float | None, args: argparse.Namespace, shots: int | None = None) -> list[str]:
     """What both commands take."""
     return [
         *("--tasks", ",".join(tasks)),
         *(["--limit", f"{limit:g}"] if limit else []),
+        *([] if shots is None else ["--num_fewshot", str(shots)]),
         *(["--include_path", args.include_path] if args.include_path else []),
         *(["--gen_kwargs", args.gen_kwargs] if args.gen_kwargs else []),
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import runpy
 import sys
 import time
@@ -42,6 +43,9 @@ def watch_lm_eval(module: str, name: str) -> None:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
+    if name == "VLLM":
+        # It divides by the seconds of its progress bar, which are 0 where bars are off.
+        os.environ.pop("TQDM_DISABLE", None)
     watch(TaskManager, "load", "prompts")
     watch(Task, "build_all_requests", "prompts")
     watch(getattr(importlib.import_module(module), name), "loglikelihood", "scoring", note_requests)

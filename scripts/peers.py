@@ -42,12 +42,17 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One task in one dtype. rows: where lighteval's rows lie."""
+    """One task in one dtype. rows: where lighteval's rows lie; shots: few-shot examples, None for the task's own number."""
 
     args: argparse.Namespace
     task: str
     dtype: str
     rows: Path
+    shots: int | None = None
+
+    def flags(self, limit: float) -> list[str]:
+        """What ddp_eval and lm_eval are both given."""
+        return commands.common_flags([self.task], limit, self.args, self.shots)
 
 
 def run_ddp_eval(job: Job, python: str, limit: float, batch_size: str, engine: str = "hf") -> dict[str, Any]:
@@ -55,7 +60,7 @@ def run_ddp_eval(job: Job, python: str, limit: float, batch_size: str, engine: s
     with tempfile.TemporaryDirectory() as scratch:
         model_args = model_args_of(job, engine)
         more = ["--model", "vllm"] if engine == "vllm" else ["--device", "cpu"] if args.cpu else []
-        flags = ["--model_args", model_args, *commands.common_flags([job.task], limit, args), *more]
+        flags = ["--model_args", model_args, *job.flags(limit), *more]
         ran = run(args, [python, "-m", "ddp_eval", *flags, "--output_path", f"{scratch}/run"])
         results = json.loads(Path(scratch, "run", "results.json").read_text())
         answers, tokens = read_scores(Path(scratch, "run"))
@@ -78,7 +83,7 @@ def run_lm_eval(job: Job, python: str, limit: float, batch_size: str, model: str
         more = ["--device", commands.find_device(args)] if model == "hf" else []
         flags = [
             *("run", "--model", model, "--model_args", model_args_of(job, model)),
-            *commands.common_flags([job.task], limit, args),
+            *job.flags(limit),
             *("--batch_size", batch_size or "auto", *more, "--output_path", f"{scratch}/run"),
         ]
         ran, notes = run_noted(args, python, f"lm_eval-{model}", flags, scratch)
@@ -159,11 +164,12 @@ def read_scores(directory: Path) -> tuple[Answers, dict[tuple[str, int, int], in
     return dict(zip(keys, sums, strict=True)), dict(zip(keys, tokens, strict=True))
 
 
-def write_rows(task: str, limits: Sequence[float], args: argparse.Namespace, place: Path) -> bool:
-    """The requests of the task as lighteval's rows, place/LIMIT/TASK/validation.jsonl. False where a document is no such row."""
+def write_rows(job: Job, limits: Sequence[float]) -> bool:
+    """The task's requests as lighteval's rows, job.rows/LIMIT/TASK/validation.jsonl. False where a document is no such row."""
+    task, args = job.task, job.args
     for limit in limits:
         documents: dict[int, list[Any]] = {}
-        for request in collect_requests([task], args.include_path, limit)["loglikelihood"]:
+        for request in collect_requests([task], args.include_path, limit, job.shots)["loglikelihood"]:
             documents.setdefault(request.doc_id, []).append(request)
         lines = []
         for requests in documents.values():
@@ -173,7 +179,7 @@ def write_rows(task: str, limits: Sequence[float], args: argparse.Namespace, pla
                 return False
             choices, gold = [request.args[1] for request in requests], gold_of(task, requests[0].doc, args)
             lines.append(json.dumps({"query": contexts.pop(), "choices": choices, "gold": gold}))
-        folder = place / f"{limit:g}" / task
+        folder = job.rows / f"{limit:g}" / task
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "validation.jsonl").write_text("\n".join(lines) + "\n")
     return True

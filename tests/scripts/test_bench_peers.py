@@ -61,7 +61,7 @@ def test_a_peer_that_cannot_run_is_a_row_with_the_reason(monkeypatch):
         def run(job, python, limit, size):
             asked.append((name, limit))
             if name == "lm_eval hf" and limit == 40:
-                raise CommandError(["x"], 1, "Traceback\nRuntimeError: no luck\n")
+                raise CommandError(["x"], 1, "Traceback\nRuntimeError: no luck\n\nrequests:   0%|    | 0/8 [00:03<?, ?it/s]")
             spans = {span: seconds / 4 for span in peers.SPANS}
             return {"wall_s": seconds, **spans, **a_run(answers(-1.0, -2.0))}
 
@@ -93,6 +93,16 @@ def test_a_peer_that_cannot_run_is_a_row_with_the_reason(monkeypatch):
     assert "one context" in bench_peers.measure_task("t:40", "float32", pythons, args, Path())["peers"]["lighteval"]["reason"]
 
 
+def test_few_shot_examples_are_those_asked_for():
+    """Catches a number of examples that one of the commands does not hear of, and a wrong task that ends the whole late."""
+    args = argparse.Namespace(include_path=None, gen_kwargs=None)
+    assert peers.Job(args, "t", "float32", Path(), shots=0).flags(4) == ["--tasks", "t", "--limit", "4", "--num_fewshot", "0"]
+    assert peers.Job(args, "t", "float32", Path()).flags(4) == ["--tasks", "t", "--limit", "4"]
+    for wrong in ("t", "t:x", "t:0", "t:4:-1", "t:4:0:0"):
+        with pytest.raises(SystemExit, match=f"got {wrong}$"):
+            bench_peers.read_task_and_shots(wrong)
+
+
 def test_vllm_has_its_arguments_in_both_commands():
     """Catches a share of the device's memory that one of the two commands with vLLM does not hear of, or that hf is given."""
     args = argparse.Namespace(model="m", vllm_args="max_model_len=99")
@@ -104,14 +114,17 @@ def test_vllm_has_its_arguments_in_both_commands():
 def test_rows_hold_the_requests_of_lm_eval(tmp_path):
     """Catches prompts, choices or right answers that are others than lm_eval's: lighteval would then score other requests."""
     args = argparse.Namespace(include_path=demo.TASKS_PATH)
-    assert peers.write_rows("demo_mmlu_philosophy", (3,), args, tmp_path)
+    assert peers.write_rows(peers.Job(args, "demo_mmlu_philosophy", "float32", tmp_path), (3,))
     rows = [json.loads(line) for line in (tmp_path / "3" / "demo_mmlu_philosophy" / "validation.jsonl").read_text().splitlines()]
     task = peers.load_task("demo_mmlu_philosophy", demo.TASKS_PATH)
     documents = list(task.eval_docs)[:3]
     assert [row["gold"] for row in rows] == [task.doc_to_target(document) for document in documents]
     assert all(row["choices"] == [" A", " B", " C", " D"] and row["query"].endswith("Answer:") for row in rows)
     assert all(document["question"].strip() in row["query"] for document, row in zip(documents, rows, strict=True))
-    assert not peers.write_rows("demo_lambada", (3,), args, tmp_path), "it has one continuation, no choices"
+    assert peers.write_rows(peers.Job(args, "demo_mmlu_philosophy", "float32", tmp_path / "few", shots=1), (3,))
+    longer, shorter = (len(next(place.rglob("*.jsonl")).read_text()) for place in (tmp_path / "3", tmp_path / "few"))
+    assert shorter < longer / 2, "five examples, and one"
+    assert not peers.write_rows(peers.Job(args, "demo_lambada", "float32", tmp_path), (3,)), "it has one continuation, no choices"
 
 
 def test_calls_of_a_peer_are_noted(monkeypatch):

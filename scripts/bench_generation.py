@@ -34,6 +34,7 @@ from typing import Any
 from sides import Job, Side, cut, evaluate_by_lm_eval, evaluate_by_us, format_conditions, keep, read_task  # beside this file
 
 CALLS = ("generate_until",)
+TOTALS = ("asked_tokens", "prompt_tokens", "generated_tokens", "batches", "slots", "why_one_by_one")  # of a task
 TIE = 1e-4  # logits that are no further apart in float32 are equal but for rounding
 
 
@@ -46,9 +47,16 @@ def main() -> None:
     with theirs, ours:
         rows: list[dict[str, Any]] = []
         report = {"conditions": ours.ask("conditions"), "rows": rows}
+        answers = []
         for task in args.tasks.split(","):
-            rows.append(measure_task(theirs, ours, task, sizes, args.repeats))
-            print(format_row(rows[-1]), file=sys.stderr, flush=True)
+            row, *of_both = time_task(theirs, ours, task, sizes, args.repeats)
+            answers.append(of_both)
+            rows.append(row)
+            print(format_row(row), file=sys.stderr, flush=True)
+            keep(report, format_report, args.out)
+        # Batch size 1 takes long: what ends this early leaves the times.
+        for row, (mine, alone) in zip(rows, answers, strict=True):
+            row |= compare_texts(theirs, ours, row, mine, alone)
             keep(report, format_report, args.out)
     print(format_report(report))
 
@@ -86,8 +94,10 @@ def load_model(args: argparse.Namespace, device: Any) -> Any:
     return model.eval()
 
 
-def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats: int) -> dict[str, Any]:
-    """Medians of alternating runs, and how many texts are those of lm_eval at batch size 1."""
+def time_task(
+    theirs: Side, ours: Side, task: str, sizes: list[int], repeats: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """Medians of alternating runs; ours and lm_eval's answers, the latter where batch size 1 was among the best."""
     task, limit, quarter = read_task(task)
     for side in (theirs, ours):
         side.ask("run", task, 1, 1)  # warms up
@@ -107,25 +117,37 @@ def measure_task(theirs: Side, ours: Side, task: str, sizes: list[int], repeats:
     best = min(medians, key=medians.__getitem__)
     ours_s = statistics.median(run["elapsed_s"] for run in mine)
     lengths = sorted(mine[0]["num_tokens"])
-    alone = alone or theirs.ask("run", task, limit, 1)
-    if "texts" not in alone:
-        sys.exit(f"{task}: memory did not do for lm_eval at batch size 1")
-    pairs = [(prompt, answer, alone["answers"][prompt]) for prompt, answer in mine[-1]["answers"].items()]
-    return {
+    row = {
         "task": task,
         "limit": limit,
         "requests": len(lengths),
-        **{key: mine[0][key] for key in ("asked_tokens", "prompt_tokens", "generated_tokens", "batches", "slots")},
+        **{key: mine[0][key] for key in TOTALS},
         "answer_tokens": [lengths[round(share * (len(lengths) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)],
         "ours_s": ours_s,
         "lm_eval_s": medians[best],
         "lm_eval_batch_size": best,
         "ratio": medians[best] / ours_s,
-        "texts_compared": len(alone["texts"]),
-        "texts_equal": sum(a == b for a, b in zip(alone["texts"], mine[-1]["texts"], strict=True)),
-        "differences": ours.ask("call", explain_differences, [pair for pair in pairs if pair[1] != pair[2]]),
         "all_times_s": {**{str(size): seen for size, seen in times.items()}, "ours": [run["elapsed_s"] for run in mine]},
         "quarter_times_s": {str(size): seconds for size, seconds in tried.items()},
+    }
+    return row, mine[-1], alone
+
+
+def compare_texts(
+    theirs: Side, ours: Side, row: dict[str, Any], mine: dict[str, Any], alone: dict[str, Any] | None
+) -> dict[str, Any]:
+    """How many of our texts are those of lm_eval at batch size 1, and what each other one parts by.
+
+    alone: lm_eval's answers at batch size 1, or None where it is yet to run so.
+    """
+    alone = alone or theirs.ask("run", row["task"], row["limit"], 1)
+    if "texts" not in alone:
+        sys.exit(f"{row['task']}: memory did not do for lm_eval at batch size 1")
+    pairs = [(prompt, answer, alone["answers"][prompt]) for prompt, answer in mine["answers"].items()]
+    return {
+        "texts_compared": len(alone["texts"]),
+        "texts_equal": sum(a == b for a, b in zip(alone["texts"], mine["texts"], strict=True)),
+        "differences": ours.ask("call", explain_differences, [pair for pair in pairs if pair[1] != pair[2]]),
     }
 
 
@@ -238,7 +260,9 @@ COLUMNS: dict[str, Any] = {
     "lm_eval s (batch)": lambda row: f"{row['lm_eval_s']:.2f} ({row['lm_eval_batch_size']})",
     "ours s": lambda row: f"{row['ours_s']:.2f}",
     "ratio": lambda row: f"**{cut(row['ratio'])}**",
-    "texts equal to lm_eval's at batch 1": lambda row: f"{row['texts_equal']} of {row['texts_compared']}",
+    "texts equal to lm_eval's at batch 1": lambda row: (
+        f"{row['texts_equal']} of {row['texts_compared']}" if "texts_compared" in row else "not compared yet"
+    ),
 }
 
 
@@ -255,7 +279,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"|{'---|' * len(COLUMNS)}",
         *map(format_row, rows),
         "",
-        *[format_difference(row["task"], difference) for row in rows for difference in row["differences"]],
+        *[f"- {row['task']}: one text at a time, since {row['why_one_by_one']}." for row in rows if row["why_one_by_one"]],
+        *[format_difference(row["task"], difference) for row in rows for difference in row.get("differences", ())],
         "",
         f"Geometric mean of the ratios: **{cut(mean)}**. Seconds of lm_eval on a quarter of the documents, by batch size: "
         + "; ".join(

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sides import commit_of_code, format_table  # beside this file
-from timed_parts import REPOSITORY, Found, Part, describe, run_parts
+from sides import keep as write_record
+from timed_parts import REPOSITORY, Found, Part, describe, in_turn, run_parts
 
 SCRIPTS = REPOSITORY / "scripts"
 DTYPE = "bfloat16"
@@ -41,6 +42,7 @@ DEMO_TASKS = (
 )
 # Of these, one of each kind of request: enough to see that a part runs.
 REHEARSED_TASKS = "demo_hellaswag:2,demo_lambada:2,demo_wikitext:1"
+SPREAD = "0.03"  # of weights that generate: with more, 2,048 wide, rounding in bfloat16 alone turns next tokens
 GENERATION_TASKS = REPOSITORY / "tests" / "support" / "generation_tasks"
 # GB of the device's memory for 8 B parameters: one copy of the weights and what a pack takes; two copies and lm_eval's batches.
 ONE_COPY_GB, TWO_COPIES_GB = 24, 60
@@ -49,7 +51,7 @@ ONE_COPY_GB, TWO_COPIES_GB = 24, 60
 def make_parts(args: argparse.Namespace, work: Path, checked: dict[str, Any]) -> list[Part]:
     """In order of worth. checked: by gpu_check.py. work: a directory for what the parts write."""
     models = {name: work / "models" / name for name in ("1b", "8b", "1b_text")}
-    few = args.tasks if args.rehearse or not args.own_tasks else halved(args.tasks)
+    few = args.tasks if args.rehearse else ",".join((halved(args.tasks) if args.own_tasks else args.tasks).split(",")[:3])
     parts = [
         tests_part(checked),
         models_part(args, work),
@@ -58,7 +60,7 @@ def make_parts(args: argparse.Namespace, work: Path, checked: dict[str, Any]) ->
         probe_part(args, work, "8b", models["8b"], lacks_memory(args, checked, ONE_COPY_GB)),
         probe_part(args, work, "1b", models["1b"]),
         generation_part(args, work, models["1b_text"]),
-        Part("shard", ["bash", "-ec", shard_commands(args, work)], 40, 90),
+        Part("shard", in_turn(*shard_commands(args, work)), 40, 90),
         vllm_part(args, work, models["1b"]),
     ]
     # What is rehearsed is whether parts run: other work on the machine may slow them down, and the budget alone ends them.
@@ -67,7 +69,7 @@ def make_parts(args: argparse.Namespace, work: Path, checked: dict[str, Any]) ->
 
 def tests_part(checked: dict[str, Any]) -> Part:
     argv = [sys.executable, "-m", "pytest", "-v", "-rs", "-m", "gpu", "-p", "no:cacheprovider", "--timeout", "90", "tests/gpu"]
-    return Part("tests", argv, 30, 150, missing=", ".join(checked["tests_missing"]))
+    return Part("tests", argv, 30, 120, missing=", ".join(checked["tests_missing"]))
 
 
 def models_part(args: argparse.Namespace, work: Path) -> Part:
@@ -82,7 +84,7 @@ def speed_part(
 ) -> Part:
     argv = [sys.executable, str(SCRIPTS / "bench.py"), *random_model(args, model), "--tasks", tasks,
             "--include_path", str(args.include_path), *lm_eval_sizes(args)]  # fmt: skip
-    return recorded(f"speed_{size}", argv, work, 60, at_most_s, missing=missing)
+    return recorded(f"speed_{size}", argv, work, 80, at_most_s, missing=missing)
 
 
 def probe_part(args: argparse.Namespace, work: Path, size: str, model: Path, missing: str = "") -> Part:
@@ -95,7 +97,7 @@ def probe_part(args: argparse.Namespace, work: Path, size: str, model: Path, mis
 
 def generation_part(args: argparse.Namespace, work: Path, model: Path) -> Part:
     argv = [sys.executable, str(SCRIPTS / "bench_generation.py"), *random_model(args, model), "--tasks", args.generation_tasks,
-            "--include_path", str(args.generation_path), *lm_eval_sizes(args)]  # fmt: skip
+            "--include_path", str(args.generation_path), *lm_eval_sizes(args), "--initializer_range", SPREAD]  # fmt: skip
     return recorded("generation_1b", argv, work, 60, 130)
 
 
@@ -113,7 +115,7 @@ def random_model(args: argparse.Namespace, model: Path) -> list[str]:
 
 
 def lm_eval_sizes(args: argparse.Namespace) -> list[str]:
-    return ["--batch_sizes", "2,4" if args.rehearse else "16,64", "--repeats", "1"]
+    return ["--batch_sizes", "2,4" if args.rehearse else "16,64,256", "--repeats", "1"]
 
 
 def on_cpu(args: argparse.Namespace) -> list[str]:
@@ -125,7 +127,7 @@ def lacks_memory(args: argparse.Namespace, checked: dict[str, Any], needed_gb: i
     return "" if args.rehearse or free_gb >= needed_gb else f"{free_gb:.0f} GB free on the device, it takes {needed_gb}"
 
 
-def shard_commands(args: argparse.Namespace, work: Path) -> str:
+def shard_commands(args: argparse.Namespace, work: Path) -> list[list[str]]:
     """The demo whole and under --layout shard, which one rank makes a whole copy: both must come to the same bits."""
     tasks = ["demo_hellaswag", "--limit", "2"] if args.rehearse else ["demo"]
     device = ["--device", "cpu" if args.rehearse else "cuda"]
@@ -134,7 +136,7 @@ def shard_commands(args: argparse.Namespace, work: Path) -> str:
         [*ddp_eval, "--tasks", *tasks, "--bootstrap_iters", "0", *device, "--layout", Path(place).name, "--output_path", place]
         for place in places
     ]
-    return "; ".join(map(shlex.join, [*runs, [*ddp_eval, "compare", *places, "--expect", "identical"]]))
+    return [*runs, [*ddp_eval, "compare", *places, "--expect", "identical"]]
 
 
 def vllm_part(args: argparse.Namespace, work: Path, model: Path) -> Part:
@@ -147,11 +149,10 @@ def vllm_part(args: argparse.Namespace, work: Path, model: Path) -> Part:
     vllm_args = "max_model_len=2048,enforce_eager=True" if args.rehearse else "max_model_len=4096,gpu_memory_utilization=0.6"
     comparing = [sys.executable, str(SCRIPTS / "bench_peers.py"), "--model", str(weights), "--dtypes", DTYPE, *on_cpu(args),
                  "--tasks", f"{task}:{documents or 100}", "--include_path", str(args.include_path), "--vllm_args", vllm_args,
-                 "--peers", "ddp_eval;ddp_eval, vLLM;lm_eval vllm", "--repeats", "1",
+                 "--peers", "lm_eval vllm;ddp_eval, vLLM;ddp_eval", "--repeats", "1",
                  "--threads", str(1 if args.rehearse else min(8, os.cpu_count() or 1)),
                  "--python", f"vllm={python}", "--python", f"vllm-cpu={python}", "--out", str(work / "vllm")]  # fmt: skip
-    argv = ["bash", "-ec", f"{shlex.join(drawing)}; {shlex.join(comparing)}"]
-    return Part("vllm", argv, 120, 240, work / "vllm", missing=lacks_vllm(args), after="models")
+    return Part("vllm", in_turn(drawing, comparing), 120, 240, work / "vllm", missing=lacks_vllm(args), after="models")
 
 
 def lacks_vllm(args: argparse.Namespace) -> str:
@@ -217,7 +218,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="write PATH.md, PATH.json and PATH.log (default gpu_record in the working directory)")
     parser.add_argument("--budget_s", type=float, help="seconds for everything (default 690, with --rehearse 900)")
     parser.add_argument("--tasks", help="comma-separated TASK:DOCUMENTS, a multiple-choice one first (default: the demo's); "
-                        "half of the documents for 8 B")  # fmt: skip
+                        "half of the documents of the first three for 8 B")  # fmt: skip
     parser.add_argument("--include_path", type=Path, help="directory of the tasks' files")
     parser.add_argument("--generation_tasks", help="tasks that generate text, TASK:DOCUMENTS (default: two of the tests')")
     parser.add_argument("--vllm_python", help="a Python that has vLLM and lm_eval (default: this one, if it has vLLM)")
@@ -270,8 +271,7 @@ def main() -> int:
 
     def keep(parts: Found) -> None:
         report["parts"] = parts
-        Path(f"{args.out}.md").write_text(format_report(report) + "\n")
-        Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_record(report, format_report, args.out)
 
     log = Path(f"{args.out}.log")
     log.unlink(missing_ok=True)

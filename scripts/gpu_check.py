@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-NEEDED = ("torch", "transformers", "datasets", "pyarrow", "lm_eval.models.huggingface", "ddp_eval.api")
+NEEDED = (
+    "torch",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "lm_eval.evaluator",
+    "lm_eval.tasks",
+    "lm_eval.models.huggingface",
+    "ddp_eval.api",
+)
 NEEDED_BY_TESTS = ("pytest", "pytest_timeout", "hypothesis")
 
 

@@ -7,7 +7,7 @@ DIR has a config; weights are drawn on the device. The requests are random token
 short choices behind a long prefix that they share, cut into packs of several lengths.
 
 - Compiling: seconds of each pack's first forward over those of its second, torch.compile's own count of graphs and seconds, and
-  how many packs compiled anew.
+  how many packs compiled anew. What a process's first forward loads, and the engine's own checks, are behind it by then.
 - Host time: seconds until a launch returns, beside those until its results are there. Nearer to 1, the device waits for the host.
 - Kernels: those that take most of one pack's time, by the profiler.
 """
@@ -15,6 +15,7 @@ short choices behind a long prefix that they share, cut into packs of several le
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from typing import Any
@@ -41,6 +42,7 @@ def main() -> None:
     args.threads = torch.get_num_threads()
     engine = HFEngine(draw_model(args, device), device)
     packs = make_packs(engine)
+    warm_up(engine)
     timed: list[dict[str, Any]] = []
     report = {
         "conditions": describe_conditions(args, engine.model, device),
@@ -89,6 +91,16 @@ def make_packs(engine: Any) -> list[Any]:
     return packs
 
 
+def warm_up(engine: Any) -> None:
+    """One request by itself, which shares nothing and so needs no kernel of its own; the engine checks the model before it."""
+    from ddp_eval.packs.cut import plan_one_tree
+    from ddp_eval.packs.plan import build_pack
+    from ddp_eval.packs.requests import requests_from_lists
+
+    plan, _ = plan_one_tree(requests_from_lists([[2 + index % 7 for index in range(16)]], [1]))
+    forward_s(engine, build_pack(plan, 0))
+
+
 def time_pack(engine: Any, pack: Any, repeats: int) -> dict[str, Any]:
     """Seconds of the first forward, and medians of the later ones; graphs and seconds that torch.compile has added."""
     before = compiled()
@@ -118,12 +130,13 @@ def forward_s(engine: Any, pack: Any) -> tuple[float, float]:
 
 
 def compiled() -> dict[str, float]:
-    """What torch.compile has done in this process so far: graphs, and seconds for them as it counts them."""
+    """What torch.compile has done in this process so far: graphs, and its own count of seconds, NaN where it keeps none."""
     from torch._dynamo import utils
 
     spent = getattr(utils, "compilation_time_metrics", {})
+    unknown = 0.0 if hasattr(utils, "compilation_time_metrics") and not spent else math.nan
     outer = next((name for name in ("_compile.compile_inner", "_compile") if name in spent), None)
-    return {"graphs": utils.counters["stats"]["unique_graphs"], "seconds": sum(spent[outer]) if outer else 0.0}
+    return {"graphs": utils.counters["stats"]["unique_graphs"], "seconds": sum(spent[outer]) if outer else unknown}
 
 
 def find_kernels(engine: Any, pack: Any) -> list[dict[str, Any]]:
@@ -139,7 +152,12 @@ def find_kernels(engine: Any, pack: Any) -> list[dict[str, Any]]:
     def microseconds(event: Any) -> float:
         return float(event.self_device_time_total if on_device else event.self_cpu_time_total)
 
-    events = [event for event in profile.key_averages() if not on_device or str(event.device_type).endswith("CUDA")]
+    # Annotations span kernels that are counted by themselves.
+    events = [
+        event
+        for event in profile.key_averages()
+        if not on_device or (str(event.device_type).endswith("CUDA") and not getattr(event, "is_user_annotation", False))
+    ]
     whole = sum(map(microseconds, events)) or 1.0
     most = sorted(events, key=microseconds, reverse=True)[:KERNELS]
     return [{"name": e.key, "calls": e.count, "share": microseconds(e) / whole, "us": microseconds(e)} for e in most]
@@ -150,7 +168,7 @@ def format_report(report: dict[str, Any]) -> str:
     rows = [
         [f"{p['tokens']:,}", "x".join(map(str, p["input_shape"])), f"{p['first_s']:.2f}", f"{p['whole_s']:.4f}",
          f"{p['launch_s']:.4f}", f"{p['launch_s'] / p['whole_s']:.0%}", f"{p['tokens_per_s']:,.0f}", f"{p['graphs']:.0f}",
-         f"{p['compile_s']:.2f}"]
+         "-" if math.isnan(p["compile_s"]) else f"{p['compile_s']:.2f}"]
         for p in report["packs"]
     ]  # fmt: skip
     lines = [*format_conditions(report["conditions"]), f"Attention of packs: {report['attention']}.", ""]

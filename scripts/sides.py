@@ -202,7 +202,29 @@ def compare_metrics(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, f
         for name, value in values.items()
         if isinstance(value, (int, float)) and "stderr" not in name
     }
-    return {name: abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0 for name, (a, b) in pairs.items()}
+    return {name: relative_difference(a, b) for name, (a, b) in pairs.items()}
+
+
+def relative_difference(a: float, b: float) -> float:
+    """Of two metrics; 0 where neither is a number, infinite where one is none.
+
+    >>> relative_difference(2.0, 1.0), relative_difference(math.nan, math.nan), relative_difference(math.nan, 1.0)
+    (0.5, 0.0, inf)
+    """
+    if math.isnan(a) and math.isnan(b):
+        return 0.0
+    apart = difference(a, b)
+    return apart / max(abs(a), abs(b)) if 0 < apart < math.inf else apart
+
+
+def difference(a: float, b: float) -> float:
+    """How far apart two log-probabilities are; infinite where one is not a number, which no comparison would find too far.
+
+    >>> difference(-1.5, -1.0), difference(-math.inf, -math.inf), difference(math.nan, math.nan), difference(-math.inf, -1.0)
+    (0.5, 0.0, inf, inf)
+    """
+    apart = 0.0 if a == b else abs(a - b)
+    return math.inf if math.isnan(apart) else apart
 
 
 def note_seconds(lm: Any, calls: Sequence[str], spent: list[float]) -> None:
@@ -231,6 +253,7 @@ def describe_conditions(args: argparse.Namespace, model: Any, device: Any) -> di
         "command": shlex.join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "model": f"{type(model).__name__} {model.num_parameters() / 1e6:.1f} M parameters, hidden {config.hidden_size}, "
         f"{config.num_hidden_layers} layers, vocabulary {config.vocab_size}, {args.dtype}",
+        "dtype": args.dtype,
         "device": str(device),
         "threads": args.threads,
         "hardware": describe_hardware(),
@@ -259,11 +282,13 @@ def describe_commands(args: argparse.Namespace) -> dict[str, Any]:
     return describe_conditions(args, model, torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu"))
 
 
-def keep(report: dict[str, Any], format_report: Callable[[dict[str, Any]], str], out: str | None) -> None:
-    """Write OUT.md and OUT.json. After every task: what ends the whole early leaves the rows that are done."""
+def keep(report: dict[str, Any], format_report: Callable[[dict[str, Any]], str], out: str | Path | None) -> None:
+    """Write OUT.md and OUT.json. After every task: what ends the whole, even while it writes, leaves the rows that are done."""
     if out:
-        Path(f"{out}.md").write_text(format_report(report) + "\n")
-        Path(f"{out}.json").write_text(json.dumps(report, indent=1) + "\n")
+        for end, text in ((".md", format_report(report)), (".json", json.dumps(report, indent=1))):
+            unfinished = Path(f"{out}{end}.tmp")
+            unfinished.write_text(text + "\n")
+            unfinished.replace(f"{out}{end}")
 
 
 def cut(value: float, digits: int = 3) -> str:

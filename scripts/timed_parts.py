@@ -87,7 +87,10 @@ def run_part(part: Part, timeout_s: float, log: Path, notice: Callable[[dict[str
         output.flush()
         begins = output.tell()
 
+        record: dict[str, Any] = {}  # the last that was whole
+
         def look(state: str, why: str = "") -> dict[str, Any]:
+            record.update(read_record(part))
             seconds = {"seconds": round(time.monotonic() - started, 1), "cpu_s": round(cpu_seconds() - cpu_before, 1)}
             return {
                 "part": part.name,
@@ -95,7 +98,7 @@ def run_part(part: Part, timeout_s: float, log: Path, notice: Callable[[dict[str
                 "why": why,
                 **seconds,
                 "last": last_lines(log, begins),
-                **read_record(part),
+                **record,
             }
 
         notice(look("running"))
@@ -109,7 +112,7 @@ def run_part(part: Part, timeout_s: float, log: Path, notice: Callable[[dict[str
             state, why = "interrupted", "by a signal"
         finally:
             end_session(process)
-        if state == "done" and part.record and "json" not in read_record(part):
+        if state == "done" and part.record and "json" not in look("done"):
             state, why = "failed", "it wrote no record"
         return look(state, why)
 
@@ -153,6 +156,20 @@ def cpu_seconds() -> float:
     """Of all processes that have ended and were waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def in_turn(*commands: Sequence[str]) -> list[str]:
+    """The command that runs several, one after another, up to the first that fails, and that they die with."""
+    program = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import timed_parts; timed_parts.run_in_turn(json.loads(sys.argv[2]))"
+    )
+    return [sys.executable, "-c", program, str(Path(__file__).resolve().parent), json.dumps(commands)]
+
+
+def run_in_turn(commands: Sequence[Sequence[str]]) -> None:
+    for argv in commands:
+        if code := subprocess.run(argv, preexec_fn=die_with_parent).returncode:
+            sys.exit(code if code > 0 else 128 - code)
 
 
 def die_with_parent() -> None:

@@ -90,6 +90,19 @@ def test_where_two_answers_part(tiny_model, tiny_tokenizer):
     assert bench_generation.format_difference("story", tie).endswith("apart: a tie")
 
 
+def test_times_of_generation_are_shown_before_texts_are_compared():
+    """Catches times that are lost with a comparison that takes too long, and texts that were generated one at a time unseen."""
+    row = {"task": "story", "requests": 2, "asked_tokens": 9, "prompt_tokens": 8, "generated_tokens": 4, "batches": 1, "slots": 0}
+    row |= {"answer_tokens": [1, 2], "lm_eval_s": 2.0, "lm_eval_batch_size": 16, "ours_s": 1.0, "ratio": 2.0}
+    row |= {"why_one_by_one": "its cache is odd", "quarter_times_s": {"16": 0.5}}
+    conditions = {"date": "d", "commit": "c", "device": "cpu", "threads": 1, "model": "m", "command": "x"}
+    conditions |= {"hardware": {}, "packages": {}}
+    text = bench_generation.format_report({"rows": [row], "conditions": conditions})
+    assert "| not compared yet |" in text and "- story: one text at a time, since its cache is odd." in text
+    compared = row | {"texts_compared": 2, "texts_equal": 1, "differences": [{"step": 3, "tokens": [], "logits": []}]}
+    assert "| 1 of 2 |" in bench_generation.format_report({"rows": [compared], "conditions": conditions})
+
+
 def test_half_precision_is_explained_in_float32(tiny_model, tiny_tokenizer):
     """Catches a tie told from rounded logits, and another model's weights in the exact copy."""
     model = copy.deepcopy(tiny_model("gpt2")).bfloat16()  # no buffers that are rounded too

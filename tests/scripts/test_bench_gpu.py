@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shlex
 import subprocess
 import sys
 import types
@@ -37,7 +36,7 @@ def test_the_parts_name_what_is_there(monkeypatch, tmp_path, flags):
     assert (bench_gpu.REPOSITORY / "tests" / "gpu").is_dir() and args.generation_path.is_dir() and args.include_path.is_dir()
     assert sum(part.needs_s for part in parts.values()) < args.budget_s
     for name in ("speed_1b", "speed_8b", "generation_1b", "vllm"):
-        argv = shlex.split(parts[name].argv[-1].partition("; ")[2]) if name == "vllm" else list(parts[name].argv)
+        argv = json.loads(parts[name].argv[-1])[1] if name == "vllm" else list(parts[name].argv)
         monkeypatch.setattr(sys, "argv", argv[1:])
         taken = importlib.import_module(Path(argv[1]).stem).read_arguments()
         assert Path(taken.out) == parts[name].record and taken.cpu == bool(flags)

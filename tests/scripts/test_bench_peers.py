@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import types
 from pathlib import Path
 
+import bench
 import bench_peers
 import noted_command
 import peer_environments
@@ -40,6 +42,25 @@ def test_another_choice_is_a_tie_only_within_the_bounds():
     assert flipped["other_choices"] == 1 and not flipped["agrees"]
     missing = bench_peers.compare(ours, a_run(answers(-1.0)), within_nats=1e-4)
     assert missing == {"agrees": False, "requests_that_differ": 2}
+
+
+def test_what_is_no_number_agrees_with_nothing():
+    """Catches NaN in all of a side's answers, which no comparison finds larger than the bounds."""
+    ours, nan = a_run(answers(-1.0, -2.0)), float("nan")
+    for theirs in (a_run(answers(-1.0, nan)), a_run(answers(nan, nan))):
+        found = bench_peers.compare(ours, theirs, 1e-4)
+        assert not found["agrees"] and found["max_difference_nats"] == math.inf
+    both = {"metrics": {"t": {"acc": 1.0}}, "answers": {"t": [[[-1.0, True]], [[nan, True]]]}}
+    assert bench.compare(both, both)["max_difference_nats"] == math.inf
+
+
+def test_what_counts_as_failed():
+    """Catches a record of failures alone that passes, and a missing environment, or a task not meant for a peer, that fails."""
+    error = CommandError(["x"], 1, "RuntimeError: no luck\n")
+    reasons = [bench_peers.reason_of(error), bench_peers.reason_of(CommandError(["x"], -9, ""))]
+    assert not any(bench_peers.is_as_expected({"peers": {"a": {"reason": reason}}}) for reason in reasons)
+    assert bench_peers.is_as_expected({"peers": {"a": {"reason": "no environment: x"}, "b": {"wall_s": 1.0, "agrees": True}}})
+    assert not bench_peers.is_as_expected({"peers": {"a": {"wall_s": 1.0, "agrees": False}}})
 
 
 def test_the_parts_of_a_command_add_up():

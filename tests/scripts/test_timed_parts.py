@@ -114,14 +114,24 @@ def test_a_signal_ends_the_part_and_all_later_ones(tmp_path, monkeypatch):
     wait_for_end(int((tmp_path / "pid").read_text()))
 
 
+def test_commands_in_turn_end_at_the_first_that_fails(tmp_path):
+    """Catches a comparison of runs that have failed, and a failure that a later command hides."""
+    touch = [python(f"import pathlib; pathlib.Path({str(tmp_path / name)!r}).touch()") for name in "ab"]
+    assert subprocess.run(timed_parts.in_turn(touch[0], python("import sys; sys.exit(3)"), touch[1])).returncode == 3
+    assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    assert subprocess.run(timed_parts.in_turn(*touch)).returncode == 0 and (tmp_path / "b").exists()
+
+
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel must kill it")
-def test_a_part_dies_with_a_script_that_is_killed(tmp_path):
-    """Catches a part that outlives a machine's own time limit, and holds its device."""
+def test_a_part_dies_with_a_script_that_is_killed(tmp_path, several):
+    """Catches a part that outlives a machine's own time limit, and holds its device; also the second of several commands."""
     sleeper = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(300)"
+    argv = timed_parts.in_turn(python(""), python(sleeper)) if several else python(sleeper)
     script = (
         "import pathlib, sys, timed_parts as t;"
-        f"t.run_part(t.Part('x', {python(sleeper)!r}, 0, 300), 300, pathlib.Path({str(tmp_path / 'log')!r}), print)"
+        f"t.run_part(t.Part('x', {argv!r}, 0, 300), 300, pathlib.Path({str(tmp_path / 'log')!r}), print)"
     )
     process = subprocess.Popen(python(script), env={**os.environ, "PYTHONPATH": str(SCRIPTS)}, stdout=subprocess.DEVNULL)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
@@ -130,6 +140,23 @@ def test_a_part_dies_with_a_script_that_is_killed(tmp_path):
     process.kill()
     process.wait()
     wait_for_end(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.timeout(120)
+def test_rows_of_a_record_that_was_cut_short_are_kept(tmp_path, monkeypatch):
+    """Catches rows that were in the record already and are lost with the half of a file that the killed part has left."""
+    monkeypatch.setattr(timed_parts, "LOOK_S", 0.02)
+    record, seen = tmp_path / "x", tmp_path / "seen"
+    program = (
+        f"import pathlib, time; write = pathlib.Path({str(record)!r} + '.json').write_text;"
+        f"pathlib.Path({str(record)!r} + '.md').write_text('a row'); write('[1]')\n"
+        f"while not pathlib.Path({str(seen)!r}).exists(): time.sleep(0.01)\n"
+        "write('[1, '); raise SystemExit(1)"
+    )
+    found = timed_parts.run_part(
+        Part("x", python(program), 0, 600, record=record), 600, tmp_path / "log", lambda one: "md" in one and seen.touch()
+    )
+    assert (found["state"], found["md"], found["json"]) == ("failed", "a row", [1])
 
 
 @pytest.mark.parametrize(("written", "state"), [("[1", "failed"), ("[1]", "done")])

@@ -6,6 +6,7 @@ tokenizer's, torch's) can leave a lock taken for ever, and the run hangs. Nothin
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import statistics
@@ -25,7 +26,8 @@ PATIENCE_S = 10.0  # a bootstrap that would take longer than this on one core is
 def bootstrap_stderr(statistic: Callable[[Sequence[Any]], float], samples: Sequence[Any], iters: int) -> float:
     """Standard deviation of `statistic` over `iters` resamples (whole chunks of 1,000), as lm_eval draws them.
 
-    For lm_eval's `perplexity` the resamples are computed in numpy, any other statistic is called for each.
+    For lm_eval's `perplexity` the resamples are computed in numpy, any other statistic is called for each. NaN where the
+    statistic of a resample is no finite number.
     """
     per_chunk = min(CHUNK, iters)
     chunks = iters // per_chunk
@@ -43,7 +45,8 @@ def bootstrap_stderr(statistic: Callable[[Sequence[Any]], float], samples: Seque
 
         tasks = (joblib.delayed(_resample)(statistic, samples, seed, per_chunk) for seed in range(1, chunks))
         rest = list(_renewing(joblib.Parallel(n_jobs=os.cpu_count(), return_as="generator")(tasks)))
-    return statistics.stdev([*drawn, *(value for chunk in rest for value in chunk)])
+    values = [*drawn, *(value for chunk in rest for value in chunk)]
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _renewing(chunks: Iterable[Any]) -> Iterator[Any]:

@@ -160,6 +160,13 @@ class RequestCollector(TemplateLM):
 
     def _score_instances(self, instances: Sequence[Instance]) -> dict[int, list[Any]]:
         """The answers of each instance, by its id."""
+        if self.settings.model_args.get("enable_thinking"):
+            scored = next((one for one in instances if not request_types.makes_text(one.request_type)), None)
+            if scored is not None:  # of a task of several types, which shows them only now
+                raise UserError(
+                    f"enable_thinking=True is for tasks that generate text, and {scored.task_name} makes {scored.request_type} "
+                    "requests too: leave it out"
+                )
         asked = self._encode(instances)
         self.fingerprints = asked.fingerprints
         self._note_irregular(asked)

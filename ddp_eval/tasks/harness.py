@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import datasets
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.utils import configure_pad_token, resolve_max_length
@@ -26,6 +27,7 @@ from ddp_eval.system import environment
 from ddp_eval.tasks.collector import RequestCollector
 from ddp_eval.tasks.kept_setup import KeptSetup
 from ddp_eval.tasks.lm_eval_patches import Hooks, patched_lm_eval
+from ddp_eval.tasks.reasoning import template_arguments
 from ddp_eval.tasks.request_types import Answers, Asked
 from ddp_eval.tasks.select import check_before_loading, check_chat_template, check_loaded, make_task_manager, resolve_tasks
 from ddp_eval.tasks.task_errors import Stage, blaming, errors_pass_through
@@ -82,7 +84,10 @@ def evaluate_tasks(
     """
     phases.switch("tasks")
     environment.start_collecting()
-    check_chat_template(config.apply_chat_template, encoder.tokenizer)
+    given_template = template_arguments(config.model_args).get("chat_template")
+    check_chat_template(config.apply_chat_template, encoder.tokenizer, given_template)
+    if config.trust_remote_code:  # as lm_eval's command does; datasets 4 and newer run no code of data sets
+        datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = True
     lm = RequestCollector(encoder, model_config, answer, config, phases, kept)
     manager = make_task_manager(config, include_paths)
     specs = resolve_tasks(manager, config.tasks)

@@ -126,13 +126,16 @@ def _read_task_file(path: str) -> dict[str, Any]:
         raise UserError(f"lm_eval could not read the task file {path}: {describe_error(error)}") from error
 
 
-def check_chat_template(wanted: bool | str, tokenizer: Any) -> None:
-    """A tokenizer has no chat template, one without a name, or several by name."""
+def check_chat_template(wanted: bool | str, tokenizer: Any, given: str | None = None) -> None:
+    """A tokenizer has no chat template, one without a name, or several by name. given: the user's own, in its place."""
     template = getattr(tokenizer, "chat_template", None)
-    if not wanted:
+    if not wanted or (given and wanted is True):
         return
     if not template:
-        raise UserError("--apply_chat_template needs a tokenizer with a chat template, and this one has none")
+        raise UserError(
+            "--apply_chat_template needs a tokenizer with a chat template, and this one has none; chat_template_args in "
+            '--model_args may give one, {"chat_template": "…"}'
+        )
     names = sorted(template) if isinstance(template, dict) else []
     if isinstance(wanted, str) and not names:
         raise UserError(f"there is no chat template {wanted}: the tokenizer has a single one, give --apply_chat_template alone")

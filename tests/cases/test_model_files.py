@@ -373,3 +373,22 @@ def test_what_cannot_be_read_is_said(plain: Path, caplog: pytest.LogCaptureFixtu
     monkeypatch.setattr(manifest.digests, "digest_directory", refuse)
     assert describe({"pretrained": str(plain)})["model_files"] is None
     assert any("the files of" in message and "are not in the manifest: no" in message for message in caplog.messages)
+
+
+def test_code_of_a_checkpoint_is_refused_without_a_question(
+    tmp_path: Path, tiny_model_path: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches transformers' question on every terminal, and code that a "y" to it runs without --trust_remote_code."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    place = shutil.copytree(tiny_model_path("llama"), tmp_path / "own")
+    write(place / "own.py", "raise SystemExit('code of a checkpoint was run')\n")
+    config = json.loads((place / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    write(place / "config.json", json.dumps(config | {"model_type": "own", "auto_map": own}))
+    tokenizer = json.loads((place / "tokenizer_config.json").read_text())
+    write(place / "tokenizer_config.json", json.dumps(tokenizer | {"tokenizer_class": "Own", "auto_map": own}))
+    for load in (checkpoint.load_config, checkpoint.load_tokenizer):
+        with pytest.raises(UserError, match="trust_remote_code"):
+            load({"pretrained": str(place)})
+    assert not asked

@@ -1,5 +1,6 @@
 """Our bootstrap against lm_eval's own, which forks a pool of processes."""
 
+import math
 import multiprocessing
 
 import numpy as np
@@ -24,6 +25,14 @@ def lm_evals(monkeypatch):
 def test_same_as_lm_eval(lm_evals, statistic, samples, iters):
     """Catches draws of another generator or seed, chunks left out, and the wrong divisor of the variance."""
     assert bootstrap.bootstrap_stderr(statistic, samples, iters) == pytest.approx(lm_evals(statistic, samples, iters), rel=1e-12)
+
+
+@pytest.mark.parametrize("samples", [[math.nan, 0.5], [math.nan, math.nan], [math.inf, 0.5], [-math.inf, math.inf]])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of lm_eval's own sums
+def test_no_number_is_nan_as_in_lm_eval(lm_evals, samples):
+    """Catches a traceback in place of results, where an empty answer of one document leaves a resample without a number."""
+    assert math.isnan(lm_evals(metrics.nanmean, samples, 1000))
+    assert math.isnan(bootstrap.bootstrap_stderr(metrics.nanmean, samples, 1000))
 
 
 def test_slow_statistic_over_all_cores_is_the_same(lm_evals, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 from chat_templates import CHATML, GEMMA, LLAMA3, MISTRAL
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from tiny_models import evaluate_with_lm_eval
@@ -19,8 +20,10 @@ from ddp_eval.config import Config, read_think_end
 from ddp_eval.errors import UserError
 from ddp_eval.packs.results import RESULT
 from ddp_eval.tasks import harness
+from ddp_eval.tasks.collector import RequestCollector
 from ddp_eval.tasks.reasoning import finish_answer
 from ddp_eval.tasks.request_types import Answers, Asked
+from ddp_eval.tasks.task_errors import OwnError
 from ddp_eval.tasks.tokenization import Encoder
 from ddp_eval.telemetry.meter import Phases
 
@@ -83,6 +86,35 @@ def test_settings_of_the_template(settings: dict[str, Any], tiny_model: Callable
     ours = our_prompts(tiny_model("llama"), tokenizer, TASKS[:1], model_args=settings, **options)
     assert ours == prompts_by_lm_eval(tiny_model("llama"), tokenizer, TASKS[:1], lm_args=settings, **options)
     assert ("<think>" in ours[TASKS[0]][0][0][0]) == (settings.get("enable_thinking") is False)
+
+
+def test_a_template_may_be_given_to_a_tokenizer_that_has_none(tiny_model: Callable[..., Any]) -> None:
+    """Catches a refusal where lm_eval applies the template that the user gives."""
+    tokenizer = tiny_models.make_tokenizer()
+    assert tokenizer.chat_template is None
+    settings = {"chat_template_args": {"chat_template": CHATML}}
+    options: dict[str, Any] = {"apply_chat_template": True, "limit": 1}
+    ours = our_prompts(tiny_model("llama"), tokenizer, TASKS[:1], model_args=settings, **options)
+    assert ours == prompts_by_lm_eval(tiny_model("llama"), tokenizer, TASKS[:1], lm_args=settings, **options)
+    assert "<|im_start|>" in ours[TASKS[0]][0][0][0]
+    with pytest.raises(UserError, match=r"^--apply_chat_template needs a tokenizer with a chat template, and this one has none; "):
+        evaluate(tiny_model("llama"), tokenizer, TASKS[:1], apply_chat_template=True, limit=1)
+
+
+def test_a_task_of_several_types_scores_nothing_behind_thoughts(tiny_model: Callable[..., Any]) -> None:
+    """Catches SQuAD's second request, for a log-probability, which only its own code shows; lm_eval raises there."""
+    settings = {"enable_thinking": True, "think_end_token": "</think>"}
+    encoder = Encoder(tiny_models.make_tokenizer(), 64)
+    lm = RequestCollector(encoder, tiny_model("llama").config, lambda asked: None, Config(model_args=settings), Phases())
+    requests = [
+        Instance(kind, {}, ("one", more), 0, metadata=("squadv2", 0, 1))
+        for kind, more in (("generate_until", {"until": ["."]}), ("loglikelihood", " two"))
+    ]
+    with pytest.raises(OwnError) as caught:
+        lm.loglikelihood(requests)
+    assert str(caught.value.error) == (
+        "enable_thinking=True is for tasks that generate text, and squadv2 makes loglikelihood requests too: leave it out"
+    )
 
 
 def test_thinking_is_for_tasks_that_generate(tiny_model: Callable[..., Any]) -> None:

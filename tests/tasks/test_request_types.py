@@ -38,6 +38,22 @@ def ask(options: RunOptions) -> Callable[..., Asked]:
     return join
 
 
+@pytest.mark.parametrize(
+    "one",
+    [
+        instance("loglikelihood", 1, "one", 4),
+        instance("loglikelihood", 1, ["one"], "two"),
+        instance("loglikelihood_rolling", 1, None),
+        instance("generate_until", 1, ["one", "two"], GREEDY),
+    ],
+)
+def test_what_is_no_text_is_named(one: Instance, options: RunOptions) -> None:
+    """Catches a traceback from the tokenizer, which names neither the task nor the document."""
+    document = 7 if one.request_type == "loglikelihood" else 1
+    with pytest.raises(UserError, match=rf"^the task t_{one.request_type} makes a request of .* in document {document}, "):
+        encode([instance(one.request_type, 0, "one", *one.args[1:]), one], options)
+
+
 def test_every_instance_gets_its_own(ask: Callable[..., Asked], tiny_tokenizer: Any) -> None:
     """Catches tables by type instead of in lm_eval's order, a window that counts for its neighbour, and a repeat that is lost."""
     text = "one two three four five six seven eight nine ten eleven twelve"

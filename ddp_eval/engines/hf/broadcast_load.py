@@ -87,16 +87,20 @@ def _named_tensors(model: Any) -> list[tuple[str, torch.Tensor, bool]]:
 
 
 def _build_empty(model_args: dict[str, Any], config: Any) -> Any:
-    options = {key: model_args[key] for key in ("attn_implementation", "trust_remote_code") if key in model_args}
+    options = {key: model_args[key] for key in ("attn_implementation",) if key in model_args} | checkpoint.trust(model_args)
     with torch.device("meta"):
         return checkpoint.auto_class(config).from_config(config, **options)
 
 
 def _fill(model: Any, header: list[_Tensor], device: torch.device) -> None:
     """Give every tensor of the model memory on `device`, of the leader's shape and type."""
-    mine = {name for name, _, _ in _named_tensors(model)}
-    if mine != {tensor.name for tensor in header}:
-        odd = min(mine ^ {tensor.name for tensor in header})
+    theirs = {tensor.name for tensor in header}
+    apart = theirs & {*getattr(model, "all_tied_weights_keys", ())}  # not tied in the checkpoint, by whatever its config says
+    for name in apart:
+        del model.all_tied_weights_keys[name]
+    mine = {name for name, _, _ in _named_tensors(model)} | apart
+    if mine != theirs:
+        odd = min(mine ^ theirs)
         raise UserError(f"--load broadcast cannot serve this model, whose {odd} is not on all ranks: give --load disk")
     try:
         for tensor in header:
@@ -111,7 +115,7 @@ def _fill(model: Any, header: list[_Tensor], device: torch.device) -> None:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"the model does not fit into the memory of {device}") from None
-    model.tie_weights()
+    model.tie_weights(**({"recompute_mapping": False} if apart else {}))
     left = [name for name, value in model.named_parameters(remove_duplicate=False) if value.is_meta]
     left += [
         f"{name}.{key}"

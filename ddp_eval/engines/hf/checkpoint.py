@@ -139,7 +139,7 @@ def whole_model(model_args: dict[str, Any], config: Any, is_pair: bool = False) 
     dtype = _dtype(model_args.get("dtype", "auto"))
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
-    options: dict[str, Any] = {"trust_remote_code": True} if model_args.get("trust_remote_code") else {}
+    options: dict[str, Any] = {**trust(model_args)}
     if model_args.get("attn_implementation") in masks.IMPLEMENTATIONS:  # others may not be installed here
         options["attn_implementation"] = model_args["attn_implementation"]
     with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
@@ -194,6 +194,7 @@ def load_weights(
         loading_report.compute_unwritten(name, found, model, draws)
     if not part:
         loading_report.name_unused(name, found, model)
+        loading_report.name_untied(name, model)
     if model_args.get("peft"):
         model = adapters.apply_adapter(model, load_tokenizer(model_args), model_args)
     try:
@@ -266,7 +267,13 @@ def _glibc() -> Any:
 
 
 def _shared(model_args: dict[str, Any]) -> dict[str, Any]:
-    return {key: model_args[key] for key in _SHARED_ARGS if key in model_args}
+    """Without trust_remote_code transformers would ask on the terminal whether to run a checkpoint's code, on every rank."""
+    return {key: model_args[key] for key in _SHARED_ARGS if key in model_args} | trust(model_args)
+
+
+def trust(model_args: dict[str, Any]) -> dict[str, bool]:
+    """For each loader of transformers."""
+    return {"trust_remote_code": bool(model_args.get("trust_remote_code"))}
 
 
 def _dtype(name: Any) -> Any:

@@ -26,7 +26,12 @@ from ddp_eval.errors import UserError, one_line
 log = logging.getLogger("ddp_eval")
 
 # What transformers logs of a load on every rank, and this module or adapters.py once.
-_REPEATED = (" LOAD REPORT", "The new embeddings will be initialized from", "The new lm_head weights will be initialized from")
+_REPEATED = (
+    "The tied weights mapping and config for this model",
+    " LOAD REPORT",
+    "The new embeddings will be initialized from",
+    "The new lm_head weights will be initialized from",
+)
 
 
 @dataclasses.dataclass
@@ -112,6 +117,22 @@ def name_unused(name: str, found: LoadingReport, model: Any) -> None:
         log.warning(
             "the model %s draws %d of its buffers at random, such as %s: from --seed, here %d",
             *(name, len(found.drawn), min(found.drawn), loading().seeds[2]),
+        )
+
+
+def name_untied(name: str, model: Any) -> None:
+    """Report, from the rank that speaks, weights that the config says are one and the checkpoint has apart: they stay apart.
+
+    transformers (5.23) leaves them so too. lm_eval ties them once it has loaded, vLLM takes the first alone: other numbers.
+    """
+    if not (loading().speaks and hasattr(model, "get_expanded_tied_weights_keys")):
+        return
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    apart = sorted(declared.keys() - model.all_tied_weights_keys.keys())
+    if apart:
+        log.warning(
+            "the config of %s ties %s to %s, and the checkpoint has another: it is used as it is, where lm_eval and vLLM tie it",
+            *(name, apart[0], declared[apart[0]]),
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lm_eval.api.instance import Instance
 
-from ddp_eval.errors import UserError
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.tasks.request_types.asked import Asked
 from ddp_eval.tasks.request_types.base import Answers, RequestType, RunOptions, sum_by_owner
 from ddp_eval.tasks.request_types.generate_until import GenerateUntil
@@ -32,6 +32,19 @@ def makes_text(output_type: str | None) -> bool:
     return any(kind.makes_text for kind in REQUEST_TYPES if output_type in kind.output_types)
 
 
+def _check_texts(instances: Sequence[Instance], options: RunOptions) -> None:
+    """Raise UserError, with the task and the document, for what is to be encoded and is no text: lm_eval encodes only text."""
+    for one in instances:
+        texts = one.args if one.request_type == Loglikelihood.name else one.args[:1]
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(
+                    f"the task {one.task_name} makes a request of {one_line(repr(text), 60)} in document "
+                    f"{options.document(one.task_name, one.doc_id)}, {type(text).__name__} instead of text: doc_to_text and "
+                    "doc_to_target must give text"
+                )
+
+
 def encode(instances: Sequence[Instance], options: RunOptions) -> list[RequestType]:
     """The types that any of the instances are of, each with its own encoded. Raises UserError for what is not served."""
     by_name: dict[str, list[Instance]] = {}
@@ -41,6 +54,7 @@ def encode(instances: Sequence[Instance], options: RunOptions) -> list[RequestTy
     for name, some in by_name.items():
         if name not in served:
             raise UserError(f"the task {some[0].task_name} makes {name} requests, which are not supported yet")
+        _check_texts(some, options)
     parts = [kind(options) for kind in REQUEST_TYPES if kind.name in by_name]
     for part in parts:
         part.encode(by_name[part.name])

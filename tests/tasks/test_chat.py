@@ -97,7 +97,7 @@ def test_a_template_may_be_given_to_a_tokenizer_that_has_none(tiny_model: Callab
     ours = our_prompts(tiny_model("llama"), tokenizer, TASKS[:1], model_args=settings, **options)
     assert ours == prompts_by_lm_eval(tiny_model("llama"), tokenizer, TASKS[:1], lm_args=settings, **options)
     assert "<|im_start|>" in ours[TASKS[0]][0][0][0]
-    with pytest.raises(UserError, match=r"^--apply_chat_template needs a tokenizer with a chat template, and this one has none; "):
+    with pytest.raises(UserError, match=r"^--apply_chat_template needs a tokenizer with a chat template, and this one has none"):
         evaluate(tiny_model("llama"), tokenizer, TASKS[:1], apply_chat_template=True, limit=1)
 
 

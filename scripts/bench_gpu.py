@@ -73,7 +73,7 @@ def tests_part(checked: dict[str, Any]) -> Part:
 
 
 def models_part(args: argparse.Namespace, work: Path) -> Part:
-    shapes = ["tiny", "tiny"] if args.rehearse else ["llama1b", "llama8b"]
+    shapes = ["rehearsal", "rehearsal"] if args.rehearse else ["llama1b", "llama8b"]
     argv = [sys.executable, str(SCRIPTS / "gpu_models.py"), "--shapes", *shapes, "--tasks", args.tasks,
             "--include_path", str(args.include_path), "--out", str(work / "models")]  # fmt: skip
     return Part("models", argv, 20, 120)

@@ -24,6 +24,8 @@ LLAMA23M = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 
 SHAPES: dict[str, dict[str, Any]] = {
     # Next to no computing: what is left is what scripts/bench_prepare.py measures.
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    # As small, with heads that every engine has kernels for (vLLM on a CPU: a width of 32 or more).
+    "rehearsal": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2},
     "llama23m": LLAMA23M,
     "llama100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
     # The first with the vocabulary of Qwen 2 and 3, most of whose tokens no text comes to: the head pays for all of them.

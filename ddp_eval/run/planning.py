@@ -71,7 +71,7 @@ def plan_texts(
     prompts = limits.shorten_answers(prompts, limits.limits_of(engine.whole, is_pair), is_pair)
     tasks = {kind: task for kind, task in reversed(list(zip(prompts.kinds, prompts.tasks, strict=True)))}
     served = [_is_served(engine, settings, pad, tasks.get(kind)) for kind, settings in enumerate(prompts.settings)]
-    why = why_alone or engine.why_not_batches
+    why = why_alone or engine.why_not_batches or _why_not_so_long(engine, prompts)
     sizes, alone = engine.generation_sizes(), tuple(bool(why) or not one for one in served)
     key = sizes, alone, tuple(prompts.limits)
     plan, item_of_prompt = memo.get("texts", asked, key, lambda: plan_batches(prompts, sizes, alone))
@@ -79,6 +79,17 @@ def plan_texts(
         odd = next(kind for kind, one in enumerate(served) if not one)
         why = f"the task {tasks.get(odd)} asks for {prompts.settings[odd].options}"
     return TextDecision(plan, item_of_prompt, why, prompts.limits)
+
+
+def _why_not_so_long(engine: Engine, prompts: Prompts) -> str | None:
+    """Why texts of these lengths are not decoded in batches: the model counts tokens of a forward, not positions."""
+    most = engine.capabilities.max_tree_tokens
+    longest = max(len(tokens) + limit for tokens, limit in zip(prompts.tokens, prompts.limits, strict=True))
+    if most is None or longest <= most:
+        return None
+    return (
+        f"the model goes by a token's index in the forward from {most:,} tokens on, and a prompt with its answer has {longest:,}"
+    )
 
 
 def _is_served(engine: Engine, settings: Settings, pad: int | None, task: str | None) -> bool:

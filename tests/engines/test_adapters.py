@@ -115,6 +115,11 @@ def test_adapters_that_cannot_be_served(tiny_model_path: Callable[[str], Path], 
         our_scores(tmp_path / "a", pretrained=model, peft=str(prompt))
     with pytest.raises(UserError, match=r"holds no adapter: adapter_config\.json is missing"):
         our_scores(tmp_path / "b", pretrained=model, peft=str(tmp_path))
+    invoked = save_adapter(Path(model), tmp_path / "invoked")
+    settings = json.loads((invoked / "adapter_config.json").read_text())
+    (invoked / "adapter_config.json").write_text(json.dumps(settings | {"alora_invocation_tokens": [5, 6]}))
+    with pytest.raises(UserError, match=r"acts by what stands in the whole input \(invocation tokens\)"):
+        our_scores(tmp_path / "d", pretrained=model, peft=str(invoked))
     other = save_adapter(Path(model), tmp_path / "other")
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "k_proj"]}))

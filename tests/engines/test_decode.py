@@ -14,6 +14,7 @@ import tiny_models
 import torch
 import transformers
 from places import GENERATION_TASKS
+from task_files import write_generation_task
 
 import ddp_eval
 from ddp_eval.distributed.world import World
@@ -84,6 +85,26 @@ def test_greedy_texts_are_lm_evals(kind: str, evaluate: Callable[..., Any], tiny
         for name, value in theirs["results"][task].items():
             if "," in name and "stderr" not in name:
                 assert ours["results"][task][name] == value
+
+
+def test_llama4_decodes_alone_where_its_queries_go_by_index(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    """Catches slots in which every token beyond `floor_scale` counts as the first of its forward, silently wrong."""
+    from lm_eval.tasks import TaskManager
+
+    config = tiny_models.CONFIGS["llama4"]()
+    config.floor_scale, config.attn_scale = 600, 2.0  # the self-check does not reach so far
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    text = " ".join(tiny_models.training_text())
+    texts = [text[:4000] + more for more in ("one", "two words")]
+    path = write_generation_task(tmp_path / "task", texts, {"max_gen_toks": 8, "until": ["@"]})
+    manager = TaskManager(include_path=path, include_defaults=False)
+    tokenizer = tiny_models.make_tokenizer(model_max_length=2048)
+    theirs = tiny_models.evaluate_with_lm_eval(model, tokenizer, ["pairs"], task_manager=manager)
+    ours = evaluate(model, ["pairs"], include_path=path)
+    assert answers(ours) == answers(theirs)
+    assert "index in the forward from 599 tokens on" in ours["ddp_eval"]["generation"]["why_one_by_one"]
 
 
 # What layers keep beside keys: an indexer's (Qwen 4 with n-grams of tokens, too), compressed runs of tokens, blocks of them.

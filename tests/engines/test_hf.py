@@ -332,12 +332,22 @@ def test_positions_by_index_are_seen_on_questions_with_choices(
     assert plan.kind != PACKS and "differ by" in (why_rows or "")
 
 
-def test_dynamic_rope_does_not_remember() -> None:
-    """Catches scores that depend on what ran before: transformers keeps the longest length seen and its frequencies."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, max_position_embeddings=32,
-        initializer_range=0.2,
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_dynamic_rope_does_not_remember(kind: str) -> None:
+    """Catches scores that depend on what ran before: transformers keeps the longest length seen and its frequencies.
+
+    Gemma 3 keeps one for each kind of layer.
+    """
+    rope: dict[str, Any] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    by_layer = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    more = (
+        {"layer_types": ["full_attention", "sliding_attention"], "head_dim": 16, "num_key_value_heads": 2}
+        if kind != "llama"
+        else {}
+    )
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        rope_parameters=by_layer if more else rope, max_position_embeddings=32, initializer_range=0.2, **more,
     )  # fmt: skip
     torch.manual_seed(0)
     engine = hf.HFEngine(transformers.AutoModelForCausalLM.from_config(config).eval(), CPU)

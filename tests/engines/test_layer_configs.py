@@ -79,6 +79,14 @@ def test_tensor_parallel_checks_every_layer() -> None:
         tensor_parallel.check_model(build(config), 2)
 
 
+def test_tensor_parallel_leaves_layers_that_look_at_all_columns() -> None:
+    """Catches Gemma 3n's cutoff, of the mean and spread of its feed-forward columns, taken from a rank's share of them."""
+    config = gemma3n()
+    config.activation_sparsity_pattern = [0.95, 0.0]
+    with pytest.raises(UserError, match="cannot split gemma3n_text models: their feed-forward layers"):
+        tensor_parallel.check_model(build(config), 2)
+
+
 def test_tensor_parallel_checks_what_is_split() -> None:
     """Catches DeepSeek V4 refused for its one key-value head, which its plan leaves whole."""
     whole = build(transformers.LlamaConfig(**{**PLAIN, "num_key_value_heads": 1}))

@@ -16,7 +16,15 @@ SCRIPT = make_bench_model.__file__
 @pytest.mark.parametrize(
     ("shape", "millions"),
     [
-        *[("tiny", 1.0), ("llama23m", 22.9), ("llama100m", 109.5), ("llama150k", 69.0), ("llama1b", 1235.8), ("llama8b", 8030.3)],
+        *[
+            ("tiny", 1.0),
+            ("rehearsal", 4.4),
+            ("llama23m", 22.9),
+            ("llama100m", 109.5),
+            ("llama150k", 69.0),
+            ("llama1b", 1235.8),
+            ("llama8b", 8030.3),
+        ],
         *[("qwen3_5_28m", 27.6), ("mamba2_26m", 25.4), ("falcon_h1_27m", 27.7), ("bloom20m", 20.3)],
     ],
 )

@@ -152,7 +152,8 @@ def _unused_weights(peft: Any) -> Iterator[set[str]]:
 
 def unwrap(adapted: Any) -> Any:
     """The transformers model inside a PeftModel, its adapter's layers in it. Raises UserError where they need virtual tokens."""
-    _check_kind(adapted.active_peft_config, "the model's adapter")
+    for name in adapted.active_adapters:
+        _check_kind(adapted.peft_config[name], "the model's adapter")
     return adapted.get_base_model()
 
 
@@ -162,6 +163,11 @@ def _check_kind(config: Any, what: str) -> None:
         raise UserError(
             f"{what} is of the type {kind}, which mixes adapters of other directories by the whole input and is not supported: "
             "evaluate it with lm_eval's own hf model"
+        )
+    if getattr(config, "alora_invocation_tokens", None) or kind == "SHADOW":
+        raise UserError(
+            f"{what} acts by what stands in the whole input ({'invocation tokens' if kind == 'LORA' else kind}), which is not "
+            "supported: evaluate it with lm_eval's own hf model"
         )
     if config.is_prompt_learning:
         raise UserError(

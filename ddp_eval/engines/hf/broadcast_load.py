@@ -6,6 +6,7 @@ For file systems that many nodes read at once slowly. The others build the model
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -87,9 +88,12 @@ def _named_tensors(model: Any) -> list[tuple[str, torch.Tensor, bool]]:
 
 
 def _build_empty(model_args: dict[str, Any], config: Any) -> Any:
-    options = {key: model_args[key] for key in ("attn_implementation",) if key in model_args} | checkpoint.trust(model_args)
+    if model_args.get("use_kernels"):
+        raise UserError("--load broadcast cannot serve model_args use_kernels: give --load disk")
+    computing = ("attn_implementation", "experts_implementation")
+    options = {key: model_args[key] for key in computing if key in model_args} | checkpoint.trust(model_args)
     with torch.device("meta"):
-        return checkpoint.auto_class(config).from_config(config, **options)
+        return checkpoint.auto_class(config).from_config(copy.deepcopy(config), **options)
 
 
 def _fill(model: Any, header: list[_Tensor], device: torch.device) -> None:

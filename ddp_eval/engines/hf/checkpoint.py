@@ -6,6 +6,7 @@ What transformers raises over names, files and arguments that users give becomes
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import os
 import re
@@ -132,7 +133,8 @@ def load_tokenizer(model_args: dict[str, Any]) -> Any:
 
 
 def whole_model(model_args: dict[str, Any], config: Any, is_pair: bool = False) -> Any:
-    """The model with shapes and no weights: on the meta device, in the dtype that it would be loaded in.
+    """The model with shapes and no weights: on the meta device, in the dtype that it would be loaded in; where neither the config
+    nor model_args say that, in float32.
 
     is_pair: as an encoder-decoder.
     """
@@ -143,7 +145,8 @@ def whole_model(model_args: dict[str, Any], config: Any, is_pair: bool = False) 
     if model_args.get("attn_implementation") in masks.IMPLEMENTATIONS:  # others may not be installed here
         options["attn_implementation"] = model_args["attn_implementation"]
     with _as_user_error(f"cannot build the model {model_args['pretrained']}"), torch.device("meta"):
-        return auto_class(config, is_pair).from_config(config, dtype=dtype, **options)
+        # transformers writes the dtype into the config, by which others would then load.
+        return auto_class(config, is_pair).from_config(copy.deepcopy(config), dtype=dtype, **options)
 
 
 def load_weights(
@@ -298,4 +301,6 @@ def _as_user_error(what: str) -> Any:
         if unknown:
             raise UserError(f"{what}: it takes no model_args {unknown[1]}") from error
         first = one_line(error, 1000).split(". ")[0].removesuffix(".")
+        if "`trust_remote_code" in str(error):
+            first += ": --trust_remote_code runs it"
         raise UserError(f"{what}: {one_line(first)}{hub.advice(error)}") from error

@@ -59,9 +59,11 @@ class HFEngine(TransformersEngine):
         self.tree_attention = self.plain_attention if keep_attention else choose_attention(model, self.plain_attention, device)
         self._attention = self.plain_attention
         self._stateful_rope = [
-            module
+            (module, prefix)
             for module in model.modules()
-            if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "max_seq_len_cached")
+            if hasattr(module, "max_seq_len_cached")
+            for prefix, kind in _rope_types(module)
+            if kind == "dynamic"
         ]
         self._own_draws = ForwardDraws(device, capabilities.draws(self.config))
         self._faster = contextlib.ExitStack()
@@ -105,9 +107,9 @@ class HFEngine(TransformersEngine):
 
     def _forget_lengths(self) -> None:
         """Dynamic rotary scaling remembers the longest input so far: its numbers would depend on the order of forwards."""
-        for module in self._stateful_rope:
-            module.max_seq_len_cached = module.original_max_seq_len
-            module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
+        for module, prefix in self._stateful_rope:
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+            module.register_buffer(f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"), persistent=False)
 
     def max_reads(self) -> int | None:
         """How many reads keep one forward's logits within 1 GiB of float32; None where they are never all there at once."""
@@ -515,6 +517,12 @@ def _agree(parts: torch.Tensor, whole: torch.Tensor, dtype: torch.dtype) -> bool
     # Rounding moves some of them; another way moves all.
     off = float((parts - whole).abs().nan_to_num(posinf=0.0).mean())
     return off <= allowed / 4 * largest and torch.allclose(parts, whole, rtol=allowed, atol=allowed * largest, equal_nan=True)
+
+
+def _rope_types(module: Any) -> list[tuple[str, str]]:
+    """(how its names begin, the kind of scaling) of a rotary module: one, or one for each kind of layer."""
+    found = getattr(module, "rope_type", None)
+    return [(f"{layer}_", kind) for layer, kind in found.items()] if isinstance(found, dict) else [("", str(found))]
 
 
 def load_engine(model_args: dict[str, Any], config: Any, device: torch.device) -> HFEngine:

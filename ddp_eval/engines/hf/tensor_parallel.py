@@ -41,6 +41,11 @@ def check_model(whole: Any, ranks: int) -> None:
             f"--layout tensor:{ranks} cannot split {config.model_type} models: transformers has no plan for them: "
             f"give --layout {f'layers:{ranks}' if config.model_type in pipeline_parallel.MODEL_TYPES else 'replicas'}"
         )
+    if any(getattr(config, "activation_sparsity_pattern", None) or ()):
+        raise UserError(
+            f"--layout tensor:{ranks} cannot split {config.model_type} models: their feed-forward layers keep the largest of all "
+            "columns, and a rank has some"
+        )
     shapes = costs.head_shapes(config)
     sizes = {
         "attention heads": {heads for heads, _, _ in shapes},

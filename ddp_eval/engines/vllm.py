@@ -264,7 +264,7 @@ class VllmEngine(Engine):
             SamplingParams(
                 **common,
                 logprob_token_ids=sorted(set(prompt.targets.values())) or None,
-                prompt_logprobs=0 if prompt.inner else None,
+                prompt_logprobs=1 if prompt.inner else None,  # the best one, too
             )
             for prompt in prompts
         ]
@@ -346,14 +346,18 @@ def _until_broken(completion: Any) -> list[int]:
 
 
 def _read_off(prompt: Prompt, output: Any, logprobs: npt.NDArray[np.float64], is_greedy: npt.NDArray[np.bool_]) -> None:
-    """Put one prompt's answers into their places."""
+    """Put one prompt's answers into their places.
+
+    A token is greedy where none is likelier, tied ones included: vLLM's ranks count them as ahead. NaN is never greedy.
+    """
     completion = output.outputs[0]
     chosen = completion.token_ids[0]
     following = completion.logprobs[0]
     for answer, target in prompt.targets.items():
         logprobs[answer] = following[target].logprob
-        is_greedy[answer] = target == chosen
+        is_greedy[answer] = following[target].logprob >= following[chosen].logprob
     for answer, position in prompt.inner:
-        found = output.prompt_logprobs[position][prompt.tokens[position]]
-        logprobs[answer] = found.logprob
-        is_greedy[answer] = found.rank == 1
+        shown = output.prompt_logprobs[position]
+        own = shown[prompt.tokens[position]].logprob
+        logprobs[answer] = own
+        is_greedy[answer] = all(own >= other.logprob for other in shown.values())

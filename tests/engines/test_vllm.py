@@ -1,6 +1,8 @@
 """vLLM: which prompts answer a pack; and, marked `vllm`, vLLM itself against transformers."""
 
+import dataclasses
 import json
+import logging
 import shlex
 import sys
 from types import SimpleNamespace
@@ -17,9 +19,9 @@ from task_files import write_generation_task
 
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import vllm
-from ddp_eval.engines.hf import checkpoint
-from ddp_eval.errors import UserError
+from ddp_eval.engines import vllm, vllm_arguments
+from ddp_eval.engines.hf import checkpoint, limits
+from ddp_eval.errors import OutOfRange, UserError
 from ddp_eval.packs import batches
 from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.plan import build_pack
@@ -261,7 +263,7 @@ class CountingModel:
         self.asked, self.broken = [], broken
         cache = SimpleNamespace(enable_prefix_caching=True)
         self.llm_engine = SimpleNamespace(
-            model_config=SimpleNamespace(dtype=torch.float32), vllm_config=SimpleNamespace(cache_config=cache)
+            model_config=SimpleNamespace(dtype=torch.float32, max_model_len=512), vllm_config=SimpleNamespace(cache_config=cache)
         )
 
     def generate(self, inputs, settings, use_tqdm):
@@ -404,6 +406,136 @@ def test_lm_evals_own_arguments_do_not_reach_vllm(monkeypatch, tiny_model_path):
     config = Config(model="vllm", model_args={**model_args, "lora_local_path": "adapter"})
     with pytest.raises(UserError, match="model_args lora_local_path is not for --model vllm: give --model hf, or save"):
         choose_layout(config, model_config, world)
+
+
+@pytest.mark.parametrize(
+    ("model_args", "sentence"),
+    [
+        ({"tokenizer_mode": "slow"}, "tokenizer_mode is not supported with --model vllm: use_fast_tokenizer=False"),
+        ({"tokenizer_revision": "x"}, "tokenizer_revision is not supported with --model vllm: revision is"),
+        ({"chat_template": "a.jinja"}, "chat_template is not supported with --model vllm: give chat_template_args="),
+        ({"max_length": 64, "max_model_len": 64}, "max_length and max_model_len in --model_args are two names of the same"),
+        ({"load_format": "dummy"}, "load_format=dummy is for weights drawn at random"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend=ray is for one rank"),
+    ],
+)
+def test_arguments_without_effect_are_refused(model_args, sentence):
+    """Catches an argument that is taken, written down, and changes nothing."""
+    with pytest.raises(UserError, match=sentence):
+        vllm_arguments.check_arguments(model_args, 2)
+    vllm_arguments.check_arguments({"tokenizer_mode": "auto", "max_length": 64, "distributed_executor_backend": None}, 2)
+    vllm_arguments.check_arguments({"distributed_executor_backend": "ray"}, 1)
+
+
+def test_a_device_that_vllm_would_not_take(monkeypatch, tiny_model_path):
+    """Catches --device cuda:1 that runs on GPU 0, and --device cpu that runs on a GPU."""
+    monkeypatch.setattr(vllm, "check_installed", lambda: None)
+    model_args = {"pretrained": str(tiny_model_path("llama"))}
+    world, model_config = World(0, 0, 1, torch.device("cpu")), checkpoint.load_config(model_args)
+
+    def choose(device):
+        return choose_layout(Config(model="vllm", model_args=model_args, device=device), model_config, world)
+
+    with pytest.raises(UserError, match="--device cuda:1 is not for --model vllm: set CUDA_VISIBLE_DEVICES=1 and leave --device"):
+        choose("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--device cpu is not for --model vllm where there is a GPU"):
+        choose("cpu")
+    for device in (None, "cuda", "cuda:0"):
+        choose(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    choose("cpu")
+
+
+@dataclasses.dataclass
+class ImageArgs:
+    """Stands in for vllm.EngineArgs."""
+
+    language_model_only: bool = False
+
+
+def test_models_that_read_images_start_without_them():
+    """Catches a checkpoint with a part for images, for which vLLM asks for the tokenizer that it is not given."""
+    text = tiny_models.CONFIGS["llama"]()
+    with_images = SimpleNamespace(get_text_config=lambda: text)
+    new, old = SimpleNamespace(EngineArgs=ImageArgs), SimpleNamespace()
+    assert vllm_arguments.llm_options(new, {}, with_images, 1)["language_model_only"] is True
+    assert vllm_arguments.llm_options(new, {"language_model_only": False}, with_images, 1)["language_model_only"] is False
+    assert "language_model_only" not in vllm_arguments.llm_options(new, {}, text, 1)
+    assert "language_model_only" not in vllm_arguments.llm_options(old, {}, with_images, 1)
+
+
+def start(monkeypatch, model_args, llm):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
+    monkeypatch.setattr(vllm, "check_installed", lambda: None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    config = checkpoint.load_config({"pretrained": model_args["pretrained"]})
+    return vllm.load_vllm_engine(model_args, config, World(0, 0, 1, torch.device("cpu")))
+
+
+def test_why_vllm_does_not_start(monkeypatch, tiny_model_path):
+    """Catches a reason cut off before its end, none for a bare assert, and a level of logging that the user set, overruled."""
+    model_args = {"pretrained": str(tiny_model_path("llama"))}
+
+    def fail(**options):
+        raise RuntimeError("long " * 100 + "the end")
+
+    def assert_only(**options):
+        assert options["model"] == "another"
+
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    with pytest.raises(UserError, match=r"vLLM cannot start with the model .*: RuntimeError: long .*the end"):
+        start(monkeypatch, model_args, fail)
+    assert logger.level == logging.INFO
+    with pytest.raises(UserError, match=r"AssertionError: ."):
+        start(monkeypatch, model_args, assert_only)
+    where = vllm._reason(_raised(AssertionError()))
+    assert where.startswith("AssertionError: raise error (") and "test_vllm.py:" in where
+
+
+def _raised(error):
+    try:
+        raise error
+    except AssertionError as found:
+        return found
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_vllm_loads(monkeypatch, tiny_model_path):
+    """Catches minutes of loading before a refusal that needs none."""
+    begun = []
+
+    def refuse(model_args, config):
+        raise UserError("cannot build the model")
+
+    monkeypatch.setattr(checkpoint, "whole_model", refuse)
+    with pytest.raises(UserError, match="cannot build the model"):
+        start(monkeypatch, {"pretrained": str(tiny_model_path("llama"))}, lambda **options: begun.append(options))
+    assert not begun
+
+
+def test_the_engines_own_window(monkeypatch, tiny_model_path):
+    """Catches a prompt longer than vLLM's own window (of longrope models the original one) that ends in a traceback of vLLM's."""
+    for value in (-1, "4k", 1):
+        with pytest.raises(UserError, match=f"max_model_len in --model_args must be a whole number of 2 or more, got {value}"):
+            Config(model="vllm", model_args={"pretrained": "m", "max_model_len": value})
+    engine = start(monkeypatch, {"pretrained": str(tiny_model_path("llama"))}, lambda **options: CountingModel())
+    assert engine.window == 512
+
+    def check(length, prompt, limit):
+        requests = requests_from_lists([[5, 6], [7] * length], [1, 1])
+        prompts = batches.Prompts([np.full(prompt, 5)], [0], [limit], [0], [batches.Settings((), {})], ["story"])
+        limits.check_requests(requests, prompts, engine, {})
+
+    check(512, 500, 12)
+    sentence = r"has 512 tokens, and is to hold 513: give max_model_len=512 in --model_args, or 513"
+    with pytest.raises(OutOfRange, match=sentence) as found:
+        check(513, 500, 12)
+    assert (found.value.index, found.value.is_prompt) == (1, False)
+    with pytest.raises(OutOfRange, match="is to hold 513") as found:
+        check(512, 500, 13)
+    assert (found.value.index, found.value.is_prompt) == (0, True)
 
 
 def test_max_gen_toks_is_for_tasks_without_a_limit():

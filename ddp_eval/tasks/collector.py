@@ -13,7 +13,7 @@ import lm_eval.utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from ddp_eval.config import Config
+from ddp_eval.config import ENGINES, Config
 from ddp_eval.distributed import watchdog
 from ddp_eval.errors import OutOfRange, UserError, one_line
 from ddp_eval.output import irregular
@@ -63,6 +63,7 @@ class RequestCollector(TemplateLM):
             config.seed[2],
             config.model_args.get("think_end_token"),
             config.model_args.get("max_gen_toks"),
+            ENGINES[config.model].stops_behind_thinking,
         )
         self._answer = answer
         self._phases = phases

@@ -14,7 +14,7 @@ import numpy as np
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import handle_arg_string
 
-from ddp_eval.config import read_think_end
+from ddp_eval.config import ThinkEnd, read_think_end
 from ddp_eval.errors import UserError, one_line
 from ddp_eval.packs.batches import Prompts, Settings, as_bytes
 from ddp_eval.tasks.reasoning import finish_answer
@@ -28,6 +28,8 @@ class GenerationRequests:
 
     tasks: of each request, for messages. seed: --seed's third value, torch's; None draws one.
     think_end_token, max_gen_toks: as in lm_eval's model_args; the second is for tasks that set no limit, 256 if not given.
+    stops_behind_thinking: with think_end_token, only EOS ends an answer, and stop strings cut what is behind the thinking;
+        the end of thinking may be made of special tokens. So it is in lm_eval's vLLM backend.
     truncated: requests that lost the left end of their prompt. bare: those whose prompt has no token: the prefix token is it.
     Raises UserError for settings that leave no room or cannot be meant.
     """
@@ -40,9 +42,13 @@ class GenerationRequests:
         seed: int | None,
         think_end_token: str | int | None = None,
         max_gen_toks: int | None = None,
+        stops_behind_thinking: bool = False,
     ) -> None:
         self._tokenizer = encoder.tokenizer
-        self._think_end = read_think_end({"think_end_token": think_end_token})
+        self._think_end: ThinkEnd | tuple[int, ...] = read_think_end({"think_end_token": think_end_token})
+        late = stops_behind_thinking and self._think_end is not None
+        if late and isinstance(self._think_end, str):
+            self._think_end = _as_special(self._tokenizer, self._think_end)
         self._separate = encoder.separate
         self._max_gen_toks = max_gen_toks or MAX_GEN_TOKS
         self._eos = _eos_text(self._tokenizer)
@@ -71,8 +77,11 @@ class GenerationRequests:
             kinds.append(settings[chosen.name()])
             limits.append((limit + len(ids) if total is None else int(total)) - given)
             tokens.append(np.array(ids, dtype=np.int32))
+        self._cuts = [one.until for one in kinds_of]
+        ends = [tuple(text for text in cuts if text == self._eos) if late else cuts for cuts in self._cuts]
         bare = [
-            Settings(one.until, {key: value for key, value in one.options.items() if key != "max_length"}) for one in kinds_of
+            Settings(until, {key: value for key, value in one.options.items() if key != "max_length"})
+            for until, one in zip(ends, kinds_of, strict=True)
         ]
         seeds = _seed_each(tokens, kinds, bare, seed)
         self.prompts = Prompts(tokens, kinds, limits, seeds, bare, tasks)
@@ -108,9 +117,11 @@ class GenerationRequests:
 
     def read(self, kind: int, answer: list[int]) -> str:
         """What lm_eval makes of an answer's tokens: its text after the thinking, up to the first stop string."""
-        until = self.prompts.settings[kind].until
         return finish_answer(
-            answer, lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)), until, self._think_end
+            answer,
+            lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True)),
+            self._cuts[kind],
+            self._think_end,
         )
 
 
@@ -123,6 +134,12 @@ def _read_texts(gen_kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(read.get("do_sample"), (int, np.bool_)):
         read["do_sample"] = bool(read["do_sample"])  # 1 means True
     return {name: value for name, value in read.items() if name != "until" or value is not None}
+
+
+def _as_special(tokenizer: Any, text: str) -> str | tuple[int, ...]:
+    """The ids of a text with special tokens in it, which no decoded answer would show; of any other, the text."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return tuple(ids) if set(ids) & set(tokenizer.all_special_ids) else text
 
 
 def _eos_text(tokenizer: Any) -> str | None:

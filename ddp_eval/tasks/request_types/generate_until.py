@@ -41,6 +41,7 @@ class GenerateUntil(RequestType):
             options.seed,
             options.think_end_token,
             options.max_gen_toks,
+            options.stops_behind_thinking,
         )
         self.prompts = self._generation.prompts
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -94,9 +95,7 @@ def parse(argv: Sequence[str]) -> Evaluation:
     if unknown:
         raise UserError(f"the run in {options.run} has the setting {unknown[0]}, which this version of ddp_eval does not know")
     config = Config(**values)
-    # Relative paths of the model, of task files and of their data start from there.
-    if os.path.isdir(manifest.get("working_directory") or ""):
-        os.chdir(manifest["working_directory"])
+    os.chdir(_starting_directory(manifest))
     reproduction = Reproduction(earlier, config, manifest, frozenset(options.allow or ()), expectation)
     return Evaluation(config, inspect=reproduction.inspect, conclude=reproduction.conclude)
 
@@ -131,8 +130,8 @@ def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) 
         )
     if config.get("confirm_run_unsafe_code") and not options.confirm_run_unsafe_code:
         raise UserError(f"the run in {options.run} runs code that a model writes: --confirm_run_unsafe_code allows it")
-    start = Path(manifest.get("working_directory") or "")
-    own = [start / str(word) for word in _task_files(config)]
+    start = _starting_directory(manifest)
+    own = [start / str(word) for word in _task_files(config, start)]
     if own and not options.trust_task_files:
         folders = [place if os.path.isdir(place) else place.parent for place in own]
         code = sorted(name for folder in folders for name in _list_code(folder))
@@ -149,10 +148,23 @@ def _list_code(folder: Path) -> list[str]:
     return [name for name in itertools.islice(files, _MAX_LISTED) if name.endswith(".py")]
 
 
-def _task_files(config: Mapping[str, Any]) -> list[Any]:
+def _task_files(config: Mapping[str, Any], start: Path) -> list[Any]:
     """Where task files lie that are not lm_eval's or ours: --include_path, and files and directories among --tasks."""
-    words = [word for word in config.get("tasks") or [] if "/" in str(word) or str(word).endswith((".yaml", ".yml"))]
+    words = [word for word in config.get("tasks") or [] if _may_be_task_files(word, start)]
     return [*([config["include_path"]] if config.get("include_path") else []), *words]
+
+
+def _may_be_task_files(word: str, start: Path) -> bool:
+    """Whether tasks/select.py may read files for this word of --tasks, if it is no task's name. start: the working directory."""
+    if "/" in word or word.endswith((".yaml", ".yml")):
+        return True
+    return os.path.isdir(start / word) and bool(glob.glob(os.path.join(word, "*.yaml"), root_dir=start))
+
+
+def _starting_directory(manifest: Mapping[str, Any]) -> Path:
+    """Where relative paths of the model, of task files and of their data start: where the run began, else here."""
+    began = manifest.get("working_directory") or ""
+    return Path(began if os.path.isdir(began) else os.getcwd())
 
 
 def list_changes(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -148,17 +148,29 @@ def test_what_cannot_be_run_again(run, change, sentence):
             "--trust_task_files",
             r"runs the Python code \(evil.py\) of task files in .*one.yaml",
         ),
+        ({"tasks": ["t", "tasks"]}, "--trust_task_files", r"runs the Python code \(evil.py\) of task files in .*/tasks"),
     ],
 )
 def test_no_code_runs_on_a_manifests_word(run, tmp_path, monkeypatch, change, flag, sentence):
     """Catches a stranger's manifest that has code run here without a flag on this command line."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "evil.py").touch()
+    (tmp_path / "tasks" / "one.yaml").touch()
     monkeypatch.chdir(tmp_path)
     directory = run(config={**MANIFEST["config"], **change}, working_directory=str(tmp_path))
     with pytest.raises(UserError, match=sentence + f".*: {flag} allows it"):
         parse([str(directory)])
     assert parse([str(directory), flag]).config.output_path
+    gone = run(config={**MANIFEST["config"], **change}, working_directory="/nowhere")  # relative paths start from here
+    with pytest.raises(UserError, match=sentence + f".*: {flag} allows it"):
+        parse([str(gone)])
+
+
+def test_a_directory_without_task_files_may_have_a_tasks_name(run, tmp_path, monkeypatch):
+    """Catches a run that is refused over a directory of results, named after its task, beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").mkdir()
+    assert parse([str(run(working_directory=str(tmp_path)))]).config.tasks == ["t"]
 
 
 def test_a_complete_run_is_no_reproduction(run, tmp_path):

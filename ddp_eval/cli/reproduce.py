@@ -35,6 +35,7 @@ _PLAIN_ARGS = {
     "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "kv_cache_dtype", "quantization",
 }  # fmt: skip
 _PLAIN_PREFIXES = ("bnb_4bit_", "llm_int8_")
+_TOKENIZERS_OF_TASKS = ("tokenizer", "pretrained", "model")  # names in metadata by which lm_eval's tasks load one
 _MAX_LISTED = 10_000  # entries of a directory of task files that are looked at for code
 _ABOUT = """\
 Runs the evaluation of RUN_DIR again, from its manifest.json, on the ranks that torchrun starts or on one, and
@@ -128,6 +129,7 @@ def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) 
             f"the run in {options.run} gives the library that loads its model the settings {', '.join(others[:5])}, which can "
             "make it run code: --trust_remote_code allows it"
         )
+    _refuse_tokenizers(config, options)
     if config.get("confirm_run_unsafe_code") and not options.confirm_run_unsafe_code:
         raise UserError(f"the run in {options.run} runs code that a model writes: --confirm_run_unsafe_code allows it")
     start = _starting_directory(manifest)
@@ -139,6 +141,19 @@ def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) 
         places = ", ".join(map(str, own))
         raise UserError(
             f"the run in {options.run} runs the Python code{which} of task files in {places}: --trust_task_files allows it"
+        )
+
+
+def _refuse_tokenizers(config: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Raise UserError where tasks such as RULER's would load a tokenizer that is not the model's and that nobody has allowed."""
+    model_args, metadata = config.get("model_args") or {}, config.get("metadata") or {}
+    own = [model_args.get("tokenizer"), model_args.get("pretrained")]
+    others = {name: metadata[name] for name in _TOKENIZERS_OF_TASKS if metadata.get(name) and metadata[name] not in own}
+    if others and not options.trust_remote_code:
+        named = ", ".join(f"{name} {show(value)}" for name, value in others.items())
+        raise UserError(
+            f"the run in {options.run} has its tasks load another tokenizer than the model's (metadata {named}), which may come "
+            "with code: --trust_remote_code allows it"
         )
 
 

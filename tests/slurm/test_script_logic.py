@@ -410,6 +410,24 @@ def test_report_of_an_edited_list(flags, tmp_path):
     assert not (tmp_path / "out" / "compare.t.txt").exists()
 
 
+def test_report_of_tasks_whose_names_go_on_behind_a_dot(tmp_path):
+    """Catches the comparison of mmlu.pro deleted as if it were one of mmlu, and one of an earlier report left."""
+    out = tmp_path / "out"
+    (tmp_path / "list.txt").write_text("model a\nmodels small --models x\ntasks mmlu.pro --tasks p\ntasks mmlu --tasks m\n")
+    (tmp_path / "eval.sh").write_text("PYTHON=(echo)\nPROGRAM=(program)\nsetup() { :; }\n# EDIT ends here.\n")
+    run = out / "small" / "mmlu.pro"
+    (run / "logs").mkdir(parents=True)
+    (run / "status.json").write_text(DONE % 7)
+    (run / "logs" / "flags").write_text(f"sweep\n--models\nx\n--tasks\np\n--output_path\n{run}\n")
+    for name in ("mmlu.small", "mmlu", "mmlu.of.another.list"):
+        (out / f"compare.{name}.txt").write_text("earlier")
+    words = [ROOT / "slurm" / "sweep.sh", "--report", tmp_path / "list.txt", out, tmp_path / "eval.sh"]
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    assert "small mmlu.pro: done\n" in finished.stdout, finished
+    left = {path.name: path.read_text() for path in out.glob("compare.*")}
+    assert left == {"compare.mmlu.pro.small.txt": f"program compare {run}\n", "compare.mmlu.of.another.list.txt": "earlier"}
+
+
 @pytest.mark.parametrize("command", [[], ["--report"]])
 def test_quote_that_is_not_closed(command, tmp_path):
     """Catches words dropped behind a quote that is never closed: the elements would run with half of their flags."""

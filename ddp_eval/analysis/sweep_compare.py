@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ddp_eval.analysis.difference import compare_scores, count_flips, differences
+from ddp_eval.analysis.difference import NEAR_TIE_NATS, compare_scores, count_flips, differences
 from ddp_eval.analysis.matching import align
 from ddp_eval.analysis.read import Run, read_run
 from ddp_eval.analysis.sweep import Metric, Model, Score, Sweep, describe
@@ -21,12 +21,12 @@ SIGNIFICANT = 0.05
 _OWN = ("model", "layout")  # groups of differences that each model of a sweep may have from the others
 
 
-def compare_sweep(sweep: Sweep, against: str = FIRST) -> dict[str, Any]:
+def compare_sweep(sweep: Sweep, against: str = FIRST, near_tie_nats: float = NEAR_TIE_NATS) -> dict[str, Any]:
     """A plain dict, ready for JSON, tables and the page.
 
-    {"path", "against", "metrics": [{"task", "key", "reference"}], "models": [what `sweep.describe` says of each, and by
-    metric what `_judge` adds; "flips": {"first" and "previous": counts with the name of the other model}; "differences" in
-    what was run from the first}]}.
+    {"path", "against", "near_tie_nats", "metrics": [{"task", "key", "reference"}], "models": [what `sweep.describe` says of
+    each, and by metric what `_judge` adds; "flips": {"first" and "previous": counts with the name of the other model};
+    "differences" in what was run from the first}]}.
     """
     references = _references(sweep, against)
     kept: dict[str, Run] = {}
@@ -41,14 +41,17 @@ def compare_sweep(sweep: Sweep, against: str = FIRST) -> dict[str, Any]:
         first = first or (model.name, run)
         series = model.series if model.step is not None else ""
         before = {FIRST: first, "previous": previous.get(series)}
-        shown["flips"] = {name: _flips(other, model, run) for name, other in before.items() if other and other[0] != model.name}
+        others = {name: other for name, other in before.items() if other and other[0] != model.name}
+        shown["flips"] = {name: _flips(other, run, near_tie_nats) for name, other in others.items()}
         shown["differences"] = [one for one in differences(first[1], run) if one["group"] not in _OWN]
         _add_paired(shown, model, run, references, kept)
         previous[series] = model.name, run
     metrics = [{"task": metric.task, "key": metric.key, "reference": references.get(metric)} for metric in sweep.metrics]
     for metric in sweep.metrics:
         _judge([one["metrics"].get(metric.task, {}).get(metric.key) for one in models])
-    return {"path": str(sweep.path), "against": against, "metrics": metrics, "models": models}
+    return {
+        "path": str(sweep.path), "against": against, "near_tie_nats": near_tie_nats, "metrics": metrics, "models": models,
+    }  # fmt: skip
 
 
 def _read(sweep: Sweep, kept: dict[str, Run], needed: set[str]) -> Iterator[tuple[Model, Run | None]]:
@@ -92,8 +95,8 @@ def best_of(scores: list[tuple[str, Score]]) -> str | None:
     return max(numbers, key=lambda one: one[1].value if one[1].higher_is_better else -one[1].value)[0]
 
 
-def _flips(other: tuple[str, Run], model: Model, run: Run) -> dict[str, Any]:
-    return {"name": other[0], **count_flips(other[1], align(other[1], run)[0])}
+def _flips(other: tuple[str, Run], run: Run, near_tie_nats: float) -> dict[str, Any]:
+    return {"name": other[0], **count_flips(other[1], align(other[1], run)[0], near_tie_nats)}
 
 
 def _add_paired(shown: dict[str, Any], model: Model, run: Run, references: Mapping[Metric, str], kept: Mapping[str, Run]) -> None:

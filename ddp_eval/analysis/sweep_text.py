@@ -104,6 +104,7 @@ def _legend(compared: dict[str, Any], done: list[dict[str, Any]]) -> list[str]:
     return [
         f"differences from {against}, paired by document; p by McNemar's exact test, where it applies, or by bootstrap;",
         f"* p below {SIGNIFICANT} after Holm's correction for the models compared in that metric",
+        f"near ties: flipped answers whose choices lie within {compared['near_tie_nats']:g} nats in both runs",
         "",
     ]
 

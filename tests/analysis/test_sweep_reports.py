@@ -110,6 +110,15 @@ def test_against_the_first(made):
     assert all(one["differences"] == [] for one in compared["models"])
 
 
+@pytest.mark.parametrize(("nats", "share"), [("1e9", 1), ("-1", 0)])
+def test_near_ties_of_a_sweep_are_as_near_as_asked(nats, share, made, capsys):
+    """Catches --near_tie dropped where `compare` is given the directory of a sweep."""
+    assert compare.main([str(made), "--near_tie", nats, "--json"]) == 0
+    flips = [one["flips"]["first"] for one in json.loads(capsys.readouterr().out)["models"] if one["flips"]]
+    assert [one["near_ties"] for one in flips] == [share * one["answers_flipped"] for one in flips]
+    assert any(one["answers_flipped"] for one in flips)
+
+
 def test_a_group_is_its_documents(made):
     """Catches a group without a p-value, though all of its documents are there, or one of a mean of means."""
     compared = compare_sweep(read_sweep(made))

@@ -20,6 +20,7 @@ from ddp_eval.output.documents import TRANSFORMS, FloatArray
 IntArray = npt.NDArray[np.int64]
 
 RESAMPLES = 10_000
+LEAST_P = 1 / (RESAMPLES + 1)  # by bootstrap
 LEAST_CLUSTERS = 20  # resamples of fewer hold too few draws for an interval or a p-value
 _MOST_KINDS = 64  # of clusters alike: few kinds are drawn by multinomials, which is faster than one by one
 _DRAWS_AT_ONCE = 2**22

@@ -13,6 +13,7 @@ import pytest
 from browser import look, needs_chromium
 from sweeps import TASKS, entry, make_sweep, write_state
 
+from ddp_eval.analysis import paired, sweep_compare
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.read import read_run
 from ddp_eval.analysis.sweep import Metric, Score, read_sweep
@@ -168,6 +169,37 @@ def test_holm_by_hand():
     """Catches Bonferroni, values in another order, and one below a smaller one's."""
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+    assert holm([0.01, 0.04], 6) == pytest.approx([0.06, 0.2])  # four others are not known
+
+
+def judged(against: str, count: int, p: float) -> tuple[int, list[dict[str, Any]]]:
+    """What is said of `count` models, each but the last with a p-value by bootstrap of its difference from that."""
+    scores: list[dict[str, Any]] = [
+        {"value": 0.5, "higher_is_better": True, "paired": {"difference": -0.1, "p_mcnemar": None, "p_bootstrap": p}}
+        for _ in range(count - 1)
+    ]
+    return sweep_compare._judge([*scores, {"value": 0.6, "higher_is_better": True}], against), [one["paired"] for one in scores]
+
+
+def test_the_best_is_corrected_for_all_pairs():
+    """Catches stars for chance: the best of k equal models on some documents is ahead of the others by luck alone."""
+    comparisons, found = judged("best", 6, 0.006)
+    assert comparisons == 15 and [one["p_holm"] for one in found] == pytest.approx([0.09] * 5)
+    assert not any(one["significant"] for one in found)
+    comparisons, found = judged("first", 6, 0.006)
+    assert comparisons == 5 and [one["p_holm"] for one in found] == pytest.approx([0.03] * 5)
+    assert all(one["significant"] for one in found)
+
+
+@pytest.mark.parametrize(("count", "starred"), [(32, True), (33, False)])
+def test_the_least_p_value_may_have_a_star(count, starred):
+    """Catches a sweep of so many models that nothing found by bootstrap can be significant, and that does not say so."""
+    comparisons, found = judged("best", count, paired.LEAST_P)
+    assert found[0]["significant"] is starred
+    said = sweep_compare.explain_stars({"against": "best", "metrics": [{"comparisons": comparisons}]})
+    assert said.startswith("p below 0.05 after Holm's correction for all pairs of models in that metric")
+    assert ("of more than 500 comparisons (here up to 528) the least p by bootstrap, 0.0001, has none" in said) is not starred
 
 
 @pytest.mark.parametrize("file", ["results.json", "scores.parquet", "manifest.json"])

@@ -17,6 +17,7 @@ from ddp_eval.telemetry.summary import PHASES
 # Colours that occur nowhere else, each replaced by the style sheet's variable of that name.
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"
 _SERIES = [f"#0102{10 + number}" for number in range(10)]
+_LINES = ("-", "--", ":", "-.")
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line", **{color: f"c{number}" for number, color in enumerate(_SERIES)}}
 
 WIDTH_IN = 8.0
@@ -50,13 +51,14 @@ def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: 
 
 def curves(series: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[float | None]]]) -> str:
     """One metric over steps. series: name, steps, values, standard errors; 95% intervals are bars."""
-    shown = series[: len(_SERIES)]
+    looks = list(itertools.product(_LINES, _SERIES))  # colours come again with another kind of line
+    shown = series[: len(looks)]
     figure, axes = _figure(2.3 + 0.18 * (len(shown) if len(shown) > 1 else 0), width_in=CURVE_WIDTH_IN)
-    for (name, steps, values, stderrs), color in zip(shown, _SERIES, strict=False):
+    for (name, steps, values, stderrs), (line, color) in zip(shown, looks, strict=False):
         errors = [1.96 * (stderr or 0.0) for stderr in stderrs]
         axes.errorbar(
-            steps, values, yerr=errors, fmt="o-", color=color, markersize=3.5, capsize=2, linewidth=1.4, elinewidth=0.9,
-            label=printable(name)[:_MAX_LEGEND],
+            steps, values, yerr=errors, fmt="o", linestyle=line, color=color, markersize=3.5, capsize=2, linewidth=1.4,
+            elinewidth=0.9, label=printable(name)[:_MAX_LEGEND],
         )  # fmt: skip
     every = sorted(step for _, steps, _, _ in shown for step in steps)
     if every[-1] > _LOG_STEPS * max(1, every[len(every) // 2]):
@@ -72,7 +74,7 @@ def curves(series: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[
     else:
         axes.locator_params(axis="y", nbins=5)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
-    axes.set_xlabel("step")
+    axes.set_xlabel("step" + (f"; the first {len(shown)} of {len(series)}" if len(series) > len(shown) else ""))
     axes.grid(color=_GRID, linewidth=0.8)
     if len(shown) > 1:
         _legend(axes, 1)

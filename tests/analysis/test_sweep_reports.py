@@ -373,7 +373,11 @@ def test_steps_over_several_orders_of_magnitude():
     perplexities = plots.curves([("a", [1, 2, 3], [1e9, 30.0, 10.0], [1e11, 1.0, None])])
     assert "10" in perplexities and "2.5e" not in perplexities  # powers of ten
     many = [(f"series {number} $", [1, 2], [0.1, 0.2], [0.01, None]) for number in range(15)]
-    assert "series 9 $" in plots.curves(many) and "series 10 $" not in plots.curves(many)
+    drawn = plots.curves(many)
+    assert all(f"series {number} $" in drawn for number in range(15))
+    assert "stroke-dasharray" in drawn and "stroke-dasharray" not in plots.curves(many[:10])  # the colours come again
+    drawn = plots.curves([(f"series {number} $", [1, 2], [0.1, 0.2], [0.01, None]) for number in range(41)])
+    assert "series 39 $" in drawn and "series 40 $" not in drawn and "step; the first 40 of 41" in drawn
 
 
 def test_the_tasks_are_real(made):

@@ -117,7 +117,7 @@ def _results_plot(run: Run) -> str | None:
 
 
 def _difference_plot(comparison: dict[str, Any]) -> str | None:
-    named = {**comparison["tasks"], "all of these": comparison["overall"]}
+    named = {**comparison["tasks"], **comparison["groups"], "all of these": comparison["overall"]}
     rows = [
         (f"{task} {key.removesuffix(',none')}", one["difference"], one["stderr"])
         for task, part in named.items()

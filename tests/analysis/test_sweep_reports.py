@@ -16,6 +16,7 @@ from sweeps import TASKS, entry, make_sweep, write_state
 from ddp_eval.analysis import paired, sweep_compare
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.read import read_run
+from ddp_eval.analysis.report import render as report_page
 from ddp_eval.analysis.sweep import Metric, Score, read_sweep
 from ddp_eval.analysis.sweep_compare import best_of, compare_sweep, holm
 from ddp_eval.analysis.sweep_files import CSV, JSON, write_tables
@@ -130,6 +131,31 @@ def test_a_group_is_its_documents(made):
         for count in ("documents", "right_to_wrong", "wrong_to_right"):
             assert paired[count] == sum(part[count] for part in parts)
         assert paired["documents"] == 60
+        groups = compare_runs(read_run(made / DONE[0]), read_run(made / name))["groups"]
+        assert list(groups) == ["demo_mmlu"]
+        assert {name: paired[name] for name in groups["demo_mmlu"]["metrics"]["acc,none"]} == groups["demo_mmlu"]["metrics"][
+            "acc,none"
+        ]
+
+
+def test_runs_have_a_row_for_a_group(sweep, capsys):
+    """Catches the one number that is quoted of MMLU missing where two runs are compared, or a p-value of another mean."""
+    pair = [str(sweep / name) for name in DONE[::2]]
+    assert compare.main(pair) == 0
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("demo_mmlu ")]
+    assert row[:3] == ["demo_mmlu", "acc", "60"] and len(row) > 8
+    assert compare.main([*pair, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["comparisons"]
+    (a, b) = (json.loads((Path(place) / "results.json").read_text())["results"]["demo_mmlu"]["acc,none"] for place in pair)
+    shown = found["groups"]["demo_mmlu"]["metrics"]["acc,none"]
+    assert (shown["a"], shown["b"]) == pytest.approx((a, b)) and 0 < shown["p_mcnemar"] <= 1 and shown["documents"] == 60
+    page = report_page([read_run(place) for place in pair], 1)
+    assert re.search(r"<td>demo_mmlu</td><td class=.text.>acc</td>", page)
+    results = json.loads((sweep / DONE[2] / "results.json").read_text())  # as of a group that weighs its tasks alike
+    results["results"]["demo_mmlu"]["acc,none"] += 0.01
+    (sweep / DONE[2] / "results.json").write_text(json.dumps(results))
+    alone = compare_runs(*map(read_run, pair))["groups"]["demo_mmlu"]["metrics"]["acc,none"]
+    assert alone == {"a": a, "b": b + 0.01, "difference": pytest.approx(b + 0.01 - a)}
 
 
 def test_a_group_that_weighs_tasks_alike_has_no_pairs(sweep):

@@ -154,7 +154,7 @@ def test_runs_have_a_row_for_a_group(sweep, capsys):
     results = json.loads((sweep / DONE[2] / "results.json").read_text())  # as of a group that weighs its tasks alike
     results["results"]["demo_mmlu"]["acc,none"] += 0.01
     (sweep / DONE[2] / "results.json").write_text(json.dumps(results))
-    alone = compare_runs(*map(read_run, pair))["groups"]["demo_mmlu"]["metrics"]["acc,none"]
+    alone = compare_runs(read_run(pair[0]), read_run(pair[1]))["groups"]["demo_mmlu"]["metrics"]["acc,none"]
     assert alone == {"a": a, "b": b + 0.01, "difference": pytest.approx(b + 0.01 - a)}
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ddp_eval.errors import UserError, printable
 from ddp_eval.telemetry.summary import PHASES
+from ddp_eval.telemetry.timeline import coarsen
 
 # Colours that occur nowhere else, each replaced by the style sheet's variable of that name.
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"
@@ -27,6 +28,7 @@ _LOG_VALUES = 50  # times the least that the largest value is, from which on val
 _MAX_ROWS = 500  # of one plot
 _MAX_NAME = 100  # characters
 _MAX_LEGEND = 40
+_PIXELS = 800  # about the width of a page
 
 
 def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: bool = False) -> str:
@@ -101,16 +103,18 @@ def margins(right: npt.NDArray[np.float64], wrong: npt.NDArray[np.float64], near
 
 
 def timeline(ranks: Sequence[Mapping[str, Any]]) -> str:
-    """Each rank a bar from the first process's start, coloured by phase."""
+    """Each rank a bar from the first process's start, coloured by phase; spans narrower than a pixel are merged."""
     figure, axes = _figure(1.1 + 0.36 * len(ranks))
     began = min(rank["began_unix_s"] for rank in ranks)
-    seen = {phase for rank in ranks for _, phase in rank["timeline"]}
+    pixel_s = max(rank["began_unix_s"] - began + rank["wall_s"] for rank in ranks) / _PIXELS
+    shown = [coarsen(rank["timeline"], rank["wall_s"], pixel_s) for rank in ranks]
+    seen = {phase for timeline in shown for _, phase in timeline}
     colors = phase_colors()
-    for place, rank in enumerate(ranks):
+    for place, (rank, timeline) in enumerate(zip(ranks, shown, strict=True)):
         offset = rank["began_unix_s"] - began
-        moments = [*(moment for moment, _ in rank["timeline"]), rank["wall_s"]]
+        moments = [*(moment for moment, _ in timeline), rank["wall_s"]]
         spans = [(start + offset, end - start) for start, end in itertools.pairwise(moments)]
-        hues = [colors.get(phase, _MUTED) for _, phase in rank["timeline"]]
+        hues = [colors.get(phase, _MUTED) for _, phase in timeline]
         axes.broken_barh(spans, (-place - 0.36, 0.72), facecolors=hues, linewidth=0)
     axes.set_yticks([-place for place in range(len(ranks))], [f"rank {rank['rank']}" for rank in ranks])
     axes.set_xlabel("seconds")

@@ -65,6 +65,37 @@ is_done() {
         { [[ -z "$sweeping" ]] && grep -qs 'holds this very run, complete: nothing is left to do' "${LOGS:-/dev/null}".*.log; }
 }
 
+# What --expect of `reproduce` asks for, such as "within 0.01". No other command has it.
+find_expectation() {
+    local found=""
+    [[ "${1:-}" == reproduce ]] || return 0
+    while (($#)); do
+        case "$1" in
+            --expect=*) found="${1#*=}" ;;
+            --expect)
+                found="${*:2:1}"
+                [[ "$found" != within ]] || found="${*:2:2}"
+                ;;
+        esac
+        shift
+    done
+    printf '%s' "$found"
+}
+
+# Whether a rank has compared, and found the run not as --expect asks for: exit code 3.
+is_not_as_expected() {
+    grep -qs '^ *exitcode *: 3 ' "$output/logs/$JOB".*.log
+}
+
+# For a run that is done, but whose comparison has not ended well, at this start or an earlier one.
+fail_expectation() {
+    if is_not_as_expected; then
+        fail "failed, not requeued" "$output is done, and not as expected (--expect $expectation): \`ddp_eval compare\` shows both runs"
+    fi
+    fail "failed, not requeued" "$output is done, but its comparison (--expect $expectation) came to no end: \
+\`ddp_eval compare --expect $expectation\` makes it"
+}
+
 # How this start of a sweep came to the end of its models, such as "3 done, 1 failed"; nothing where it did not come so far.
 # sweep.json says how models stand in all launches, and not which of them has come to its end.
 end_of_sweep() {
@@ -74,6 +105,7 @@ end_of_sweep() {
 # On success. Arguments: the flags, which sweep.sh compares with its list.
 leave_done() {
     printf '%s\n' "$@" >"$output/logs/flags"
+    [[ -z "$expectation" ]] || touch "$output/logs/$JOB.as_expected"
     is_done || write_status "done" ""
     say "done: $output"
     exit 0
@@ -282,6 +314,7 @@ fi
 flags="$*"
 sweeping="" # whether the flags are of a sweep, whose directory holds a run for each model
 [[ "${1:-}" != sweep ]] || sweeping=1
+expectation="$(find_expectation "$@")"
 restart="${SLURM_RESTART_COUNT:-0}"
 journals="$(journal_sizes)"
 stopping=""
@@ -290,6 +323,7 @@ told=""
 LOGS=""
 if ((restart > 0)); then
     if is_done; then
+        [[ -z "$expectation" || -e "$output/logs/$JOB.as_expected" ]] || fail_expectation
         say "was done before it was requeued: nothing to do"
         leave_done "$@"
     fi
@@ -320,6 +354,7 @@ for ((attempt = 0; ; attempt++)); do
     code=$?
     # srun also returns 0 when it has lost the only node, and another code when a signal came behind the last word.
     if is_done; then
+        [[ -z "$expectation" ]] || ((code == 0)) || fail_expectation
         leave_done "$@"
     elif [[ -n "$stopping" ]]; then
         requeue_and_leave "stopped: $stopping"

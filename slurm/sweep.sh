@@ -130,10 +130,16 @@ write_report() {
     # shellcheck disable=SC1090
     source <(sed '/^# EDIT ends here/q' "$3")
     setup
+    # Of an earlier report. Not by a pattern: the name of another task set may go on behind a dot.
+    for task in "${tasks[@]}"; do
+        rm -f "$output/compare.$task.txt"
+        for model in "${models[@]}"; do
+            rm -f "$output/compare.$task.$model.txt"
+        done
+    done
     for task in "${tasks[@]}"; do
         runs=()
         sweeps=()
-        rm -f "$output/compare.$task.txt" "$output/compare.$task".*.txt # of an earlier report
         for model in "${models[@]}"; do
             text="$(split_words "$model" "$task")" || exit
             if ! { [[ -f "$output/$model/$task/status.json" ]] && grep -qs '"state": *"done"' "$output/$model/$task/status.json"; }; then

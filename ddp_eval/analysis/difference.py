@@ -63,6 +63,7 @@ def compare_runs(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[s
         and overall["requests_differing"] == 0
         and not any(task["metrics_differing"] for task in tasks.values()),
         "tasks": tasks,
+        "groups": _compare_groups(a, b, tasks),
         "overall": overall,
         "differences": differences(a, b),
     }
@@ -219,6 +220,18 @@ def compare_scores(a: Run, b: Run, wanted: Collection[tuple[str, str]]) -> dict[
     return found
 
 
+def _compare_groups(a: Run, b: Run, tasks: Collection[str]) -> dict[str, Any]:
+    """{group: {"metrics": as of a task}} of the groups, such as mmlu, that both runs report; B must be aligned with A."""
+    names = [name for name, members in a.results.get("group_subtasks", {}).items() if members and name not in tasks]
+    keys = {name: [key for key in a.reported.get(name, {}) if key in b.reported.get(name, {})] for name in names}
+    found = compare_scores(a, b, {(name, key) for name, own in keys.items() for key in own})
+    return {
+        name: {"metrics": {key: found.get((name, key)) or _reported_alone(a, b, name, key) for key in own}}
+        for name, own in keys.items()
+        if own
+    }
+
+
 def count_flips(a: Run, b: Run, near_tie_nats: float = NEAR_TIE_NATS) -> dict[str, int]:
     """Answers, and generated texts, that are others in B than in A, over all tasks that both have; B must be aligned with A."""
     total: dict[str, int] = {}
@@ -265,8 +278,14 @@ def _compare_metrics(a: Run, b: Run, task: str, documents: dict[str, Any]) -> di
             value_a, weight_a, value_b, weight_b, clusters = documents[key]
             found[key] = paired.compare_metric(key.partition(",")[0], (value_a, weight_a), (value_b, weight_b), clusters)
         elif key in reported[0] and key in reported[1]:
-            found[key] = {"a": reported[0][key], "b": reported[1][key], "difference": reported[1][key] - reported[0][key]}
+            found[key] = _reported_alone(a, b, task, key)
     return found
+
+
+def _reported_alone(a: Run, b: Run, task: str, key: str) -> dict[str, Any]:
+    """Two numbers whose documents say nothing of their difference."""
+    values = a.reported[task][key], b.reported[task][key]
+    return {"a": values[0], "b": values[1], "difference": values[1] - values[0]}
 
 
 def _paired_documents(a: Run, b: Run, task: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ddp_eval.output.documents import TRANSFORMS, FloatArray
 IntArray = npt.NDArray[np.int64]
 
 RESAMPLES = 10_000
+LEAST_P = 1 / (RESAMPLES + 1)  # by bootstrap
 LEAST_CLUSTERS = 20  # resamples of fewer hold too few draws for an interval or a p-value
 _MOST_KINDS = 64  # of clusters alike: few kinds are drawn by multinomials, which is faster than one by one
 _DRAWS_AT_ONCE = 2**22
@@ -47,10 +48,10 @@ def compare_metric(
     difference = scores[1] - scores[0] if scores[0] != scores[1] else 0.0  # also of two that are infinite
     with np.errstate(invalid="ignore"):
         drawn = _resampled_differences(metric, a, b, clusters, np.random.default_rng(0))
+    is_mean = metric not in TRANSFORMS
+    stderr = clustered_stderr(b[0] - a[0], clusters) if is_mean else float(drawn.std(ddof=1)) * _missing_spread(num_clusters)
     if num_clusters > 1:
         drawn = difference + (drawn - difference) * _widening(num_clusters)
-    is_mean = metric not in TRANSFORMS
-    stderr = clustered_stderr(b[0] - a[0], clusters) if is_mean else float(drawn.std(ddof=1))
     tells = num_clusters >= LEAST_CLUSTERS and float(np.ptp(drawn)) > 1e-12 * abs(difference)
     outcome = {
         "a": aggregate(metric, *a),
@@ -103,15 +104,20 @@ def bootstrap_p(drawn: FloatArray, difference: float) -> float:
     return float((far.sum() + 1) / (len(drawn) + 1))
 
 
-def _widening(clusters: int) -> float:
-    """What resamples of C clusters are too narrow by (the "expanded percentile" of Hesterberg 2015, arXiv:1411.5279).
+def _missing_spread(clusters: int) -> float:
+    """What the standard deviation over resamples of C clusters is too small by: their variance lacks a factor C / (C - 1)."""
+    return math.sqrt(clusters / (clusters - 1)) if clusters > 1 else math.nan
 
-    Their variance lacks a factor C / (C - 1), and their tails are a normal's where Student's t with C - 1 degrees of freedom
-    would be right. The latter's 97.5% point by its expansion in 1 / degrees of freedom, within 0.001 from 19 on.
+
+def _widening(clusters: int) -> float:
+    """What intervals of resampled C clusters are too narrow by (the "expanded percentile" of Hesterberg 2015, arXiv:1411.5279).
+
+    Beside `_missing_spread` their tails are a normal's where Student's t with C - 1 degrees of freedom would be right. The
+    latter's 97.5% point by its expansion in 1 / degrees of freedom, within 0.001 from 19 on.
     """
     z, freedom = 1.959964, clusters - 1
     t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return math.sqrt(clusters / freedom) * t / z
+    return _missing_spread(clusters) * t / z
 
 
 def _resampled_differences(

@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from ddp_eval.errors import UserError, printable
 from ddp_eval.telemetry.summary import PHASES
+from ddp_eval.telemetry.timeline import coarsen
 
 # Colours that occur nowhere else, each replaced by the style sheet's variable of that name.
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"
 _SERIES = [f"#0102{10 + number}" for number in range(10)]
+_LINES = ("-", "--", ":", "-.")
 _VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line", **{color: f"c{number}" for number, color in enumerate(_SERIES)}}
 
 WIDTH_IN = 8.0
@@ -26,6 +28,7 @@ _LOG_VALUES = 50  # times the least that the largest value is, from which on val
 _MAX_ROWS = 500  # of one plot
 _MAX_NAME = 100  # characters
 _MAX_LEGEND = 40
+_PIXELS = 800  # about the width of a page
 
 
 def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: bool = False) -> str:
@@ -50,13 +53,14 @@ def intervals(rows: Sequence[tuple[str, float, float | None]], axis: str, zero: 
 
 def curves(series: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[float | None]]]) -> str:
     """One metric over steps. series: name, steps, values, standard errors; 95% intervals are bars."""
-    shown = series[: len(_SERIES)]
+    looks = list(itertools.product(_LINES, _SERIES))  # colours come again with another kind of line
+    shown = series[: len(looks)]
     figure, axes = _figure(2.3 + 0.18 * (len(shown) if len(shown) > 1 else 0), width_in=CURVE_WIDTH_IN)
-    for (name, steps, values, stderrs), color in zip(shown, _SERIES, strict=False):
+    for (name, steps, values, stderrs), (line, color) in zip(shown, looks, strict=False):
         errors = [1.96 * (stderr or 0.0) for stderr in stderrs]
         axes.errorbar(
-            steps, values, yerr=errors, fmt="o-", color=color, markersize=3.5, capsize=2, linewidth=1.4, elinewidth=0.9,
-            label=printable(name)[:_MAX_LEGEND],
+            steps, values, yerr=errors, fmt="o", linestyle=line, color=color, markersize=3.5, capsize=2, linewidth=1.4,
+            elinewidth=0.9, label=printable(name)[:_MAX_LEGEND],
         )  # fmt: skip
     every = sorted(step for _, steps, _, _ in shown for step in steps)
     if every[-1] > _LOG_STEPS * max(1, every[len(every) // 2]):
@@ -72,7 +76,7 @@ def curves(series: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[
     else:
         axes.locator_params(axis="y", nbins=5)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
-    axes.set_xlabel("step")
+    axes.set_xlabel("step" + (f"; the first {len(shown)} of {len(series)}" if len(series) > len(shown) else ""))
     axes.grid(color=_GRID, linewidth=0.8)
     if len(shown) > 1:
         _legend(axes, 1)
@@ -99,16 +103,18 @@ def margins(right: npt.NDArray[np.float64], wrong: npt.NDArray[np.float64], near
 
 
 def timeline(ranks: Sequence[Mapping[str, Any]]) -> str:
-    """Each rank a bar from the first process's start, coloured by phase."""
+    """Each rank a bar from the first process's start, coloured by phase; spans narrower than a pixel are merged."""
     figure, axes = _figure(1.1 + 0.36 * len(ranks))
     began = min(rank["began_unix_s"] for rank in ranks)
-    seen = {phase for rank in ranks for _, phase in rank["timeline"]}
+    pixel_s = max(rank["began_unix_s"] - began + rank["wall_s"] for rank in ranks) / _PIXELS
+    shown = [coarsen(rank["timeline"], rank["wall_s"], pixel_s) for rank in ranks]
+    seen = {phase for timeline in shown for _, phase in timeline}
     colors = phase_colors()
-    for place, rank in enumerate(ranks):
+    for place, (rank, timeline) in enumerate(zip(ranks, shown, strict=True)):
         offset = rank["began_unix_s"] - began
-        moments = [*(moment for moment, _ in rank["timeline"]), rank["wall_s"]]
+        moments = [*(moment for moment, _ in timeline), rank["wall_s"]]
         spans = [(start + offset, end - start) for start, end in itertools.pairwise(moments)]
-        hues = [colors.get(phase, _MUTED) for _, phase in rank["timeline"]]
+        hues = [colors.get(phase, _MUTED) for _, phase in timeline]
         axes.broken_barh(spans, (-place - 0.36, 0.72), facecolors=hues, linewidth=0)
     axes.set_yticks([-place for place in range(len(ranks))], [f"rank {rank['rank']}" for rank in ranks])
     axes.set_xlabel("seconds")

@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"  # beside what it is about
 _PROMPT_CHARACTERS = 6000  # of a longer prompt the end is shown
+_MARKED = 5  # flipped documents and near ties to browse, for each other document
 _RIGHT_OR_WRONG = ("acc", "exact_match")  # metrics that say it of a document
 
 
 def render(runs: Sequence[Run], most_samples: int) -> str:
-    """The page. most_samples: documents of each task to browse; flipped ones and near ties come on top of that."""
+    """The page. most_samples: documents of each task to browse; up to `_MARKED` times as many that are marked come on top."""
     first = runs[0]
     measured = _read_telemetry(first)
     comparisons = [{**one, "notes": list_notes(one)} for one in (compare_runs(first, run) for run in runs[1:])]
-    samples, documents = _samples(first, [align(first, run)[0] for run in runs[1:]], most_samples)
+    samples, documents, left_out = _samples(first, [align(first, run)[0] for run in runs[1:]], most_samples)
     right, wrong = _margins(first)
     return template("report.html.jinja").render(
         title=first.results.get("model_name") or first.path.name,
@@ -56,7 +57,7 @@ def render(runs: Sequence[Run], most_samples: int) -> str:
         collectives=_collectives(measured) if measured else [],
         comparisons=[{**one, "plot": _difference_plot(one)} for one in comparisons],
         samples=samples,
-        samples_json=_script_json({"documents": documents, "shown": samples}),
+        samples_json=_script_json({"documents": documents, "left_out": left_out, "shown": samples}),
         manifest=json.dumps(jsonable(first.manifest), indent=1, ensure_ascii=False),
     )
 
@@ -116,7 +117,7 @@ def _results_plot(run: Run) -> str | None:
 
 
 def _difference_plot(comparison: dict[str, Any]) -> str | None:
-    named = {**comparison["tasks"], "all of these": comparison["overall"]}
+    named = {**comparison["tasks"], **comparison["groups"], "all of these": comparison["overall"]}
     rows = [
         (f"{task} {key.removesuffix(',none')}", one["difference"], one["stderr"])
         for task, part in named.items()
@@ -152,27 +153,29 @@ def _collectives(measured: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _samples(run: Run, others: Iterable[Run], most: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """What the browser shows, flipped documents first, and {task: documents that there are}.
+def _samples(run: Run, others: Iterable[Run], most: int) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, int]]:
+    """What the browser shows, flipped documents first; by task the number of documents, and of marked ones that are left out.
 
     lm_eval writes all documents once for each filter: the first gives a document's requests, all of them its metrics.
     """
-    shown, documents = [], {}
+    shown, documents, left_out = [], {}, {}
     for task, file in run.samples.items():
         marks, twice = _marks(run, others, task), asks_twice(run, task)
+        chosen = set(sorted(marks, key=lambda doc_id: "flipped" not in marks[doc_id])[: _MARKED * most])
         seen: set[int] = set()
         numbering = Numbering()
         kept: dict[int, dict[str, Any]] = {}
         for sample in read_samples(file, run.path):
             doc_id = numbering.number(sample)
-            if doc_id not in seen and (len(seen) < most or marks.get(doc_id)):
+            if doc_id not in seen and (len(seen) < most or doc_id in chosen):
                 kept[doc_id] = {"task": task, "doc": doc_id, "marks": marks.get(doc_id, []), **_show_sample(sample, twice)}
             seen.add(doc_id)
             if doc_id in kept:
                 _add_filter(kept[doc_id], sample)
         shown += sorted(kept.values(), key=lambda one: "flipped" not in one["marks"])
         documents[task] = len(seen)
-    return shown, documents
+        left_out[task] = len(seen & marks.keys() - kept.keys())
+    return shown, documents, left_out
 
 
 def _marks(run: Run, others: Iterable[Run], task: str) -> dict[int, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from ddp_eval.analysis import plots
 from ddp_eval.analysis.report import REPORT, template
 from ddp_eval.analysis.sweep import Metric, Model, Sweep
-from ddp_eval.analysis.sweep_compare import BEST, FIRST, SIGNIFICANT, compare_sweep
+from ddp_eval.analysis.sweep_compare import BEST, FIRST, compare_sweep, explain_stars
 from ddp_eval.analysis.sweep_text import show_difference, show_score
 
 _MOST_CHARTS = 60  # of one part of the page; the tables have all metrics
@@ -39,7 +39,7 @@ def render_sweep(sweep: Sweep, against: str = FIRST) -> str:
         metrics=[str(Metric(one["task"], one["key"])) for one in metrics] + ([f"({left:,} more: sweep.csv)"] if left else []),
         rows=[_row(sweep, one, metrics, against, left) for one in done],
         reference="the best model in each metric" if against == BEST else f"the first, {done[0]['name']}" if done else "",
-        significant=SIGNIFICANT,
+        stars=explain_stars(compared),
         with_texts=with_texts,
         differing=[one for one in done if one["differences"]],
     )

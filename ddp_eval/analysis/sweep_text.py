@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ddp_eval.analysis.sweep import Metric
-from ddp_eval.analysis.sweep_compare import BEST, SIGNIFICANT
+from ddp_eval.analysis.sweep_compare import BEST, explain_stars
 from ddp_eval.analysis.verdict import format_table
 from ddp_eval.errors import printable
 
@@ -103,7 +103,8 @@ def _legend(compared: dict[str, Any], done: list[dict[str, Any]]) -> list[str]:
     against = "the best model in each metric" if compared["against"] == BEST else done[0]["name"]
     return [
         f"differences from {against}, paired by document; p by McNemar's exact test, where it applies, or by bootstrap;",
-        f"* p below {SIGNIFICANT} after Holm's correction for the models compared in that metric",
+        f"* {explain_stars(compared)}",
+        f"near ties: flipped answers whose choices lie within {compared['near_tie_nats']:g} nats in both runs",
         "",
     ]
 

@@ -79,9 +79,12 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         ["task", "metric", "documents", "A", "B", "B - A", "± s.e.", "p bootstrap", "p McNemar", "right>wrong", "wrong>right"]
     ]
     named = {**comparison["tasks"], "all of these": overall}
-    rows += [_metric_row(task, key, one) for task, part in named.items() for key, one in part["metrics"].items()]
+    with_metrics = {**comparison["tasks"], **comparison["groups"], "all of these": overall}
+    rows += [_metric_row(task, key, one) for task, part in with_metrics.items() for key, one in part["metrics"].items()]
     lines += [*format_table(rows).split("\n"), ""] if len(rows) > 1 else []
-    if any(one.get("clusters", LEAST_CLUSTERS) < LEAST_CLUSTERS for part in named.values() for one in part["metrics"].values()):
+    if any(
+        one.get("clusters", LEAST_CLUSTERS) < LEAST_CLUSTERS for part in with_metrics.values() for one in part["metrics"].values()
+    ):
         lines[-1:] = [f"fewer than {LEAST_CLUSTERS} documents, or groups of them on one text, give no p-value by bootstrap", ""]
     rows = [
         [

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 def _show_sweep(options: argparse.Namespace) -> int:
     if options.expect:
         raise UserError("--expect is for runs, not for a sweep: name the runs in it")
-    compared = compare_sweep(read_sweep(options.runs[0]), options.against or FIRST)
+    compared = compare_sweep(read_sweep(options.runs[0]), options.against or FIRST, options.near_tie)
     print(json.dumps(jsonable(compared), indent=2) if options.json else format_sweep(compared))
     return 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ _PLAIN_ARGS = {
     "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "enable_prefix_caching", "kv_cache_dtype", "quantization",
 }  # fmt: skip
 _PLAIN_PREFIXES = ("bnb_4bit_", "llm_int8_")
+_TOKENIZERS_OF_TASKS = ("tokenizer", "pretrained", "model")  # names in metadata by which lm_eval's tasks load one
 _MAX_LISTED = 10_000  # entries of a directory of task files that are looked at for code
 _ABOUT = """\
 Runs the evaluation of RUN_DIR again, from its manifest.json, on the ranks that torchrun starts or on one, and
@@ -94,9 +96,7 @@ def parse(argv: Sequence[str]) -> Evaluation:
     if unknown:
         raise UserError(f"the run in {options.run} has the setting {unknown[0]}, which this version of ddp_eval does not know")
     config = Config(**values)
-    # Relative paths of the model, of task files and of their data start from there.
-    if os.path.isdir(manifest.get("working_directory") or ""):
-        os.chdir(manifest["working_directory"])
+    os.chdir(_starting_directory(manifest))
     reproduction = Reproduction(earlier, config, manifest, frozenset(options.allow or ()), expectation)
     return Evaluation(config, inspect=reproduction.inspect, conclude=reproduction.conclude)
 
@@ -129,10 +129,11 @@ def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) 
             f"the run in {options.run} gives the library that loads its model the settings {', '.join(others[:5])}, which can "
             "make it run code: --trust_remote_code allows it"
         )
+    _refuse_tokenizers(config, options)
     if config.get("confirm_run_unsafe_code") and not options.confirm_run_unsafe_code:
         raise UserError(f"the run in {options.run} runs code that a model writes: --confirm_run_unsafe_code allows it")
-    start = Path(manifest.get("working_directory") or "")
-    own = [start / str(word) for word in _task_files(config)]
+    start = _starting_directory(manifest)
+    own = [start / str(word) for word in _task_files(config, start)]
     if own and not options.trust_task_files:
         folders = [place if os.path.isdir(place) else place.parent for place in own]
         code = sorted(name for folder in folders for name in _list_code(folder))
@@ -143,16 +144,42 @@ def _refuse_untrusted(manifest: Mapping[str, Any], options: argparse.Namespace) 
         )
 
 
+def _refuse_tokenizers(config: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Raise UserError where tasks such as RULER's would load a tokenizer that is not the model's and that nobody has allowed."""
+    model_args, metadata = config.get("model_args") or {}, config.get("metadata") or {}
+    own = [model_args.get("tokenizer"), model_args.get("pretrained")]
+    others = {name: metadata[name] for name in _TOKENIZERS_OF_TASKS if metadata.get(name) and metadata[name] not in own}
+    if others and not options.trust_remote_code:
+        named = ", ".join(f"{name} {show(value)}" for name, value in others.items())
+        raise UserError(
+            f"the run in {options.run} has its tasks load another tokenizer than the model's (metadata {named}), which may come "
+            "with code: --trust_remote_code allows it"
+        )
+
+
 def _list_code(folder: Path) -> list[str]:
     """Python files beneath a folder, as far as a look takes no time: a manifest may name any, such as /."""
     files = (name for _, _, names in os.walk(folder) for name in (*names, ""))  # "": an empty directory counts, too
     return [name for name in itertools.islice(files, _MAX_LISTED) if name.endswith(".py")]
 
 
-def _task_files(config: Mapping[str, Any]) -> list[Any]:
+def _task_files(config: Mapping[str, Any], start: Path) -> list[Any]:
     """Where task files lie that are not lm_eval's or ours: --include_path, and files and directories among --tasks."""
-    words = [word for word in config.get("tasks") or [] if "/" in str(word) or str(word).endswith((".yaml", ".yml"))]
+    words = [word for word in config.get("tasks") or [] if _may_be_task_files(word, start)]
     return [*([config["include_path"]] if config.get("include_path") else []), *words]
+
+
+def _may_be_task_files(word: str, start: Path) -> bool:
+    """Whether tasks/select.py may read files for this word of --tasks, if it is no task's name. start: the working directory."""
+    if "/" in word or word.endswith((".yaml", ".yml")):
+        return True
+    return os.path.isdir(start / word) and bool(glob.glob(os.path.join(word, "*.yaml"), root_dir=start))
+
+
+def _starting_directory(manifest: Mapping[str, Any]) -> Path:
+    """Where relative paths of the model, of task files and of their data start: where the run began, else here."""
+    began = manifest.get("working_directory") or ""
+    return Path(began if os.path.isdir(began) else os.getcwd())
 
 
 def list_changes(manifest: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ddp_eval.config import Config
 from ddp_eval.errors import UserError, one_line
+from ddp_eval.layout import TENSOR
 from ddp_eval.output import journal, lm_eval_names, status, write
 from ddp_eval.output.lock import LOCK, Lock, LockHeldError, OnWait, not_at_all
 from ddp_eval.output.versions import describe_packages
@@ -64,7 +65,7 @@ class Directory(Protocol):
     def layout(self) -> str | None: ...
     def check(self) -> None: ...
     def resume(
-        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any
+        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any, layout: str | None = None
     ) -> tuple[journal.RecoveredWork, Kept | None]: ...
     def begin_replacing(self, config: Config, layout: str | None = None) -> None: ...
     def finish(self) -> None: ...
@@ -79,7 +80,7 @@ class NoDirectory:
         pass
 
     def resume(
-        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any
+        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any, layout: str | None = None
     ) -> tuple[journal.RecoveredWork, Kept | None]:
         return journal.NOTHING, None
 
@@ -110,28 +111,38 @@ class RunDirectory:
         if self.is_lost:
             raise Lost(lost_sentence(self.path))
 
-    def recover(self, key: bytes, item_starts: Any, text_starts: Any = None) -> journal.RecoveredWork:
+    def recover(self, key: bytes, item_starts: Any, text_starts: Any = None, layout: str | None = None) -> journal.RecoveredWork:
         """What is done of the work that `key` names. Journals of other work are removed if they may be replaced.
 
-        Raises UserError if they may not.
+        layout: that of this start. Raises UserError if they may not.
         """
         while True:
             try:
                 return journal.read_journals(self.journals, key, item_starts, text_starts)
             except journal.OtherWork as other:
                 if not self._replace:
-                    raise UserError(
-                        f"--output_path {self.path} holds unfinished work on other requests, weights or package versions than "
-                        f"now ({other}): give another --output_path, or --fresh to start over"
-                    ) from None
+                    raise UserError(self._why_other_work(str(other), layout)) from None
                 (self.journals / str(other)).unlink(missing_ok=True)
 
     def resume(
-        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any
+        self, make_key: Callable[[], bytes], item_starts: Any, text_starts: Any, layout: str | None = None
     ) -> tuple[journal.RecoveredWork, Kept | None]:
-        """What is done of the work that the key names, and where each rank keeps what it does now."""
+        """What is done of the work that the key names, and where each rank keeps what it does now. layout: that of this start."""
         key = make_key()
-        return self.recover(key, item_starts, text_starts), Kept(self.journals, key)
+        return self.recover(key, item_starts, text_starts, layout), Kept(self.journals, key)
+
+    def _why_other_work(self, name: str, layout: str | None) -> str:
+        """Why the journal `name` is of no use to this start. Of the layouts only tensor parallelism decides the numbers' bits."""
+        kind, _, each = (self.layout or "").partition(":")
+        if kind == TENSOR and layout != self.layout:
+            return (
+                f"--output_path {self.path} holds unfinished work that was begun with layout {self.layout}, and this start has "
+                f"layout {layout}, which gives other bits: start a multiple of {each} ranks, or --fresh to start over"
+            )
+        return (
+            f"--output_path {self.path} holds unfinished work on other requests, weights or package versions than now ({name}): "
+            "give another --output_path, or --fresh to start over"
+        )
 
     @property
     def layout(self) -> str | None:

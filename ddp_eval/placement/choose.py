@@ -164,9 +164,10 @@ def check_texts(config: Config, layout: Layout | None, generating: str) -> None:
 
 
 def _choose(config: Config, model_config: Any, world: World, earlier: str | None) -> tuple[Layout, str]:
-    fixed = resolve_layout(config.layout, world.world_size, world.ranks_per_node)
-    if fixed is None and earlier and (kept := kept_layout(earlier, world.world_size)):
+    is_open = config.layout in (layouts.AUTO, layouts.MEASURE, *layouts.SPLIT_KINDS)  # `tensor` alone goes by the ranks at hand
+    if is_open and earlier and (kept := kept_layout(earlier, world.world_size)):
         return kept, "as in the work that this resumes"
+    fixed = resolve_layout(config.layout, world.world_size, world.ranks_per_node)
     if fixed is not None and fixed.ranks_per_replica == 1:
         return fixed, "as asked"
     if fixed is None and world.world_size == 1:

@@ -218,7 +218,7 @@ def recover(job: Job, plan: WorkPlan, replica: Replica) -> Todo:
         return journal_key(scoring, texts, replica.engine.describe(), replica.world, job.replica.digests())
 
     job.directory.check()
-    found, kept = job.directory.resume(make_key, scoring.item_starts, texts.item_starts)
+    found, kept = job.directory.resume(make_key, scoring.item_starts, texts.item_starts, str(replica.layout))
     journals = Journals(*kept) if kept is not None else None
     job.directory.begin_replacing(job.config, str(replica.layout))
     log_resume(found, plan.num_requests, replica.world)

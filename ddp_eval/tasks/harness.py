@@ -104,7 +104,7 @@ def evaluate_tasks(
         tracker = EvaluationTracker()
         with (
             blaming(config.tasks, lambda: lm.stage),
-            patched_lm_eval(manager, lm.templates, lm.chosen, phases, hooks) as sources,
+            patched_lm_eval(manager, lm.templates, lm.chosen, phases, hooks, _trusts_code(config)) as sources,
             _keeping(kept, lm, sources),
         ):
             results: Any = lm_eval.simple_evaluate(
@@ -121,6 +121,11 @@ def evaluate_tasks(
     without_number = irregular.find_nan(results.get("samples", {}))
     irregular.log_irregular(without_number)
     return Outcome(results, lm.fingerprints, dict(sorted(sources.files.items())), {**lm.irregular, **without_number})
+
+
+def _trusts_code(config: Config) -> bool:
+    """By the flag or, from Python, by model_args: either lets the model's loader run code."""
+    return bool(config.loader_args.get("trust_remote_code"))
 
 
 def _options_of(config: Config) -> dict[str, Any]:

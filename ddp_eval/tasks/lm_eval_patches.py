@@ -26,6 +26,7 @@ from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from torch.utils import collect_env
+from transformers import AutoTokenizer
 
 from ddp_eval.distributed import watchdog
 from ddp_eval.errors import UserError
@@ -56,11 +57,17 @@ class Hooks(NamedTuple):
 
 @contextlib.contextmanager
 def patched_lm_eval(
-    manager: TaskManager, templates: TemplateCache, chosen: Mapping[str, Sequence[int]], phases: Phases, hooks: Hooks
+    manager: TaskManager,
+    templates: TemplateCache,
+    chosen: Mapping[str, Sequence[int]],
+    phases: Phases,
+    hooks: Hooks,
+    trust_remote_code: bool = False,
 ) -> Iterator[TaskSources]:
     """Replace what is slow, forks, prints or reads stale files, and report progress. Yields the files that tasks are made of.
 
     chosen: {task: ascending document numbers}, of tasks of which not all documents are evaluated.
+    trust_remote_code: whether the run allows Python code of a model or data set.
     """
     with contextlib.ExitStack() as stack:
         sources = stack.enter_context(reading_anew())
@@ -73,6 +80,7 @@ def patched_lm_eval(
 
         apply(_patches(templates, phases), stack)
         apply(_patches_of_progress(manager, hooks, prepare), stack)
+        apply([] if trust_remote_code else [_no_code_of_tokenizers()], stack)
         stack.enter_context(quiet_libraries())
         stack.callback(forget_literals)
         stack.callback(templates.forget_documents)
@@ -111,6 +119,17 @@ def _patches(templates: TemplateCache, phases: Phases) -> list[Patch]:
             "makes a table of each row, for each of the two times that lm_eval goes through the documents", "datasets 5.2",
         ),
     ]  # fmt: skip
+
+
+def _no_code_of_tokenizers() -> Patch:
+    """The tasks RULER and BABILong load the tokenizer that model_args or metadata name, always with trust_remote_code=True."""
+    from_pretrained = AutoTokenizer.from_pretrained
+
+    def from_pretrained_without_code(*names: Any, **options: Any) -> Any:
+        return from_pretrained(*names, **{**options, "trust_remote_code": False})
+
+    why = "lets tasks run the Python code of a repository that nobody has allowed"
+    return Patch(AutoTokenizer, "from_pretrained", from_pretrained_without_code, why)
 
 
 def _patches_of_progress(manager: TaskManager, hooks: Hooks, prepare: Callable[[Mapping[str, Any]], None]) -> list[Patch]:

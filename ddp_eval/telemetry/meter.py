@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ddp_eval.telemetry.timeline import Moments, coarsen
+
+_MOST_MOMENTS = 4096  # of a timeline
+
 
 class Phases:
     """Seconds of this rank by phase. At any time one phase runs: an inner one stops the clock of the outer, so all add up.
@@ -22,7 +26,8 @@ class Phases:
         self.began_unix_s = time.time() - age_s
         self._running = [name]
         self._seconds: dict[str, float] = {}
-        self.timeline: list[tuple[float, str]] = [(0.0, name)]  # when (seconds since the start) which phase began
+        # When (seconds since the start) which phase began; of long runs only what a plot can show.
+        self.timeline: Moments = [(0.0, name)]
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -59,8 +64,13 @@ class Phases:
         self._since = now
 
     def _note(self) -> None:
+        if self.timeline[-1][1] == self._running[-1]:
+            return
+        moment = self._since - self.began
+        if len(self.timeline) >= _MOST_MOMENTS:
+            self.timeline = coarsen(self.timeline, moment, 8 * moment / _MOST_MOMENTS)  # a quarter is left, or less
         if self.timeline[-1][1] != self._running[-1]:
-            self.timeline.append((self._since - self.began, self._running[-1]))
+            self.timeline.append((moment, self._running[-1]))
 
 
 class Meter:

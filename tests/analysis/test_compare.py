@@ -123,6 +123,15 @@ def test_one_in_twenty_is_found_where_there_is_nothing(monkeypatch, clusters=20,
     assert 15 <= ours <= 45 and abs(ours - theirs) <= 8, (ours, theirs)
 
 
+@pytest.mark.parametrize("count", [5, 25])
+def test_stderr_of_a_perplexity_is_no_half_interval(count):
+    """Catches a standard error of resamples that are stretched by Student's t for their interval: 1.6 times too large for 5."""
+    a, noise = np.full(count, -1.0), 1e-4 * np.random.default_rng(3).normal(size=count)
+    found = paired.compare_metric("word_perplexity", ones(a), ones(a + noise), np.arange(count))
+    # exp(1 - mean noise) - exp(1) is -e times the mean noise, but for its square.
+    assert found["stderr"] == pytest.approx(math.e * noise.std(ddof=1) / math.sqrt(count), rel=0.03)
+
+
 def test_perplexity_is_of_sums():
     """Catches an average of perplexities, and words counted as documents."""
     values, weights = np.array([-10.0, -30.0]), np.array([5.0, 10.0])

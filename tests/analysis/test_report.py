@@ -119,18 +119,35 @@ def test_texts_that_differ_are_found(tmp_path):
     """Catches a generated answer that another run did not give, lost beyond the first documents, and a cut without a word."""
     first = write_samples(tmp_path / "a", [generated(doc_id, "the same") for doc_id in range(5)])
     other = write_samples(tmp_path / "b", [generated(doc_id, "another" if doc_id == 3 else "the same") for doc_id in range(5)])
-    shown, documents = report._samples(first, [other], 2)
+    shown, documents, left_out = report._samples(first, [other], 2)
     assert [(one["doc"], one["marks"]) for one in shown] == [(3, ["flipped"]), (0, []), (1, [])]
-    assert documents == {"t": 5}
+    assert documents == {"t": 5} and left_out == {"t": 0}
     page = report.render([first, other], 2)
     assert "1 of 5 generated texts differ" in page and "<th>texts differ</th>" in page
+
+
+def test_marked_documents_have_a_limit_too(tmp_path):
+    """Catches a page of a gigabyte for two models whose answers nearly all differ, and documents left out without a word."""
+
+    def choices(doc_id, nats):
+        arguments = {f"gen_args_{idx}": {"arg_0": "ask", "arg_1": word} for idx, word in enumerate(["no", "yes"])}
+        return {**generated(doc_id, ""), "arguments": arguments, "resps": [[[str(value), "False"]] for value in nats]}
+
+    ties = [choices(doc_id, (-1.0, -1.001)) for doc_id in range(30)]
+    first = write_samples(tmp_path / "a", ties)
+    turned = [choices(doc_id, (-3.0, -1.001)) if doc_id in (7, 29) else one for doc_id, one in enumerate(ties)]
+    shown, documents, left_out = report._samples(first, [write_samples(tmp_path / "b", turned)], 2)
+    assert [one["doc"] for one in shown] == [7, 29, 0, 1, 2, 3, 4, 5, 6, 8]
+    assert shown[0]["marks"] == ["flipped", "near tie"] and shown[2]["marks"] == ["near tie"]
+    assert documents == {"t": 30} and left_out == {"t": 20}
+    assert '"left_out": {"t": 20}' in report.render([first, read_run(tmp_path / "b")], 2)
 
 
 def test_all_filters_are_shown(tmp_path):
     """Catches the metrics of every filter but the first left out: lm_eval writes all documents once for each."""
     strict = [generated(doc_id, "say 4", filter="strict-match") for doc_id in range(2)]
     flexible = [generated(doc_id, "say 4", filter="flexible-extract", exact_match=1.0) for doc_id in range(2)]
-    shown, documents = report._samples(write_samples(tmp_path / "a", strict + flexible), [], 100)
+    shown, documents, _ = report._samples(write_samples(tmp_path / "a", strict + flexible), [], 100)
     assert documents == {"t": 2}
     wanted = {"exact_match (strict-match)": 0.0, "exact_match (flexible-extract)": 1.0}
     assert [(one["metrics"], one["wrong"]) for one in shown] == [(wanted, True)] * 2

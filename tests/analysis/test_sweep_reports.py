@@ -13,8 +13,10 @@ import pytest
 from browser import look, needs_chromium
 from sweeps import TASKS, entry, make_sweep, write_state
 
+from ddp_eval.analysis import paired, sweep_compare
 from ddp_eval.analysis.difference import compare_runs
 from ddp_eval.analysis.read import read_run
+from ddp_eval.analysis.report import render as report_page
 from ddp_eval.analysis.sweep import Metric, Score, read_sweep
 from ddp_eval.analysis.sweep_compare import best_of, compare_sweep, holm
 from ddp_eval.analysis.sweep_files import CSV, JSON, write_tables
@@ -110,6 +112,15 @@ def test_against_the_first(made):
     assert all(one["differences"] == [] for one in compared["models"])
 
 
+@pytest.mark.parametrize(("nats", "share"), [("1e9", 1), ("-1", 0)])
+def test_near_ties_of_a_sweep_are_as_near_as_asked(nats, share, made, capsys):
+    """Catches --near_tie dropped where `compare` is given the directory of a sweep."""
+    assert compare.main([str(made), "--near_tie", nats, "--json"]) == 0
+    flips = [one["flips"]["first"] for one in json.loads(capsys.readouterr().out)["models"] if one["flips"]]
+    assert [one["near_ties"] for one in flips] == [share * one["answers_flipped"] for one in flips]
+    assert any(one["answers_flipped"] for one in flips)
+
+
 def test_a_group_is_its_documents(made):
     """Catches a group without a p-value, though all of its documents are there, or one of a mean of means."""
     compared = compare_sweep(read_sweep(made))
@@ -120,6 +131,31 @@ def test_a_group_is_its_documents(made):
         for count in ("documents", "right_to_wrong", "wrong_to_right"):
             assert paired[count] == sum(part[count] for part in parts)
         assert paired["documents"] == 60
+        groups = compare_runs(read_run(made / DONE[0]), read_run(made / name))["groups"]
+        assert list(groups) == ["demo_mmlu"]
+        assert {name: paired[name] for name in groups["demo_mmlu"]["metrics"]["acc,none"]} == groups["demo_mmlu"]["metrics"][
+            "acc,none"
+        ]
+
+
+def test_runs_have_a_row_for_a_group(sweep, capsys):
+    """Catches the one number that is quoted of MMLU missing where two runs are compared, or a p-value of another mean."""
+    pair = [str(sweep / name) for name in DONE[::2]]
+    assert compare.main(pair) == 0
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("demo_mmlu ")]
+    assert row[:3] == ["demo_mmlu", "acc", "60"] and len(row) > 8
+    assert compare.main([*pair, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["comparisons"]
+    (a, b) = (json.loads((Path(place) / "results.json").read_text())["results"]["demo_mmlu"]["acc,none"] for place in pair)
+    shown = found["groups"]["demo_mmlu"]["metrics"]["acc,none"]
+    assert (shown["a"], shown["b"]) == pytest.approx((a, b)) and 0 < shown["p_mcnemar"] <= 1 and shown["documents"] == 60
+    page = report_page([read_run(place) for place in pair], 1)
+    assert re.search(r"<td>demo_mmlu</td><td class=.text.>acc</td>", page)
+    results = json.loads((sweep / DONE[2] / "results.json").read_text())  # as of a group that weighs its tasks alike
+    results["results"]["demo_mmlu"]["acc,none"] += 0.01
+    (sweep / DONE[2] / "results.json").write_text(json.dumps(results))
+    alone = compare_runs(read_run(pair[0]), read_run(pair[1]))["groups"]["demo_mmlu"]["metrics"]["acc,none"]
+    assert alone == {"a": a, "b": b + 0.01, "difference": pytest.approx(b + 0.01 - a)}
 
 
 def test_a_group_that_weighs_tasks_alike_has_no_pairs(sweep):
@@ -159,6 +195,37 @@ def test_holm_by_hand():
     """Catches Bonferroni, values in another order, and one below a smaller one's."""
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+    assert holm([0.01, 0.04], 6) == pytest.approx([0.06, 0.2])  # four others are not known
+
+
+def judged(against: str, count: int, p: float) -> tuple[int, list[dict[str, Any]]]:
+    """What is said of `count` models, each but the last with a p-value by bootstrap of its difference from that."""
+    scores: list[dict[str, Any]] = [
+        {"value": 0.5, "higher_is_better": True, "paired": {"difference": -0.1, "p_mcnemar": None, "p_bootstrap": p}}
+        for _ in range(count - 1)
+    ]
+    return sweep_compare._judge([*scores, {"value": 0.6, "higher_is_better": True}], against), [one["paired"] for one in scores]
+
+
+def test_the_best_is_corrected_for_all_pairs():
+    """Catches stars for chance: the best of k equal models on some documents is ahead of the others by luck alone."""
+    comparisons, found = judged("best", 6, 0.006)
+    assert comparisons == 15 and [one["p_holm"] for one in found] == pytest.approx([0.09] * 5)
+    assert not any(one["significant"] for one in found)
+    comparisons, found = judged("first", 6, 0.006)
+    assert comparisons == 5 and [one["p_holm"] for one in found] == pytest.approx([0.03] * 5)
+    assert all(one["significant"] for one in found)
+
+
+@pytest.mark.parametrize(("count", "starred"), [(32, True), (33, False)])
+def test_the_least_p_value_may_have_a_star(count, starred):
+    """Catches a sweep of so many models that nothing found by bootstrap can be significant, and that does not say so."""
+    comparisons, found = judged("best", count, paired.LEAST_P)
+    assert found[0]["significant"] is starred
+    said = sweep_compare.explain_stars({"against": "best", "metrics": [{"comparisons": comparisons}]})
+    assert said.startswith("p below 0.05 after Holm's correction for all pairs of models in that metric")
+    assert ("of more than 500 comparisons (here up to 528) the least p by bootstrap, 0.0001, has none" in said) is not starred
 
 
 @pytest.mark.parametrize("file", ["results.json", "scores.parquet", "manifest.json"])
@@ -332,7 +399,11 @@ def test_steps_over_several_orders_of_magnitude():
     perplexities = plots.curves([("a", [1, 2, 3], [1e9, 30.0, 10.0], [1e11, 1.0, None])])
     assert "10" in perplexities and "2.5e" not in perplexities  # powers of ten
     many = [(f"series {number} $", [1, 2], [0.1, 0.2], [0.01, None]) for number in range(15)]
-    assert "series 9 $" in plots.curves(many) and "series 10 $" not in plots.curves(many)
+    drawn = plots.curves(many)
+    assert all(f"series {number} $" in drawn for number in range(15))
+    assert "stroke-dasharray" in drawn and "stroke-dasharray" not in plots.curves(many[:10])  # the colours come again
+    drawn = plots.curves([(f"series {number} $", [1, 2], [0.1, 0.2], [0.01, None]) for number in range(41)])
+    assert "series 39 $" in drawn and "series 40 $" not in drawn and "step; the first 40 of 41" in drawn
 
 
 def test_the_tasks_are_real(made):

@@ -9,20 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny_models
 import tolerance
 import transformers
 from encoded_rows import encode_with_lm_eval, rows_of
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks.ruler.common_utils import get_tokenizer, resolve_tokenizer_name
 from lm_eval_answers import by_lm_eval, odd_answers, texts_of
 from task_files import write_task
 
 import ddp_eval
+from ddp_eval.config import Config
 from ddp_eval.engines.hf import checkpoint
+from ddp_eval.errors import UserError
 from ddp_eval.system.tokenizer_calls import is_plain
-from ddp_eval.tasks import tokenization
+from ddp_eval.tasks import harness, tokenization
 from ddp_eval.tasks.text_cuts import Cuts
+from ddp_eval.telemetry.meter import Phases
 
 # What an author may write; each does to a text or to ids what its counterpart in transformers does not.
 METHODS = {
@@ -212,3 +217,36 @@ def test_by_auto_map_from_a_directory(
     path = write_task(tmp_path / kind, kind, ROWS[:2], [KINDS[kind][0]], **KINDS[kind][1])
     theirs = by_lm_eval(tiny_model("llama"), theirs_loaded, path)
     assert_same(evaluate(tiny_model("llama"), loaded, path), theirs)
+
+
+def test_tasks_run_no_code_of_a_tokenizer_that_nobody_allowed(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches code of a repository that a manifest's metadata names: RULER loads it with trust_remote_code=True, always."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    place = tmp_path / "model_of_a_stranger"
+    tiny_tokenizer.save_pretrained(place)
+    settings = json.loads((place / "tokenizer_config.json").read_text())
+    own = {"auto_map": {"AutoTokenizer": [None, "own_tokenizer.Own"]}, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings | own))
+    (place / "own_tokenizer.py").write_text(source_of("decode"))
+    loaded: list[Any] = []
+
+    def load(**metadata: Any) -> Any:
+        loaded.append(get_tokenizer.__wrapped__(resolve_tokenizer_name(metadata)))
+        return datasets.DatasetDict(test=datasets.Dataset.from_list([{"text": "one"}]))
+
+    def stop(*unused: Any) -> Any:
+        raise UserError("built")
+
+    task = {
+        "task": "sized", "output_type": "loglikelihood", "test_split": "test", "custom_dataset": load, "doc_to_text": "{{text}}",
+        "doc_to_target": " two", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    for allowed in (False, True):
+        config = Config(tasks=[task], metadata={"tokenizer": str(place)}, trust_remote_code=allowed)
+        with pytest.raises(UserError, match="built"):
+            harness.evaluate_tasks(config, tokenization.Encoder(tiny_tokenizer, 2048, None, None), None, stop, Phases())
+    assert [type(one).__name__ == "Own" for one in loaded] == [False, True]
+    assert transformers.AutoTokenizer.from_pretrained(str(place), trust_remote_code=True).__class__.__name__ == "Own"

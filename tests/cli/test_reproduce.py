@@ -141,6 +141,16 @@ def test_what_cannot_be_run_again(run, change, sentence):
         ({"trust_remote_code": True}, "--trust_remote_code", "runs Python code of its model or data set"),
         ({"model_args": {"pretrained": "x", "trust_remote_code": True}}, "--trust_remote_code", "runs Python code of its model"),
         ({"model_args": {"pretrained": "x", "attn_implementation": "who/kernel"}}, "--trust_remote_code", "runs Python code"),
+        (
+            {"metadata": {"tokenizer": "who/repo"}},
+            "--trust_remote_code",
+            r'load another tokenizer .*\(metadata tokenizer "who/repo"\)',
+        ),
+        (
+            {"metadata": {"max_seq_lengths": [4096], "model": "who/repo"}},
+            "--trust_remote_code",
+            "load another tokenizer than the",
+        ),
         ({"confirm_run_unsafe_code": True}, "--confirm_run_unsafe_code", "runs code that a model writes"),
         ({"include_path": "tasks"}, "--trust_task_files", r"runs the Python code \(evil.py\) of task files in .*/tasks"),
         (
@@ -148,17 +158,35 @@ def test_what_cannot_be_run_again(run, change, sentence):
             "--trust_task_files",
             r"runs the Python code \(evil.py\) of task files in .*one.yaml",
         ),
+        ({"tasks": ["t", "tasks"]}, "--trust_task_files", r"runs the Python code \(evil.py\) of task files in .*/tasks"),
     ],
 )
 def test_no_code_runs_on_a_manifests_word(run, tmp_path, monkeypatch, change, flag, sentence):
     """Catches a stranger's manifest that has code run here without a flag on this command line."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "evil.py").touch()
+    (tmp_path / "tasks" / "one.yaml").touch()
     monkeypatch.chdir(tmp_path)
     directory = run(config={**MANIFEST["config"], **change}, working_directory=str(tmp_path))
     with pytest.raises(UserError, match=sentence + f".*: {flag} allows it"):
         parse([str(directory)])
     assert parse([str(directory), flag]).config.output_path
+    gone = run(config={**MANIFEST["config"], **change}, working_directory="/nowhere")  # relative paths start from here
+    with pytest.raises(UserError, match=sentence + f".*: {flag} allows it"):
+        parse([str(gone)])
+
+
+def test_tasks_may_load_the_models_own_tokenizer(run):
+    """Catches runs of RULER that are refused for naming the model's tokenizer a second time."""
+    config = {**MANIFEST["config"], "metadata": {"tokenizer": "demo", "max_seq_lengths": [4096]}}
+    assert parse([str(run(config=config))]).config.metadata == config["metadata"]
+
+
+def test_a_directory_without_task_files_may_have_a_tasks_name(run, tmp_path, monkeypatch):
+    """Catches a run that is refused over a directory of results, named after its task, beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").mkdir()
+    assert parse([str(run(working_directory=str(tmp_path)))]).config.tasks == ["t"]
 
 
 def test_a_complete_run_is_no_reproduction(run, tmp_path):

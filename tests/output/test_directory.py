@@ -261,6 +261,33 @@ def test_other_work_is_refused(config, opening, unfinished):
         opening(config()).recover(work_key({"plan": "b"}), ITEM_STARTS)
 
 
+@pytest.mark.parametrize(
+    ("earlier", "now", "sentence"),
+    [
+        (
+            "tensor:8",
+            "tensor:4",
+            "begun with layout tensor:8, and this start has layout tensor:4, .*: start a multiple of 8 ranks, or --fresh",
+        ),
+        (
+            "tensor:2",
+            "replicas",
+            "begun with layout tensor:2, and this start has layout replicas, .*: start a multiple of 2 ranks",
+        ),
+        ("tensor:8", "tensor:8", "holds unfinished work on other requests, weights or package versions"),
+        ("layers:2", "replicas", "holds unfinished work on other requests, weights or package versions"),  # of the same bits
+    ],
+)
+def test_another_layout_is_named(earlier, now, sentence, config, opening, unfinished):
+    """Catches a job requeued on fewer nodes that is told to look for other weights or packages."""
+    opened = opening(config())
+    opened.begin_replacing(config(), earlier)
+    with pytest.raises(UserError, match=sentence):
+        opened.recover(work_key({"plan": "b"}), ITEM_STARTS, layout=now)
+    with pytest.raises(UserError, match=sentence):
+        opened.resume(lambda: work_key({"plan": "b"}), ITEM_STARTS, None, now)
+
+
 def test_other_work_is_replaced_when_asked(config, opening, unfinished):
     """Catches --overwrite refused because the weights have changed."""
     directory = opening(config(overwrite=True))

@@ -433,6 +433,8 @@ def test_a_run_takes_what_fits(tiny_model_path, monkeypatch):
     assert chosen(8 * weights, "measure", earlier="layers:2")[0] == Layout(LAYERS, 2)
     assert chosen(8 * weights, "replicas", earlier="layers:2")[0] == WHOLE_COPIES
     assert chosen(8 * weights, earlier="layers:3")[0] == WHOLE_COPIES, "two ranks are no three"
+    four = World(0, 0, 4, torch.device("cpu"), ranks_per_node=4)
+    assert chosen(8 * weights, "tensor", four, "tensor:2")[0] == Layout(TENSOR, 2), "more ranks of a node, the same bits"
     monkeypatch.setattr(checkpoint, "whole_model", None)
     assert chosen(0, world=World(0, 0, 1, torch.device("cpu")))[0] == WHOLE_COPIES
 

@@ -146,6 +146,41 @@ def test_done_before_it_was_requeued(whose, runs, evaluate, tmp_path):
     assert lines(tmp_path / "run" / "logs" / "flags") == ["--tasks", "demo", "--output_path", str(tmp_path / "run")]
 
 
+NOT_AS_EXPECTED = f"echo '{DONE % 7}' >\"$FAKE/run/status.json\"; echo '  exitcode  : 3 (pid: 5)' >\"$LOGS.n1.log\"; exit 1"
+EXPECT = {"identical": ("--expect", "identical"), "within 0.5": ("--expect", "within", "0.5")}
+
+
+@pytest.mark.parametrize("expected", EXPECT)
+def test_reproduction_that_is_not_as_expected(expected, evaluate, tmp_path):
+    """Catches a job that succeeds though its bits are others than --expect asks for, at once or when it is requeued."""
+    command = ("reproduce", "runs/a", *EXPECT[expected], "--device", "cpu")
+    finished = evaluate(NOT_AS_EXPECTED, command=command)
+    wanted = f"job 7: failed, not requeued: {tmp_path / 'run'} is done, and not as expected (--expect {expected}): "
+    assert finished.returncode == 1 and wanted in finished.stdout, finished
+    assert len(lines(tmp_path / "runs")) == 1 and json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+    finished = evaluate("exit 0", command=command, SLURM_RESTART_COUNT="1")
+    assert finished.returncode == 1 and wanted in finished.stdout and len(lines(tmp_path / "runs")) == 1, finished
+
+
+def test_reproduction_whose_comparison_is_cut_off(evaluate, tmp_path):
+    """Catches a run that passes for what was expected because it is done, though nothing has been compared."""
+    command = ("reproduce", "runs/a", "--expect=identical")
+    (tmp_path / "run" / "status.json").write_text(DONE % 7)
+    for count in ("0", "1"):
+        finished = evaluate("exit 137", command=command, SLURM_RESTART_COUNT=count)
+        assert finished.returncode == 1 and "its comparison (--expect identical) came to no end" in finished.stdout, finished
+
+
+def test_reproduction_as_expected(evaluate, tmp_path):
+    """Catches a good reproduction that fails, or fails once it is requeued; without --expect a difference is no failure."""
+    step = f"echo '{DONE % 7}' >\"$FAKE/run/status.json\""
+    for count in ("0", "1"):
+        finished = evaluate(step, command=("reproduce", "runs/a", "--expect", "identical"), SLURM_RESTART_COUNT=count)
+        assert finished.returncode == 0 and "done: " in finished.stdout, finished
+    assert len(lines(tmp_path / "runs")) == 1
+    assert evaluate(NOT_AS_EXPECTED, command=("reproduce", "runs/a")).returncode == 0
+
+
 def test_signal_behind_the_last_word(evaluate, tmp_path):
     """Catches a job that is done and requeued all the same, because SIGTERM met it while it printed its table."""
     step = f"echo '{DONE % 7}' >\"$FAKE/run/status.json\"; kill -TERM $PPID; /bin/sleep 0.5; exit 1"
@@ -408,6 +443,24 @@ def test_report_of_an_edited_list(flags, tmp_path):
     finished = report(tmp_path, flags)
     assert finished.returncode == 1 and "a t: the run there is of other flags" in finished.stdout
     assert not (tmp_path / "out" / "compare.t.txt").exists()
+
+
+def test_report_of_tasks_whose_names_go_on_behind_a_dot(tmp_path):
+    """Catches the comparison of mmlu.pro deleted as if it were one of mmlu, and one of an earlier report left."""
+    out = tmp_path / "out"
+    (tmp_path / "list.txt").write_text("model a\nmodels small --models x\ntasks mmlu.pro --tasks p\ntasks mmlu --tasks m\n")
+    (tmp_path / "eval.sh").write_text("PYTHON=(echo)\nPROGRAM=(program)\nsetup() { :; }\n# EDIT ends here.\n")
+    run = out / "small" / "mmlu.pro"
+    (run / "logs").mkdir(parents=True)
+    (run / "status.json").write_text(DONE % 7)
+    (run / "logs" / "flags").write_text(f"sweep\n--models\nx\n--tasks\np\n--output_path\n{run}\n")
+    for name in ("mmlu.small", "mmlu", "mmlu.of.another.list"):
+        (out / f"compare.{name}.txt").write_text("earlier")
+    words = [ROOT / "slurm" / "sweep.sh", "--report", tmp_path / "list.txt", out, tmp_path / "eval.sh"]
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    assert "small mmlu.pro: done\n" in finished.stdout, finished
+    left = {path.name: path.read_text() for path in out.glob("compare.*")}
+    assert left == {"compare.mmlu.pro.small.txt": f"program compare {run}\n", "compare.mmlu.of.another.list.txt": "earlier"}
 
 
 @pytest.mark.parametrize("command", [[], ["--report"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import time
 import types
@@ -29,6 +30,7 @@ from ddp_eval.run.planning import Decision, TextDecision, describe_texts
 from ddp_eval.telemetry import meter, sampler
 from ddp_eval.telemetry import summary as telemetry
 from ddp_eval.telemetry.meter import Meter, Phases, process_age_s
+from ddp_eval.telemetry.timeline import coarsen
 
 
 def test_phases_add_up_to_the_wall_time(monkeypatch):
@@ -46,6 +48,47 @@ def test_phases_add_up_to_the_wall_time(monkeypatch):
     now[0] += 128
     assert phases.seconds == {"start": 137.0, "tasks": 16.0, "forward": 32.0, "score": 64.0}
     assert [name for _, name in phases.timeline] == ["start", "tasks", "forward", "tasks", "score", "start"]
+
+
+def test_timelines_of_long_runs_have_an_end(monkeypatch):
+    """Catches a telemetry.json and a page that grow with every pack of a pipeline, and the seconds of a phase lost in them."""
+    now = [0.0]
+    monkeypatch.setattr(meter, "time", types.SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
+    phases = Phases("load")
+    now[0] = 500.0
+    for _ in range(40_000):
+        phases.switch("forward")
+        now[0] += 0.03
+        phases.switch("wait")
+        now[0] += 0.01
+    phases.switch("write")
+    now[0] += 100
+    timeline = phases.timeline
+    assert len(timeline) <= meter._MOST_MOMENTS and timeline == sorted(timeline)
+    assert timeline[0] == (0.0, "load") and timeline[-1][1] == "write" and timeline[-1][0] == pytest.approx(2100)
+    spans: dict[str, float] = {}
+    for (start, phase), (end, _) in itertools.pairwise([*timeline, (now[0], "")]):
+        spans[phase] = spans.get(phase, 0.0) + end - start
+    assert spans["load"] == pytest.approx(500, abs=2) and spans["write"] == pytest.approx(100)
+    assert spans["forward"] > 1200 and phases.seconds["forward"] == pytest.approx(1200) and len(spans) == 4
+    rank = {
+        "rank": 0,
+        "began_unix_s": 0.0,
+        "wall_s": 4000.0,
+        "timeline": [(0.1 * n, ("forward", "wait")[n % 2]) for n in range(40_000)],
+    }
+    pytest.importorskip("matplotlib")
+    from ddp_eval.analysis import plots
+
+    assert len(plots.timeline([rank])) < 1_000_000
+
+
+def test_short_spans_are_merged_and_long_ones_stay():
+    """Catches a phase of a minute lost between short ones, or moved."""
+    timeline = [(0.0, "a"), (5.0, "b"), (5.1, "c"), (5.5, "b"), (5.6, "c"), (7.0, "d"), (7.2, "a"), (9.0, "b")]
+    assert coarsen(timeline, 9.1, 0.01) == timeline
+    assert coarsen(timeline, 9.1, 1.0) == [(0.0, "a"), (5.0, "c"), (7.0, "d"), (7.2, "a"), (9.0, "b")]
+    assert coarsen([], 9.1, 1.0) == [] and coarsen([(3.0, "a")], 2.0, 1.0) == [(3.0, "a")]
 
 
 def test_a_phase_that_fails_ends():

@@ -47,10 +47,10 @@ def main() -> None:
     with theirs, ours:
         rows: list[dict[str, Any]] = []
         report = {"conditions": ours.ask("conditions"), "rows": rows}
-        answers = []
+        answers: list[tuple[dict[str, Any], dict[str, Any] | None]] = []
         for task in args.tasks.split(","):
-            row, *of_both = time_task(theirs, ours, task, sizes, args.repeats)
-            answers.append(of_both)
+            row, mine, alone = time_task(theirs, ours, task, sizes, args.repeats)
+            answers.append((mine, alone))
             rows.append(row)
             print(format_row(row), file=sys.stderr, flush=True)
             keep(report, format_report, args.out)

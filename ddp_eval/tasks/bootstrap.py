@@ -45,8 +45,8 @@ def bootstrap_stderr(statistic: Callable[[Sequence[Any]], float], samples: Seque
 
         tasks = (joblib.delayed(_resample)(statistic, samples, seed, per_chunk) for seed in range(1, chunks))
         rest = list(_renewing(joblib.Parallel(n_jobs=os.cpu_count(), return_as="generator")(tasks)))
-    values = [*drawn, *(value for chunk in rest for value in chunk)]
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    found = [*drawn, *(value for chunk in rest for value in chunk)]
+    return statistics.stdev(found) if all(map(math.isfinite, found)) else math.nan
 
 
 def _renewing(chunks: Iterable[Any]) -> Iterator[Any]:

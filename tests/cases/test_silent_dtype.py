@@ -38,7 +38,7 @@ def test_what_is_asked_before_loading_leaves_the_config_alone(silent: Path) -> N
 @pytest.mark.parametrize("flags", [(), ("--layout", "layers:2"), pytest.param(("--layout", "shard:2"), marks=pytest.mark.slow)])
 def test_ranks_agree_with_one(flags: tuple[str, ...], silent: Path, tmp_path: Path) -> None:
     """Catches a rank that computes in float32 beside one in bfloat16: results of both are mixed without a word."""
-    found = []
+    found: list[bytes] = []
     for ranks, more in ((1, ()), (2, flags)):
         place = tmp_path / str(ranks)
         asked = ("--model_args", f"pretrained={silent}", "--tasks", "demo_hellaswag", "--limit", "8", "--max_pack_tokens", "600")

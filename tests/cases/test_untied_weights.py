@@ -69,7 +69,7 @@ def test_same_bits_over_ranks(
     flags: tuple[str, str], untied: Path, tiny_model_path: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Catches ranks that are built by the config, tied, and so come to other numbers, or to none."""
-    found = []
+    found: list[bytes] = []
     for model, more in ((tiny_model_path("llama"), ()), (untied, flags)):
         place = tmp_path / str(len(found))
         command = (

@@ -153,9 +153,12 @@ def test_rows_of_a_record_that_was_cut_short_are_kept(tmp_path, monkeypatch):
         f"while not pathlib.Path({str(seen)!r}).exists(): time.sleep(0.01)\n"
         "write('[1, '); raise SystemExit(1)"
     )
-    found = timed_parts.run_part(
-        Part("x", python(program), 0, 600, record=record), 600, tmp_path / "log", lambda one: "md" in one and seen.touch()
-    )
+
+    def notice(one):
+        if "md" in one:
+            seen.touch()
+
+    found = timed_parts.run_part(Part("x", python(program), 0, 600, record=record), 600, tmp_path / "log", notice)
     assert (found["state"], found["md"], found["json"]) == ("failed", "a row", [1])
 
 

@@ -101,11 +101,15 @@ def test_a_template_may_be_given_to_a_tokenizer_that_has_none(tiny_model: Callab
         evaluate(tiny_model("llama"), tokenizer, TASKS[:1], apply_chat_template=True, limit=1)
 
 
+def no_answers(asked: Asked) -> Answers:
+    raise AssertionError("nothing is to be answered")
+
+
 def test_a_task_of_several_types_scores_nothing_behind_thoughts(tiny_model: Callable[..., Any]) -> None:
     """Catches SQuAD's second request, for a log-probability, which only its own code shows; lm_eval raises there."""
     settings = {"enable_thinking": True, "think_end_token": "</think>"}
     encoder = Encoder(tiny_models.make_tokenizer(), 64)
-    lm = RequestCollector(encoder, tiny_model("llama").config, lambda asked: None, Config(model_args=settings), Phases())
+    lm = RequestCollector(encoder, tiny_model("llama").config, no_answers, Config(model_args=settings), Phases())
     requests = [
         Instance(kind, {}, ("one", more), 0, metadata=("squadv2", 0, 1))
         for kind, more in (("generate_until", {"until": ["."]}), ("loglikelihood", " two"))

@@ -73,7 +73,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "LLaVA, Qwen2-VL, Idefics, Llama 3.2 Vision": "llava llava_next qwen2_vl idefics2 idefics3 mllama",
         "BERT and its like, XLNet, Reformer": "bert roberta xlm-roberta camembert electra big_bird xlnet reformer paligemma",
         "BART, Pegasus, Marian, mBART, T5Gemma 2": "bart pegasus marian mbart t5gemma2",
-        "T5, mT5, Flan-T5, LongT5, Switch, M2M100, NLLB": "t5 mt5 umt5 longt5 switch_transformers m2m_100 nllb-moe",
+        "T5, mT5, Flan-T5, LongT5, M2M100, NLLB": "t5 mt5 umt5 longt5 m2m_100 nllb-moe",
     },
 }  # fmt: skip
 

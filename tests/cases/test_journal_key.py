@@ -62,6 +62,7 @@ NO_NUMBERS = {
     "system/read_back.py": "refuses files, and gives the others as they are",
     "system/text.py": "counts and sizes in words",
     "telemetry/meter.py": "measures time and bytes",
+    "telemetry/timeline.py": "shortens what was measured, for the page",
     "values.py": "reads flags",
 }
 

@@ -37,7 +37,7 @@ import time
 import unittest.mock
 from typing import Any
 
-from commands import find_device  # beside this file
+import commands  # beside this file
 from sides import (  # beside this file
     Job,
     Side,
@@ -61,18 +61,16 @@ EIGHT_TASKS = [
 def main() -> None:
     args = read_arguments()
     if args.commands:
-        import commands  # beside this file
-
         return commands.main(args)
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the sides start
     sizes = [int(size) for size in args.batch_sizes.split(",")]
     job = Job(load_model, run_ours, run_lm_eval, no_memory=(math.inf, None))
     lm_eval_side = Side("lm_eval", args, job) if args.peer == "lm_eval" else None
-    trials = 2 if find_device(args) == "cuda" else 1
+    trials = 2 if commands.find_device(args) == "cuda" else 1
     our_side = Side("ours", args, job)
     with lm_eval_side or contextlib.nullcontext(), our_side:
         rows: list[dict[str, Any]] = []
-        report = {"conditions": our_side.ask("conditions"), "rows": rows}
+        report = {"conditions": our_side.ask("conditions"), "softmax_dtype": args.softmax_dtype, "rows": rows}
         for task in args.tasks.split(","):
             rows.append(measure_task(lm_eval_side, our_side, task, sizes, args.repeats, trials))
             print(format_row(rows[-1]), file=sys.stderr, flush=True)
@@ -329,9 +327,10 @@ def columns_of(row: dict[str, Any]) -> dict[str, Any]:
     return COLUMNS | AGAINST_LM_EVAL if "ratio" in row else COLUMNS
 
 
-def note_on_rounding(conditions: dict[str, Any], compared: list[float]) -> list[str]:
-    dtype = conditions["dtype"]
-    if dtype == "float32" or not compared or "--softmax_dtype" in conditions["command"]:
+def note_on_rounding(report: dict[str, Any]) -> list[str]:
+    """What differences from lm_eval come of in 16 bits, where it was not given another type for them."""
+    dtype = report["conditions"]["dtype"]
+    if dtype == "float32" or report["softmax_dtype"]:
         return []
     return [
         "",
@@ -358,7 +357,7 @@ def format_report(report: dict[str, Any]) -> str:
         f"**{cut(100 * share, 1)}%** of the rate of a large matrix product ({peak_flops / 1e9:,.0f} GFLOP/s).",
         "",
         f"ddp_eval's first run of each task, on a quarter of the documents, with what it compiled: {firsts}.",
-        *note_on_rounding(conditions, compared),
+        *(note_on_rounding(report) if compared else []),
     ]
     return "\n".join(lines)
 

@@ -71,10 +71,6 @@ def make_packs(engine: Any) -> list[Any]:
     """Packs of a quarter, a half and the whole of the questions, then of lengths a little off: do they compile anew?"""
     import numpy as np
 
-    from ddp_eval.packs.cut import plan_one_tree
-    from ddp_eval.packs.plan import build_pack
-    from ddp_eval.packs.requests import requests_from_lists
-
     generator = np.random.default_rng(0)
     prefix_tokens, questions, question_tokens = SHAPES[engine.device.type]
 
@@ -85,20 +81,23 @@ def make_packs(engine: Any) -> list[Any]:
     prefix = draw(prefix_tokens)
     for count in (questions // 4 or 1, questions // 2, questions, questions - 1, questions - 3):
         bodies = [prefix + draw(question_tokens + index % 7) for index in range(count)]
-        sequences = [body + draw(1) for body in bodies for _ in range(4)]
-        plan, _ = plan_one_tree(requests_from_lists(sequences, [1] * len(sequences)))
-        packs.append(build_pack(plan, 0))
+        packs.append(make_pack([body + draw(1) for body in bodies for _ in range(4)]))
     return packs
 
 
-def warm_up(engine: Any) -> None:
-    """One request by itself, which shares nothing and so needs no kernel of its own; the engine checks the model before it."""
+def make_pack(sequences: list[list[int]]) -> Any:
+    """All of them in one pack, the last token of each read."""
     from ddp_eval.packs.cut import plan_one_tree
     from ddp_eval.packs.plan import build_pack
     from ddp_eval.packs.requests import requests_from_lists
 
-    plan, _ = plan_one_tree(requests_from_lists([[2 + index % 7 for index in range(16)]], [1]))
-    forward_s(engine, build_pack(plan, 0))
+    plan, _ = plan_one_tree(requests_from_lists(sequences, [1] * len(sequences)))
+    return build_pack(plan, 0)
+
+
+def warm_up(engine: Any) -> None:
+    """One request by itself, which shares nothing and so needs no kernel of its own; the engine checks the model before it."""
+    forward_s(engine, make_pack([[2 + index % 7 for index in range(16)]]))
 
 
 def time_pack(engine: Any, pack: Any, repeats: int) -> dict[str, Any]:

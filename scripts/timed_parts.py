@@ -112,9 +112,10 @@ def run_part(part: Part, timeout_s: float, log: Path, notice: Callable[[dict[str
             state, why = "interrupted", "by a signal"
         finally:
             end_session(process)
-        if state == "done" and part.record and "json" not in look("done"):
-            state, why = "failed", "it wrote no record"
-        return look(state, why)
+        end = look(state, why)
+        if state == "done" and part.record and "json" not in end:
+            end |= {"state": "failed", "why": "it wrote no record"}
+        return end
 
 
 def wait_for(process: subprocess.Popen[bytes], timeout_s: float, part: Part, grown: Callable[[], None]) -> tuple[str, str]:

@@ -84,8 +84,10 @@ def plan_texts(
 def _why_not_so_long(engine: Engine, prompts: Prompts) -> str | None:
     """Why texts of these lengths are not decoded in batches: the model counts tokens of a forward, not positions."""
     most = engine.capabilities.max_tree_tokens
+    if most is None:
+        return None
     longest = max(len(tokens) + limit for tokens, limit in zip(prompts.tokens, prompts.limits, strict=True))
-    if most is None or longest <= most:
+    if longest <= most:
         return None
     return (
         f"the model goes by a token's index in the forward from {most:,} tokens on, and a prompt with its answer has {longest:,}"
